@@ -1,0 +1,41 @@
+"""Seeds that do not depend on batching, ranks or history: one key per thing that is drawn.
+
+A `Key` is a path of integers, ``(seed, round, prompt index, sample, ...)``, folded one step at a time, as in JAX. The
+same path gives the same numbers on every rank and after every restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Key:
+    """A name for a stream of random numbers.
+
+    Args:
+        path: integers that identify the stream, from coarse (run seed) to fine (sample number).
+    """
+
+    path: tuple[int, ...]
+
+    def fold(self, *parts: int) -> Key:
+        """Derive the key of a sub-stream."""
+        return Key(self.path + parts)
+
+    def seed(self) -> int:
+        """A 63-bit seed, equal on every machine."""
+        digest = hashlib.blake2b(",".join(map(str, self.path)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator at the start of this stream."""
+        return torch.Generator().manual_seed(self.seed())
+
+    def uniforms(self, count: int) -> Tensor:
+        """The first ``count`` numbers of the stream, uniform on [0, 1), float64 on the CPU; shape [count]."""
+        return torch.rand(count, generator=self.generator(), dtype=torch.float64)

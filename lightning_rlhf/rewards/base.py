@@ -1,0 +1,63 @@
+"""What a reward function promises."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_rlhf.types import Prompt, Response
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Rewards of a batch.
+
+    Args:
+        mean: reward of each response, higher is better; shape [B].
+        std: uncertainty of each reward, where the reward knows it; shape [B].
+        members: rewards by the members of an ensemble; shape [B, k].
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+    members: Tensor | None = None
+
+
+class AbstractReward(ABC):
+    """Scores a response to a prompt.
+
+    Subclass it, implement `score`, and name your class by its path:
+    ``--data.labeler=RewardLabeler --data.labeler.reward=my_file.MyReward``.
+    """
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        """Score ``responses[i]`` as an answer to ``prompts[i]``."""
+
+
+def checked_score(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
+    """Call a reward and check what came back; shape [B], float64.
+
+    Raises:
+        ValueError: if the reward returned another number of values than there are responses, or one that is not finite;
+            the message names the first offending prompt.
+    """
+    output = reward.score(prompts, responses)
+    name = type(reward).__name__
+    mean = output.mean.detach().double().cpu()
+    if mean.shape != (len(responses),):
+        raise ValueError(
+            f"{name}.score returned a mean of shape {tuple(mean.shape)} for {len(responses)} responses; "
+            f"return one number per response, in order"
+        )
+    for prompt, response, value in zip(prompts, responses, mean.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name}.score returned {value} for prompt {prompt.index}, response {response.text[:80]!r}; "
+                f"rewards must be finite: return a low number for an answer that cannot be scored"
+            )
+    return mean

@@ -1,0 +1,53 @@
+"""What a pair sampler promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_rlhf.generation.base import AbstractEngine
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import Comparison, Prompt
+
+
+class AbstractPairSampler(ABC):
+    """Draws the pairs of responses that a labeler will be asked about.
+
+    Subclass it, implement `sample`, and name your class by its path: ``--data.sampler=my_file.MySampler``. Samplers know
+    no labeler and no Lightning. They hold no random state: draw with keys folded from the one you are given, so that
+    pairs do not depend on the number of processes or on restarts.
+
+    Attributes:
+        passes_per_pair: model forward passes per token position and pair, on average (Table 1 of PILAF).
+        annotations_per_pair: responses shown to the annotator per pair.
+        needs_engine: False if the sampler never decodes, as with recorded pairs.
+    """
+
+    passes_per_pair: float = 2.0
+    annotations_per_pair: float = 2.0
+    needs_engine: bool = True
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+        """Draw one comparison per prompt, in order.
+
+        Called once per round for chunks of the round's prompts, under ``torch.inference_mode`` with the policy in eval
+        mode; every chunk of a round gets the same ``key``, so fold in ``prompt.index`` before drawing.
+        """
+
+    def observe(self, comparisons: Sequence[Comparison]) -> None:
+        """Learn from the finished round.
+
+        Called once per round, in order, with all comparisons of the round, on every rank alike (also when the round is
+        read back from the ledger after a restart). The default learns nothing.
+        """
+        del comparisons
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `observe` has learnt, as plain data for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        del state

@@ -1,0 +1,179 @@
+"""The nouns that pass between the parts: prompt, response, comparison, label, preference.
+
+The flow is *prompt -> sampler -> labeler -> store -> collate -> module -> loss -> callback*. Everything here is plain
+data: it pickles, it goes to JSON, and it knows neither Lightning nor any model. Token ids are what was sampled and are
+never re-derived from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+
+Message = dict[str, str]
+"""One chat turn, ``{"role": "user" | "assistant" | "system", "content": "..."}``."""
+
+FinishReason = Literal["eos", "length"]
+LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "timeout"]
+
+
+@dataclass(frozen=True)
+class RecordedPair:
+    """Two completions that came with a data row, and what the row says about them.
+
+    Args:
+        chosen: text of the preferred completion, without the prompt.
+        rejected: text of the other completion.
+        probability: P(chosen preferred) in [0, 1]; 1 for an ordinary preference row.
+        weight: weight of the pair in the loss, >= 0.
+    """
+
+    chosen: str
+    rejected: str
+    probability: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a data source, parsed but not tokenised.
+
+    Exactly one of ``text`` (plain prompt) and ``messages`` (conversational prompt, last turn not by the assistant) is set.
+
+    Args:
+        source: where the row came from, for error messages: ``"file.jsonl row 12"`` (rows count from 1).
+        text: plain prompt, used as it stands.
+        messages: conversational prompt, rendered with the chat template of the policy.
+        pair: recorded completions, for preference rows.
+    """
+
+    source: str
+    text: str | None = None
+    messages: tuple[Message, ...] | None = None
+    pair: RecordedPair | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt.
+
+    Args:
+        index: position in its data set; names the prompt in seeds, in the ledger and in error messages.
+        ids: token ids, with BOS and template tokens; may be empty.
+        text: the rendered text behind ``ids``.
+        messages: the conversation behind ``text``, when the row was conversational; labelers and rewards read it.
+        pair: tokenised recorded pair (chosen, rejected), for offline preference rows.
+        recorded: what the data row said about ``pair``.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    text: str
+    messages: tuple[Message, ...] | None = None
+    pair: tuple[Response, Response] | None = None
+    recorded: RecordedPair | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """A completion of a prompt.
+
+    Args:
+        ids: token ids, EOS included when it was sampled; never empty.
+        text: decoded text without special tokens.
+        finish_reason: ``"eos"``, or ``"length"`` when the token limit cut it.
+        policy_logps: log pi_theta of each token at sampling time, untempered, nats; None when not computed.
+        reference_logps: log pi_ref of each token, nats; None when not computed.
+        source: the law it was drawn from: ``"policy"``, ``"reference"``, ``"plus"``, ``"minus"``, ``"dataset"``.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    policy_logps: tuple[float, ...] | None = None
+    reference_logps: tuple[float, ...] | None = None
+    source: str = "policy"
+
+    def log_ratio(self) -> float:
+        """Sum over tokens of log pi_theta - log pi_ref, nats; the implicit reward is beta times this."""
+        if self.policy_logps is None or self.reference_logps is None:
+            raise ValueError(
+                "this response carries no log-probabilities of policy and reference; "
+                "ask the engine for them with reference_logps=True"
+            )
+        return sum(self.policy_logps) - sum(self.reference_logps)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt and two responses, before anybody said which is better.
+
+    Args:
+        prompt: the prompt.
+        a: first response.
+        b: second response.
+        branch: how the pair was drawn: ``"base"``, ``"tilt"``, ``"best_of_n"``, ``"hybrid"``, ``"offline"``, ...
+        weight: importance of the pair in the loss, >= 0 (w(x) of T-PILAF).
+        passes: model forward passes per token position spent on the pair (Table 1 of PILAF).
+        meta: numbers worth keeping, e.g. ``{"delta": r_theta(a) - r_theta(b)}``; JSON scalars only.
+    """
+
+    prompt: Prompt
+    a: Response
+    b: Response
+    branch: str = "base"
+    weight: float = 1.0
+    passes: float = 2.0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def swap(self) -> Comparison:
+        """The same comparison with the two responses exchanged; ``delta`` in ``meta`` changes its sign."""
+        meta = dict(self.meta)
+        if "delta" in meta:
+            meta["delta"] = -meta["delta"]
+        return replace(self, a=self.b, b=self.a, meta=meta)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A verdict on a comparison.
+
+    Args:
+        probability: P(a preferred) in [0, 1]; None unless ``status`` is ``"ok"``. A failed label is never a tie.
+        status: ``"ok"``, or why there is no verdict.
+        cost: price of the label in the labeler's own unit (1 per human or oracle label, money for a server).
+        meta: what else is worth keeping, e.g. ``{"reward_a": 0.3, "reward_b": -0.1}``; JSON scalars only.
+    """
+
+    probability: float | None
+    status: LabelStatus = "ok"
+    cost: float = 1.0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.status == "ok") != (self.probability is not None):
+            raise ValueError(f"a label has a probability if and only if its status is 'ok'; got {self.status!r}, {self.probability}")
+        if self.probability is not None and not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"P(a preferred) must lie in [0, 1]; got {self.probability}")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A labelled comparison: what the losses see.
+
+    Args:
+        comparison: the pair.
+        label: its label, with status ``"ok"``.
+        round: the round in which it was drawn, from 0.
+    """
+
+    comparison: Comparison
+    label: Label
+    round: int = 0
+
+    @property
+    def probability(self) -> float:
+        """P(a preferred) in [0, 1]."""
+        assert self.label.probability is not None
+        return self.label.probability
