@@ -1,1 +1,44 @@
-""" """
+"""Losses: pure functions of log-probabilities, and thin classes so that YAML can name them."""
+
+from __future__ import annotations
+
+from lightning_rlhf.losses.base import (
+    AbstractPreferenceLoss,
+    CDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    PairLogps,
+    RobustLoss,
+    SigmoidLoss,
+    XPOLoss,
+)
+from lightning_rlhf.losses.preference import (
+    cdpo_loss,
+    hinge_loss,
+    implicit_rewards,
+    ipo_loss,
+    reward_accuracy,
+    robust_loss,
+    sigmoid_loss,
+    xpo_bonus,
+)
+
+
+__all__ = [
+    "AbstractPreferenceLoss",
+    "CDPOLoss",
+    "HingeLoss",
+    "IPOLoss",
+    "PairLogps",
+    "RobustLoss",
+    "SigmoidLoss",
+    "XPOLoss",
+    "cdpo_loss",
+    "hinge_loss",
+    "implicit_rewards",
+    "ipo_loss",
+    "reward_accuracy",
+    "robust_loss",
+    "sigmoid_loss",
+    "xpo_bonus",
+]

@@ -1,0 +1,171 @@
+"""Our losses, fed with log-probabilities of a plain forward pass, against TRL's DPOTrainer on the same batch.
+
+TRL's conventions, as of version 1: ``ipo`` divides each log-ratio by the length of its response (our default);
+``robust`` reads ``label_smoothing``, ``sigmoid`` does not, and the smoothed loss (cDPO) survives only inside ``aot``,
+which equals it on a batch of one pair; ``hinge`` is normalised by the reference. TRL appends EOS to completions and
+counts it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_rlhf.losses import (
+    AbstractPreferenceLoss,
+    CDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    PairLogps,
+    RobustLoss,
+    SigmoidLoss,
+    implicit_rewards,
+    reward_accuracy,
+)
+
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+BETA = 0.3
+ROWS = [
+    {"prompt": "a b", "chosen": " c d e f", "rejected": " g"},
+    {"prompt": "h", "chosen": " a", "rejected": " b c d"},
+    {"prompt": "c c c", "chosen": " d h", "rejected": " e f"},
+]
+
+
+def tokenizer() -> Any:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefgh"])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def model(seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.7,  # far from uniform, so that policy and reference differ by nats
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def trainer_and_batch(folder: Path, rows: list[dict[str, str]], **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    args = trl.DPOConfig(
+        output_dir=str(folder),
+        beta=BETA,
+        per_device_train_batch_size=len(rows),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_dropout=True,
+        **options,
+    )
+    trainer = trl.DPOTrainer(
+        model=model(0),
+        ref_model=model(1),
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    return trainer, next(iter(trainer.get_train_dataloader()))
+
+
+def summed_logps(network: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of completions by a plain forward pass, chosen rows first; shape [2 * pairs]."""
+    logits = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    tokens = batch["input_ids"][:, 1:]
+    logps = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return (logps * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def our_pairs(trainer: Any, batch: dict[str, Tensor]) -> PairLogps:
+    policy_chosen, policy_rejected = summed_logps(trainer.model, batch).chunk(2)
+    with torch.no_grad():
+        reference_chosen, reference_rejected = summed_logps(trainer.ref_model, batch).chunk(2)
+    chosen_length, rejected_length = batch["completion_mask"].sum(1).chunk(2)
+    no = torch.zeros_like(chosen_length, dtype=torch.bool)
+    one = torch.ones_like(policy_chosen)
+    return PairLogps(
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+        chosen_from_reference=no,
+        rejected_from_reference=no,
+        label=one.detach(),
+        weight=one.detach(),
+    )
+
+
+def gradients_of(network: Any, loss: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in network.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing", "loss"),
+    [
+        ("sigmoid", 0.0, SigmoidLoss()),
+        ("robust", 0.2, RobustLoss(0.2)),
+        ("ipo", 0.0, IPOLoss()),
+        ("hinge", 0.0, HingeLoss()),
+    ],
+)
+def test_loss_and_gradients_equal_those_of_trl(
+    loss_type: str, smoothing: float, loss: AbstractPreferenceLoss, tmp_path: Path
+) -> None:
+    trainer, batch = trainer_and_batch(tmp_path, ROWS, loss_type=[loss_type], label_smoothing=smoothing)
+    theirs = trainer.compute_loss(trainer.model, batch)
+    pairs = our_pairs(trainer, batch)
+    ours = loss(pairs, BETA).mean()
+    assert sorted((pairs.chosen_length - pairs.rejected_length).tolist()) == [-2, 0, 3]  # lengths matter in this batch
+    assert pairs.margin().abs().min() > 0.1
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-6)
+
+    expected, got = gradients_of(trainer.model, theirs), gradients_of(trainer.model, ours)
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_smoothed_labels_equal_trl_on_single_pairs(tmp_path: Path) -> None:
+    for i, row in enumerate(ROWS):
+        trainer, batch = trainer_and_batch(tmp_path / str(i), [row], loss_type=["aot"], label_smoothing=0.2)
+        theirs = trainer.compute_loss(trainer.model, batch)
+        ours = CDPOLoss(0.2)(our_pairs(trainer, batch), BETA).mean()
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_and_accuracy_equal_those_trl_logs(tmp_path: Path) -> None:
+    trainer, batch = trainer_and_batch(tmp_path, ROWS, loss_type=["sigmoid"])
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    pairs = our_pairs(trainer, batch)
+    chosen = implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, BETA)
+    rejected = implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, BETA)
+    assert chosen.mean().item() == pytest.approx(logged["rewards/chosen"], rel=1e-5)
+    assert rejected.mean().item() == pytest.approx(logged["rewards/rejected"], rel=1e-5)
+    assert (BETA * pairs.margin()).mean().item() == pytest.approx(logged["rewards/margins"], rel=1e-5)
+    assert reward_accuracy(pairs.margin(), pairs.label).mean().item() == pytest.approx(logged["rewards/accuracies"])
