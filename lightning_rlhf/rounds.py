@@ -1,0 +1,195 @@
+"""One round of preference collection: sample, store, label, store; every chunk is durable before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+
+from lightning_rlhf import ranks
+from lightning_rlhf.generation.engine import DecodeEngine, score_responses
+from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.types import Comparison, Preference, Prompt
+
+
+@dataclass
+class Round:
+    """What one pass of the on-epoch hook brought.
+
+    Args:
+        index: number of the round, from 0.
+        preferences: the labelled comparisons, in prompt order.
+        failed: comparisons without a label, by the status of their last attempt.
+        sampling_seconds: wall time spent on drawing responses in this process.
+        labelling_seconds: wall time spent on labels in this process.
+        labels_bought: labels paid for in this process; those read back from the ledger are not counted.
+    """
+
+    index: int
+    preferences: list[Preference]
+    failed: dict[str, int] = field(default_factory=dict)
+    sampling_seconds: float = 0.0
+    labelling_seconds: float = 0.0
+    labels_bought: int = 0
+
+
+class RoundCollector:
+    """Draws rounds and buys their labels, through the ledger.
+
+    Whatever a killed run left of a round is taken from the ledger; only what is missing is drawn and labelled.
+
+    Args:
+        store: the ledger; None on ranks other than zero.
+        sampler: draws pairs.
+        labeler: labels them, on rank zero.
+        key: key of the run; rounds and purposes are folded in.
+        label_attempts: times that a comparison is shown to the labeler until it is given up, >= 1.
+        progress: makes a progress bar: ``progress(description, total)`` is a context that yields ``advance(count)``.
+    """
+
+    def __init__(
+        self,
+        store: PreferenceStore | None,
+        sampler: AbstractPairSampler,
+        labeler: AbstractLabeler,
+        key: Key,
+        *,
+        label_attempts: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        self.store, self.sampler, self.labeler, self.key = store, sampler, labeler, key
+        self.label_attempts = label_attempts
+        self.progress: Progress = progress or _silent
+
+    def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
+        """Bring round ``index`` to its end.
+
+        Args:
+            index: number of the round.
+            prompts: prompts of the round, in order.
+            engine: decodes; None if the sampler needs none and the pairs bring their reference log-probabilities.
+            chunk: prompts that are drawn, stored and labelled together, >= 1.
+        """
+        result = Round(index, [])
+        start = time.perf_counter()
+        self.sample(index, prompts, engine, chunk)
+        result.sampling_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        if self.store is not None:
+            result.labels_bought = self._label(index, chunk)
+        result.labelling_seconds = time.perf_counter() - start
+        result.preferences, result.failed = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
+        return result
+
+    def sample(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> None:
+        """Draw the comparisons of a round that the ledger does not hold yet."""
+        held = set(ranks.from_rank_zero(None if self.store is None else self.store.positions(index)))
+        missing = [position for position in range(len(prompts)) if position not in held]
+        if not missing:
+            return
+        key = self.key.fold(_SAMPLING, index)
+        with self.progress(f"round {index}: sampling", len(missing)) as advance:
+            for start in range(0, len(missing), chunk):
+                positions = missing[start : start + chunk]
+                mine = [prompts[position] for position in positions[ranks.rank() :: ranks.world_size()]]
+                drawn = list(self.sampler.sample(mine, engine, key)) if mine else []  # type: ignore[arg-type]
+                if len(drawn) != len(mine):
+                    raise ValueError(
+                        f"{type(self.sampler).__name__}.sample returned {len(drawn)} comparisons for {len(mine)} "
+                        f"prompts; return one per prompt, in order"
+                    )
+                if engine is not None:
+                    drawn = with_reference_logps(drawn, engine)
+                everyone = ranks.interleave(drawn)
+                if self.store is not None:
+                    self.store.add_comparisons(index, everyone, positions)
+                advance(len(positions))
+
+    def _label(self, index: int, chunk: int) -> int:
+        """Buy the labels that are missing, chunk by chunk; returns how many."""
+        assert self.store is not None
+        bought = 0
+        key = self.key.fold(_LABELLING, index)
+        for attempt in range(self.label_attempts):
+            open_ = [(id_, comparison) for id_, comparison, label in self.store.comparisons(index) if label is None]
+            if attempt == 0:
+                # a comparison that used up its attempts before a restart is not asked for again
+                attempts = self.store.attempts(index)
+                open_ = [(id_, c) for id_, c in open_ if attempts.get(id_, 0) < self.label_attempts]
+            if not open_:
+                break
+            with self.progress(f"round {index}: labelling", len(open_)) as advance:
+                for start in range(0, len(open_), chunk):
+                    part = open_[start : start + chunk]
+                    labels = list(self.labeler.label([comparison for _, comparison in part], key.fold(attempt)))
+                    if len(labels) != len(part):
+                        raise ValueError(
+                            f"{type(self.labeler).__name__}.label returned {len(labels)} labels for {len(part)} "
+                            f"comparisons; return one per comparison, in order"
+                        )
+                    self.store.add_labels([id_ for id_, _ in part], labels)
+                    bought += sum(label.status == "ok" for label in labels)
+                    advance(len(part))
+        return bought
+
+    def _read(self, index: int) -> tuple[list[Preference], dict[str, int]]:
+        assert self.store is not None
+        rows = self.store.comparisons(index)
+        preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
+        return preferences, self.store.failed(index)
+
+
+def with_reference_logps(comparisons: Sequence[Comparison], engine: DecodeEngine) -> list[Comparison]:
+    """Give every response its reference log-probabilities, by one forward pass where the sampler left none.
+
+    A training step then runs no reference. The version of the reference is kept in ``meta``, so that log-probabilities
+    under a reference that has moved since are recognised.
+    """
+    reference = engine.reference
+    if reference is None:
+        return list(comparisons)
+    responses = [r for c in comparisons for r in (c.a, c.b)]
+    prompts = [c.prompt for c in comparisons for _ in range(2)]
+    missing = [i for i, response in enumerate(responses) if response.reference_logps is None]
+    if missing:
+        with reference.active() as model:
+            scored = score_responses(
+                model, [prompts[i] for i in missing], [responses[i] for i in missing], engine.tokens_per_batch
+            )
+        for i, logps in zip(missing, scored, strict=True):
+            responses[i] = replace(responses[i], reference_logps=logps)
+    return [
+        replace(c, a=responses[2 * i], b=responses[2 * i + 1], meta={**c.meta, "reference_version": reference.version})
+        for i, c in enumerate(comparisons)
+    ]
+
+
+def refreshed(preferences: Sequence[Preference], engine: DecodeEngine) -> list[Preference]:
+    """Recompute reference log-probabilities that were taken under an older reference."""
+    version = engine.reference.version if engine.reference is not None else 0
+    stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
+    if not stale:
+        return list(preferences)
+    bare = [
+        replace(c, a=replace(c.a, reference_logps=None), b=replace(c.b, reference_logps=None))
+        for c in (p.comparison for p in stale)
+    ]
+    fresh = {id(p): replace(p, comparison=c) for p, c in zip(stale, with_reference_logps(bare, engine), strict=True)}
+    return [fresh.get(id(p), p) for p in preferences]
+
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def _silent(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    del description, total
+    yield lambda count: None
+
+
+# key paths below the run seed
+_SAMPLING, _LABELLING = 1, 2

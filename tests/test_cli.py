@@ -1,0 +1,227 @@
+"""The command line: shipped configs, plug-ins from a user's file, one switch per idea, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_rlhf.cli import config_names, find_config, main
+
+
+# what makes a shipped config fit in seconds on a random model
+SMALL = [
+    *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=2", "--trainer.precision=32-true"),
+    *("--trainer.enable_progress_bar=false", "--trainer.strategy=auto", "--trainer.check_val_every_n_epoch=1"),
+    *("--data.pairs_per_batch=2", "--data.decoding.max_new_tokens=4"),
+]
+ONLINE = [*SMALL, "--data.prompts_per_round=2", "--data.prompts.limit=6", "--data.heldout.limit=3"]
+RUNNABLE = ["dpo_iterative", "dpo_online", "quickstart"]
+
+
+def fit(*args: str) -> None:
+    main(["fit", *args])
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of a user, from which her files are found as with ``python -m``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, dict[str, object]]:
+    """What ``fit --print_config`` shows."""
+    with pytest.raises(SystemExit) as stop:
+        fit(*args, "--print_config")
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_every_config_starts_with_its_command() -> None:
+    for name in config_names():
+        first = find_config(name).read_text().splitlines()[0]
+        assert first.startswith("# lightning-rlhf ") or name == "base", f"{name}: {first}"
+
+
+@pytest.mark.parametrize("config", RUNNABLE)
+def test_shipped_configs_fit_two_steps(in_folder: Path, tiny_policy: Path, config: str) -> None:
+    fit("--config", config, f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run")
+    assert json.loads((in_folder / "run" / "summary.json").read_text())["labels"] >= 4
+    assert (in_folder / "run" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(in_folder / "run" / "model")
+    AutoTokenizer.from_pretrained(in_folder / "run" / "model")
+    assert list((in_folder / "run").rglob("metrics.csv"))
+    assert list((in_folder / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("overlay", [n for n in config_names() if n.startswith("sampler/")] + ["trainer/cpu", "debug"])
+def test_shipped_overlays_fit_two_steps(in_folder: Path, tiny_policy: Path, overlay: str) -> None:
+    del in_folder
+    fit("--config", "dpo_online", "--config", overlay, f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run")
+
+
+def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> None:
+    rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
+    (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fit("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl", *SMALL, "--run_dir=run")
+    assert json.loads((in_folder / "run" / "summary.json").read_text())["labels"] == 6
+
+
+@pytest.mark.parametrize("overlay", ["trainer/gpu", "trainer/ddp"])
+def test_machine_overlays_parse(capsys: pytest.CaptureFixture[str], overlay: str) -> None:
+    config = printed(capsys, "--config", "dpo_online", "--config", overlay, "--model.policy=x")
+    assert config["trainer"]["accelerator"] in ("gpu", "auto")
+
+
+def test_one_switch_per_idea(in_folder: Path, tiny_policy: Path) -> None:
+    fit(
+        *("--config", "quickstart", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
+        *("--data.sampler=BestOfNSampler", "--data.sampler.n=3", "--model.loss=IPOLoss"),
+    )
+    config = yaml.safe_load(next((in_folder / "run").rglob("config.yaml")).read_text())
+    assert config["data"]["init_args"]["sampler"]["init_args"]["n"] == 3
+    assert config["model"]["init_args"]["loss"]["class_path"] == "lightning_rlhf.losses.IPOLoss"
+
+
+def test_interpolation_follows_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_folder / "mine.yaml").write_text(
+        "data: {class_path: lightning_rlhf.datamodule.PreferenceDataModule, init_args: "
+        "{sampler: {class_path: PILAFSampler, init_args: {tilt: '${model.init_args.beta}'}}}}"
+    )
+    config = printed(capsys, *("--config", "dpo_online", "--config", "mine.yaml", "--model.policy=x", "--model.beta=0.3"))
+    assert config["data"]["init_args"]["sampler"]["init_args"]["tilt"] == 0.3
+
+
+def test_changing_the_sampler_leaves_no_argument_of_the_old_one(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed(
+        capsys, *("--config", "dpo_online", "--config", "sampler/best_of_n", "--data.sampler=VanillaSampler", "--model.policy=x")
+    )
+    assert config["data"]["init_args"]["sampler"].get("init_args", {}) == {}
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    "options", [["--data.sampler=custom_sampler.{}"], ["--data.labeler.reward=custom_reward.{}"]], ids=["sampler", "reward"]
+)
+def test_the_examples_plug_in_by_class_path(
+    in_folder: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = options[0].split("=")[1].split(".")[0]
+    source = (EXAMPLES / f"{module}.py").read_text()
+    name = next(line.split()[1].split("(")[0] for line in source.splitlines() if line.startswith("class "))
+    fit("--config", "quickstart", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run", options[0].format(name))
+    config = yaml.safe_load(next((in_folder / "run").rglob("config.yaml")).read_text())
+    assert f"{module}.{name}" in json.dumps(config)
+
+
+def test_sample_draws_without_labels(in_folder: Path, tiny_policy: Path) -> None:
+    options = [o for o in ONLINE if "max_steps" not in o]
+    main(["sample", "--config", "dpo_online", f"--model.policy={tiny_policy}", *options, "--run_dir=run", "--out=pairs.jsonl"])
+    rows = [json.loads(line) for line in (in_folder / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert {"prompt", "response_a", "response_b", "branch"} <= rows[0].keys()
+
+
+def test_a_run_is_exported_as_rows_that_load_again(in_folder: Path, tiny_policy: Path) -> None:
+    fit("--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run")
+    main(["export", "--ledger=run/ledger.sqlite", "--out=rows.jsonl"])
+    fit("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl", *SMALL, "--run_dir=again")
+    assert (in_folder / "again" / "summary.json").exists()
+
+
+def test_validate_reports_reward_kl_and_j(
+    in_folder: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del in_folder
+    options = [o for o in ONLINE if "max_steps" not in o]
+    main(["validate", "--config", "dpo_online", f"--model.policy={tiny_policy}", *options, "--run_dir=run"])
+    out = capsys.readouterr().out
+    assert "val/reward" in out
+    assert "val/objective/kl" in out
+    assert "val/objective/j" in out
+
+
+REWARDS = """
+import torch
+from lightning_rlhf.rewards import AbstractReward, RewardOutput
+
+class NaN(AbstractReward):
+    def score(self, prompts, responses):
+        return RewardOutput(torch.tensor([float("nan")] * len(responses)))
+
+class Short(AbstractReward):
+    def score(self, prompts, responses):
+        return RewardOutput(torch.zeros(len(responses) - 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.betta=0.2"], "betta"),
+        (["--data.sampler=NoSuchSampler"], "NoSuchSampler"),
+        (["--config=no_such_config"], "no config 'no_such_config'"),
+        (["--data.pairs_per_batch=0"], "data.pairs_per_batch must be at least 1"),
+        (["--model.beta=-1"], "beta and learning_rate must be > 0"),
+    ],
+)
+def test_bad_options_are_one_clear_error(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        fit("--config", "dpo_online", "--model.policy=x", *options)
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.parametrize(("reward", "message"), [("NaN", "returned nan for prompt"), ("Short", "returned a mean of shape")])
+def test_a_reward_that_misbehaves_is_named(in_folder: Path, tiny_policy: Path, reward: str, message: str) -> None:
+    (in_folder / "bad_rewards.py").write_text(REWARDS)
+    sys.modules.pop("bad_rewards", None)
+    with pytest.raises(ValueError, match=message):
+        fit(
+            *("--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
+            f"--data.labeler.reward=bad_rewards.{reward}",
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("", [], "rows.jsonl"),
+        ('{"question": "x"}\n', [], "question"),
+        ('{"prompt": "x", "chosen": "a", "rejected": 3}\n', [], "row 1.*rejected"),
+        ('{"prompt": "%s", "chosen": "a", "rejected": "b"}\n' % ("x" * 300), ["--data.on_long_prompt=error"], "row 1.*tokens"),
+    ],
+    ids=["empty data set", "missing column", "wrong type", "prompt longer than the window"],
+)
+def test_bad_rows_stop_before_a_model_is_loaded(
+    in_folder: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, content: str, options: list[str], message: str
+) -> None:
+    (in_folder / "rows.jsonl").write_text(content)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lightning_rlhf.modules.dpo.load_policy", fail)
+    with pytest.raises(ValueError, match=message):
+        fit(
+            *("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl"),
+            *(*SMALL, "--run_dir=run", *options),
+        )
+
+
+def test_another_configuration_in_the_same_folder_is_refused(in_folder: Path, tiny_policy: Path) -> None:
+    del in_folder
+    command = ["--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"]
+    fit(*command)
+    with pytest.raises(ValueError, match=r"model\.init_args\.beta"):
+        fit(*command, "--model.beta=0.2")
