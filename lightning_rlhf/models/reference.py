@@ -1,0 +1,320 @@
+"""Frozen references: the base under the adapter, a snapshot of the adapter, or a copy of the whole policy.
+
+A reference is a plain object, no ``nn.Module``: a LightningModule may keep it as an attribute, and it enters neither
+the parameters nor the checkpoint's ``state_dict``. Its log-probabilities are taken inside ``with reference.active()``.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+ReferenceRule: TypeAlias = Literal["fixed", "previous", "ema"]
+Policy: TypeAlias = PreTrainedModel | PeftModel
+
+
+class AbstractReference(ABC):
+    """The model that log pi_ref is taken from.
+
+    Attributes:
+        version: how often the reference has moved; log-probabilities taken under another version are stale.
+    """
+
+    version: int = 0
+
+    @abstractmethod
+    def active(self) -> AbstractContextManager[PreTrainedModel]:
+        """Give the causal LM that computes the reference, in eval mode and without gradients, for the duration.
+
+        Where the reference shares its weights with the policy, the policy *is* the reference inside: do not use it.
+        Leaving, also by an exception, restores the policy bit by bit. Contexts may nest.
+        """
+
+    @abstractmethod
+    def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
+        """Move the reference and count the move in ``version``.
+
+        Args:
+            policy: the policy the reference was built from, with its present weights.
+            rule: ``previous`` copies the policy; ``ema`` keeps ``decay`` of the reference and takes the rest from the
+                policy.
+            decay: share of the old reference under ``ema``, in [0, 1].
+
+        Raises:
+            ValueError: if the rule is ``fixed``, or this kind of reference cannot move.
+        """
+
+    def to(self, device: torch.device | str) -> None:
+        """Move weights of the reference's own to a device; those shared with the policy stay where they are."""
+        del device
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beyond the initial policy: ``version``, and ``weights`` by name, on the CPU."""
+        return {"version": self.version, "weights": {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, on a reference built from the same initial policy."""
+        self.version = int(state["version"])
+
+
+class AdapterOffReference(AbstractReference):
+    """The model under the adapter: the initial policy of a LoRA run, at no memory.
+
+    Sets the flags that ``peft.disable_adapter`` sets, on layers collected once: walking the modules anew takes peft
+    milliseconds, and decoding changes between policy and reference at every token.
+
+    Args:
+        policy: the policy; its adapters must not be merged.
+    """
+
+    def __init__(self, policy: PeftModel) -> None:
+        self._model = _causal_lm(policy)
+        self._modules = list(policy.modules())
+        self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        if not self._layers:
+            raise ValueError(
+                f"{type(policy).__name__} has no adapter layers to switch off; build the policy with "
+                f"load_policy(lora=LoRA()), or use FrozenCopyReference"
+            )
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        if any(layer.merged_adapters for layer in self._layers):
+            # peft would unmerge on the way, which rounds the base weights
+            raise ValueError("the adapter is merged into the base weights; call policy.unmerge_adapter() first")
+        before = [layer._disable_adapters for layer in self._layers]
+        with _evaluating(self._modules):
+            try:
+                for layer in self._layers:
+                    layer._disable_adapters = True
+                yield self._model
+            finally:
+                for layer, flag in zip(self._layers, before, strict=True):
+                    layer._disable_adapters = flag
+
+    def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
+        raise ValueError(
+            f"the base model under an adapter cannot move, but the rule is {rule!r}; "
+            f"build the reference with build_reference(policy, {rule!r})"
+        )
+
+
+class AdapterSnapshotReference(AbstractReference):
+    """An earlier, or averaged, state of the adapter over the same base model.
+
+    Keeps a float32 copy of the trained tensors. `active` lets the policy's parameters point to the copy and back again:
+    nothing is copied, and a graph recorded before stays valid for its backward pass.
+
+    Args:
+        policy: the policy whose trainable parameters the reference follows.
+    """
+
+    def __init__(self, policy: PeftModel) -> None:
+        self._model = _causal_lm(policy)
+        self._modules = list(policy.modules())
+        # owners, not parameters: moving or casting a module may exchange its parameters
+        owners = {name: name.rpartition(".") for name in _trained(policy)}
+        self._slots = {name: (self._model.get_submodule(path), leaf) for name, (path, _, leaf) in owners.items()}
+        # float32 whatever the policy uses: in bfloat16 an average would not feel steps below 0.4 %
+        self._weights = _copies(_trained(policy), torch.float32)
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        parameters = [cast(nn.Parameter, module._parameters[name]) for module, name in self._slots.values()]
+        before = [(parameter, parameter.data) for parameter in parameters]
+        with _evaluating(self._modules):
+            try:
+                for (parameter, data), key in zip(before, self._slots, strict=True):
+                    if self._weights[key].device != data.device:
+                        self._weights[key] = self._weights[key].to(data.device)
+                    parameter.data = self._weights[key].to(data.dtype)
+                yield self._model
+            finally:
+                for parameter, data in before:
+                    parameter.data = data
+
+    def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
+        _move(self._weights, _trained(policy), rule, decay)
+        self.version += 1
+
+    def to(self, device: torch.device | str) -> None:
+        self._weights = {name: tensor.to(device) for name, tensor in self._weights.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": self.version, "weights": _copies(self._weights, device="cpu")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _load(self._weights, state["weights"])
+        super().load_state_dict(state)
+
+
+class FrozenCopyReference(AbstractReference):
+    """A copy of the whole policy, for full fine-tuning.
+
+    Args:
+        policy: the policy to copy; the copy is in eval mode and takes no gradients.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        with torch.inference_mode(False):
+            self._model = _causal_lm(copy.deepcopy(policy)).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        # the average at full precision, where the model itself has less
+        self._average: dict[str, Tensor] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        with torch.no_grad():
+            yield self._model
+
+    def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
+        weights = dict(self._model.named_parameters())
+        source = dict(_causal_lm(policy).named_parameters())
+        low = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point() and tensor.itemsize < 4}
+        if rule == "ema" and low:
+            self._average = self._average or _copies(low, torch.float32)
+        else:
+            self._average = {}
+        _move({**weights, **self._average}, source, rule, decay)
+        _assign(weights, self._average)
+        self.version += 1
+
+    def to(self, device: torch.device | str) -> None:
+        self._model.to(device)
+        self._average = {name: tensor.to(device) for name, tensor in self._average.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        # a reference that has not moved is the initial policy, which the run loads anyway
+        weights = {**dict(self._model.named_parameters()), **self._average} if self.version else {}
+        return {"version": self.version, "weights": _copies(weights, device="cpu")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["version"]:
+            weights = dict(self._model.named_parameters())
+            _load(weights, state["weights"])
+            self._average = {
+                name: tensor.to(weights[name].device, copy=True)
+                for name, tensor in state["weights"].items()
+                if tensor.dtype != weights[name].dtype
+            }
+        super().load_state_dict(state)
+
+
+def build_reference(policy: Policy, rule: ReferenceRule) -> AbstractReference:
+    """Build the reference of a policy as it is now.
+
+    Args:
+        policy: the initial policy. A LoRA policy shares its base model with the reference; any other is copied.
+        rule: ``fixed`` stays with the initial policy; ``previous`` and ``ema`` move when `AbstractReference.update` is
+            called.
+
+    Raises:
+        ValueError: if the rule is unknown.
+    """
+    if rule not in ("fixed", "previous", "ema"):
+        raise ValueError(f"the reference rule must be 'fixed', 'previous' or 'ema'; got {rule!r}")
+    if not isinstance(policy, PeftModel):
+        return FrozenCopyReference(policy)
+    return AdapterOffReference(policy) if rule == "fixed" else AdapterSnapshotReference(policy)
+
+
+def _causal_lm(policy: Policy) -> PreTrainedModel:
+    """The transformers model inside a peft model, or the model itself."""
+    return cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
+
+
+def _trained(policy: Policy) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by their name in the transformers model."""
+    return {name: p for name, p in _causal_lm(policy).named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Put modules in eval mode, without gradients, and restore the mode of each one afterwards."""
+    # straight into __dict__: train() walks the tree and setattr searches parameters, both at every token
+    training = [module for module in modules if module.__dict__["training"]]
+    with torch.no_grad():
+        try:
+            for module in training:
+                module.__dict__["training"] = False
+            yield
+        finally:
+            for module in training:
+                module.__dict__["training"] = True
+
+
+def _copies(
+    tensors: dict[str, Any], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Detached copies that share no memory; ordinary tensors even when called under inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in tensors.items():
+            _refuse_sharded(name, tensor)
+        return {
+            name: t.detach().to(device=device or t.device, dtype=dtype or t.dtype, copy=True)
+            for name, t in tensors.items()
+        }
+
+
+def _move(target: dict[str, Any], source: dict[str, Any], rule: ReferenceRule, decay: float) -> None:
+    """Replace ``target`` by ``source``, or average the two, in place."""
+    if rule not in ("previous", "ema"):
+        raise ValueError(f"a reference moves by the rule 'previous' or 'ema'; got {rule!r}")
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay must lie in [0, 1]; got {decay}")
+    _check_same(target, source, "the policy")
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in target.items():
+            _refuse_sharded(name, source[name])
+            new = source[name].detach().to(tensor)
+            if rule == "ema" and tensor.is_floating_point():
+                tensor.lerp_(new, 1.0 - decay)
+            else:
+                tensor.copy_(new)
+
+
+def _load(target: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into ``target``."""
+    _check_same(target, state, "the checkpoint")
+    _assign(target, state)
+
+
+def _assign(target: dict[str, Any], source: dict[str, Tensor]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in source.items():
+            target[name].copy_(tensor)
+
+
+def _check_same(target: dict[str, Any], source: dict[str, Any], origin: str) -> None:
+    """Raise unless both hold the same names with the same shapes."""
+    if target.keys() != source.keys():
+        odd = sorted(target.keys() ^ source.keys())
+        raise ValueError(
+            f"{origin} and the reference have different tensors ({len(odd)}, e.g. {odd[0]!r}); "
+            f"both must come from the same model with the same LoRA settings"
+        )
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(source[name].shape)} in {origin} and {tuple(tensor.shape)} in the "
+                f"reference; both must come from the same model with the same LoRA settings"
+            )
+
+
+def _refuse_sharded(name: str, tensor: Any) -> None:
+    if isinstance(tensor, DTensor):
+        raise ValueError(
+            f"{name!r} is sharded, and a moving reference copies whole tensors; "
+            f"use the rule 'fixed' and build the reference before sharding, or train with DDP"
+        )
