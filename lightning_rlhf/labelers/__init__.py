@@ -1,1 +1,8 @@
-""" """
+"""Labelers: comparison -> label, P(first response preferred). A plug-in folder: subclass `AbstractLabeler`."""
+
+from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.recorded import RecordedLabeler
+from lightning_rlhf.labelers.reward import RewardLabeler
+
+
+__all__ = ["AbstractLabeler", "RecordedLabeler", "RewardLabeler"]

@@ -1,1 +1,7 @@
-""" """
+"""Rewards: (prompt, response) -> how good the response is. A plug-in folder: subclass `AbstractReward`."""
+
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_score
+from lightning_rlhf.rewards.lexicon import LexiconReward
+
+
+__all__ = ["AbstractReward", "LexiconReward", "RewardOutput", "checked_score"]

@@ -1,0 +1,26 @@
+"""Callbacks: what a run reports, writes and stops for. Import them as `lightning_rlhf.callbacks`.
+
+They read what the module returns from its steps and what the DataModule says of its round, under fixed names; none of
+them changes training, but for `LabelBudget`, which ends it.
+"""
+
+from lightning_rlhf.callbacks.budget import LabelBudget
+from lightning_rlhf.callbacks.completions import CompletionsTable
+from lightning_rlhf.callbacks.export import HFExport
+from lightning_rlhf.callbacks.frontier import FrontierPlot
+from lightning_rlhf.callbacks.kl import KLMonitor
+from lightning_rlhf.callbacks.reward import RewardMonitor
+from lightning_rlhf.callbacks.summary import Summary
+from lightning_rlhf.callbacks.throughput import Throughput
+
+
+__all__ = [
+    "CompletionsTable",
+    "FrontierPlot",
+    "HFExport",
+    "KLMonitor",
+    "LabelBudget",
+    "RewardMonitor",
+    "Summary",
+    "Throughput",
+]

@@ -1,0 +1,107 @@
+"""What the callbacks may ask of the run: the DataModule's round and ledger, and how ranks hand each other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from lightning_rlhf.types import Preference
+
+
+Row = TypeVar("Row")
+
+
+class Round(Protocol):
+    """One round of the DataModule: what was drawn and labelled together."""
+
+    index: int
+    preferences: Sequence[Preference]
+    failed: Mapping[str, int]
+    sampling_seconds: float
+    labelling_seconds: float
+    labels_bought: int
+
+
+class PreferenceSource(Protocol):
+    """The part of the preference DataModule that callbacks read."""
+
+    round: Round | None
+    num_labels: int
+    label_budget: int | None
+    passes_per_pair: float
+
+
+def preference_source(trainer: Trainer) -> PreferenceSource:
+    """The DataModule of the run.
+
+    Raises:
+        ValueError: if the run has none, as after ``trainer.fit(module, dataloader)``.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is None:
+        raise ValueError(
+            "this callback reads the round and the ledger of the preference DataModule, but the Trainer was given "
+            "plain dataloaders; call trainer.fit(module, datamodule=...)"
+        )
+    return cast(PreferenceSource, datamodule)
+
+
+def beta(pl_module: LightningModule) -> float:
+    """The strength of the pull towards the reference, > 0."""
+    return float(cast(Any, pl_module).beta)
+
+
+def gather_rows(trainer: Trainer, rows: list[Row]) -> list[Row]:
+    """The rows of all ranks, in rank order; every rank must call this, and every rank gets all rows."""
+    if trainer.world_size == 1:
+        return rows
+    parts: list[list[Row] | None] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in cast(list[Row], part)]
+
+
+def sum_over_ranks(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
+    """Add up numbers over ranks, all in one reduction; every rank must call this."""
+    if trainer.world_size == 1:
+        return dict(values)
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
+    return dict(zip(values, cast(torch.Tensor, trainer.strategy.reduce(total, reduce_op="sum")).tolist(), strict=True))
+
+
+def root(trainer: Trainer) -> Path:
+    """The folder of the run, made if need be."""
+    folder = Path(trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def show_image(trainer: Trainer, key: str, path: Path) -> None:
+    """Show a PNG in the loggers that can; call it on rank zero. The CSV logger has the file itself."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            from matplotlib.image import imread  # Only runs that draw need matplotlib.
+
+            logger.experiment.add_image(key, imread(path), trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(key, [str(path)], step=trainer.global_step)
+
+
+def show_table(trainer: Trainer, key: str, columns: list[str], rows: list[list[Any]], markdown: str) -> None:
+    """Show a table in the loggers that can; call it on rank zero. The CSV logger has the file itself."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(key, markdown, trainer.global_step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_table(key, columns, rows, step=trainer.global_step)
+
+
+def log_known(pl_module: LightningModule, values: Mapping[str, float | None]) -> None:
+    """Log the figures that are known, once for the epoch, from a hook that runs on every rank with equal values."""
+    known = {name: value for name, value in values.items() if value is not None}
+    # The mean over ranks of equal values changes nothing; it tells Lightning that the ranks agree.
+    pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=pl_module.trainer.world_size > 1, batch_size=1)

@@ -1,0 +1,59 @@
+"""Labels cost money: stop when they are spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks._run import preference_source
+
+
+class LabelBudget(Callback):
+    """Stops the run when its labels are spent.
+
+    The DataModule cuts the last round to what is left, so never more than ``labels`` are bought; the run trains on that
+    round and stops at the end of its epoch. Only labels with a verdict count. A run that is resumed after its budget
+    was spent trains on nothing more; to go on, resume it with a larger budget.
+
+    Args:
+        labels: labels the run may buy in all, over all its restarts, >= 1.
+    """
+
+    def __init__(self, labels: int) -> None:
+        if labels < 1:
+            raise ValueError(f"LabelBudget needs at least one label; got labels={labels}")
+        self.labels = labels
+        self._epoch_done_at = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the DataModule the budget before it draws."""
+        if stage != "fit":
+            return
+        source = preference_source(trainer)
+        if source.label_budget not in (None, self.labels):
+            raise ValueError(
+                f"the DataModule has label_budget={source.label_budget} and the LabelBudget callback has "
+                f"labels={self.labels}; set the budget in one place"
+            )
+        source.label_budget = self.labels
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at once if the epoch before the restart had spent the budget."""
+        # Counted at the end of an epoch: a run that was cut off in the middle of its last round still finishes it.
+        if self._epoch_done_at >= self.labels:
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if the budget is spent."""
+        self._epoch_done_at = preference_source(trainer).num_labels
+        if self._epoch_done_at >= self.labels:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many labels had been bought when the last epoch ended."""
+        return {"epoch_done_at": self._epoch_done_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._epoch_done_at = state_dict["epoch_done_at"]

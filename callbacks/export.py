@@ -1,0 +1,28 @@
+"""The trained model as a folder that transformers opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks._run import root
+
+
+class HFExport(Callback):
+    """Writes the policy as a Hugging Face folder when the run ends.
+
+    It holds the tokenizer too; ``AutoModelForCausalLM.from_pretrained`` opens it (``PeftModel`` for a LoRA policy).
+
+    Args:
+        folder: where to write it, relative to ``trainer.default_root_dir``, or an absolute path.
+    """
+
+    def __init__(self, folder: str = "model") -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export; all ranks take part, since a sharded policy must be gathered, and rank zero writes."""
+        folder: Path = root(trainer) / self.folder
+        cast(Any, pl_module).save_pretrained(folder)

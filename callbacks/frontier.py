@@ -1,0 +1,67 @@
+"""The path of the run through the reward-KL plane, as a table and as a figure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
+from lightning_rlhf.callbacks._run import beta, preference_source, root, show_image
+from lightning_rlhf.evaluation.frontier import FrontierPoint, write_frontier
+from lightning_rlhf.evaluation.plots import plot_frontier
+
+
+class FrontierPlot(HeldOutCallback):
+    """Draws held-out reward against KL(policy || reference), one point per validation.
+
+    Writes ``frontier.csv`` (columns step, labels, reward, reward_stderr, kl, kl_stderr, j; KL in nats per sequence) and
+    ``frontier.png`` into ``trainer.default_root_dir`` after each validation of a fit, and shows the figure in
+    TensorBoard and W&B. The points live in the checkpoint, so that a resumed run continues its line; a step that is
+    validated again replaces its point. Validations without rewards or without log-probabilities give no point.
+
+    Args:
+        title: text above the figure.
+    """
+
+    def __init__(self, title: str = "Reward-KL frontier") -> None:
+        super().__init__()
+        self.title = title
+        self._points: dict[int, FrontierPoint] = {}
+
+    @property
+    def points(self) -> list[FrontierPoint]:
+        """The points so far, by step."""
+        return [self._points[step] for step in sorted(self._points)]
+
+    def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
+        """Add the point of this validation, and write table and figure."""
+        means = summarise(rows)
+        j = means.j(beta(pl_module))
+        if means.reward is None or means.kl is None or j is None:
+            return
+        self._points[trainer.global_step] = FrontierPoint(
+            step=trainer.global_step,
+            labels=preference_source(trainer).num_labels,
+            reward=means.reward,
+            reward_stderr=means.reward_stderr,
+            kl=means.kl,
+            kl_stderr=means.kl_stderr,
+            j=j,
+        )
+        # A validation outside fit is kept for the fit that may follow; alone it must not replace the files of a run.
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            folder = root(trainer)
+            write_frontier(self.points, folder / "frontier.csv")
+            plot_frontier(self.points, folder / "frontier.png", self.title)
+            show_image(trainer, "val/frontier", folder / "frontier.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points so far, as plain data."""
+        return {"points": [asdict(point) for point in self.points]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._points = {point["step"]: FrontierPoint(**point) for point in state_dict["points"]}

@@ -1,0 +1,91 @@
+"""What the policy earns, by its own implicit reward and by the oracle's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
+from lightning_rlhf.callbacks._run import Round, beta, log_known, preference_source, sum_over_ranks
+
+
+class RewardMonitor(HeldOutCallback):
+    """Logs implicit rewards while training, and the oracle's rewards of the policy's answers.
+
+    On each training step, as means over the pairs of the step on all ranks: ``train/rewards/chosen``,
+    ``train/rewards/rejected``, ``train/rewards/margins`` (implicit rewards, beta times log ratio),
+    ``train/rewards/accuracies`` (how often the implicit reward agrees with the label; a tie of either counts 0.5),
+    ``train/logps/chosen`` and ``train/logps/rejected`` (nats per answer). At the end of each epoch: ``train/reward``,
+    the mean oracle reward of the round's answers by the policy itself, where the labeler keeps rewards. On each
+    validation: ``val/reward`` and ``val/reward_stderr``, ``val/objective/j`` (mean reward - beta * KL, what RLHF
+    maximises), ``val/response_length`` (tokens) and ``val/eos_rate`` (share of answers that ended by themselves).
+
+    It writes to whatever loggers the Trainer has, and takes no arguments.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the implicit rewards of the step."""
+        sums = sum_over_ranks(trainer, implicit_reward_sums(outputs))
+        pairs = sums.pop("pairs")
+        values = {f"train/{name}": value / pairs for name, value in sums.items()}
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=int(pairs))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the oracle's mean reward of the round."""
+        drawn = preference_source(trainer).round
+        if drawn is not None:
+            log_known(pl_module, {"train/reward": round_reward(drawn)})
+
+    def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
+        """Log the held-out figures."""
+        means = summarise(rows)
+        values = {
+            "val/reward": means.reward,
+            "val/reward_stderr": means.reward_stderr,
+            "val/objective/j": means.j(beta(pl_module)),
+            "val/response_length": means.response_length,
+            "val/eos_rate": means.eos_rate,
+        }
+        log_known(pl_module, values)
+
+
+def agreement(margins: Tensor, label: Tensor) -> Tensor:
+    """How far implicit rewards and labels agree: 1, 0, or 0.5 where either calls a tie; shape [pairs].
+
+    Args:
+        margins: implicit reward of the chosen response less that of the rejected one; shape [pairs].
+        label: P(chosen preferred) in [0, 1]; shape [pairs].
+    """
+    return 0.5 + 0.5 * margins.sign() * (label - 0.5).sign()
+
+
+def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, float]:
+    """Sums over the pairs of a training step by the names they are logged under, and ``"pairs"``, their number."""
+    chosen, rejected, label = outputs["chosen_rewards"], outputs["rejected_rewards"], outputs["label"]
+    sums = {
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+        "rewards/accuracies": agreement(chosen - rejected, label).sum(),
+        "logps/chosen": outputs["chosen_logps"].sum(),
+        "logps/rejected": outputs["rejected_logps"].sum(),
+    }
+    # One transfer from the device for all of them.
+    values = torch.stack([value.detach().float() for value in sums.values()]).tolist()
+    return {**dict(zip(sums, values, strict=True)), "pairs": float(label.numel())}
+
+
+def round_reward(drawn: Round) -> float | None:
+    """Mean oracle reward of the round's answers by the policy; None if the labeler kept no rewards of them."""
+    rewards = [
+        float(preference.label.meta[name])
+        for preference in drawn.preferences
+        for name, response in (("reward_a", preference.comparison.a), ("reward_b", preference.comparison.b))
+        if response.source == "policy" and name in preference.label.meta
+    ]
+    return sum(rewards) / len(rewards) if rewards else None

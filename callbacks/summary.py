@@ -1,0 +1,155 @@
+"""The result of the run, in one line and in one file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutMeans, HeldOutRow, optional_mean, summarise
+from lightning_rlhf.callbacks._run import beta, preference_source, root
+
+
+RowKey = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is kept of one validation.
+
+    Args:
+        step: optimizer steps taken before it.
+        means: its means.
+        rewards: reward of each held-out answer, by row, for the paired difference.
+    """
+
+    step: int
+    means: HeldOutMeans
+    rewards: dict[RowKey, float]
+
+
+class Summary(HeldOutCallback):
+    """Prints the result of the run as its last line, and writes it to ``summary.json``.
+
+    The result: held-out mean reward before and after training with standard errors, the paired difference over the same
+    prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
+    nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds. The first
+    validation of the run counts as before, the latest as after; both live in the checkpoint, as do the seconds. Figures
+    that the run cannot know, such as rewards without a reward function, are left out of the line and null in the file.
+
+    It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
+    callback prints after it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: Validation | None = None
+        self._after: Validation | None = None
+        self._seconds_before = 0.0  # In earlier fits of the run.
+        self._started: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
+        """Keep the first and the latest validation."""
+        rewards = {row.key: row.reward for row in rows if row.reward is not None}
+        self._after = Validation(trainer.global_step, summarise(rows), rewards)
+        self._before = self._before or self._after
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print the result."""
+        self._seconds_before, self._started = self._seconds(), None
+        if not trainer.is_global_zero:
+            return
+        source = preference_source(trainer)
+        result = {
+            **result_of(self._before, self._after, beta(pl_module)),
+            "steps": trainer.global_step,
+            "labels": source.num_labels,
+            "passes_per_pair": source.passes_per_pair,
+            "seconds": self._seconds(),
+        }
+        (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(closing_line(result), flush=True)
+
+    def _seconds(self) -> float:
+        """Seconds spent in fit, restarts included."""
+        return self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both validations and the seconds so far, as plain data."""
+        return {
+            "before": None if self._before is None else asdict(self._before),
+            "after": None if self._after is None else asdict(self._after),
+            "seconds": self._seconds(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._before, self._after = (restored(state_dict[name]) for name in ("before", "after"))
+        self._seconds_before, self._started = state_dict["seconds"], None
+
+
+def restored(state: dict[str, Any] | None) -> Validation | None:
+    """A validation from its plain data."""
+    return None if state is None else Validation(state["step"], HeldOutMeans(**state["means"]), state["rewards"])
+
+
+def result_of(before: Validation | None, after: Validation | None, beta: float) -> dict[str, Any]:
+    """Compare two validations of a run; figures are None where they are unknown."""
+    early = {} if before is None else before.rewards
+    late = {} if after is None else after.rewards
+    differences = [late[key] - reward for key, reward in early.items() if key in late]
+    difference, difference_stderr = optional_mean(differences)
+    result: dict[str, Any] = {"beta": beta}
+    for name, validation in (("before", before), ("after", after)):
+        means = None if validation is None else validation.means
+        result |= {
+            f"step_{name}": None if validation is None else validation.step,
+            f"reward_{name}": None if means is None else means.reward,
+            f"reward_{name}_stderr": None if means is None else means.reward_stderr,
+            f"kl_{name}": None if means is None else means.kl,
+            f"kl_{name}_stderr": None if means is None else means.kl_stderr,
+            f"j_{name}": None if means is None else means.j(beta),
+        }
+    return {
+        **result,
+        "reward_difference": difference,
+        "reward_difference_stderr": difference_stderr,
+        "prompts": len(differences),
+    }
+
+
+def closing_line(result: Mapping[str, Any]) -> str:
+    """Put the result of a run into one line."""
+    parts = []
+    trained = result["step_before"] != result["step_after"]
+    if not trained and result["reward_after"] is not None:
+        reward = measured(result["reward_after"], result["reward_after_stderr"])
+        parts.append(f"held-out reward {reward} (validated once, at step {result['step_after']})")
+    elif result["reward_before"] is not None and result["reward_after"] is not None:
+        early = measured(result["reward_before"], result["reward_before_stderr"])
+        late = measured(result["reward_after"], result["reward_after_stderr"])
+        change = measured(result["reward_difference"], result["reward_difference_stderr"], sign="+")
+        parts.append(f"held-out reward {early} -> {late} ({change} paired)")
+    if result["kl_after"] is not None:
+        parts.append(f"KL {result['kl_after']:.2f} nats/sequence")
+    if trained and result["j_before"] is not None and result["j_after"] is not None:
+        parts.append(f"J {result['j_before']:.2f} -> {result['j_after']:.2f}")
+    parts += [
+        f"{result['labels']} labels",
+        f"{result['passes_per_pair']:.1f} passes per pair",
+        f"{result['seconds']:.0f} s",
+    ]
+    return ", ".join(parts)
+
+
+def measured(value: float, error: float | None, sign: str = "") -> str:
+    """Write a figure with its standard error, two decimals each."""
+    return f"{value:{sign}.2f}" + ("" if error is None else f" ± {error:.2f}")

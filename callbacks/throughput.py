@@ -1,0 +1,88 @@
+"""How fast the run goes, and what its rounds took."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks._run import Round, log_known, preference_source, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step on one rank handled, and how long it took.
+
+    Args:
+        pairs: preference pairs.
+        tokens: token positions computed.
+        seconds: wall-clock time from the start of the step to its end.
+    """
+
+    pairs: int
+    tokens: int
+    seconds: float
+
+
+class Throughput(Callback):
+    """Logs the speed of training, and the labels and the time each round took.
+
+    On each training step: ``throughput/pairs_per_second`` and ``throughput/tokens_per_second`` of all ranks together,
+    over the last steps; time between steps, as for sampling, labelling and validation, is left out. At the end of each
+    epoch, for the round it trained on: ``round/labels`` (labels bought), ``round/failed`` (comparisons without a
+    verdict), ``round/sampling_seconds`` and ``round/labelling_seconds``.
+
+    Args:
+        window: training steps that a speed is averaged over, >= 1.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        if window < 1:
+            raise ValueError(f"Throughput needs a window of at least one step; got {window}")
+        self._steps: deque[StepCost] = deque(maxlen=window)
+        self._started = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock and log the speed."""
+        seconds = time.perf_counter() - self._started
+        self._steps.append(StepCost(outputs["label"].numel(), int(outputs["num_tokens"]), seconds))
+        # Ranks step together, so their speeds add up.
+        speeds = sum_over_ranks(trainer, rates(self._steps))
+        values = {f"throughput/{name}": value for name, value in speeds.items()}
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the round took."""
+        drawn = preference_source(trainer).round
+        if drawn is not None:
+            log_known(pl_module, round_costs(drawn))
+
+
+def rates(steps: Iterable[StepCost]) -> dict[str, float]:
+    """Pairs and tokens per second over some steps of one rank."""
+    steps = list(steps)
+    seconds = sum(step.seconds for step in steps)
+    return {
+        "pairs_per_second": sum(step.pairs for step in steps) / seconds,
+        "tokens_per_second": sum(step.tokens for step in steps) / seconds,
+    }
+
+
+def round_costs(drawn: Round) -> dict[str, float]:
+    """What a round took, by the names it is logged under."""
+    return {
+        "round/labels": float(drawn.labels_bought),
+        "round/failed": float(sum(drawn.failed.values())),
+        "round/sampling_seconds": drawn.sampling_seconds,
+        "round/labelling_seconds": drawn.labelling_seconds,
+    }

@@ -1,0 +1,45 @@
+"""Labels that came with the data: offline preference rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import Comparison, Label
+
+
+class RecordedLabeler(AbstractLabeler):
+    """Repeats what the data row said about its own pair of completions; asks nobody and costs nothing.
+
+    For offline runs, together with the offline sampler. The label is the recorded P(chosen preferred), 1 in an ordinary
+    preference row, turned round where the sampler put the recorded rejected completion first.
+    """
+
+    def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
+        """Look up the recorded probability of each comparison; nothing is drawn."""
+        del key
+        return [Label(probability=recorded_probability(comparison), cost=0.0) for comparison in comparisons]
+
+
+def recorded_probability(comparison: Comparison) -> float:
+    """P(a preferred) by the data row of the prompt, in [0, 1].
+
+    Raises:
+        ValueError: if the row recorded no pair, or if the comparison does not say which of its responses is the
+            recorded chosen one, as when its responses were newly sampled.
+    """
+    recorded = comparison.prompt.recorded
+    if recorded is None:
+        raise ValueError(
+            f"prompt {comparison.prompt.index} has no recorded pair, so RecordedLabeler cannot label it; "
+            f"use rows with 'chosen' and 'rejected', or a labeler that judges, such as RewardLabeler"
+        )
+    first = comparison.meta.get("recorded_first")
+    if not isinstance(first, bool):
+        raise ValueError(
+            f"RecordedLabeler expected meta['recorded_first'] = True or False in the comparison of prompt "
+            f"{comparison.prompt.index}; got {first!r} (branch {comparison.branch!r}). A recorded label is about the "
+            f"recorded responses only: use the offline sampler with it, or another labeler with this sampler"
+        )
+    return recorded.probability if first else 1.0 - recorded.probability

@@ -1,0 +1,83 @@
+"""Labels from a reward function: the simulated annotator of experiments such as those of PILAF (arXiv 2502.04270)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards.base import AbstractReward, checked_score
+from lightning_rlhf.types import Comparison, Label
+
+
+Rule = Literal["bernoulli", "soft", "argmax"]
+
+
+def verdict(reward_a: float, reward_b: float, rule: Rule, uniform: float) -> float:
+    """Turn two rewards into P(a preferred), under the Bradley-Terry model P* = sigmoid(reward_a - reward_b).
+
+    Args:
+        reward_a: reward of the first response.
+        reward_b: reward of the second response.
+        rule: ``"bernoulli"`` gives 1 with probability P* and 0 otherwise, ``"soft"`` gives P* itself, ``"argmax"``
+            gives 1 if the first reward is higher, 0 if the second is, and exactly 0.5 if they are equal.
+        uniform: a number drawn uniformly from [0, 1); only ``"bernoulli"`` uses it.
+    """
+    if rule == "argmax":
+        return 0.5 if reward_a == reward_b else float(reward_a > reward_b)
+    probability = torch.sigmoid(torch.tensor(reward_a - reward_b, dtype=torch.float64)).item()
+    return probability if rule == "soft" else float(uniform < probability)
+
+
+def comparison_key(key: Key, comparison: Comparison) -> Key:
+    """Name the random numbers of a comparison by what it holds: its prompt, and both responses in order.
+
+    Where a prompt comes twice in a round its two comparisons so get numbers of their own, and neither batching nor
+    ranks can change them.
+    """
+    return key.fold(comparison.prompt.index, Key(comparison.a.ids).seed(), Key(comparison.b.ids).seed())
+
+
+class RewardLabeler(AbstractLabeler):
+    """Labels by a reward: a simulated annotator whose preferences follow the Bradley-Terry model.
+
+    The annotator prefers ``a`` with probability P* = sigmoid(r(a) - r(b)). Labels depend on seed, round, prompt and
+    responses alone, not on the batches or the number of processes. ``meta`` of a label holds ``reward_a`` and
+    ``reward_b``. A reward that is not finite stops the run with an error.
+
+    Args:
+        reward: what the annotator likes.
+        rule: ``bernoulli`` draws a hard 0/1 label with probability P*, as a single human would give it; ``soft``
+            returns P* itself, as infinitely many humans would; ``argmax`` prefers the higher reward, and calls equal
+            rewards a tie (0.5).
+        cost: price of one label, >= 0, in the unit of the label budget.
+    """
+
+    def __init__(self, reward: AbstractReward, rule: Rule = "bernoulli", cost: float = 1.0) -> None:
+        if rule not in get_args(Rule):
+            raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}; got {rule!r}")
+        if not cost >= 0:
+            raise ValueError(f"the cost of a label must be >= 0; got {cost}")
+        self.reward = reward
+        self.rule: Rule = rule
+        self.cost = cost
+
+    def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
+        """Score both responses of each comparison in one batch and judge by the rule."""
+        if not comparisons:
+            return []
+        prompts = [comparison.prompt for comparison in comparisons]
+        responses = [comparison.a for comparison in comparisons] + [comparison.b for comparison in comparisons]
+        rewards = checked_score(self.reward, prompts + prompts, responses).tolist()
+        rewards_a, rewards_b = rewards[: len(comparisons)], rewards[len(comparisons) :]
+        return [
+            Label(
+                probability=verdict(a, b, self.rule, comparison_key(key, comparison).uniforms(1).item()),
+                cost=self.cost,
+                meta={"reward_a": a, "reward_b": b},
+            )
+            for comparison, a, b in zip(comparisons, rewards_a, rewards_b, strict=True)
+        ]
