@@ -67,12 +67,12 @@ def kl_per_sequence(
         policy_logps: log pi_theta of sampled tokens, padded on the right; shape [sequences, tokens].
         reference_logps: log pi_ref of the same tokens; same shape. Padding may hold anything, NaN included.
         lengths: number of real tokens of each row; integer, shape [sequences].
-        estimator: `k1`, `k2` or `k3`.
+        estimator: `k1`, `k2` or `k3`, or another function that is 0 where the two agree.
     """
     mask = torch.arange(policy_logps.shape[1], device=lengths.device) < lengths[:, None]
     # Padding is replaced before the estimator: masked afterwards, a NaN would survive in the gradient.
     policy_logps, reference_logps = (logps.where(mask, 0.0) for logps in (policy_logps, reference_logps))
-    return estimator(policy_logps, reference_logps).where(mask, 0.0).sum(1)
+    return estimator(policy_logps, reference_logps).sum(1)
 
 
 def kl_per_token(
