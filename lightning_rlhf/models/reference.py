@@ -98,11 +98,11 @@ class AdapterOffReference(AbstractReference):
         with _evaluating(self._modules):
             try:
                 for layer in self._layers:
-                    layer._disable_adapters = True
+                    layer.__dict__["_disable_adapters"] = True
                 yield self._model
             finally:
                 for layer, flag in zip(self._layers, before, strict=True):
-                    layer._disable_adapters = flag
+                    layer.__dict__["_disable_adapters"] = flag
 
     def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
         raise ValueError(
