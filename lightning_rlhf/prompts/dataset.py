@@ -1,0 +1,242 @@
+"""Prompts and preference rows in the formats that TRL users know, from files, folders and the Hub.
+
+Each row is an object with some of these columns; text is a string or a list of ``{"role": ..., "content": ...}``:
+
+- prompt-only: ``prompt``;
+- preference: ``prompt``, ``chosen``, ``rejected``;
+- preference with implicit prompt: ``chosen`` and ``rejected``, two conversations with the same beginning;
+- optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lightning_rlhf.prompts.base import AbstractPromptSource
+from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.types import Message, PromptRow, RecordedPair
+
+
+ROLES = ("system", "user", "assistant")
+IDENTICAL = "identical completions"
+EMPTY = "empty completion"
+
+
+class DatasetPrompts(AbstractPromptSource):
+    """Prompts, with recorded pairs where there are any, from a file, a folder or the Hugging Face Hub.
+
+    Rows whose completions are identical or empty say nothing about preferences: they are left out and counted. Any
+    other row that cannot be used raises an error which names it. Fields that are not listed here are ignored.
+
+    Args:
+        path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
+        split: split of a folder or of a Hub data set; a single file has none.
+        limit: read only the first rows of the data, >= 1; null reads all.
+        prompt_column: name of the column with the prompt.
+        chosen_column: name of the column with the preferred completion.
+        rejected_column: name of the column with the other completion.
+        kind: "preference" requires pairs, "prompt" ignores them, "auto" takes them if the data has both columns.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        limit: int | None = None,
+        prompt_column: str = "prompt",
+        chosen_column: str = "chosen",
+        rejected_column: str = "rejected",
+        kind: Literal["auto", "prompt", "preference"] = "auto",
+    ) -> None:
+        self.path = path
+        self.split = split
+        self.limit = limit
+        self.prompt_column = prompt_column
+        self.chosen_column = chosen_column
+        self.rejected_column = rejected_column
+        self.kind = kind
+
+    def load(self) -> list[PromptRow]:
+        """Read and check all rows, in the order of the data.
+
+        Raises:
+            ValueError: if the data is missing or empty, lacks a column, or has a malformed row (named with its number).
+        """
+        self.report.clear()
+        rows = read_rows(self.path, self.split, self.limit)
+        take_pairs = self._takes_pairs(list(dict.fromkeys(name for _, row in rows for name in row)))
+        kept = []
+        for source, row in rows:
+            parsed = self._parse(row, source, take_pairs)
+            reason = unusable_pair(parsed.pair)
+            if reason is None:
+                kept.append(parsed)
+            else:
+                self.report[reason] += 1
+        if not kept:
+            raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
+        return kept
+
+    def _takes_pairs(self, columns: list[str]) -> bool:
+        """Decide from the columns of all rows whether to read pairs, and check that what is needed is there."""
+        pair_columns = [self.chosen_column, self.rejected_column]
+        has_pairs = all(name in columns for name in pair_columns)
+        take_pairs = self.kind == "preference" or (self.kind == "auto" and has_pairs)
+        # the prompt column may be missing where pairs imply the prompt
+        needed = pair_columns if take_pairs else [] if has_pairs else [self.prompt_column]
+        missing = [name for name in needed if name not in columns]
+        if missing:
+            raise ValueError(
+                f"{self.path}: no column {' and '.join(map(repr, missing))}; its columns are {columns}: set "
+                f"prompt_column, chosen_column or rejected_column to the names in the data, or kind to another than "
+                f"{self.kind!r}"
+            )
+        return take_pairs
+
+    def _parse(self, row: Row, source: str, take_pairs: bool) -> PromptRow:
+        chosen, rejected = row.get(self.chosen_column), row.get(self.rejected_column)
+        if take_pairs:
+            for name, value in ((self.chosen_column, chosen), (self.rejected_column, rejected)):
+                if value is None:
+                    raise field_error(source, name, "is missing", 'add it, or set kind="prompt" to read prompts alone')
+
+        prompt: str | tuple[Message, ...]
+        if row.get(self.prompt_column) is not None:
+            prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column)
+            # a text prompt beside completions that are messages is the user's turn (so in many sets on the Hub)
+            if isinstance(prompt, str) and (isinstance(chosen, list) or isinstance(rejected, list)):
+                prompt = ({"role": "user", "content": prompt},)
+        elif chosen is None and rejected is None:
+            raise field_error(source, self.prompt_column, "is missing", "add it")
+        else:
+            prompt = self._implicit_prompt(chosen, rejected, source)
+
+        pair = None
+        if take_pairs:
+            pair = RecordedPair(
+                chosen=parse_completion(chosen, prompt, source, self.chosen_column),
+                rejected=parse_completion(rejected, prompt, source, self.rejected_column),
+                probability=parse_probability(row, source),
+                weight=parse_number(row, "weight", source, math.inf, default=1.0),
+            )
+        if isinstance(prompt, str):
+            return PromptRow(source=source, text=prompt, pair=pair)
+        return PromptRow(source=source, messages=prompt, pair=pair)
+
+    def _implicit_prompt(self, chosen: Any, rejected: Any, source: str) -> tuple[Message, ...]:
+        """Find the messages with which both conversations begin."""
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            hh = any(isinstance(value, str) and "\n\nHuman:" in value for value in (chosen, rejected))
+            remedy = (
+                "read Human/Assistant transcripts with HHPrompts"
+                if hh
+                else f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
+            )
+            problem = "is missing, and where the prompt ends cannot be told from plain text"
+            raise field_error(source, self.prompt_column, problem, remedy)
+        first = parse_messages(chosen, source, self.chosen_column)
+        second = parse_messages(rejected, source, self.rejected_column)
+        length = 0
+        while length < min(len(first), len(second)) - 1 and first[length] == second[length]:
+            length += 1
+        if length == 0:
+            problem = f"begins with another message than {self.rejected_column!r}, or has a single one"
+            raise field_error(source, self.chosen_column, problem, f"add a column {self.prompt_column!r}")
+        return without_final_answer(first[:length], source, self.chosen_column)
+
+
+def unusable_pair(pair: RecordedPair | None) -> str | None:
+    """Say why a recorded pair cannot teach anything; None if it can, or if there is none."""
+    if pair is None:
+        return None
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        return EMPTY
+    return IDENTICAL if pair.chosen == pair.rejected else None
+
+
+def field_error(source: str, field: str, problem: str, remedy: str) -> ValueError:
+    """Build the error for a malformed field: where, what, and what to do."""
+    return ValueError(f"{source}: field {field!r} {problem}: {remedy}")
+
+
+def parse_text(value: Any, source: str, field: str) -> str:
+    """Check that a value is text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise field_error(source, field, f"must be text, got {describe(value)}", "write a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        problem = f"holds half of a surrogate pair at character {error.start}"
+        raise field_error(source, field, problem, "remove it, or write the whole character") from error
+    return value
+
+
+def parse_messages(value: Any, source: str, field: str) -> tuple[Message, ...]:
+    """Check a list of messages, keeping role and content of each."""
+    if not isinstance(value, list) or not value:
+        problem = f"must be text or a list of messages, got {describe(value)}"
+        raise field_error(source, field, problem, 'write a string or [{"role": "user", "content": "..."}]')
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            problem = f"has no role and content in message {number}, got {describe(message)}"
+            raise field_error(source, field, problem, 'write {"role": "user", "content": "..."}')
+        if message["role"] not in ROLES:
+            problem = f"has an unknown role in message {number}, got {describe(message['role'])}"
+            raise field_error(source, field, problem, f"use one of {', '.join(ROLES)}")
+        content = parse_text(message["content"], source, f"{field}[{number - 1}].content")
+        messages.append({"role": str(message["role"]), "content": content})
+    return tuple(messages)
+
+
+def parse_prompt(value: Any, source: str, field: str) -> str | tuple[Message, ...]:
+    """Check a prompt, plain or conversational."""
+    if isinstance(value, str):
+        return parse_text(value, source, field)
+    return without_final_answer(parse_messages(value, source, field), source, field)
+
+
+def without_final_answer(messages: tuple[Message, ...], source: str, field: str) -> tuple[Message, ...]:
+    """Check that a conversation waits for the assistant to speak."""
+    if messages[-1]["role"] == "assistant":
+        problem = "has a prompt that ends with the assistant's turn"
+        raise field_error(source, field, problem, "end the prompt with the user's turn; completions hold the answers")
+    return messages
+
+
+def parse_completion(value: Any, prompt: str | tuple[Message, ...], source: str, field: str) -> str:
+    """Check a completion: text, or the assistant's message, with or without the prompt's messages before it."""
+    if isinstance(value, str):
+        return parse_text(value, source, field)
+    messages = parse_messages(value, source, field)
+    if messages[: len(prompt)] == prompt:
+        messages = messages[len(prompt) :]
+    if [message["role"] for message in messages] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        problem = f"must have one message by the assistant after the prompt, got messages by: {roles}"
+        raise field_error(source, field, problem, "put earlier turns into the prompt, the same for both completions")
+    return messages[0]["content"]
+
+
+def parse_number(row: Row, field: str, source: str, high: float, default: float) -> float:
+    """Check a number between 0 and ``high``; a missing or null field is the default."""
+    value = row.get(field)
+    if value is None:
+        return default
+    # comparing before converting: float() of a huge integer raises OverflowError; NaN fails every comparison
+    if not isinstance(value, (int, float)) or not 0 <= value <= high or value > 1e300:
+        bound = "in [0, 1]" if high == 1 else "finite and at least 0"
+        problem = f"must be a number {bound}, got {describe(value)}"
+        raise field_error(source, field, problem, "correct it, or rename the column if it means something else")
+    return float(value)
+
+
+def parse_probability(row: Row, source: str) -> float:
+    """Read P(chosen preferred) from ``probability`` or ``label``; 1 if neither is there."""
+    probability = parse_number(row, "probability", source, 1, default=-1.0)
+    label = parse_number(row, "label", source, 1, default=-1.0)
+    if min(probability, label) >= 0 and probability != label:
+        problem = f"says {label}, but 'probability' says {probability}"
+        raise field_error(source, "label", problem, "both mean P(chosen preferred): keep one of them")
+    return max(probability, label) if max(probability, label) >= 0 else 1.0

@@ -1,0 +1,95 @@
+"""Preference pairs from Human/Assistant transcripts, the format of Anthropic's HH-RLHF (arXiv 2204.05862)."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from lightning_rlhf.prompts.base import AbstractPromptSource
+from lightning_rlhf.prompts.dataset import field_error, parse_text, unusable_pair
+from lightning_rlhf.prompts.files import Row, read_rows
+from lightning_rlhf.types import Message, PromptRow, RecordedPair
+
+
+ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+
+
+class HHPrompts(AbstractPromptSource):
+    r"""Conversations with a better and a worse last answer, from files in the format of HH-RLHF.
+
+    A row has ``chosen`` and ``rejected``, each a transcript ``"\n\nHuman: ...\n\nAssistant: ..."``. All turns but the
+    last become the prompt. Transcripts that break the format are left out and counted in `report` by reason; a row
+    whose fields are missing or no text raises an error. A turn that quotes ``"\n\nHuman:"`` cannot be told from two.
+
+    Args:
+        path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "Anthropic/hh-rlhf".
+        limit: read only the first rows of the data, >= 1; null reads all.
+        split: split of a folder or of a Hub data set; a single file has none.
+    """
+
+    def __init__(self, path: str, limit: int | None = None, split: str = "train") -> None:
+        self.path = path
+        self.limit = limit
+        self.split = split
+
+    def load(self) -> list[PromptRow]:
+        """Read all rows and parse their transcripts, in the order of the data.
+
+        Raises:
+            ValueError: if the data is missing, or a row lacks a transcript, or no row can be used.
+        """
+        self.report.clear()
+        rows = read_rows(self.path, self.split, self.limit)
+        kept = []
+        for source, row in rows:
+            parsed = parse_pair(row, source)
+            if isinstance(parsed, PromptRow):
+                kept.append(parsed)
+            else:
+                self.report[parsed] += 1
+        if not kept:
+            raise ValueError(
+                f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): HHPrompts reads transcripts "
+                f"'\\n\\nHuman: ...\\n\\nAssistant: ...'; use DatasetPrompts for other formats"
+            )
+        return kept
+
+
+def parse_pair(row: Row, source: str) -> PromptRow | str:
+    """Parse the two transcripts of a row, or say why it cannot be used."""
+    for field in ("chosen", "rejected"):
+        if field not in row:
+            raise field_error(source, field, f"is missing among {sorted(row)}", "HHPrompts needs chosen and rejected")
+    chosen = split_turns(parse_text(row["chosen"], source, "chosen"))
+    rejected = split_turns(parse_text(row["rejected"], source, "rejected"))
+    for turns in (chosen, rejected):
+        problem = find_problem(turns)
+        if problem is not None:
+            return problem
+    if chosen[:-1] != rejected[:-1]:
+        return "prompts differ"
+    pair = RecordedPair(chosen=chosen[-1]["content"], rejected=rejected[-1]["content"])
+    return unusable_pair(pair) or PromptRow(source=source, messages=tuple(chosen[:-1]), pair=pair)
+
+
+def split_turns(transcript: str) -> list[Message]:
+    """Split a transcript into turns, without white space around each; text before the first mark is a system turn."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for name, content in zip(parts[::2], parts[1::2], strict=True):
+        turns.append({"role": ROLE_OF[name], "content": content.strip()})
+    return turns
+
+
+def find_problem(turns: list[Message]) -> str | None:
+    """Say what breaks the format: Human first, then in turns, Assistant last, and nobody silent before that."""
+    roles = [turn["role"] for turn in turns]
+    if roles[:1] != ["user"]:
+        return "does not begin with Human"
+    if roles[-1] != "assistant":
+        return "does not end with Assistant"
+    if any(first == second for first, second in pairwise(roles)):
+        return "turns do not alternate"
+    if not all(turn["content"] for turn in turns[:-1]):
+        return "empty turn in the prompt"
+    return None
