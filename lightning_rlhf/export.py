@@ -1,0 +1,204 @@
+"""A ledger as rows that other preference trainers read, such as TRL's ``DPOTrainer``.
+
+Every labelled comparison becomes one row ``prompt``, ``chosen``, ``rejected``, in JSONL or Parquet, that
+``datasets.load_dataset`` opens. How sure the label was, and where the pair came from, are further columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.types import Comparison, Preference, Prompt
+
+
+Format = Literal["auto", "jsonl", "parquet"]
+Rows = Literal["auto", "plain", "conversational"]
+Row = dict[str, Any]
+
+_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_TYPES = {
+    "probability": pa.float64(),
+    "weight": pa.float64(),
+    "passes": pa.float64(),
+    "delta": pa.float64(),
+    "reward_chosen": pa.float64(),
+    "reward_rejected": pa.float64(),
+    "round": pa.int64(),
+    "position": pa.int64(),
+    "prompt_index": pa.int64(),
+}
+_ROW_GROUP = 1024  # rows in memory at once
+
+
+def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "auto") -> int:
+    """Write the labelled comparisons of a ledger as preference rows, and return how many there are.
+
+    The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
+    ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
+    ``branch``, ``prompt_index``, and ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
+    ``reward_b``. The file appears when it is complete, in place of one of the same name. The run may go on meanwhile.
+
+    Args:
+        ledger: path of the ledger of a run.
+        out: file to write, ``.jsonl`` or ``.parquet``.
+        format: format of the file; ``auto`` goes by its suffix.
+        rows: ``plain`` writes texts, prompts as rendered with the chat template; ``conversational`` writes lists of
+            messages, to which the other trainer applies its own template; ``auto`` writes messages if every prompt has
+            them.
+
+    Raises:
+        ValueError: if nothing is labelled yet, the format cannot be told, or a prompt without messages is to be written
+            as conversational.
+    """
+    target, kind = _target(ledger, out, format)
+    with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        count, all_have_messages, any_has_rewards = 0, True, False
+        for preference in store.preferences():
+            count += 1
+            all_have_messages &= preference.comparison.prompt.messages is not None
+            any_has_rewards |= "reward_a" in preference.label.meta
+        if not count:
+            raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
+        conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
+        return _write((preference_row(p, conversational, any_has_rewards) for p in store.preferences()), target, kind)
+
+
+def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
+    """Write all comparisons of a ledger, labelled or not, and return how many there are.
+
+    Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the laws ``source_a`` and ``source_b`` they
+    were drawn from, ``branch``, ``weight``, ``passes``, ``delta`` (implicit reward of a minus that of b; null where the
+    sampler did not compute it), ``round``, ``position`` and ``prompt_index``.
+
+    Args:
+        ledger: path of the ledger of a run.
+        out: file to write, ``.jsonl`` or ``.parquet``.
+        format: format of the file; ``auto`` goes by its suffix.
+
+    Raises:
+        ValueError: if the ledger is empty or the format cannot be told.
+    """
+    target, kind = _target(ledger, out, format)
+    with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        found = next(store.walk(), None)
+        if found is None:
+            raise ValueError(f"ledger {ledger} holds no comparison yet; draw some first")
+        return _write((comparison_row(*row[:3]) for row in store.walk()), target, kind)
+
+
+def preference_row(preference: Preference, conversational: bool, rewards: bool = False) -> Row:
+    """The row of a preference, with the more probable response as ``chosen``.
+
+    Args:
+        preference: the preference.
+        conversational: write messages, not texts.
+        rewards: add the rewards that the labeler noted, null where it did not.
+    """
+    comparison, label, probability = preference.comparison, preference.label, preference.probability
+    chosen, rejected, sides = comparison.a, comparison.b, ("reward_a", "reward_b")
+    if probability < 0.5:
+        chosen, rejected, sides, probability = rejected, chosen, sides[::-1], 1.0 - probability
+    row: Row = {"prompt": comparison.prompt.text, "chosen": chosen.text, "rejected": rejected.text}
+    if conversational:
+        row = {
+            "prompt": _messages(comparison.prompt),
+            "chosen": [{"role": "assistant", "content": chosen.text}],
+            "rejected": [{"role": "assistant", "content": rejected.text}],
+        }
+    row |= {
+        "probability": probability,
+        "weight": comparison.weight,
+        "round": preference.round,
+        "branch": comparison.branch,
+        "prompt_index": comparison.prompt.index,
+    }
+    if rewards:
+        row |= {"reward_chosen": label.meta.get(sides[0]), "reward_rejected": label.meta.get(sides[1])}
+    return row
+
+
+def comparison_row(round: int, position: int, comparison: Comparison) -> Row:
+    """The row of a comparison, labelled or not."""
+    return {
+        "prompt": comparison.prompt.text,
+        "a": comparison.a.text,
+        "b": comparison.b.text,
+        "source_a": comparison.a.source,
+        "source_b": comparison.b.source,
+        "branch": comparison.branch,
+        "weight": comparison.weight,
+        "passes": comparison.passes,
+        "delta": comparison.meta.get("delta"),
+        "round": round,
+        "position": position,
+        "prompt_index": comparison.prompt.index,
+    }
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    if prompt.messages is None:
+        raise ValueError(
+            f"prompt {prompt.index} is a text, not a conversation, so it has no conversational row; pass rows=plain"
+        )
+    return list(prompt.messages)
+
+
+def _target(ledger: str, out: str, format: Format) -> tuple[Path, Format]:
+    target = Path(out)
+    if format == "auto":
+        suffixes: dict[str, Format] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+        if target.suffix not in suffixes:
+            raise ValueError(f"cannot tell the format of {out} by its suffix; name it .jsonl or .parquet")
+        format = suffixes[target.suffix]
+    if target.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; pass the name of a file")
+    if target.exists() and Path(ledger).exists() and target.samefile(ledger):
+        raise ValueError(f"{out} is the ledger itself; pass another file to write to")
+    return target, format
+
+
+def _write(rows: Iterable[Row], target: Path, kind: Format) -> int:
+    """Write rows to a file that appears only when it is complete; returns their number."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        count = (_write_jsonl if kind == "jsonl" else _write_parquet)(rows, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a power loss after the rename may leave an empty file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _write_jsonl(rows: Iterable[Row], path: Path) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _write_parquet(rows: Iterable[Row], path: Path) -> int:
+    rows = iter(rows)
+    group = list(islice(rows, _ROW_GROUP))
+    schema = pa.schema(
+        [(name, _TURNS if isinstance(v, list) else _TYPES.get(name, pa.string())) for name, v in group[0].items()]
+    )
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        while group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+            group = list(islice(rows, _ROW_GROUP))
+    return count

@@ -1,0 +1,179 @@
+"""How the nouns lie in the tables of a ledger; used by the store alone.
+
+What is read back equals what was written: token ids are int32 blobs and log-probabilities float64 blobs, little-endian.
+Texts are columns, so that ``sqlite3 ledger.sqlite "SELECT a_text, b_text FROM comparisons"`` shows them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sqlite3
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response
+
+
+def _response_columns(side: str) -> list[str]:
+    return [f"{side}_{name}" for name in ("ids", "text", "finish_reason", "policy_logps", "reference_logps", "source")]
+
+
+PROMPT_COLUMNS = ["prompt_index", "ids", "text", "messages", "recorded"]
+PROMPT_COLUMNS += _response_columns("chosen") + _response_columns("rejected")
+COMPARISON_COLUMNS = ["branch", "weight", "passes", "meta", *_response_columns("a"), *_response_columns("b")]
+_TYPES = {"ids": "BLOB", "logps": "BLOB", "index": "INTEGER", "weight": "REAL", "passes": "REAL"}
+
+
+def _declare(columns: list[str]) -> str:
+    return ", ".join(f"{name} {_TYPES.get(name.split('_')[-1], 'TEXT')}" for name in columns)
+
+
+def _marks(count: int) -> str:
+    return ", ".join("?" * count)
+
+
+SCHEMA = [
+    "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
+    "UNIQUE (prompt_index, hash))",
+    "CREATE TABLE comparisons (id INTEGER PRIMARY KEY, round INTEGER NOT NULL, position INTEGER NOT NULL, "
+    f"prompt INTEGER NOT NULL REFERENCES prompts, {_declare(COMPARISON_COLUMNS)}, UNIQUE (round, position))",
+    "CREATE TABLE attempts (id INTEGER PRIMARY KEY, comparison INTEGER NOT NULL REFERENCES comparisons, "
+    "status TEXT NOT NULL, probability REAL, cost REAL NOT NULL, meta TEXT NOT NULL, time REAL NOT NULL, "
+    "CHECK ((status = 'ok') = (probability IS NOT NULL)))",
+    "CREATE INDEX attempts_of_comparison ON attempts (comparison)",
+    "CREATE UNIQUE INDEX one_label_per_comparison ON attempts (comparison) WHERE status = 'ok'",
+    "CREATE TRIGGER attempts_are_never_changed BEFORE UPDATE ON attempts BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+    "CREATE TRIGGER attempts_are_never_deleted BEFORE DELETE ON attempts BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+    "CREATE TABLE rounds (round INTEGER PRIMARY KEY, info TEXT NOT NULL, time REAL NOT NULL)",
+    # Kept up to date by add_labels in the same transaction, so that counting a million labels costs nothing.
+    "CREATE TABLE totals (attempts INTEGER NOT NULL, labels INTEGER NOT NULL, cost REAL NOT NULL)",
+    "INSERT INTO totals VALUES (0, 0, 0.0)",
+]
+INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
+INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"
+INSERT_ATTEMPT = f"INSERT INTO attempts (comparison, status, probability, cost, meta, time) VALUES ({_marks(6)})"
+SELECT_COMPARISONS = (
+    f"SELECT c.position, c.id, c.{', c.'.join(COMPARISON_COLUMNS)}, c.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
+    "l.probability, l.cost, l.meta FROM comparisons c JOIN prompts p ON p.id = c.prompt "
+    "LEFT JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
+    "WHERE c.round = ? AND c.position > ? ORDER BY c.position LIMIT ?"
+)
+
+
+def comparison_row(comparison: Comparison, where: str) -> tuple[Any, ...]:
+    """The `COMPARISON_COLUMNS` of a comparison; ``where`` names it in errors."""
+    weight, passes = _finite(comparison.weight, f"weight of {where}"), _finite(comparison.passes, f"passes of {where}")
+    sides = (*_response_row(comparison.a, where), *_response_row(comparison.b, where))
+    return comparison.branch, weight, passes, _meta(comparison.meta, where), *sides
+
+
+def attempt_row(comparison: int, label: Label, time: float) -> tuple[Any, ...]:
+    """The columns of a label attempt; ``time`` in seconds since the epoch."""
+    where = f"the label of comparison {comparison}"
+    probability = None if label.probability is None else float(label.probability)
+    return (
+        comparison,
+        label.status,
+        probability,
+        _finite(label.cost, f"cost of {where}"),
+        _meta(label.meta, where),
+        time,
+    )
+
+
+def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:
+    """The row number of a prompt, which is stored once per index and content."""
+    where = f"prompt {prompt.index}"
+    chosen, rejected = prompt.pair or (None, None)
+    messages = None if prompt.messages is None else json.dumps(prompt.messages)
+    recorded = None if prompt.recorded is None else json.dumps(asdict(prompt.recorded))
+    row = (prompt.index, _pack(prompt.ids, "i"), _text(prompt.text, where), messages, recorded)
+    row += (*_response_row(chosen, where), *_response_row(rejected, where))
+    digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+    found = db.execute("SELECT id FROM prompts WHERE prompt_index = ? AND hash = ?", (prompt.index, digest)).fetchone()
+    if found is not None:
+        return int(found[0])
+    identity = db.execute(INSERT_PROMPT, (digest, *row)).lastrowid
+    assert identity is not None
+    return identity
+
+
+def decode(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Comparison, Label | None]:
+    """Read a row of `SELECT_COMPARISONS`: position, id, comparison, label.
+
+    Args:
+        row: the row.
+        prompts: prompts decoded so far, by row number; extended, so that a prompt that occurs often is decoded once.
+    """
+    position, identity, branch, weight, passes, meta = row[:6]
+    a, b, prompt, prompt_columns, (probability, cost, label_meta) = row[6:12], row[12:18], row[18], row[19:-3], row[-3:]
+    if prompt not in prompts:
+        prompts[prompt] = _to_prompt(prompt_columns)
+    pair = (_to_response(a), _to_response(b))
+    comparison = Comparison(prompts[prompt], *pair, branch, weight, passes, json.loads(meta))
+    label = None if probability is None else Label(probability, "ok", cost, json.loads(label_meta))
+    return position, identity, comparison, label
+
+
+def _to_prompt(row: Sequence[Any]) -> Prompt:
+    index, ids, text, messages, recorded, *responses = row
+    return Prompt(
+        index=index,
+        ids=_unpack(ids, "i") or (),
+        text=text,
+        messages=None if messages is None else tuple(json.loads(messages)),
+        pair=None if responses[0] is None else (_to_response(responses[:6]), _to_response(responses[6:])),
+        recorded=None if recorded is None else RecordedPair(**json.loads(recorded)),
+    )
+
+
+def _response_row(response: Response | None, where: str) -> tuple[Any, ...]:
+    if response is None:
+        return (None,) * 6
+    policy, reference = _pack(response.policy_logps, "d"), _pack(response.reference_logps, "d")
+    text = _text(response.text, where)
+    return _pack(response.ids, "i"), text, response.finish_reason, policy, reference, response.source
+
+
+def _to_response(row: Sequence[Any]) -> Response:
+    ids, text, finish_reason, policy, reference, source = row
+    return Response(_unpack(ids, "i") or (), text, finish_reason, _unpack(policy, "d"), _unpack(reference, "d"), source)
+
+
+def _pack(values: Sequence[float] | None, kind: str) -> bytes | None:
+    return None if values is None else struct.pack(f"<{len(values)}{kind}", *values)
+
+
+def _unpack(blob: bytes | None, kind: str) -> tuple[Any, ...] | None:
+    return None if blob is None else struct.unpack(f"<{len(blob) // struct.calcsize('<' + kind)}{kind}", blob)
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {value}; it must be a finite number")
+    return float(value)
+
+
+def _meta(meta: dict[str, Any], where: str) -> str:
+    for key, value in meta.items():
+        if not isinstance(key, str) or not isinstance(value, str | int | float | bool | None):
+            raise ValueError(
+                f"meta of {where} holds {key!r}: {type(value).__name__}; only JSON scalars under str keys are read "
+                f"back as they were written: convert it to a number or a string"
+            )
+    return json.dumps(meta)
+
+
+def _text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text of {where} is not valid Unicode ({error.reason}): {text[:80]!r}; clean the data"
+        ) from error
+    return text
