@@ -1,0 +1,167 @@
+"""Preferences to a batch: who was chosen, how surely, and what was known about the pair when it was drawn.
+
+Token ids stay ragged here; `lightning_rlhf.models.logprobs` packs them for the model. There are no pad ids and no masks
+to get wrong: a response is as long as its ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.types import Preference, Prompt, Response
+
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Labelled pairs, the response with P >= 0.5 first; on a tie, the one that came first.
+
+    Numbers per pair are float64 (float32 on MPS, which has no float64): they are few, and sums over many tokens.
+    Log-probabilities are such sums, in nats, and NaN where nobody computed them.
+
+    Args:
+        prompts: token ids of the prompts.
+        chosen: token ids of the preferred responses.
+        rejected: token ids of the other responses.
+        label: P(chosen preferred) in [0.5, 1], [pairs].
+        weight: weight of each pair in the loss, >= 0, [pairs].
+        reference_chosen_logps: log pi_ref(chosen | prompt), [pairs].
+        reference_rejected_logps: log pi_ref(rejected | prompt), [pairs].
+        sampling_chosen_logps: log pi(chosen | prompt) of the policy at the time of sampling, untempered, [pairs].
+        sampling_rejected_logps: the same of the rejected response, [pairs].
+        chosen_from_reference: whether the reference, not the policy, drew the chosen response; bool, [pairs].
+        rejected_from_reference: the same of the rejected response.
+        num_global: pairs of the optimizer step on all ranks, divided by the ranks; losses are summed and divided by it,
+            so that the average over ranks, which DDP takes, is the mean over pairs. The pairs here when not given.
+    """
+
+    prompts: list[Ids]
+    chosen: list[Ids]
+    rejected: list[Ids]
+    label: Tensor
+    weight: Tensor
+    reference_chosen_logps: Tensor
+    reference_rejected_logps: Tensor
+    sampling_chosen_logps: Tensor
+    sampling_rejected_logps: Tensor
+    chosen_from_reference: Tensor
+    rejected_from_reference: Tensor
+    num_global: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def has_reference(self) -> bool:
+        """Whether the reference log-probabilities of all pairs are known."""
+        return _all_known(self.reference_chosen_logps, self.reference_rejected_logps)
+
+    @cached_property
+    def has_sampling(self) -> bool:
+        """Whether the sampling-time log-probabilities of all pairs are known."""
+        return _all_known(self.sampling_chosen_logps, self.sampling_rejected_logps)
+
+    def groups(self) -> list[tuple[Ids, tuple[Ids, Ids]]]:
+        """Prompts with their two responses, as `lightning_rlhf.models.logprobs.summed_logps` takes them.
+
+        Responses count chosen, rejected, chosen, rejected, ...:
+        ``chosen_logps, rejected_logps = summed_logps(policy, batch.groups()).view(-1, 2).unbind(1)``.
+        """
+        return [(p, (c, r)) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)]
+
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
+        single = torch.device(device).type == "mps"
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(
+                device, torch.float32 if single and tensor.is_floating_point() else None, non_blocking=True
+            )
+
+        return self._map(move)
+
+    def pin_memory(self) -> PreferenceBatch:
+        """Pin the numbers; the DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})  # type: ignore[arg-type]
+        # asked here, where the numbers are still on the CPU: on the device the question would wait for the whole queue
+        vars(mapped).update(has_reference=self.has_reference, has_sampling=self.has_sampling)
+        return mapped
+
+
+def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
+    """Make a batch of labelled pairs; the order of a and b in a comparison makes no difference but on a tie.
+
+    Raises:
+        ValueError: if there are no preferences, one has no verdict, or a response has no tokens or more or fewer
+            log-probabilities than tokens.
+    """
+    if not preferences:
+        raise ValueError("expected at least one preference to make a batch of; got none")
+    prompts, chosen, rejected, labels = [], [], [], []
+    for number, preference in enumerate(preferences):
+        comparison, label = preference.comparison, preference.label
+        if label.probability is None:
+            raise ValueError(
+                f"preference {number} ({_where(comparison.prompt)}) has a label with status {label.status!r}; "
+                "only labels with status 'ok' can be trained on: drop or retry the others"
+            )
+        first = label.probability >= 0.5
+        prompts.append(comparison.prompt.ids)
+        chosen.append(_checked(comparison.a if first else comparison.b, number, comparison.prompt))
+        rejected.append(_checked(comparison.b if first else comparison.a, number, comparison.prompt))
+        labels.append(label.probability if first else 1.0 - label.probability)
+    return PreferenceBatch(
+        prompts=prompts,
+        chosen=[r.ids for r in chosen],
+        rejected=[r.ids for r in rejected],
+        label=_float64(labels),
+        weight=_float64([p.comparison.weight for p in preferences]),
+        reference_chosen_logps=_float64([_total(r.reference_logps) for r in chosen]),
+        reference_rejected_logps=_float64([_total(r.reference_logps) for r in rejected]),
+        sampling_chosen_logps=_float64([_total(r.policy_logps) for r in chosen]),
+        sampling_rejected_logps=_float64([_total(r.policy_logps) for r in rejected]),
+        chosen_from_reference=torch.tensor([r.source == "reference" for r in chosen]),
+        rejected_from_reference=torch.tensor([r.source == "reference" for r in rejected]),
+    )
+
+
+def _checked(response: Response, number: int, prompt: Prompt) -> Response:
+    where = f"preference {number} ({_where(prompt)})"
+    if not response.ids:
+        raise ValueError(f"{where} has a response without tokens; a response holds at least its EOS: drop the pair")
+    for name in ("policy_logps", "reference_logps"):
+        logps = getattr(response, name)
+        if logps is not None and len(logps) != len(response.ids):
+            raise ValueError(
+                f"{where} has a response of {len(response.ids)} tokens with {len(logps)} {name}; "
+                "expected one per token, or None where they are not known"
+            )
+    return response
+
+
+def _where(prompt: Prompt) -> str:
+    return f"prompt {prompt.index}"
+
+
+def _total(logps: Sequence[float] | None) -> float:
+    return math.nan if logps is None else math.fsum(logps)
+
+
+def _float64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _all_known(*logps: Tensor) -> bool:
+    return not bool(torch.stack(logps).isnan().any())

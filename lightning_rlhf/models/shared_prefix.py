@@ -1,0 +1,207 @@
+"""Layout of prompts and responses in rows, so that a prompt is computed once for all its responses.
+
+A row of the shared layout is ``[prompt | r1 | r2 | ... | rk]``: the positions of each response restart behind the
+prompt and no response sees another, which is what k separate rows would compute, with the prompt computed once.
+Everything here is pure; `lightning_rlhf.models.logprobs` runs models on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""Token ids of a prompt, and of the responses to it."""
+
+RowLayout = Literal["shared", "padded"]
+
+
+@dataclass(frozen=True)
+class PackedResponses:
+    """Responses in rows, with the places their tokens are predicted from.
+
+    Responses are numbered group by group, in the order given; tokens run response by response. Rows are filled up at
+    the right with token 0, which no response token can see.
+
+    Args:
+        input_ids: token ids, [rows, length].
+        position_ids: positions, [rows, length]; restart behind the prompt with each response, 0 in the filling.
+        segments: 0 in the prompt, j >= 1 in the j-th response of the row, -1 in the filling; [rows, length].
+        predictors: flat index into [rows * length] of the position that predicts each response token, [tokens].
+        targets: the response tokens, [tokens].
+        response_lengths: tokens of each response, [responses].
+        shares_prompt: whether some row holds more than one response, and so needs `attention_mask`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    predictors: Tensor
+    targets: Tensor
+    response_lengths: Tensor
+    shares_prompt: bool
+
+    @property
+    def num_computed(self) -> int:
+        """Positions a model computes for this batch, filling included."""
+        return self.input_ids.numel()
+
+    @property
+    def owners(self) -> Tensor:
+        """Number of the response that each token belongs to, [tokens]."""
+        numbers = torch.arange(len(self.response_lengths), device=self.response_lengths.device)
+        return numbers.repeat_interleave(self.response_lengths, output_size=len(self.targets))
+
+    def to(self, device: torch.device | str) -> PackedResponses:
+        """Move to a device."""
+        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return PackedResponses(**moved, shares_prompt=self.shares_prompt)
+
+    def split(self, per_token: Tensor) -> list[Tensor]:
+        """Cut a [tokens] tensor into one tensor per response."""
+        return list(torch.split(per_token, self.response_lengths.tolist()))
+
+    def sum_by_response(self, per_token: Tensor) -> Tensor:
+        """Sum a [tokens] tensor over the tokens of each response, [responses]; carries gradient."""
+        # not index_add: its order of summation on CUDA changes from run to run
+        return torch.segment_reduce(per_token, "sum", lengths=self.response_lengths)
+
+
+def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
+    """Lay responses out in rows.
+
+    Args:
+        groups: prompts with their responses; neither may be empty.
+        layout: ``"shared"``, one row per group, or ``"padded"``, one row per response.
+
+    Raises:
+        ValueError: if there is no group, or a prompt, a list of responses or a response is empty.
+    """
+    _check(groups)
+    rows = list(groups) if layout == "shared" else [(prompt, [r]) for prompt, responses in groups for r in responses]
+    length = max(_row_length(row) for row in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    segments = torch.full_like(input_ids, -1)
+    predictors: list[int] = []
+    targets: list[int] = []
+    for number, (prompt, responses) in enumerate(rows):
+        ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for segment, response in enumerate(responses, start=1):
+            start = number * length + len(ids)
+            # the last prompt position predicts the first token of every response
+            predictors += [number * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
+            targets += response
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            owners += [segment] * len(response)
+        input_ids[number, : len(ids)] = torch.tensor(ids)
+        position_ids[number, : len(ids)] = torch.tensor(positions)
+        segments[number, : len(ids)] = torch.tensor(owners)
+    return PackedResponses(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        segments=segments,
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor(targets),
+        response_lengths=torch.tensor([len(r) for _, responses in groups for r in responses]),
+        shares_prompt=any(len(responses) > 1 for _, responses in rows),
+    )
+
+
+def attention_mask(packed: PackedResponses, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """Build the additive mask [rows, 1, length, length] that keeps the responses of a row apart.
+
+    0 where a query may look and the most negative number of the dtype elsewhere: the eager attention of transformers
+    computes wrong values with a boolean mask, without a word. Every position sees at least itself.
+
+    Args:
+        packed: the batch.
+        dtype: floating dtype of the model.
+        window: sliding window in tokens, the query's own included, as in the configs of transformers. It is measured in
+            positions, not in columns of the row; None for full attention.
+    """
+    query, key = packed.segments[:, :, None], packed.segments[:, None, :]
+    length = packed.segments.shape[1]
+    visible = ((key == 0) | (key == query)) & torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
+    if window is not None:
+        visible &= packed.position_ids[:, :, None] - packed.position_ids[:, None, :] < window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def sharing_gain(groups: Sequence[Group], hidden_size: int | None = None) -> float:
+    """Estimate how many times less the shared layout computes than the padded one.
+
+    Without ``hidden_size`` this counts tokens: sum of (P + R) over responses, divided by sum of (P + R1 + ... + Rk)
+    over groups; for a pair 2 (P + R) / (P + 2 R). With it, attention counts too, so that long rows of many responses,
+    whose masked squares are wasted, do not look cheap.
+
+    Args:
+        groups: prompts with their responses.
+        hidden_size: width of the model, >= 1.
+    """
+
+    def cost(length: int, causal: bool) -> float:
+        # a transformer layer costs 24 h^2 FLOPs per token outside attention, and 4 h L inside with a dense mask, half
+        # of that with a causal kernel
+        attention = 0.0 if hidden_size is None else length / (6 * hidden_size) * (0.5 if causal else 1.0)
+        return length * (1.0 + attention)
+
+    padded = sum(cost(len(prompt) + len(r), causal=True) for prompt, responses in groups for r in responses)
+    return padded / sum(cost(_row_length(group), causal=False) for group in groups)
+
+
+def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowLayout = "shared") -> list[list[int]]:
+    """Divide groups into batches of similar length, so that few positions are filled up.
+
+    Args:
+        groups: prompts with their responses.
+        tokens_per_batch: positions per batch at most, filling included, >= 1; a longer group makes its own batch.
+        layout: the layout the batches will be packed in.
+
+    Returns:
+        Indices into ``groups``, each exactly once, longest groups first: if memory is short, it is short at once.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
+    _check(groups)
+    longest = [
+        _row_length(group) if layout == "shared" else len(group[0]) + max(map(len, group[1])) for group in groups
+    ]
+    rows = [1 if layout == "shared" else len(responses) for _, responses in groups]
+    batches: list[list[int]] = []
+    used, width = 0, 0
+    for index in sorted(range(len(groups)), key=lambda i: -longest[i]):
+        if not batches or (used + rows[index]) * width > tokens_per_batch:
+            batches.append([])
+            used, width = 0, longest[index]
+        batches[-1].append(index)
+        used += rows[index]
+    return batches
+
+
+def _row_length(group: Group) -> int:
+    prompt, responses = group
+    return len(prompt) + sum(map(len, responses))
+
+
+def _check(groups: Sequence[Group]) -> None:
+    if not groups:
+        raise ValueError("expected at least one prompt with responses; got none")
+    for number, (prompt, responses) in enumerate(groups):
+        if not prompt:
+            raise ValueError(
+                f"group {number} has an empty prompt, so nothing predicts the first token of its responses; "
+                "give the tokenizer a BOS token, or a non-empty prompt"
+            )
+        if not responses or not all(map(len, responses)):
+            raise ValueError(
+                f"group {number} has response lengths {[len(r) for r in responses]}; "
+                "expected one or more responses of at least one token: drop the others"
+            )
