@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_rlhf.callbacks._run import gather_rows
+from lightning_rlhf import ranks
 from lightning_rlhf.estimators.kl import k1, k3
 from lightning_rlhf.evaluation.metrics import mean_with_error
 from lightning_rlhf.types import Prompt, Response
@@ -160,9 +160,9 @@ class HeldOut:
         if output is not None:
             self._rows += held_out_rows(output, self._seen, loader)
 
-    def gather(self, trainer: Trainer) -> list[HeldOutRow]:
+    def gather(self) -> list[HeldOutRow]:
         """All rows of all ranks, each once, in the order of their keys; every rank must call this."""
-        rows = {row.key: row for row in gather_rows(trainer, self._rows)}
+        rows = {row.key: row for row in ranks.interleave(self._rows)}
         return [rows[key] for key in sorted(rows)]
 
 
@@ -197,7 +197,7 @@ class HeldOutCallback(Callback, ABC):
         """Gather the rows of all ranks and report."""
         if trainer.sanity_checking:
             return
-        rows = self._held_out.gather(trainer)
+        rows = self._held_out.gather()
         self._held_out.reset()
         if rows:
             self.on_held_out(trainer, pl_module, rows)

@@ -1,19 +1,16 @@
-"""What the callbacks may ask of the run: the DataModule's round and ledger, and how ranks hand each other rows."""
+"""What the callbacks ask of the run: the DataModule's round and ledger, the root folder, the loggers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_rlhf.types import Preference
-
-
-Row = TypeVar("Row")
 
 
 class Round(Protocol):
@@ -31,9 +28,16 @@ class PreferenceSource(Protocol):
     """The part of the preference DataModule that callbacks read."""
 
     round: Round | None
-    num_labels: int
+    epochs_per_round: int | None
     label_budget: int | None
-    passes_per_pair: float
+
+    @property
+    def num_labels(self) -> int:
+        """Labels bought so far, from the ledger on rank zero: every rank must ask."""
+
+    @property
+    def passes_per_pair(self) -> float:
+        """Model passes per token position and pair; NaN before the first pair."""
 
 
 def preference_source(trainer: Trainer) -> PreferenceSource:
@@ -54,15 +58,6 @@ def preference_source(trainer: Trainer) -> PreferenceSource:
 def beta(pl_module: LightningModule) -> float:
     """The strength of the pull towards the reference, > 0."""
     return float(cast(Any, pl_module).beta)
-
-
-def gather_rows(trainer: Trainer, rows: list[Row]) -> list[Row]:
-    """The rows of all ranks, in rank order; every rank must call this, and every rank gets all rows."""
-    if trainer.world_size == 1:
-        return rows
-    parts: list[list[Row] | None] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in cast(list[Row], part)]
 
 
 def sum_over_ranks(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:

@@ -13,8 +13,8 @@ class LabelBudget(Callback):
     """Stops the run when its labels are spent.
 
     The DataModule cuts the last round to what is left, so never more than ``labels`` are bought; the run trains on that
-    round and stops at the end of its epoch. Only labels with a verdict count. A run that is resumed after its budget
-    was spent trains on nothing more; to go on, resume it with a larger budget.
+    round as on the others, and stops before it would draw another. Only labels with a verdict count. A run that is
+    resumed after its budget was spent trains on nothing more; to go on, resume it with a larger budget.
 
     Args:
         labels: labels the run may buy in all, over all its restarts, >= 1.
@@ -24,7 +24,7 @@ class LabelBudget(Callback):
         if labels < 1:
             raise ValueError(f"LabelBudget needs at least one label; got labels={labels}")
         self.labels = labels
-        self._epoch_done_at = 0
+        self._round_done_at = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the DataModule the budget before it draws."""
@@ -39,21 +39,25 @@ class LabelBudget(Callback):
         source.label_budget = self.labels
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop at once if the epoch before the restart had spent the budget."""
-        # Counted at the end of an epoch: a run that was cut off in the middle of its last round still finishes it.
-        if self._epoch_done_at >= self.labels:
+        """Stop at once if the rounds before the restart had spent the budget."""
+        # Counted at the end of a round: a run that was cut off in the middle of its last round still finishes it.
+        if self._round_done_at >= self.labels:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if the budget is spent."""
-        self._epoch_done_at = preference_source(trainer).num_labels
-        if self._epoch_done_at >= self.labels:
+        source = preference_source(trainer)
+        # A round may be trained on for several epochs: the last one is finished as the others were.
+        if source.epochs_per_round is None or (trainer.current_epoch + 1) % source.epochs_per_round != 0:
+            return
+        self._round_done_at = source.num_labels
+        if self._round_done_at >= self.labels:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """How many labels had been bought when the last epoch ended."""
-        return {"epoch_done_at": self._epoch_done_at}
+        """How many labels had been bought when the last round ended."""
+        return {"round_done_at": self._round_done_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._epoch_done_at = state_dict["epoch_done_at"]
+        self._round_done_at = state_dict["round_done_at"]

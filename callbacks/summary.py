@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -65,16 +66,18 @@ class Summary(HeldOutCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the result."""
         self._seconds_before, self._started = self._seconds(), None
-        if not trainer.is_global_zero:
-            return
         source = preference_source(trainer)
+        passes = source.passes_per_pair
         result = {
             **result_of(self._before, self._after, beta(pl_module)),
             "steps": trainer.global_step,
             "labels": source.num_labels,
-            "passes_per_pair": source.passes_per_pair,
+            "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
         }
+        # Only now: the ledger's count of labels is asked by all ranks.
+        if not trainer.is_global_zero:
+            return
         (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(closing_line(result), flush=True)
 
@@ -142,12 +145,10 @@ def closing_line(result: Mapping[str, Any]) -> str:
         parts.append(f"KL {result['kl_after']:.2f} nats/sequence")
     if trained and result["j_before"] is not None and result["j_after"] is not None:
         parts.append(f"J {result['j_before']:.2f} -> {result['j_after']:.2f}")
-    parts += [
-        f"{result['labels']} labels",
-        f"{result['passes_per_pair']:.1f} passes per pair",
-        f"{result['seconds']:.0f} s",
-    ]
-    return ", ".join(parts)
+    parts.append(f"{result['labels']} labels")
+    if result["passes_per_pair"] is not None:
+        parts.append(f"{result['passes_per_pair']:.1f} passes per pair")
+    return ", ".join([*parts, f"{result['seconds']:.0f} s"])
 
 
 def measured(value: float, error: float | None, sign: str = "") -> str:

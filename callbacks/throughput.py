@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_rlhf import ranks
 from lightning_rlhf.callbacks._run import Round, log_known, preference_source, sum_over_ranks
 
 
@@ -33,8 +34,8 @@ class Throughput(Callback):
 
     On each training step: ``throughput/pairs_per_second`` and ``throughput/tokens_per_second`` of all ranks together,
     over the last steps; time between steps, as for sampling, labelling and validation, is left out. At the end of each
-    epoch, for the round it trained on: ``round/labels`` (labels bought), ``round/failed`` (comparisons without a
-    verdict), ``round/sampling_seconds`` and ``round/labelling_seconds``.
+    epoch, for the round it trained on: ``round/labels`` (labels bought for it since the last start), ``round/failed``
+    (comparisons without a verdict), ``round/sampling_seconds`` and ``round/labelling_seconds``.
 
     Args:
         window: training steps that a speed is averaged over, >= 1.
@@ -65,7 +66,8 @@ class Throughput(Callback):
         """Log what the round took."""
         drawn = preference_source(trainer).round
         if drawn is not None:
-            log_known(pl_module, round_costs(drawn))
+            # Labels are bought on rank zero, and only its round knows of them.
+            log_known(pl_module, ranks.from_rank_zero(round_costs(drawn)))
 
 
 def rates(steps: Iterable[StepCost]) -> dict[str, float]:

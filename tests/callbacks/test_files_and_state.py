@@ -113,6 +113,15 @@ def test_the_budget_cuts_the_last_round_and_stops_after_its_epoch(toy: ModuleTyp
     assert trainer.current_epoch == 2
 
 
+def test_the_last_round_gets_as_many_epochs_as_the_others(toy: ModuleType, tmp_path: Path) -> None:
+    """Rounds of 4 pairs, 3 epochs each, 2 steps an epoch; a round that is never redrawn is left to max_epochs."""
+    for epochs_per_round, steps in ((3, 6), (None, 14)):
+        data = toy.ToyData(epochs_per_round=epochs_per_round)
+        trainer = toy.trainer(tmp_path, [LabelBudget(4)], max_epochs=7)
+        trainer.fit(toy.ToyModule(), datamodule=data)
+        assert (trainer.global_step, data.num_labels) == (steps, 4)
+
+
 def test_a_spent_budget_stays_spent_after_a_restart(toy: ModuleType, tmp_path: Path) -> None:
     saver = ModelCheckpoint(dirpath=tmp_path, filename="end", save_on_train_epoch_end=True)
     run(toy, tmp_path, [LabelBudget(4), saver], max_epochs=50, enable_checkpointing=True)
@@ -186,6 +195,13 @@ def test_the_summary_is_the_last_line_and_a_file(
     }
 
 
+def test_a_run_without_pairs_has_no_passes_and_still_writes_json(toy: ModuleType, tmp_path: Path) -> None:
+    data = toy.ToyData()
+    data.passes_per_pair = math.nan
+    toy.trainer(tmp_path, [Summary()]).fit(toy.ToyModule(), datamodule=data)
+    assert json.loads((tmp_path / "summary.json").read_text())["passes_per_pair"] is None
+
+
 def test_the_summary_of_a_resumed_run_looks_back_to_its_first_start(toy: ModuleType, tmp_path: Path) -> None:
     (summary,) = cut_and_resume(toy, tmp_path, lambda: [Summary()])
     result = json.loads((tmp_path / "summary.json").read_text())
@@ -224,6 +240,7 @@ def test_the_summary_leaves_out_what_it_cannot_know(
 def test_two_processes_write_what_one_would(toy: ModuleType, tmp_path: Path) -> None:
     """Five prompts on two ranks: the sampler repeats one, which must not count twice; files and figures agree."""
     environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     for devices in (1, 2):
         command = [sys.executable, toy.__file__, str(tmp_path / str(devices)), str(devices)]
         subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
@@ -235,6 +252,7 @@ def test_two_processes_write_what_one_would(toy: ModuleType, tmp_path: Path) -> 
     assert read_frontier(one / "frontier.csv")[0] == read_frontier(two / "frontier.csv")[0]
     # One process takes two steps per epoch, two take one: pairs (0, 2 | 1, 3) together are all four pairs of the round.
     with (two / "metrics.csv").open() as file:
-        chosen = [float(row["train/rewards/chosen"]) for row in csv.DictReader(file) if row["train/rewards/chosen"]]
-    assert chosen == [1.5, 1.5]
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/rewards/chosen"]) for row in rows if row["train/rewards/chosen"]] == [1.5, 1.5]
+    assert [float(row["round/labels"]) for row in rows if row["round/labels"]] == [4.0, 4.0]
     assert [path.name for path in sorted(two.iterdir())] == [path.name for path in sorted(one.iterdir())]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_rlhf import ranks
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response
 
 
@@ -51,25 +52,32 @@ def preference(index: int, number: int) -> Preference:
 class ToyData(L.LightningDataModule):
     """Draws a round of four pairs per epoch, within the budget."""
 
-    def __init__(self, held_out: int = 4) -> None:
+    def __init__(self, held_out: int = 4, epochs_per_round: int | None = 1) -> None:
         super().__init__()
         self.held_out = held_out
         self.round: ToyRound | None = None
-        self.num_labels = 0
+        self.bought = 0
+        self.epochs_per_round: int | None = epochs_per_round
         self.label_budget: int | None = None
         self.passes_per_pair = 3.0
+
+    @property
+    def num_labels(self) -> int:
+        """As in the real DataModule, a collective: it hangs unless every rank asks."""
+        return ranks.from_rank_zero(self.bought)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.trainer.reload_dataloaders_every_n_epochs = 1
 
     def train_dataloader(self) -> DataLoader[Any]:
-        number = self.trainer.current_epoch
+        number = self.trainer.current_epoch // self.epochs_per_round if self.epochs_per_round else 0
         if self.round is None or number > self.round.index:
-            left = 4 if self.label_budget is None else min(4, self.label_budget - self.num_labels)
+            left = 4 if self.label_budget is None else min(4, self.label_budget - self.bought)
             pairs = [preference(i, number) for i in range(left)]
-            self.round = ToyRound(number, pairs, labels_bought=left)
-            self.num_labels += left
+            # As in the real DataModule, only rank zero buys.
+            self.round = ToyRound(number, pairs, labels_bought=left if ranks.rank() == 0 else 0)
+            self.bought += left
         return DataLoader(torch.arange(len(self.round.preferences)), batch_size=2)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -81,11 +89,11 @@ class ToyData(L.LightningDataModule):
         return batch.to(device) if isinstance(batch, Tensor) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"round": -1 if self.round is None else self.round.index, "num_labels": self.num_labels}
+        return {"round": -1 if self.round is None else self.round.index, "bought": self.bought}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.round = ToyRound(state["round"], [preference(i, state["round"]) for i in range(4)])
-        self.num_labels = state["num_labels"]
+        self.bought = state["bought"]
 
 
 class ToyModule(L.LightningModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -91,7 +92,8 @@ dist.destroy_process_group()
 def test_two_processes_report_what_one_would(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     commands = [[sys.executable, str(tmp_path / "script.py"), str(rank), str(tmp_path / "store")] for rank in (0, 1)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) for line in commands]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]
