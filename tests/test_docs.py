@@ -31,7 +31,7 @@ FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SHELL = {"", "bash", "sh", "shell", "console"}
 SECOND_PATH = re.compile(r"[\w.\-]+(?:/|\.(?:py|md|toml|txt|ya?ml))|Makefile|LICENSE")
 """What a word after a path must look like to be another path, and not the beginning of the comment."""
-UNTRACKED = {".git", ".venv", "build", "dist", "site", "runs", "lightning_logs"}
+LEFTOVERS = {"build", "dist", "site", "runs", "lightning_logs"}
 
 
 def blocks(page: Path, languages: set[str]) -> list[str]:
@@ -90,14 +90,17 @@ def test_every_path_in_the_readme_tree_exists() -> None:
     assert [path for path in readme_tree() if not (ROOT / path).exists()] == []
 
 
-def test_readme_tree_names_every_top_level_entry_and_every_module_folder() -> None:
+def test_readme_tree_names_every_folder_of_the_project_and_every_module_folder() -> None:
     named = {path.rstrip("/") for path in readme_tree()}
-    top = {
-        path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")
-    }
-    folders = {f"lightning_rlhf/{path.name}" for path in (ROOT / "lightning_rlhf").iterdir() if is_module_folder(path)}
-    assert (top - UNTRACKED - {README.name}) - named == set()
-    assert folders - named == set()
+    top = {path.name for path in ROOT.iterdir() if holds_files(path)}
+    modules = {f"lightning_rlhf/{path.name}" for path in (ROOT / "lightning_rlhf").iterdir() if is_module_folder(path)}
+    assert (top | modules) - named == set()
+
+
+def holds_files(path: Path) -> bool:
+    """Whether a path is a folder of the project, rather than what git or a tool left there."""
+    leftover = path.name.startswith(".") or path.name.endswith(".egg-info") or path.name in LEFTOVERS
+    return path.is_dir() and not leftover and any(inside.is_file() for inside in path.rglob("*"))
 
 
 def is_module_folder(path: Path) -> bool:
@@ -108,7 +111,8 @@ def is_module_folder(path: Path) -> bool:
 @pytest.fixture
 def readers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory that holds what a reader would have written by now, with the examples on the path."""
-    source = "\n".join(blocks(ROOT / "docs" / "write-your-own.md", {"python"}))
+    pages = (README, ROOT / "docs" / "write-your-own.md")
+    source = "\n".join(block for page in pages for block in blocks(page, {"python"}))
     (tmp_path / "my_file.py").write_text(source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-rlhf"])  # the command line warns if there are arguments here too
