@@ -1,1 +1,26 @@
-""" """
+"""Pair samplers: prompts in, comparisons out. Write your own by subclassing `AbstractPairSampler`."""
+
+from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.best_of_n import BestOfNSampler
+from lightning_rlhf.samplers.cost_table import cost_table
+from lightning_rlhf.samplers.hybrid import HybridSampler
+from lightning_rlhf.samplers.mixture import MixtureSampler
+from lightning_rlhf.samplers.offline import OfflineSampler
+from lightning_rlhf.samplers.pilaf import PILAFSampler
+from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
+from lightning_rlhf.samplers.vanilla import VanillaSampler
+from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
+
+
+__all__ = [
+    "AbstractPairSampler",
+    "BestOfNSampler",
+    "HybridSampler",
+    "MixtureSampler",
+    "OfflineSampler",
+    "PILAFSampler",
+    "TPILAFSampler",
+    "VanillaSampler",
+    "WeightedVanillaSampler",
+    "cost_table",
+]

@@ -1,0 +1,98 @@
+"""Best-of-N sampling: the best and the worst of n draws from the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.generation.base import AbstractEngine, Request
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards.base import AbstractReward, checked_score
+from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.draws import COIN
+from lightning_rlhf.types import Comparison, Prompt, Response
+
+
+TIE = 1e-6
+"""Scores that differ by less than this are equal: at theta = ref all implicit rewards are, up to rounding."""
+
+
+class BestOfNSampler(AbstractPairSampler):
+    """Draws n responses from the policy and pairs the best (first) with the worst (second).
+
+    Best-of-N of Table 1 of PILAF (arXiv 2502.04270), after Xiong et al. 2024 (arXiv 2312.11456). Candidates are ranked
+    by the implicit DPO reward, ``beta * sum(log pi_theta - log pi_ref)``, which is the variant the paper compares, or
+    by a reward of your own. The implicit reward is a sum over tokens, so the extremes favour long responses. Candidates
+    that all tie, as they do while the policy equals the reference, are paired at random. The costs are counted as in
+    the paper, which leaves out the scoring of the candidates by the reference.
+
+    Args:
+        n: candidates per prompt, >= 2; the paper uses 8.
+        reward: ranks the candidates instead of the implicit reward; every candidate then costs one annotation.
+
+    Raises:
+        ValueError: if n is smaller than 2.
+    """
+
+    first_law, second_law = "best of π_θ", "worst of π_θ"
+
+    def __init__(self, n: int = 8, reward: AbstractReward | None = None) -> None:
+        if n < 2:
+            raise ValueError(f"n must be at least 2, since a pair needs two candidates; got {n}")
+        self.n = n
+        self.reward = reward
+        self.passes_per_pair = float(n)
+        self.annotations_per_pair = 2.0 if reward is None else float(n)
+        self.method = (
+            f"Best-of-N with DPO reward, N={n}" if reward is None else f"Best-of-N (Xiong 2024), N={n}, oracle reward"
+        )
+
+    def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+        """Draw n candidates per prompt in one batch and keep two of them; branch ``"best_of_n"``.
+
+        ``meta`` holds the two scores, and ``"delta"`` where they are implicit rewards.
+        """
+        # candidates take the streams from COIN + 1 on: FIRST and SECOND are left to two-draw samplers
+        requests = [Request(prompt, key.fold(prompt.index, COIN + 1 + i)) for prompt in prompts for i in range(self.n)]
+        drawn = engine.generate(requests, reference_logps=self.reward is None)
+        scores = self._scores(prompts, drawn, engine.beta)
+        comparisons = []
+        for i, prompt in enumerate(prompts):
+            best, worst = extremes(scores[i], key.fold(prompt.index, COIN))
+            score_a, score_b = float(scores[i, best]), float(scores[i, worst])
+            meta = {"score_a": score_a, "score_b": score_b}
+            if self.reward is None:
+                meta["delta"] = score_a - score_b
+            a, b = drawn[i * self.n + best], drawn[i * self.n + worst]
+            comparisons.append(Comparison(prompt, a, b, branch="best_of_n", passes=self.passes_per_pair, meta=meta))
+        return comparisons
+
+    def _scores(self, prompts: Sequence[Prompt], drawn: Sequence[Response], beta: float) -> Tensor:
+        """Score of each candidate; shape [prompts, n]."""
+        if self.reward is None:
+            scores = torch.tensor([beta * response.log_ratio() for response in drawn], dtype=torch.float64)
+        else:
+            scores = checked_score(self.reward, [prompt for prompt in prompts for _ in range(self.n)], drawn)
+        return scores.reshape(len(prompts), self.n)
+
+
+def extremes(scores: Tensor, key: Key) -> tuple[int, int]:
+    """Positions of the highest and the lowest score, ties broken at random; always two different positions.
+
+    Args:
+        scores: score of each candidate; shape [n], n >= 2.
+        key: names the random numbers that break ties.
+    """
+    # a random order first: whatever breaks ties by position after it breaks them at random
+    order = torch.randperm(len(scores), generator=key.generator())
+    shuffled = scores[order]
+    best, worst = shuffled.max(), shuffled.min()
+    if best - worst <= TIE:
+        return int(order[0]), int(order[1])
+    first = (shuffled >= best - TIE).nonzero()[0]
+    second = (shuffled <= worst + TIE).nonzero()[0]
+    if first == second:  # everything lies within TIE of both ends
+        return int(order[shuffled.argmax()]), int(order[shuffled.argmin()])
+    return int(order[first]), int(order[second])

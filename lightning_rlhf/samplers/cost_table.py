@@ -1,0 +1,45 @@
+"""Table 1 of PILAF: what the samplers draw, and what a pair costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_rlhf.samplers.base import AbstractPairSampler
+
+
+UNKNOWN = "—"
+HEADER = "| method | y^a | y^b | sampling | annotation |\n|---|---|---|---|---|"
+FOOTNOTE = "\\*: the reward scores every candidate instead of a labeler comparing one pair."
+
+
+def cost_table(samplers: Sequence[AbstractPairSampler]) -> str:
+    """Table 1 of PILAF (arXiv 2502.04270) for any samplers, in Markdown.
+
+    Sampling is counted in model forward passes per token position and pair, annotation in responses shown to the
+    annotator per pair. A sampler is named by its attribute ``method``, or else by its class, and may say what it draws
+    in ``first_law`` and ``second_law``.
+
+    Args:
+        samplers: one row each, in order.
+    """
+    rows = [cost_row(sampler) for sampler in samplers]
+    footnote = f"\n\n{FOOTNOTE}" if any(scores_candidates(sampler) for sampler in samplers) else ""
+    return "\n".join([HEADER, *rows]) + footnote
+
+
+def cost_row(sampler: AbstractPairSampler) -> str:
+    """One row of the table."""
+    # optional attributes: a sampler of a user's own need not know this table
+    cells = [
+        getattr(sampler, "method", type(sampler).__name__),
+        getattr(sampler, "first_law", UNKNOWN),
+        getattr(sampler, "second_law", UNKNOWN),
+        f"{sampler.passes_per_pair:g}",
+        f"{sampler.annotations_per_pair:g}" + ("*" if scores_candidates(sampler) else ""),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def scores_candidates(sampler: AbstractPairSampler) -> bool:
+    """Whether more than the two responses of a pair are annotated."""
+    return sampler.annotations_per_pair > 2

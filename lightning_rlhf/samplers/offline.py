@@ -1,0 +1,54 @@
+"""Offline sampling: the pairs that came with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_rlhf.generation.base import AbstractEngine
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.draws import coin
+from lightning_rlhf.types import Comparison, Prompt
+
+
+class OfflineSampler(AbstractPairSampler):
+    """Presents the recorded pairs of a preference data set; nothing is decoded.
+
+    Offline DPO (Rafailov et al. 2023, arXiv 2305.18290). Which of the two comes first is a fair coin, so that a labeler
+    with a taste for the first place is not always shown the chosen one; ``meta["recorded_first"]`` says whether ``a``
+    is the recorded chosen response. The recorded weight becomes the weight of the pair.
+    """
+
+    method = "Offline (recorded pairs)"
+    first_law, second_law = "data", "data"
+    passes_per_pair = 0.0
+    needs_engine = False
+
+    def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+        """Present the recorded pair of each prompt; branch ``"offline"``. The engine is not used.
+
+        Raises:
+            ValueError: if a prompt came without a recorded pair.
+        """
+        del engine
+        return [recorded_comparison(prompt, chosen_first=coin(prompt, key) < 0.5) for prompt in prompts]
+
+
+def recorded_comparison(prompt: Prompt, *, chosen_first: bool) -> Comparison:
+    """The comparison between the recorded completions of a prompt."""
+    if prompt.pair is None:
+        raise ValueError(
+            f"prompt {prompt.index} ({prompt.text[-80:]!r}) has no recorded pair; OfflineSampler needs rows with "
+            f"'chosen' and 'rejected': use such a data set, or a sampler that decodes, such as VanillaSampler"
+        )
+    chosen, rejected = prompt.pair
+    a, b = (chosen, rejected) if chosen_first else (rejected, chosen)
+    return Comparison(
+        prompt,
+        a,
+        b,
+        branch="offline",
+        weight=1.0 if prompt.recorded is None else prompt.recorded.weight,
+        passes=0.0,
+        meta={"recorded_first": chosen_first},
+    )

@@ -1,0 +1,98 @@
+"""T-PILAF: PILAF with the branch probability and the pair weight of the theorem, from running estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_rlhf.estimators import RunningZZ, pair_weight, tilt_probability
+from lightning_rlhf.generation.base import AbstractEngine
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.draws import coin, implicit_reward_gap
+from lightning_rlhf.samplers.pilaf import BASE_PASSES, TILT_PASSES, checked_tilt, pair_requests
+from lightning_rlhf.types import Comparison, Prompt
+
+
+class TPILAFSampler(AbstractPairSampler):
+    """Draws pairs by T-PILAF, whose loss gradient is aligned with that of the regularised reward.
+
+    T-PILAF of PILAF (arXiv 2502.04270), Theorem 1. With ``zz(x) = Z+ Z- = E cosh(delta)`` over pairs of the policy,
+    where ``delta = r_theta(a) - r_theta(b)``, the pair comes from (pi+, pi-) with probability ``p(x) = zz / (1 + zz)``,
+    else from (pi_theta, pi_theta), and weighs ``w(x) = (1 + zz) / (1 + mean zz)``. zz is not known: a running estimate
+    per prompt, shrunk to the mean over prompts, learns from the policy pairs of each finished round and stands still
+    during a round. In the first round it is 1, and T-PILAF is PILAF; later a pair costs 2 + 2 p(x) passes, 3 or more.
+
+    The theorem is about whole responses, while pi+ and pi- are mixed token by token, as in practical PILAF: exact for
+    one token, an approximation beyond. It is also local and promises nothing for a policy far from the oracle.
+
+    Args:
+        tilt: strength of the tilt, > 0; omit it to use the DPO beta of the policy, to which the theorem applies.
+            Another tilt takes the place of beta in zz, too.
+        prior_count: policy pairs that the mean over prompts is worth in the estimate of one prompt, >= 0.
+        decay: weight of what was learnt before relative to the newest round, in [0, 1].
+        limit: cosh is clipped at exp(limit) in the estimate, >= 0; 3 keeps p(x) below 0.953.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    method = "T-PILAF"
+    first_law, second_law = "π_θ^+ / π_θ", "π_θ^− / π_θ"
+    passes_per_pair = 3.0
+
+    def __init__(
+        self, tilt: float | None = None, prior_count: float = 4.0, decay: float = 0.9, limit: float = 3.0
+    ) -> None:
+        if not 0.0 <= prior_count < math.inf:
+            raise ValueError(f"prior_count must be a finite number >= 0; got {prior_count}")
+        self.tilt = checked_tilt(tilt)
+        self.estimate = RunningZZ(strength=prior_count, decay=decay, limit=limit)
+
+    def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+        """Draw one pair per prompt, all of them in one batch.
+
+        ``meta`` holds ``"delta"``, ``"tilt_probability"`` and ``"tilt_over_beta"``, from which `observe` learns.
+        """
+        tilt = engine.beta if self.tilt is None else self.tilt
+        probabilities = [tilt_probability(self.estimate.zz(prompt.index)) for prompt in prompts]
+        tilted = [coin(prompt, key) < p for prompt, p in zip(prompts, probabilities, strict=True)]
+        drawn = engine.generate(pair_requests(prompts, tilted, tilt, key), reference_logps=True)
+        comparisons = []
+        for i, (prompt, is_tilted) in enumerate(zip(prompts, tilted, strict=True)):
+            a, b = drawn[2 * i], drawn[2 * i + 1]
+            comparisons.append(
+                Comparison(
+                    prompt,
+                    a,
+                    b,
+                    branch="tilt" if is_tilted else "base",
+                    weight=pair_weight(self.estimate.zz(prompt.index), self.estimate.zz_bar),
+                    passes=TILT_PASSES if is_tilted else BASE_PASSES,
+                    meta={
+                        "delta": implicit_reward_gap(a, b, engine.beta),
+                        "tilt_probability": probabilities[i],
+                        "tilt_over_beta": tilt / engine.beta,
+                    },
+                )
+            )
+        return comparisons
+
+    def observe(self, comparisons: Sequence[Comparison]) -> None:
+        """Learn zz from the policy pairs of the finished round."""
+        base = [comparison for comparison in comparisons if comparison.branch == "base"]
+        self.estimate.observe(
+            [comparison.prompt.index for comparison in base],
+            [comparison.meta["delta"] * comparison.meta["tilt_over_beta"] for comparison in base],
+            # prompts with a large zz seldom show policy pairs
+            importance=[1.0 / (1.0 - comparison.meta["tilt_probability"]) for comparison in base],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running estimate."""
+        return self.estimate.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the running estimate."""
+        self.estimate.load_state_dict(state)
