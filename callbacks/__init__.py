@@ -9,6 +9,7 @@ from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
+from lightning_rlhf.callbacks.progress import ProgressBar
 from lightning_rlhf.callbacks.reward import RewardMonitor
 from lightning_rlhf.callbacks.summary import Summary
 from lightning_rlhf.callbacks.throughput import Throughput
@@ -20,6 +21,7 @@ __all__ = [
     "HFExport",
     "KLMonitor",
     "LabelBudget",
+    "ProgressBar",
     "RewardMonitor",
     "Summary",
     "Throughput",

@@ -1,7 +1,7 @@
 """The command line: ``lightning-rlhf fit --config quickstart``, and the other verbs.
 
-Configs are found by name in the package (``--config dpo_online``, overlays such as ``--config sampler/best_of_n``) or by
-path; several merge from left to right, and a file may name its bases under ``defaults``. Everything else is LightningCLI.
+Configs are found by name in the package (``--config dpo_online``, overlays such as ``--config sampler/best_of_n``) or
+by path; several merge from left to right, and a file may name its bases under ``defaults``. The rest is LightningCLI.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings
+from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
@@ -61,11 +61,11 @@ def find_config(name: str) -> Path:
 class NamedConfig(ActionConfigFile):
     """Reads configs by name or path, and their ``defaults`` first."""
 
-    def __call__(self, parser: Any, cfg: Any, value: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
         """Merge one ``--config`` value into the configuration."""
         inline = "\n" in value or value.lstrip().startswith("{")
         if inline:
-            super().__call__(parser, cfg, value, option_string)
+            super().__call__(parser, cfg, value, option_string)  # type: ignore[no-untyped-call]
         else:
             self._merge(parser, cfg, find_config(value), option_string, ())
 
@@ -76,12 +76,12 @@ class NamedConfig(ActionConfigFile):
         bases = content.pop("defaults", None)
         if bases is None:
             # by path, so that files it names are looked up beside it
-            super().__call__(parser, cfg, str(path), option)
+            super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
             return
         for base in bases:
             beside = path.parent / f"{base}.yaml"
             self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
-        super().__call__(parser, cfg, yaml.safe_dump(content), option)
+        super().__call__(parser, cfg, yaml.safe_dump(content), option)  # type: ignore[no-untyped-call]
 
 
 class RLHFTrainer(L.Trainer):
@@ -112,19 +112,17 @@ class RLHFTrainer(L.Trainer):
 class RLHFCLI(LightningCLI):
     """LightningCLI with configs by name, a run folder, and runs that continue where they were stopped."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
-            *args,
-            trainer_class=RLHFTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,
-            auto_configure_optimizers=False,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            **kwargs,
+            trainer_class=RLHFTrainer,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
         )
 
     @staticmethod
@@ -166,7 +164,7 @@ class RLHFCLI(LightningCLI):
         return Path(self._get(self.config, "run_dir"))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Make the Trainer; CSV and TensorBoard logs and a checkpoint per round in the run folder unless said otherwise."""
+        """Make the Trainer; logs and a checkpoint per epoch go to the run folder unless said otherwise."""
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs["logger"] = [
                 CSVLogger(self.run_dir, name="metrics"),

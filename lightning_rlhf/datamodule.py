@@ -1,7 +1,7 @@
 """The DataModule whose on-epoch hook resamples: prompts -> sampler -> labeler -> ledger -> batches.
 
-Online DPO is a round of one batch, iterative DPO a round of many, offline DPO a round that never changes. The buffer of a
-round is read from the ledger, so that a run that was killed continues with the pairs and labels it had paid for.
+Online DPO is a round of one batch, iterative DPO a round of many, offline DPO a round that never changes. The buffer of
+a round is read from the ledger, so that a killed run continues with the pairs and labels it had paid for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -76,6 +77,7 @@ class PreferenceDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.trainer: L.Trainer
         for name, value in (
             ("prompts_per_round", prompts_per_round),
             ("epochs_per_round", epochs_per_round),
@@ -92,7 +94,11 @@ class PreferenceDataModule(L.LightningDataModule):
         self.decoding = decoding
         self.prompts_per_round, self.epochs_per_round = prompts_per_round, epochs_per_round
         self.pairs_per_batch, self.replay, self.label_attempts = pairs_per_batch, replay, label_attempts
-        self.max_prompt_tokens, self.on_long_prompt, self.system_prompt = max_prompt_tokens, on_long_prompt, system_prompt
+        self.max_prompt_tokens, self.on_long_prompt, self.system_prompt = (
+            max_prompt_tokens,
+            on_long_prompt,
+            system_prompt,
+        )
         self.ledger_path, self.seed = ledger, seed
 
         self.round: Round | None = None
@@ -132,9 +138,8 @@ class PreferenceDataModule(L.LightningDataModule):
 
     @property
     def passes_per_pair(self) -> float:
-        """Model forward passes per token position and pair, counted over the pairs in memory."""
-        passes = [p.comparison.passes for preferences in self._rounds.values() for p in preferences]
-        return sum(passes) / len(passes) if passes else float("nan")
+        """Model forward passes per token position and pair, counted over all pairs drawn; every rank must ask."""
+        return ranks.from_rank_zero(self._store.mean_passes() if self._store is not None else None)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Draw the round that is due and serve its pairs; asking twice draws nothing."""
@@ -174,6 +179,11 @@ class PreferenceDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Serve the number of the one round that ``lightning-rlhf sample`` draws, to every rank."""
         return DataLoader([0], sampler=RankSampler([0]), collate_fn=list)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the numbers of a training batch; prompts are plain data and stay."""
+        del dataloader_idx
+        return batch.to(device) if isinstance(batch, PreferenceBatch) else batch
 
     def sample_only(self, rounds: list[int]) -> None:
         """Draw the comparisons of rounds into the ledger and buy no label."""
@@ -252,7 +262,9 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def _buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""
-        kept = {"last": 1, "all": due + 1}.get(self.replay, self.replay) if isinstance(self.replay, str) else self.replay
+        kept = (
+            {"last": 1, "all": due + 1}.get(self.replay, self.replay) if isinstance(self.replay, str) else self.replay
+        )
         first = max(due - int(kept) + 1, 0)
         for index in range(first, due + 1):
             if index not in self._rounds:
@@ -313,7 +325,7 @@ class PreferenceDataModule(L.LightningDataModule):
         bar = self.trainer.progress_bar_callback
         disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
         with tqdm(total=total, desc=description, unit="pair", leave=False, disable=disable) as progress:
-            yield progress.update
+            yield progress
 
 
 def _collate(items: list[tuple[Preference, float]]) -> PreferenceBatch:

@@ -19,12 +19,12 @@ def epoch_order(count: int, key: Key) -> list[int]:
 def deal(order: list[int], pairs_per_batch: int, rank: int, world: int) -> list[tuple[int, float]]:
     """Deal an order of pairs to the ranks, batch by batch.
 
-    Each global batch of ``pairs_per_batch`` items is dealt to the ranks in turn, so that one process and many compute the
-    same global batches and every pair is used exactly once.
+    Each global batch of ``pairs_per_batch`` items is dealt to the ranks in turn, so that one process and many compute
+    the same global batches and every pair is used exactly once.
 
     Returns:
-        For each item of this rank, its index and the number of pairs in its global batch per rank. The loss of a rank is
-        its sum over pairs divided by that number: the average over ranks, which DDP takes, is then the mean over pairs.
+        For each item of this rank, its index and the number of pairs in its global batch per rank. The loss of a rank
+        is its sum over pairs divided by that number: the average over ranks, which DDP takes, is the mean over pairs.
     """
     mine: list[tuple[int, float]] = []
     for start in range(0, len(order), pairs_per_batch):
@@ -66,7 +66,7 @@ class ResumableLoader(DataLoader[Any]):
         """Skip the batches that were handed out before, once."""
         self.skip = state["yielded"]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Iterate from the restored position."""
         skip, self.skip = self.skip, 0
         self.yielded = skip

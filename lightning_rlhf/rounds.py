@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm.auto import tqdm
 
 from lightning_rlhf import ranks
 from lightning_rlhf.generation.engine import DecodeEngine, score_responses
@@ -48,7 +51,7 @@ class RoundCollector:
         labeler: labels them, on rank zero.
         key: key of the run; rounds and purposes are folded in.
         label_attempts: times that a comparison is shown to the labeler until it is given up, >= 1.
-        progress: makes a progress bar: ``progress(description, total)`` is a context that yields ``advance(count)``.
+        progress: makes progress bars, as `tqdm` does: ``progress(description, total)`` is a context that yields one.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class RoundCollector:
         if not missing:
             return
         key = self.key.fold(_SAMPLING, index)
-        with self.progress(f"round {index}: sampling", len(missing)) as advance:
+        with self.progress(f"round {index}: sampling", len(missing)) as bar:
+            if engine is not None:
+                engine.on_tokens = count_tokens(bar)
             for start in range(0, len(missing), chunk):
                 positions = missing[start : start + chunk]
                 mine = [prompts[position] for position in positions[ranks.rank() :: ranks.world_size()]]
@@ -107,7 +112,7 @@ class RoundCollector:
                 everyone = ranks.interleave(drawn)
                 if self.store is not None:
                     self.store.add_comparisons(index, everyone, positions)
-                advance(len(positions))
+                bar.update(len(positions))
 
     def _label(self, index: int, chunk: int) -> int:
         """Buy the labels that are missing, chunk by chunk; returns how many."""
@@ -122,7 +127,7 @@ class RoundCollector:
                 open_ = [(id_, c) for id_, c in open_ if attempts.get(id_, 0) < self.label_attempts]
             if not open_:
                 break
-            with self.progress(f"round {index}: labelling", len(open_)) as advance:
+            with self.progress(f"round {index}: labelling", len(open_)) as bar:
                 for start in range(0, len(open_), chunk):
                     part = open_[start : start + chunk]
                     labels = list(self.labeler.label([comparison for _, comparison in part], key.fold(attempt)))
@@ -133,7 +138,7 @@ class RoundCollector:
                         )
                     self.store.add_labels([id_ for id_, _ in part], labels)
                     bought += sum(label.status == "ok" for label in labels)
-                    advance(len(part))
+                    bar.update(len(part))
         return bought
 
     def _read(self, index: int) -> tuple[list[Preference], dict[str, int]]:
@@ -141,6 +146,18 @@ class RoundCollector:
         rows = self.store.comparisons(index)
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
         return preferences, self.store.failed(index)
+
+
+def count_tokens(bar: Any) -> Callable[[int], None]:
+    """Make a hook that shows on a progress bar how many tokens were decoded, so that it moves within a chunk."""
+    total = 0
+
+    def count(tokens: int) -> None:
+        nonlocal total
+        total += tokens
+        bar.set_postfix_str(f"{total} tokens")
+
+    return count
 
 
 def with_reference_logps(comparisons: Sequence[Comparison], engine: DecodeEngine) -> list[Comparison]:
@@ -182,13 +199,12 @@ def refreshed(preferences: Sequence[Preference], engine: DecodeEngine) -> list[P
     return [fresh.get(id(p), p) for p in preferences]
 
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Progress = Callable[[str, int], AbstractContextManager[Any]]
 
 
-@contextmanager
-def _silent(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    del description, total
-    yield lambda count: None
+def _silent(description: str, total: int) -> AbstractContextManager[Any]:
+    bar: AbstractContextManager[Any] = tqdm(total=total, desc=description, disable=True)
+    return bar
 
 
 # key paths below the run seed

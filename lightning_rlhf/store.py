@@ -368,6 +368,12 @@ class PreferenceStore:
             )
             return int(db.execute(query, (before,)).fetchone()[0])
 
+    def mean_passes(self) -> float:
+        """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""
+        with self._reading() as db:
+            mean = db.execute("SELECT AVG(passes) FROM comparisons").fetchone()[0]
+        return math.nan if mean is None else float(mean)
+
     @property
     def num_labels(self) -> int:
         """Number of labels with status ``"ok"``."""

@@ -39,7 +39,7 @@ class RecordedPair:
 class PromptRow:
     """One row of a data source, parsed but not tokenised.
 
-    Exactly one of ``text`` (plain prompt) and ``messages`` (conversational prompt, last turn not by the assistant) is set.
+    Exactly one of ``text`` and ``messages`` (last turn not by the assistant) is set.
 
     Args:
         source: where the row came from, for error messages: ``"file.jsonl row 12"`` (rows count from 1).
@@ -128,10 +128,12 @@ class Comparison:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def swap(self) -> Comparison:
-        """The same comparison with the two responses exchanged; ``delta`` in ``meta`` changes its sign."""
+        """The same comparison with the two responses exchanged, and what ``meta`` says of their order turned round."""
         meta = dict(self.meta)
         if "delta" in meta:
             meta["delta"] = -meta["delta"]
+        if "recorded_first" in meta:
+            meta["recorded_first"] = not meta["recorded_first"]
         return replace(self, a=self.b, b=self.a, meta=meta)
 
 
@@ -153,7 +155,9 @@ class Label:
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.probability is not None):
-            raise ValueError(f"a label has a probability if and only if its status is 'ok'; got {self.status!r}, {self.probability}")
+            raise ValueError(
+                f"a label has a probability if and only if its status is 'ok'; got {self.status!r}, {self.probability}"
+            )
         if self.probability is not None and not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"P(a preferred) must lie in [0, 1]; got {self.probability}")
 

@@ -69,7 +69,14 @@ def test_shipped_overlays_fit_two_steps(in_folder: Path, tiny_policy: Path, over
 def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> None:
     rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
     (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fit("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl", *SMALL, "--run_dir=run")
+    fit(
+        "--config",
+        "dpo_offline",
+        f"--model.policy={tiny_policy}",
+        "--data.prompts.path=rows.jsonl",
+        *SMALL,
+        "--run_dir=run",
+    )
     assert json.loads((in_folder / "run" / "summary.json").read_text())["labels"] == 6
 
 
@@ -94,13 +101,23 @@ def test_interpolation_follows_the_command_line(in_folder: Path, capsys: pytest.
         "data: {class_path: lightning_rlhf.datamodule.PreferenceDataModule, init_args: "
         "{sampler: {class_path: PILAFSampler, init_args: {tilt: '${model.init_args.beta}'}}}}"
     )
-    config = printed(capsys, *("--config", "dpo_online", "--config", "mine.yaml", "--model.policy=x", "--model.beta=0.3"))
+    config = printed(
+        capsys, *("--config", "dpo_online", "--config", "mine.yaml", "--model.policy=x", "--model.beta=0.3")
+    )
     assert config["data"]["init_args"]["sampler"]["init_args"]["tilt"] == 0.3
 
 
 def test_changing_the_sampler_leaves_no_argument_of_the_old_one(capsys: pytest.CaptureFixture[str]) -> None:
     config = printed(
-        capsys, *("--config", "dpo_online", "--config", "sampler/best_of_n", "--data.sampler=VanillaSampler", "--model.policy=x")
+        capsys,
+        *(
+            "--config",
+            "dpo_online",
+            "--config",
+            "sampler/best_of_n",
+            "--data.sampler=VanillaSampler",
+            "--model.policy=x",
+        ),
     )
     assert config["data"]["init_args"]["sampler"].get("init_args", {}) == {}
 
@@ -109,7 +126,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize(
-    "options", [["--data.sampler=custom_sampler.{}"], ["--data.labeler.reward=custom_reward.{}"]], ids=["sampler", "reward"]
+    "options",
+    [["--data.sampler=custom_sampler.{}"], ["--data.labeler.reward=custom_reward.{}"]],
+    ids=["sampler", "reward"],
 )
 def test_the_examples_plug_in_by_class_path(
     in_folder: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -125,7 +144,17 @@ def test_the_examples_plug_in_by_class_path(
 
 def test_sample_draws_without_labels(in_folder: Path, tiny_policy: Path) -> None:
     options = [o for o in ONLINE if "max_steps" not in o]
-    main(["sample", "--config", "dpo_online", f"--model.policy={tiny_policy}", *options, "--run_dir=run", "--out=pairs.jsonl"])
+    main(
+        [
+            "sample",
+            "--config",
+            "dpo_online",
+            f"--model.policy={tiny_policy}",
+            *options,
+            "--run_dir=run",
+            "--out=pairs.jsonl",
+        ]
+    )
     rows = [json.loads(line) for line in (in_folder / "pairs.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert {"prompt", "response_a", "response_b", "branch"} <= rows[0].keys()
@@ -134,7 +163,14 @@ def test_sample_draws_without_labels(in_folder: Path, tiny_policy: Path) -> None
 def test_a_run_is_exported_as_rows_that_load_again(in_folder: Path, tiny_policy: Path) -> None:
     fit("--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run")
     main(["export", "--ledger=run/ledger.sqlite", "--out=rows.jsonl"])
-    fit("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl", *SMALL, "--run_dir=again")
+    fit(
+        "--config",
+        "dpo_offline",
+        f"--model.policy={tiny_policy}",
+        "--data.prompts.path=rows.jsonl",
+        *SMALL,
+        "--run_dir=again",
+    )
     assert (in_folder / "again" / "summary.json").exists()
 
 
@@ -174,15 +210,15 @@ class Short(AbstractReward):
         (["--model.beta=-1"], "beta and learning_rate must be > 0"),
     ],
 )
-def test_bad_options_are_one_clear_error(
-    capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
+def test_bad_options_are_one_clear_error(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     with pytest.raises((SystemExit, ValueError)) as error:
         fit("--config", "dpo_online", "--model.policy=x", *options)
     assert message in capsys.readouterr().err + str(error.value)
 
 
-@pytest.mark.parametrize(("reward", "message"), [("NaN", "returned nan for prompt"), ("Short", "returned a mean of shape")])
+@pytest.mark.parametrize(
+    ("reward", "message"), [("NaN", "returned nan for prompt"), ("Short", "returned a mean of shape")]
+)
 def test_a_reward_that_misbehaves_is_named(in_folder: Path, tiny_policy: Path, reward: str, message: str) -> None:
     (in_folder / "bad_rewards.py").write_text(REWARDS)
     sys.modules.pop("bad_rewards", None)
@@ -199,7 +235,11 @@ def test_a_reward_that_misbehaves_is_named(in_folder: Path, tiny_policy: Path, r
         ("", [], "rows.jsonl"),
         ('{"question": "x"}\n', [], "question"),
         ('{"prompt": "x", "chosen": "a", "rejected": 3}\n', [], "row 1.*rejected"),
-        ('{"prompt": "%s", "chosen": "a", "rejected": "b"}\n' % ("x" * 300), ["--data.on_long_prompt=error"], "row 1.*tokens"),
+        (
+            '{"prompt": "%s", "chosen": "a", "rejected": "b"}\n' % ("x" * 300),
+            ["--data.on_long_prompt=error"],
+            "row 1.*tokens",
+        ),
     ],
     ids=["empty data set", "missing column", "wrong type", "prompt longer than the window"],
 )

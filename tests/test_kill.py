@@ -15,7 +15,7 @@ import torch
 
 
 # A user's file: plug-ins that kill their own process at a chosen moment, and note every label that was handed over.
-PLUGINS = '''
+PLUGINS = """
 import os, signal
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Labeler(RewardLabeler):
 class Killer(Callback):
     def on_train_batch_end(self, trainer, *_):
         die_at(f"training step {trainer.global_step}")
-'''
+"""
 
 COMMAND = [
     *(sys.executable, "-m", "lightning_rlhf", "fit", "--config", "dpo_online", "--config", "trainer/cpu"),
@@ -91,7 +91,12 @@ def run(folder: Path, policy: Path, run_dir: str, die_at: str = "") -> subproces
     return subprocess.run(
         [*COMMAND, f"--model.policy={policy}", f"--run_dir={run_dir}"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}", "DIE_AT": die_at, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}",
+            "DIE_AT": die_at,
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -25,8 +25,8 @@ from lightning_rlhf.types import FinishReason, Prompt, Response
 class DecodeEngine(AbstractEngine):
     """Decodes batches of requests with KV caches.
 
-    A response is a function of its request alone (prompt, key, mix) and of the weights, whatever the batch around it, up
-    to float ties: each token is chosen by inverse transform of one uniform number of the request's own stream.
+    A response is a function of its request alone (prompt, key, mix) and of the weights, whatever the batch around it,
+    up to float ties: each token is chosen by inverse transform of one uniform number of the request's own stream.
 
     Args:
         policy: the policy; switched to eval mode while decoding.
@@ -59,8 +59,8 @@ class DecodeEngine(AbstractEngine):
         self.decoding = decoding
         self.eos_ids = frozenset(eos_ids)
         self.tokens_per_batch = tokens_per_batch
-        self.on_response: Callable[[], None] | None = None
-        """Called whenever a response is finished; moves progress bars."""
+        self.on_tokens: Callable[[int], None] | None = None
+        """Called after each decoding step with the number of tokens it drew; moves progress bars."""
         if reference is not None:
             with reference.active() as model:
                 sizes = vocabulary_size(policy), vocabulary_size(model)
@@ -102,7 +102,9 @@ class DecodeEngine(AbstractEngine):
         if any(request.mix != -1 for request in requests):
             streams.append(_Stream(self._use_policy, [row for row in rows if row.request.mix != -1], "policy_logps"))
         if any(request.mix != 0 for request in requests):
-            streams.append(_Stream(self._use_reference, [row for row in rows if row.request.mix != 0], "reference_logps"))
+            streams.append(
+                _Stream(self._use_reference, [row for row in rows if row.request.mix != 0], "reference_logps")
+            )
         for stream in streams:
             stream.prefill()
         active = rows
@@ -115,10 +117,9 @@ class DecodeEngine(AbstractEngine):
                 row.done = token in self.eos_ids or step == limit - 1
             for stream in streams:
                 stream.record()
+            if self.on_tokens is not None:
+                self.on_tokens(len(active))
             if any(row.done for row in active):
-                if self.on_response is not None:
-                    for _ in range(sum(row.done for row in active)):
-                        self.on_response()
                 active = [row for row in active if not row.done]
                 for stream in streams:
                     stream.compact()
@@ -133,7 +134,7 @@ class DecodeEngine(AbstractEngine):
         reason: FinishReason = "eos" if row.ids[-1] in self.eos_ids else "length"
         return Response(
             ids=tuple(row.ids),
-            text=self.tokenizer.decode(row.ids, skip_special_tokens=True),
+            text=str(self.tokenizer.decode(row.ids, skip_special_tokens=True)),
             finish_reason=reason,
             policy_logps=tuple(row.policy_logps) or None,
             reference_logps=tuple(row.reference_logps) or None,
@@ -153,7 +154,7 @@ class DecodeEngine(AbstractEngine):
                     model, [prompts[i] for i in missing], [result[i] for i in missing], self.tokens_per_batch
                 )
             for i, logps in zip(missing, scored, strict=True):
-                result[i] = replace(result[i], **{name: logps})
+                result[i] = replace(result[i], **{name: logps})  # type: ignore[arg-type]
         return result
 
     @contextmanager
@@ -200,7 +201,7 @@ def score_responses(
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of logits of a causal LM."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
 
 
 @contextmanager

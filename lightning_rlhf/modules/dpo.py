@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch
 from lightning_rlhf.generation.base import Decoding, Request
@@ -52,7 +52,7 @@ class DPOModule(L.LightningModule):
         attn_implementation: attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         chat_template: Jinja chat template, for tokenizers that have none.
-        layout: ``auto`` computes each prompt once per pair where that pays and the model allows it; ``padded`` never does.
+        layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
         tokens_per_batch: tokens of one forward pass when log-probabilities are scored without gradient.
         trust_remote_code: run code that comes with the checkpoint.
     """
@@ -97,7 +97,7 @@ class DPOModule(L.LightningModule):
         self.layout = layout
         self.tokens_per_batch = tokens_per_batch
         self.trust_remote_code = trust_remote_code
-        self.policy: PreTrainedModel | None = None
+        self.policy: Any = None
         self.reference: AbstractReference | None = None
         # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
         self.strict_loading = lora is None
@@ -130,7 +130,6 @@ class DPOModule(L.LightningModule):
 
     def engine(self, decoding: Decoding) -> DecodeEngine:
         """Make a decode engine over the current policy and reference."""
-        assert self.policy is not None
         return DecodeEngine(
             self.policy,
             self.reference,
@@ -146,11 +145,6 @@ class DPOModule(L.LightningModule):
         assert self.reference is not None
         if self.reference_rule != "fixed" and self.reference.version < index:
             self.reference.update(self.policy, self.reference_rule, self.ema_decay)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the numbers of a training batch; prompts are plain data and stay."""
-        del dataloader_idx
-        return batch.to(device) if isinstance(batch, PreferenceBatch) else batch
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a batch of pairs, with reference log-probabilities as the sampler left them."""
@@ -189,7 +183,7 @@ class DPOModule(L.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         datamodule.sample_only(batch)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, with linear warm-up."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)

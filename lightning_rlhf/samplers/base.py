@@ -14,19 +14,25 @@ from lightning_rlhf.types import Comparison, Prompt
 class AbstractPairSampler(ABC):
     """Draws the pairs of responses that a labeler will be asked about.
 
-    Subclass it, implement `sample`, and name your class by its path: ``--data.sampler=my_file.MySampler``. Samplers know
-    no labeler and no Lightning. They hold no random state: draw with keys folded from the one you are given, so that
-    pairs do not depend on the number of processes or on restarts.
+    Subclass it, implement `sample`, and name your class by its path: ``--data.sampler=my_file.MySampler``. Samplers
+    know no labeler and no Lightning. They hold no random state: draw with keys folded from the one you are given, so
+    that pairs do not depend on the number of processes or on restarts.
 
     Attributes:
         passes_per_pair: model forward passes per token position and pair, on average (Table 1 of PILAF).
         annotations_per_pair: responses shown to the annotator per pair.
         needs_engine: False if the sampler never decodes, as with recorded pairs.
+        method: name in the cost table; the class name when empty.
+        first_law: what y^a is drawn from, for the cost table.
+        second_law: what y^b is drawn from, for the cost table.
     """
 
     passes_per_pair: float = 2.0
     annotations_per_pair: float = 2.0
     needs_engine: bool = True
+    method: str = ""
+    first_law: str = "—"
+    second_law: str = "—"
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:

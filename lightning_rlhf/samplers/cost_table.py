@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lightning_rlhf.samplers.base import AbstractPairSampler
 
 
-UNKNOWN = "—"
 HEADER = "| method | y^a | y^b | sampling | annotation |\n|---|---|---|---|---|"
 FOOTNOTE = "\\*: the reward scores every candidate instead of a labeler comparing one pair."
 
@@ -16,8 +15,7 @@ def cost_table(samplers: Sequence[AbstractPairSampler]) -> str:
     """Table 1 of PILAF (arXiv 2502.04270) for any samplers, in Markdown.
 
     Sampling is counted in model forward passes per token position and pair, annotation in responses shown to the
-    annotator per pair. A sampler is named by its attribute ``method``, or else by its class, and may say what it draws
-    in ``first_law`` and ``second_law``.
+    annotator per pair.
 
     Args:
         samplers: one row each, in order.
@@ -29,11 +27,10 @@ def cost_table(samplers: Sequence[AbstractPairSampler]) -> str:
 
 def cost_row(sampler: AbstractPairSampler) -> str:
     """One row of the table."""
-    # optional attributes: a sampler of a user's own need not know this table
     cells = [
-        getattr(sampler, "method", type(sampler).__name__),
-        getattr(sampler, "first_law", UNKNOWN),
-        getattr(sampler, "second_law", UNKNOWN),
+        sampler.method or type(sampler).__name__,
+        sampler.first_law,
+        sampler.second_law,
         f"{sampler.passes_per_pair:g}",
         f"{sampler.annotations_per_pair:g}" + ("*" if scores_candidates(sampler) else ""),
     ]

@@ -89,9 +89,7 @@ def fresh_logps(model: PreTrainedModel, prompt: Prompt, ids: tuple[int, ...]) ->
 def test_log_probabilities_of_both_models_equal_a_fresh_forward_pass(family: str) -> None:
     policy, reference = build(family, 0), build(family, 1)
     asked = requests()
-    for request, response in zip(
-        asked, engine(policy, reference).generate(asked, reference_logps=True), strict=True
-    ):
+    for request, response in zip(asked, engine(policy, reference).generate(asked, reference_logps=True), strict=True):
         assert response.policy_logps == pytest.approx(fresh_logps(policy, request.prompt, response.ids), abs=1e-5)
         assert response.reference_logps == pytest.approx(fresh_logps(reference, request.prompt, response.ids), abs=1e-5)
 

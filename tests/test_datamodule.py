@@ -1,0 +1,328 @@
+"""Rounds, replay, budgets, moving references and exact resume, on a tiny policy with a real Trainer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_rlhf import DPOModule, PreferenceDataModule
+from lightning_rlhf.callbacks import LabelBudget
+from lightning_rlhf.generation.base import AbstractEngine, Decoding
+from lightning_rlhf.labelers import AbstractLabeler, RecordedLabeler, RewardLabeler
+from lightning_rlhf.loading import deal, epoch_order
+from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.logprobs import summed_logps
+from lightning_rlhf.prompts import AbstractPromptSource, BuiltinPrompts
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards import AbstractReward, RewardOutput
+from lightning_rlhf.samplers import AbstractPairSampler, OfflineSampler, PILAFSampler, TPILAFSampler, VanillaSampler
+from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
+
+
+class Letters(AbstractReward):
+    """Likes the letter e and dislikes length: a reward with a signal even on random text."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        del prompts
+        return RewardOutput(torch.tensor([r.text.count("e") - 0.1 * len(r.ids) for r in responses]))
+
+
+class Counting(VanillaSampler):
+    """Notes which prompts each call was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[int]] = []
+
+    def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+        self.calls.append([prompt.index for prompt in prompts])
+        return super().sample(prompts, engine, key)
+
+
+class Moody(AbstractLabeler):
+    """Refuses prompts of odd index the first ``moods`` times that it sees them."""
+
+    def __init__(self, moods: int) -> None:
+        self.moods = moods
+        self.asked: Counter[int] = Counter()
+
+    def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
+        del key
+        labels = []
+        for comparison in comparisons:
+            index = comparison.prompt.index
+            self.asked[index] += 1
+            refuses = index % 2 == 1 and self.asked[index] <= self.moods
+            labels.append(Label(None, "refused") if refuses else Label(1.0))
+        return labels
+
+
+class Pairs(AbstractPromptSource):
+    """Recorded pairs."""
+
+    def load(self) -> list[PromptRow]:
+        return [
+            PromptRow(
+                f"row {i}", text=f"Say {i}. ", pair=RecordedPair(f"It is {i}.", "No.", probability=0.9, weight=2.0)
+            )
+            for i in range(6)
+        ]
+
+
+class Buffers(Callback):
+    """Notes the pairs that each epoch trains on."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[tuple[int, int]]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        loader: Any = trainer.train_dataloader
+        self.epochs.append([(p.round, p.comparison.prompt.index) for p, _ in loader.dataset])
+
+
+def module(policy: Path, **options: Any) -> DPOModule:
+    return DPOModule(str(policy), **{"learning_rate": 1e-2, "layout": "padded", **options})
+
+
+def data(sampler: AbstractPairSampler, labeler: AbstractLabeler | None = None, **options: Any) -> PreferenceDataModule:
+    settings = {
+        "prompts_per_round": 4,
+        "pairs_per_batch": 2,
+        "decoding": Decoding(max_new_tokens=4, rows=4),
+        "max_prompt_tokens": 240,
+        **options,
+    }
+    source = settings.pop("prompts", BuiltinPrompts("train", limit=6))
+    return PreferenceDataModule(source, sampler, labeler or RewardLabeler(Letters()), **settings)
+
+
+def trainer(folder: Path, epochs: int, *callbacks: Callback, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **{"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **options},
+    )
+
+
+def test_each_epoch_draws_one_round_and_prompts_come_in_shuffled_passes(tmp_path: Path, tiny_policy: Path) -> None:
+    sampler = Counting()
+    trainer(tmp_path, 3).fit(module(tiny_policy), datamodule=data(sampler))
+    # rows=4 makes chunks of two prompts; three rounds of four are two passes over six prompts
+    assert [len(call) for call in sampler.calls] == [2] * 6
+    drawn = [index for call in sampler.calls for index in call]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list(range(6))
+    assert drawn[:6] != drawn[6:]
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "draws"),
+    [
+        ({"epochs_per_round": 2}, [4, 4, 4, 4], 2),
+        ({"epochs_per_round": None}, [4, 4, 4, 4], 1),
+        ({"replay": "all"}, [4, 8, 12, 16], 4),
+        ({"replay": 2}, [4, 8, 8, 8], 4),
+        ({"prompts_per_round": None}, [6, 6, 6, 6], 4),
+    ],
+)
+def test_rounds_and_replay(
+    tmp_path: Path, tiny_policy: Path, options: dict[str, Any], sizes: list[int], draws: int
+) -> None:
+    seen = Buffers()
+    loaded = data(VanillaSampler(), **options)
+    trainer(tmp_path, 4, seen).fit(module(tiny_policy), datamodule=loaded)
+    assert [len(epoch) for epoch in seen.epochs] == sizes
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        assert {p.round for p in store.preferences()} == set(range(draws))
+
+
+def test_pairs_move_the_policy_towards_the_labels(tmp_path: Path, tiny_policy: Path) -> None:
+    policy = module(tiny_policy)
+    loaded = data(VanillaSampler(), RewardLabeler(Letters(), rule="argmax"), epochs_per_round=None)
+    trainer(tmp_path, 8).fit(policy, datamodule=loaded)
+    assert loaded.round is not None
+    decided = [p for p in loaded.round.preferences if p.probability != 0.5]
+    assert decided
+    groups = [(p.comparison.prompt.ids, (p.comparison.a.ids, p.comparison.b.ids)) for p in decided]
+    with torch.no_grad():
+        logps = summed_logps(policy.policy.eval(), groups).view(-1, 2)
+    for preference, (a, b) in zip(decided, logps.tolist(), strict=True):
+        pair = preference.comparison
+        assert pair.a.reference_logps is not None
+        assert pair.b.reference_logps is not None
+        margin = (a - sum(pair.a.reference_logps)) - (b - sum(pair.b.reference_logps))
+        assert (margin > 0) == (preference.probability > 0.5)
+
+
+def test_offline_pairs_keep_their_soft_labels_and_weights(tmp_path: Path, tiny_policy: Path) -> None:
+    loaded = data(
+        OfflineSampler(),
+        RecordedLabeler(),
+        prompts=Pairs(),
+        prompts_per_round=None,
+        epochs_per_round=None,
+        decoding=Decoding(max_new_tokens=16),
+    )
+    trainer(tmp_path, 2).fit(module(tiny_policy), datamodule=loaded)
+    assert loaded.round is not None
+    assert len(loaded.round.preferences) == 6
+    for preference in loaded.round.preferences:
+        first = preference.comparison.a.text.startswith("It is")
+        assert preference.probability == pytest.approx(0.9 if first else 0.1)
+        assert preference.comparison.weight == 2.0
+
+
+def test_failed_labels_are_retried_then_dropped_and_counted(tmp_path: Path, tiny_policy: Path) -> None:
+    retried = data(VanillaSampler(), Moody(1), prompts_per_round=6, label_attempts=2)
+    trainer(tmp_path / "retried", 1).fit(module(tiny_policy), datamodule=retried)
+    assert retried.round is not None
+    assert (len(retried.round.preferences), retried.round.failed) == (6, {})
+    dropped = data(VanillaSampler(), Moody(9), prompts_per_round=6, label_attempts=2)
+    trainer(tmp_path / "dropped", 1).fit(module(tiny_policy), datamodule=dropped)
+    assert dropped.round is not None
+    assert (len(dropped.round.preferences), dropped.round.failed) == (3, {"refused": 3})
+
+
+def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -> None:
+    class Mute(Moody):
+        def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
+            del key
+            return [Label(None, "timeout") for _ in comparisons]
+
+    with pytest.raises(RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4"):
+        trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(VanillaSampler(), Mute(0)))
+
+
+def test_the_label_budget_cuts_the_last_round_and_stops(tmp_path: Path, tiny_policy: Path) -> None:
+    seen = Buffers()
+    trainer(tmp_path, 9, seen, LabelBudget(10)).fit(module(tiny_policy), datamodule=data(VanillaSampler()))
+    assert [len(epoch) for epoch in seen.epochs] == [4, 4, 2]
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        assert store.num_labels == 10
+
+
+def test_a_sampler_or_labeler_that_returns_too_few_is_named(tmp_path: Path, tiny_policy: Path) -> None:
+    class Lazy(VanillaSampler):
+        def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+            return super().sample(prompts, engine, key)[1:]
+
+    with pytest.raises(ValueError, match=r"Lazy.sample returned 1 comparisons for 2 prompts"):
+        trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(Lazy()))
+
+
+@pytest.mark.parametrize("rule", ["previous", "ema"])
+@pytest.mark.parametrize("lora", [None, LoRA(r=2, alpha=4)], ids=["full", "lora"])
+def test_a_moving_reference_refreshes_old_log_probabilities(
+    tmp_path: Path, tiny_policy: Path, rule: str, lora: LoRA | None
+) -> None:
+    class Check(Callback):
+        """At the start of an epoch policy and reference agree under ``previous``; and no pair is stale."""
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert isinstance(pl_module, DPOModule)
+            assert pl_module.reference is not None
+            loader: Any = trainer.train_dataloader
+            pairs = [p.comparison for p, _ in loader.dataset]
+            with torch.no_grad(), pl_module.reference.active() as model:
+                fresh = summed_logps(model, [(c.prompt.ids, (c.a.ids, c.b.ids)) for c in pairs]).tolist()
+            kept = [sum(r.reference_logps or ()) for c in pairs for r in (c.a, c.b)]
+            assert kept == pytest.approx(fresh, abs=1e-4)
+            assert pl_module.reference.version == trainer.current_epoch
+
+    policy = module(tiny_policy, reference=rule, ema_decay=0.5, lora=lora)
+    trainer(tmp_path, 3, Check()).fit(policy, datamodule=data(PILAFSampler(), replay="all"))
+
+
+class EveryStep(ModelCheckpoint):
+    """Keeps a checkpoint of every step and of every epoch's end."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        (TPILAFSampler, {"replay": 2}),
+        (PILAFSampler, {"epochs_per_round": 2, "reference": "previous", "replay": "all"}),
+        (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "epochs_per_round": None}),
+    ],
+    ids=["t_pilaf", "previous", "lora_dropout"],
+)
+def test_a_run_continues_bitwise_from_every_checkpoint(
+    tmp_path: Path, tiny_policy: Path, sampler: type[AbstractPairSampler], options: dict[str, Any]
+) -> None:
+    model_options = {k: v for k, v in options.items() if k in ("reference", "lora")}
+    data_options = {k: v for k, v in options.items() if k not in model_options}
+
+    def fit(checkpoint: Path | None, *callbacks: Callback) -> dict[str, torch.Tensor]:
+        policy = module(tiny_policy, **model_options)
+        loaded = data(sampler(), **data_options)
+        trainer(tmp_path, 3, *callbacks).fit(policy, datamodule=loaded, ckpt_path=checkpoint)
+        return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+    straight = fit(None, EveryStep(tmp_path / "checkpoints"))
+    checkpoints = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert len(checkpoints) >= 6
+    for checkpoint in checkpoints:
+        continued = fit(checkpoint)
+        assert all(torch.equal(straight[name], continued[name]) for name in straight), checkpoint.name
+
+
+def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    trainer(tmp_path / "a", 1, EveryStep(tmp_path / "a" / "checkpoints")).fit(
+        module(tiny_policy), datamodule=data(VanillaSampler())
+    )
+    checkpoint = next((tmp_path / "a" / "checkpoints").glob("*.ckpt"))
+    with pytest.raises(ValueError, match="checkpoint belongs to ledger"):
+        trainer(tmp_path / "b", 2).fit(module(tiny_policy), datamodule=data(VanillaSampler()), ckpt_path=checkpoint)
+
+
+def test_fast_dev_run_and_overfit_batches_draw_once(tmp_path: Path, tiny_policy: Path) -> None:
+    sampler = Counting()
+    trainer(tmp_path / "fast", 1, fast_dev_run=True).fit(module(tiny_policy), datamodule=data(sampler))
+    assert len(sampler.calls) == 2
+
+
+def test_accumulation_does_not_change_the_update(tmp_path: Path, tiny_policy: Path) -> None:
+    def fit(name: str, pairs: int, accumulate: int) -> dict[str, torch.Tensor]:
+        policy = module(tiny_policy)
+        loaded = data(VanillaSampler(), pairs_per_batch=pairs)
+        trainer(tmp_path / name, 2, accumulate_grad_batches=accumulate).fit(policy, datamodule=loaded)
+        return {n: p.detach().clone() for n, p in policy.named_parameters()}
+
+    whole, parts = fit("whole", 4, 1), fit("parts", 2, 2)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_the_batches_of_one_process(world: int) -> None:
+    order = epoch_order(22, Key((0,)))
+    shards = [deal(order, 8, rank, world) for rank in range(world)]
+    assert sorted(index for shard in shards for index, _ in shard) == list(range(22))
+    for step in range(3):
+        per_rank = 8 // world
+        batch = [item for shard in shards for item in shard[step * per_rank : (step + 1) * per_rank]]
+        expected = order[step * 8 : (step + 1) * 8]
+        assert sorted(index for index, _ in batch) == sorted(expected)
+        # the average over ranks of (sum over pairs / share) is the mean over the pairs of the batch
+        assert sum(1 / share for _, share in batch) / world == pytest.approx(1.0)
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ValueError, match=r"data\.replay must be at least 1; got 0"):
+        data(VanillaSampler(), replay=0)
