@@ -16,6 +16,7 @@ import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +28,7 @@ import lightning_rlhf.modules
 import lightning_rlhf.prompts
 import lightning_rlhf.rewards
 import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
+from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.datamodule import PreferenceDataModule
 from lightning_rlhf.export import export_comparisons, export_ledger
 
@@ -170,6 +172,11 @@ class RLHFCLI(LightningCLI):
                 CSVLogger(self.run_dir, name="metrics"),
                 TensorBoardLogger(self.run_dir, name="", version="tensorboard"),
             ]
+        callbacks = self._get(self.config_init, "trainer.callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
+        if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, ProgressBar()]
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.checkpoint_callback is None or trainer.checkpoint_callback.dirpath is not None:  # type: ignore[attr-defined]
             return trainer

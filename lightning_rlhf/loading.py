@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,17 @@ def deal(order: list[int], pairs_per_batch: int, rank: int, world: int) -> list[
         batch = order[start : start + pairs_per_batch]
         mine.extend((index, len(batch) / world) for index in batch[rank::world])
     return mine
+
+
+def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
+    """Mend a Lightning checkpoint that was saved after the last batch of an epoch, in place, before it is restored.
+
+    Lightning 2.6 compares the batches done with the length of the *next* epoch to see that an epoch is over; where the
+    next round is longer, it would skip as many of its batches.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["is_last_batch"]:
+        progress["current"]["completed"] = sys.maxsize - 1
 
 
 class RankSampler(DistributedSampler[Any]):

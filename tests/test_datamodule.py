@@ -27,12 +27,12 @@ from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
 
 
-class Letters(AbstractReward):
-    """Likes the letter e and dislikes length: a reward with a signal even on random text."""
+class Bytes(AbstractReward):
+    """Likes some tokens more than others: a reward with a signal even on random text."""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         del prompts
-        return RewardOutput(torch.tensor([r.text.count("e") - 0.1 * len(r.ids) for r in responses]))
+        return RewardOutput(torch.tensor([float(sum(token % 7 for token in r.ids)) for r in responses]))
 
 
 class Counting(VanillaSampler):
@@ -102,7 +102,7 @@ def data(sampler: AbstractPairSampler, labeler: AbstractLabeler | None = None, *
         **options,
     }
     source = settings.pop("prompts", BuiltinPrompts("train", limit=6))
-    return PreferenceDataModule(source, sampler, labeler or RewardLabeler(Letters()), **settings)
+    return PreferenceDataModule(source, sampler, labeler or RewardLabeler(Bytes()), **settings)
 
 
 def trainer(folder: Path, epochs: int, *callbacks: Callback, **options: Any) -> L.Trainer:
@@ -151,8 +151,8 @@ def test_rounds_and_replay(
 
 def test_pairs_move_the_policy_towards_the_labels(tmp_path: Path, tiny_policy: Path) -> None:
     policy = module(tiny_policy)
-    loaded = data(VanillaSampler(), RewardLabeler(Letters(), rule="argmax"), epochs_per_round=None)
-    trainer(tmp_path, 8).fit(policy, datamodule=loaded)
+    loaded = data(VanillaSampler(), RewardLabeler(Bytes(), rule="argmax"), epochs_per_round=None)
+    trainer(tmp_path, 40).fit(policy, datamodule=loaded)
     assert loaded.round is not None
     decided = [p for p in loaded.round.preferences if p.probability != 0.5]
     assert decided

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from lightning_rlhf.collate import PreferenceBatch
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
 from lightning_rlhf.models.load import (
     LoRA,
@@ -209,6 +210,7 @@ class DPOModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore a reference that moved."""
+        forget_finished_epoch(checkpoint)
         if "reference" in checkpoint:
             assert self.reference is not None
             self.reference.load_state_dict(checkpoint["reference"])
