@@ -28,7 +28,7 @@ class HeldOutRow:
 
     Args:
         key: names the row: number of the validation loader, `Prompt.index`, and how often the prompt came before.
-        prompt: text of the prompt.
+        prompt: text of the prompt; of a conversation, its last turn.
         response: text of the answer.
         num_tokens: length of the answer, EOS included.
         eos: whether the policy ended the answer itself.
@@ -104,7 +104,7 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
         rows.append(
             HeldOutRow(
                 key=(loader, prompt.index, occurrence),
-                prompt=prompt.text,
+                prompt=prompt.messages[-1]["content"] if prompt.messages else prompt.text,
                 response=response.text,
                 num_tokens=len(response.ids),
                 eos=response.finish_reason == "eos",

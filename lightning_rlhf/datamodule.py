@@ -23,6 +23,7 @@ from lightning_rlhf.collate import PreferenceBatch, collate_preferences
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
 from lightning_rlhf.loading import RankSampler, ResumableLoader, deal, epoch_order
+from lightning_rlhf.models.sharding import gathered
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward
@@ -266,12 +267,14 @@ class PreferenceDataModule(L.LightningDataModule):
             {"last": 1, "all": due + 1}.get(self.replay, self.replay) if isinstance(self.replay, str) else self.replay
         )
         first = max(due - int(kept) + 1, 0)
-        for index in range(first, due + 1):
-            if index not in self._rounds:
-                self._collect(index)
-        self._rounds = {index: p for index, p in self._rounds.items() if index >= first}
-        buffer = [p for index in range(first, due + 1) for p in self._rounds[index]]
-        return refreshed(buffer, self._engine())
+        module: Any = self.trainer.lightning_module
+        with gathered(module.policy):
+            for index in range(first, due + 1):
+                if index not in self._rounds:
+                    self._collect(index)
+            self._rounds = {index: p for index, p in self._rounds.items() if index >= first}
+            buffer = [p for index in range(first, due + 1) for p in self._rounds[index]]
+            return refreshed(buffer, self._engine())
 
     def _collect(self, index: int) -> None:
         module: Any = self.trainer.lightning_module

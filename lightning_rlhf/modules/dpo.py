@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from lightning_rlhf.models.load import (
 )
 from lightning_rlhf.models.logprobs import Layout, summed_logps
 from lightning_rlhf.models.reference import AbstractReference, build_reference
+from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
 from lightning_rlhf.types import Prompt
@@ -100,6 +102,7 @@ class DPOModule(L.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.policy: Any = None
         self.reference: AbstractReference | None = None
+        self._gathered = ExitStack()
         # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
         self.strict_loading = lora is None
 
@@ -127,7 +130,10 @@ class DPOModule(L.LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         self.policy.to(self.trainer.strategy.root_device)
+        # before sharding: a reference of its own stays whole on every rank
         self.reference = build_reference(self.policy, self.reference_rule)
+        if self.device_mesh is not None:
+            shard(self.policy, self.device_mesh["data_parallel"])
 
     def engine(self, decoding: Decoding) -> DecodeEngine:
         """Make a decode engine over the current policy and reference."""
@@ -162,6 +168,14 @@ class DPOModule(L.LightningModule):
             "label": pairs.label,
             "num_tokens": num_tokens,
         }
+
+    def on_validation_epoch_start(self) -> None:
+        """Gather a sharded policy: ranks answer different numbers of prompts."""
+        self._gathered.enter_context(gathered(self.policy))
+
+    def on_validation_epoch_end(self) -> None:
+        """Shard it again."""
+        self._gathered.close()
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
         """Answer held-out prompts and score the answers; the callbacks make reward, KL and J of them."""
@@ -217,8 +231,9 @@ class DPOModule(L.LightningModule):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM`` opens; every rank calls, rank zero writes."""
+        state = full_state_dict(self.policy)
         if self.global_rank == 0:
-            save_policy(self.policy, self.tokenizer, folder)
+            save_policy(self.policy, self.tokenizer, folder, state_dict=state)
 
     def _pair_logps(self, batch: PreferenceBatch) -> tuple[PairLogps, int]:
         """Summed log-probabilities of both responses of each pair, prompt computed once per pair."""

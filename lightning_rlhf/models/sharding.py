@@ -1,0 +1,68 @@
+"""FSDP2: shard a causal LM over processes, and gather it once for a whole round of decoding.
+
+Decoding makes a different number of forward passes on each rank, and a sharded forward pass is a collective: outside
+`gathered` the ranks would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+_gathered: WeakSet[nn.Module] = WeakSet()
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a causal LM in place, layer by layer and then as a whole.
+
+    Args:
+        model: a model of transformers, or a PeftModel of one.
+        mesh: the data-parallel processes.
+    """
+    # the root must be the model that is called first, which is not the adapter's wrapper
+    root = model.get_base_model() if isinstance(model, PeftModel) else model
+    stacks = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(stacks, key=len, default=nn.ModuleList()):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold the whole model on every rank for a while, so that forward passes are no collectives; may nest.
+
+    Entering and leaving are collectives: all ranks must do both. Does nothing to a model that is not sharded.
+    """
+    units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units or model in _gathered:
+        yield
+        return
+    _gathered.add(model)
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+        _gathered.discard(model)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """Collect the weights of a sharded model, on the CPU of rank zero; every rank must call. None if not sharded."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Tensor] = get_model_state_dict(model, options=options)
+    return state

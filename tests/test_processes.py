@@ -1,0 +1,76 @@
+"""One process, two under DDP and two under FSDP2: the same pairs, the same labels, the same policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_rlhf.store import PreferenceStore
+
+
+REWARD = """
+import torch
+from lightning_rlhf.rewards import AbstractReward, RewardOutput
+
+class Bytes(AbstractReward):
+    def score(self, prompts, responses):
+        return RewardOutput(torch.tensor([float(sum(token % 7 for token in r.ids)) for r in responses]))
+"""
+OPTIONS = [
+    *("fit", "--config", "dpo_online", "--config", "sampler/t_pilaf"),
+    *("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--trainer.enable_progress_bar=false"),
+    *("--model.learning_rate=1e-3", "--model.warmup_steps=0", "--data.labeler.reward=my_reward.Bytes"),
+    *("--data.heldout.limit=5", "--data.prompts_per_round=10", "--data.pairs_per_batch=4", "--data.replay=all"),
+    *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=4", "--data.max_prompt_tokens=240"),
+]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run(folder: Path, policy: Path, name: str, launcher: list[str], *overlay: str) -> Path:
+    (folder / "my_reward.py").write_text(REWARD)
+    done = subprocess.run(
+        [
+            *(sys.executable, *launcher, "-m", "lightning_rlhf", *OPTIONS, f"--model.policy={policy}"),
+            *(*overlay, "--trainer.accelerator=cpu", f"--run_dir={name}"),
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["trainer/ddp", "trainer/fsdp"])
+def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str) -> None:
+    one = run(tmp_path, tiny_policy, "one", [], "--config=trainer/cpu")
+    two = run(tmp_path, tiny_policy, "two", TWO, f"--config={overlay}", "--trainer.devices=2")
+
+    with (
+        PreferenceStore(one / "ledger.sqlite", read_only=True) as expected,
+        PreferenceStore(two / "ledger.sqlite", read_only=True) as got,
+    ):
+        for a, b in zip(expected.preferences(), got.preferences(), strict=True):
+            assert (a.round, a.comparison.prompt) == (b.round, b.comparison.prompt)
+            assert (a.comparison.a.ids, a.comparison.b.ids) == (b.comparison.a.ids, b.comparison.b.ids)
+            assert a.probability == b.probability
+            assert a.comparison.weight == pytest.approx(b.comparison.weight, abs=1e-5)
+
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    assert summaries[0]["labels"] == summaries[1]["labels"] == 20
+    single, several = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one, two))
+    start = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    moved = max((p - q).abs().max().item() for p, q in zip(single.parameters(), start.parameters(), strict=True))
+    assert moved > 1e-3
+    for p, q in zip(single.parameters(), several.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
