@@ -119,7 +119,7 @@ class PreferenceDataModule(L.LightningDataModule):
         """Read and check the rows, before any model is loaded, and open the ledger."""
         if stage == "fit":
             # the hook that resamples: Lightning asks for the training loader anew in every epoch
-            self.trainer.reload_dataloaders_every_n_epochs = 1
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if not self._prompts:
             self._prompts = self._load(self.prompt_source, "training")
             if self.heldout_source is not None:

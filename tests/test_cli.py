@@ -80,7 +80,7 @@ def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> 
     assert json.loads((in_folder / "run" / "summary.json").read_text())["labels"] == 6
 
 
-@pytest.mark.parametrize("overlay", ["trainer/gpu", "trainer/ddp"])
+@pytest.mark.parametrize("overlay", ["trainer/gpu", "trainer/ddp", "trainer/fsdp"])
 def test_machine_overlays_parse(capsys: pytest.CaptureFixture[str], overlay: str) -> None:
     config = printed(capsys, "--config", "dpo_online", "--config", overlay, "--model.policy=x")
     assert config["trainer"]["accelerator"] in ("gpu", "auto")

@@ -64,5 +64,5 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Tensor] = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     return state
