@@ -7,6 +7,7 @@ them changes training, but for `LabelBudget`, which ends it.
 from lightning_rlhf.callbacks.budget import LabelBudget
 from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.export import HFExport
+from lightning_rlhf.callbacks.final import FinalValidation
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
 from lightning_rlhf.callbacks.progress import ProgressBar
@@ -17,6 +18,7 @@ from lightning_rlhf.callbacks.throughput import Throughput
 
 __all__ = [
     "CompletionsTable",
+    "FinalValidation",
     "FrontierPlot",
     "HFExport",
     "KLMonitor",

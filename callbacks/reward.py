@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
 from lightning_rlhf.callbacks._run import Round, beta, log_known, preference_source, sum_over_ranks
+from lightning_rlhf.losses import reward_accuracy
 
 
 class RewardMonitor(HeldOutCallback):
@@ -54,16 +54,6 @@ class RewardMonitor(HeldOutCallback):
         log_known(pl_module, values)
 
 
-def agreement(margins: Tensor, label: Tensor) -> Tensor:
-    """How far implicit rewards and labels agree: 1, 0, or 0.5 where either calls a tie; shape [pairs].
-
-    Args:
-        margins: implicit reward of the chosen response less that of the rejected one; shape [pairs].
-        label: P(chosen preferred) in [0, 1]; shape [pairs].
-    """
-    return 0.5 + 0.5 * margins.sign() * (label - 0.5).sign()
-
-
 def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, float]:
     """Sums over the pairs of a training step by the names they are logged under, and ``"pairs"``, their number."""
     chosen, rejected, label = outputs["chosen_rewards"], outputs["rejected_rewards"], outputs["label"]
@@ -71,7 +61,7 @@ def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, float]:
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
-        "rewards/accuracies": agreement(chosen - rejected, label).sum(),
+        "rewards/accuracies": reward_accuracy(chosen - rejected, label).sum(),
         "logps/chosen": outputs["chosen_logps"].sum(),
         "logps/rejected": outputs["rejected_logps"].sum(),
     }

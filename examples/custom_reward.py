@@ -1,6 +1,6 @@
 """A reward of your own: short and polite answers are good answers.
 
-Run it from this folder (or with this folder on PYTHONPATH):
+Run it from this folder, or with this folder on PYTHONPATH:
 
     lightning-rlhf fit --config quickstart --data.labeler=RewardLabeler --data.labeler.reward=custom_reward.MyReward
 """

@@ -1,6 +1,6 @@
 """A sampler of your own: pair the two candidates that have the least in common.
 
-Run it from this folder (or with this folder on PYTHONPATH):
+Run it from this folder, or with this folder on PYTHONPATH:
 
     lightning-rlhf fit --config quickstart --data.sampler=custom_sampler.MySampler --data.sampler.n=4
 """

@@ -7,6 +7,7 @@ by path; several merge from left to right, and a file may name its bases under `
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings  # type: ignore[attr-defined]
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -33,7 +34,7 @@ from lightning_rlhf.datamodule import PreferenceDataModule
 from lightning_rlhf.export import export_comparisons, export_ledger
 
 
-# `${model.beta}` in a config means the value of this run, wherever it was set
+# `${model.init_args.beta}` in a config means the value of this run, wherever it was set
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
@@ -148,6 +149,7 @@ class RLHFCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of everything the run leaves.")
+        parser.add_argument("--checkpoint_every", type=int, default=1, help="Epochs between checkpoints.")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -176,19 +178,20 @@ class RLHFCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, ProgressBar()]
-        trainer = super().instantiate_trainer(**kwargs)
-        if trainer.checkpoint_callback is None or trainer.checkpoint_callback.dirpath is not None:  # type: ignore[attr-defined]
-            return trainer
-        checkpoint = trainer.checkpoint_callback
-        assert isinstance(checkpoint, ModelCheckpoint)
-        checkpoint.dirpath, checkpoint.save_last = str(self.run_dir / "checkpoints"), True
-        return trainer
+            callbacks = [*callbacks, ProgressBar()]
+        keeps_checkpoints = self._get(self.config_init, "trainer.enable_checkpointing") is not False
+        if keeps_checkpoints and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            every = self._get(self.config_init, "checkpoint_every")
+            checkpoint = ModelCheckpoint(
+                self.run_dir / "checkpoints", save_last=True, every_n_epochs=every, save_on_train_epoch_end=True
+            )
+            callbacks = [*callbacks, checkpoint]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
         """Continue a run that was stopped, or measure the policy once before training."""
         assert isinstance(self.datamodule, PreferenceDataModule)
-        self.datamodule.fingerprint = fingerprint(self._get(self.config, "model"), self._get(self.config, "data"))
+        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand])
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if self.config_init.fit.ckpt_path is None and last.exists():
             print(f"continuing from {last}; use another --run_dir to start afresh")
@@ -198,12 +201,23 @@ class RLHFCLI(LightningCLI):
 
     def before_sample(self) -> None:
         """Tie the ledger to the settings."""
-        self.datamodule.fingerprint = fingerprint(self._get(self.config, "model"), self._get(self.config, "data"))
+        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand])
 
 
-def fingerprint(model: Namespace, data: Namespace) -> dict[str, Any]:
+# settings that change how fast a run is, or what is measured, but not what it draws and learns
+FREE_SETTINGS = {
+    "model": {"tokens_per_batch", "gradient_checkpointing", "layout", "attn_implementation"},
+    "data": {"heldout", "reward", "ledger", "label_attempts"},
+}
+
+
+def fingerprint(config: Namespace) -> dict[str, Any]:
     """Settings that decide what is drawn, labelled and learnt, as plain data."""
-    return {"model": _plain(model), "data": _plain(data)}
+    settings = {name: _plain(config[name]) for name in FREE_SETTINGS}
+    for name, free in FREE_SETTINGS.items():
+        settings[name]["init_args"] = {k: v for k, v in settings[name]["init_args"].items() if k not in free}
+    settings["data"]["init_args"]["decoding"].pop("rows", None)
+    return {**settings, "seed_everything": config.get("seed_everything")}
 
 
 def _plain(value: Any) -> Any:
@@ -215,6 +229,9 @@ def _plain(value: Any) -> Any:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     argv = sys.argv[1:] if args is None else args
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # a user's own classes are found in the folder she works in, as with ``python -m``
+        sys.path.insert(0, os.getcwd())
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")

@@ -113,10 +113,14 @@ class PreferenceDataModule(L.LightningDataModule):
         self._rounds: dict[int, list[Preference]] = {}
         self._observed = 0
         self._store: PreferenceStore | None = None
-        self._restored_run_id: str | None = None
 
     def setup(self, stage: str) -> None:
         """Read and check the rows, before any model is loaded, and open the ledger."""
+        if self.pairs_per_batch % self.trainer.world_size:
+            raise ValueError(
+                f"data.pairs_per_batch counts pairs over all processes; {self.pairs_per_batch} cannot be shared by "
+                f"{self.trainer.world_size}: choose a multiple"
+            )
         if stage == "fit":
             # the hook that resamples: Lightning asks for the training loader anew in every epoch
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -154,11 +158,6 @@ class PreferenceDataModule(L.LightningDataModule):
                 f"label budget: {self.label_budget}); check the labeler, or raise the budget"
             )
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        if self.pairs_per_batch % world or 0 < len(preferences) % self.pairs_per_batch < world:
-            raise ValueError(
-                f"{len(preferences)} pairs in batches of {self.pairs_per_batch} cannot be shared by {world} processes; "
-                f"choose data.pairs_per_batch and data.prompts_per_round as multiples of {world}"
-            )
         order = epoch_order(len(preferences), self.key.fold(_ORDER, epoch))
         items = [(preferences[i], share) for i, share in deal(order, self.pairs_per_batch, rank, world)]
         return ResumableLoader(
@@ -188,8 +187,10 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def sample_only(self, rounds: list[int]) -> None:
         """Draw the comparisons of rounds into the ledger and buy no label."""
-        for index in rounds:
-            self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
+        module: Any = self.trainer.lightning_module
+        with gathered(module.policy):
+            for index in rounds:
+                self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
 
     @property
     def ledger(self) -> Path:
@@ -268,7 +269,8 @@ class PreferenceDataModule(L.LightningDataModule):
         )
         first = max(due - int(kept) + 1, 0)
         module: Any = self.trainer.lightning_module
-        with gathered(module.policy):
+        # Lightning's precision covers its own steps only; pairs are drawn and scored in the precision of training
+        with gathered(module.policy), self.trainer.precision_plugin.forward_context():
             for index in range(first, due + 1):
                 if index not in self._rounds:
                     self._collect(index)
@@ -283,7 +285,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self._rounds[index] = result.preferences
         self.round = result
         if index >= self._observed:
-            self.sampler.observe([p.comparison for p in result.preferences])
+            self.sampler.observe(result.comparisons)
             self._observed = index + 1
 
     def _round_prompts(self, index: int) -> list[Prompt]:
@@ -304,7 +306,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return prompts
 
     def _labels_before(self, index: int) -> int:
-        return ranks.from_rank_zero(None if self._store is None else self._store.count_labels(before=index))
+        return ranks.from_rank_zero(0 if self._store is None else self._store.count_labels(before=index))
 
     def _collector(self) -> RoundCollector:
         return RoundCollector(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,9 @@ def deal(order: list[int], pairs_per_batch: int, rank: int, world: int) -> list[
     for start in range(0, len(order), pairs_per_batch):
         batch = order[start : start + pairs_per_batch]
         mine.extend((index, len(batch) / world) for index in batch[rank::world])
+        if rank >= len(batch):
+            # every rank must take the step: this one does it with a pair that counts for nothing
+            mine.append((batch[0], math.inf))
     return mine
 
 
@@ -40,6 +44,8 @@ def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
     Lightning 2.6 compares the batches done with the length of the *next* epoch to see that an epoch is over; where the
     next round is longer, it would skip as many of its batches.
     """
+    if "loops" not in checkpoint:  # saved with weights only
+        return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if progress["is_last_batch"]:
         progress["current"]["completed"] = sys.maxsize - 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ class Round:
     Args:
         index: number of the round, from 0.
         preferences: the labelled comparisons, in prompt order.
+        comparisons: all comparisons, labelled or not, in prompt order.
         failed: comparisons without a label, by the status of their last attempt.
         sampling_seconds: wall time spent on drawing responses in this process.
         labelling_seconds: wall time spent on labels in this process.
@@ -34,6 +36,7 @@ class Round:
 
     index: int
     preferences: list[Preference]
+    comparisons: list[Comparison] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
     sampling_seconds: float = 0.0
     labelling_seconds: float = 0.0
@@ -85,7 +88,8 @@ class RoundCollector:
         if self.store is not None:
             result.labels_bought = self._label(index, chunk)
         result.labelling_seconds = time.perf_counter() - start
-        result.preferences, result.failed = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
+        read = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
+        result.preferences, result.comparisons, result.failed = read
         return result
 
     def sample(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> None:
@@ -94,12 +98,11 @@ class RoundCollector:
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
             return
-        key = self.key.fold(_SAMPLING, index)
         with self.progress(f"round {index}: sampling", len(missing)) as bar:
             if engine is not None:
                 engine.on_tokens = count_tokens(bar)
-            for start in range(0, len(missing), chunk):
-                positions = missing[start : start + chunk]
+            for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
+                key = self.key.fold(_SAMPLING, index, repeat)
                 mine = [prompts[position] for position in positions[ranks.rank() :: ranks.world_size()]]
                 drawn = list(self.sampler.sample(mine, engine, key)) if mine else []  # type: ignore[arg-type]
                 if len(drawn) != len(mine):
@@ -120,13 +123,12 @@ class RoundCollector:
         bought = 0
         key = self.key.fold(_LABELLING, index)
         for attempt in range(self.label_attempts):
-            open_ = [(id_, comparison) for id_, comparison, label in self.store.comparisons(index) if label is None]
-            if attempt == 0:
-                # a comparison that used up its attempts before a restart is not asked for again
-                attempts = self.store.attempts(index)
-                open_ = [(id_, c) for id_, c in open_ if attempts.get(id_, 0) < self.label_attempts]
+            # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
+            asked = self.store.attempts(index)
+            rows = self.store.comparisons(index)
+            open_ = [(id_, c) for id_, c, label in rows if label is None and asked.get(id_, 0) == attempt]
             if not open_:
-                break
+                continue
             with self.progress(f"round {index}: labelling", len(open_)) as bar:
                 for start in range(0, len(open_), chunk):
                     part = open_[start : start + chunk]
@@ -141,11 +143,37 @@ class RoundCollector:
                     bar.update(len(part))
         return bought
 
-    def _read(self, index: int) -> tuple[list[Preference], dict[str, int]]:
+    def _read(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
         assert self.store is not None
         rows = self.store.comparisons(index)
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
-        return preferences, self.store.failed(index)
+        return preferences, [comparison for _, comparison, _ in rows], self.store.failed(index)
+
+
+def chunks_without_repeats(
+    prompts: Sequence[Prompt], positions: Sequence[int], chunk: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Cut a round into chunks in which no prompt comes twice.
+
+    Samplers name random numbers by the prompt, so that a prompt's second pair needs a key of its own.
+
+    Args:
+        prompts: prompts of the whole round.
+        positions: places of the round that are to be drawn.
+        chunk: places per chunk at most.
+
+    Yields:
+        How often the prompts of the chunk came before in the round, and the places.
+    """
+    seen: Counter[int] = Counter()
+    repeats = []
+    for prompt in prompts:
+        repeats.append(seen[prompt.index])
+        seen[prompt.index] += 1
+    for repeat in range(max(repeats, default=-1) + 1):
+        places = [position for position in positions if repeats[position] == repeat]
+        for start in range(0, len(places), chunk):
+            yield repeat, places[start : start + chunk]
 
 
 def count_tokens(bar: Any) -> Callable[[int], None]:

@@ -44,13 +44,18 @@ class Request:
         prompt: the prompt.
         key: names the random numbers of this response; equal keys give equal responses.
         mix: extrapolation away from the reference.
-        source: what to write in `Response.source`.
+        source: what to write in `Response.source`; the name of the law that ``mix`` gives when not set.
     """
 
     prompt: Prompt
     key: Key
     mix: float = 0.0
-    source: str = "policy"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            name = "policy" if self.mix == 0 else "reference" if self.mix == -1 else "plus" if self.mix > 0 else "minus"
+            object.__setattr__(self, "source", name)
 
 
 class AbstractEngine(ABC):

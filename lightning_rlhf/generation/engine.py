@@ -175,12 +175,20 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
         logits: unnormalised log-probabilities; shape [rows, vocabulary].
         uniforms: one number in [0, 1) per row; shape [rows].
         top_p: keep the smallest set of most probable tokens whose mass reaches this, in (0, 1].
+
+    Raises:
+        ValueError: if a row's logits are no law: NaN, +inf, or all -inf.
     """
     probabilities = logits.softmax(-1, dtype=torch.float32).double()
     if top_p < 1.0:
         ordered, index = probabilities.sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
+    if not bool(probabilities.isfinite().all()):
+        raise ValueError(
+            "the logits to decode from are not finite; the policy may have diverged (lower the learning rate, or use "
+            "bfloat16 instead of float16), or the reference forbids tokens that the tilt asks for (lower the tilt)"
+        )
     # float64: a float32 running sum over 100k tokens is too coarse for a fair draw
     cumulative = probabilities.cumsum(-1)
     threshold = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,14 +27,12 @@ from lightning_rlhf.models.load import (
     save_policy,
 )
 from lightning_rlhf.models.logprobs import Layout, summed_logps
-from lightning_rlhf.models.reference import AbstractReference, build_reference
+from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
 from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
+from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
 from lightning_rlhf.types import Prompt
-
-
-ReferenceRule = Literal["fixed", "previous", "ema"]
 
 
 class DPOModule(L.LightningModule):
@@ -54,7 +52,7 @@ class DPOModule(L.LightningModule):
         dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
-        chat_template: Jinja chat template, for tokenizers that have none.
+        chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
         layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
         tokens_per_batch: tokens of one forward pass when log-probabilities are scored without gradient.
         trust_remote_code: run code that comes with the checkpoint.
@@ -109,7 +107,8 @@ class DPOModule(L.LightningModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer; loads without the model, so that rows can be checked first."""
-        return load_tokenizer(self.policy_name, self.chat_template, self.trust_remote_code)
+        template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)
+        return load_tokenizer(self.policy_name, template, self.trust_remote_code)
 
     @cached_property
     def context_window(self) -> int | None:
@@ -133,6 +132,11 @@ class DPOModule(L.LightningModule):
         # before sharding: a reference of its own stays whole on every rank
         self.reference = build_reference(self.policy, self.reference_rule)
         if self.device_mesh is not None:
+            if self.lora is None and self.reference_rule != "fixed":
+                raise ValueError(
+                    f"reference={self.reference_rule} with full fine-tuning does not run on a sharded policy; use "
+                    f"LoRA, reference=fixed, or trainer/ddp"
+                )
             shard(self.policy, self.device_mesh["data_parallel"])
 
     def engine(self, decoding: Decoding) -> DecodeEngine:
@@ -156,6 +160,11 @@ class DPOModule(L.LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a batch of pairs, with reference log-probabilities as the sampler left them."""
         del batch_idx
+        if not batch.has_reference:
+            raise ValueError(
+                "a batch has pairs without reference log-probabilities; the DataModule computes them when it draws: "
+                "serve batches of PreferenceDataModule, or fill Response.reference_logps"
+            )
         pairs, num_tokens = self._pair_logps(batch)
         loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
@@ -216,7 +225,8 @@ class DPOModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and the reference if it moves."""
         assert self.reference is not None
-        if self.lora is not None:
+        # sharded weights are loaded by name: there the frozen ones must be present
+        if self.lora is not None and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         if self.reference_rule != "fixed":

@@ -15,7 +15,7 @@ from lightning_rlhf.samplers.draws import COIN
 from lightning_rlhf.types import Comparison, Prompt, Response
 
 
-TIE = 1e-6
+TIE = 1e-4
 """Scores that differ by less than this are equal: at theta = ref all implicit rewards are, up to rounding."""
 
 

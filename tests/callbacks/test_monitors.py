@@ -14,7 +14,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, KLMonitor, RewardMonitor, Throughput
-from lightning_rlhf.callbacks.reward import agreement
 from lightning_rlhf.callbacks.throughput import StepCost, rates
 
 
@@ -88,12 +87,6 @@ def test_round_costs_and_speeds(columns: dict[str, list[float]]) -> None:
 def test_speed_is_work_over_time_not_a_mean_of_speeds() -> None:
     steps = [StepCost(pairs=2, tokens=100, seconds=1.0), StepCost(pairs=4, tokens=50, seconds=3.0)]
     assert rates(steps) == {"pairs_per_second": 1.5, "tokens_per_second": 37.5}
-
-
-def test_agreement_counts_half_for_ties_of_either_kind() -> None:
-    margins = torch.tensor([2.0, -2.0, 0.0, 2.0, 2.0, -2.0])
-    label = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.2, 0.2])
-    assert agreement(margins, label).tolist() == [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]
 
 
 def test_without_rewards_or_log_probabilities_their_figures_are_absent(toy: ModuleType, tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""A run ends with a validation, so that what it reports is about the policy that it leaves."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks._run import preference_source
+
+
+class FinalValidation(Callback):
+    """Validates at the end of the last epoch, whatever ``trainer.check_val_every_n_epoch`` says.
+
+    The last epoch is the one that reaches ``max_epochs`` or ``max_steps``, or that spends the budget of `LabelBudget`.
+    A run that something else stops, such as `EarlyStopping` or a signal, ends with the latest regular validation.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for a validation in this epoch if no other follows."""
+        if is_last_epoch(trainer):
+            trainer.check_val_every_n_epoch = 1
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether the epoch that begins is the last; every rank must ask."""
+    if trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0):
+        return True
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    if trainer.max_steps != -1 and trainer.global_step + steps >= trainer.max_steps:
+        return True
+    source = preference_source(trainer)
+    if source.label_budget is None or source.epochs_per_round is None:
+        return False
+    ends_round = (trainer.current_epoch + 1) % source.epochs_per_round == 0
+    return ends_round and source.num_labels >= source.label_budget
