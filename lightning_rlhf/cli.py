@@ -7,8 +7,10 @@ by path; several merge from left to right, and a file may name its bases under `
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -226,8 +228,19 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def hush() -> None:
+    """Silence what other libraries say to their own developers, so that what is left concerns the user."""
+    for message in (
+        r".*is_gradient_checkpointing.* is deprecated",
+        r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
+    hush()
     argv = sys.argv[1:] if args is None else args
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``

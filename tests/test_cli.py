@@ -11,6 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf.cli import config_names, find_config, main
+from lightning_rlhf.evaluation import read_frontier
+from lightning_rlhf.store import PreferenceStore
 
 
 # what makes a shipped config fit in seconds on a random model
@@ -54,6 +56,9 @@ def test_shipped_configs_fit_two_steps(in_folder: Path, tiny_policy: Path, confi
     fit("--config", config, f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run")
     assert json.loads((in_folder / "run" / "summary.json").read_text())["labels"] >= 2
     assert (in_folder / "run" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    points = read_frontier(in_folder / "run" / "frontier.csv")
+    assert (points[0].step, points[0].labels, points[-1].step) == (0, 0, 2)
+    assert (in_folder / "run" / "checkpoints" / "last.ckpt").exists()
     AutoModelForCausalLM.from_pretrained(in_folder / "run" / "model")
     AutoTokenizer.from_pretrained(in_folder / "run" / "model")
     assert list((in_folder / "run").rglob("metrics.csv"))
@@ -257,6 +262,32 @@ def test_bad_rows_stop_before_a_model_is_loaded(
             *("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl"),
             *(*SMALL, "--run_dir=run", *options),
         )
+
+
+def test_the_last_validation_is_of_the_final_policy(in_folder: Path, tiny_policy: Path) -> None:
+    options = [o for o in ONLINE if "max_steps" not in o and "check_val" not in o]
+    fit(
+        *("--config", "dpo_online", f"--model.policy={tiny_policy}", *options, "--run_dir=run"),
+        *("--trainer.check_val_every_n_epoch=50", "--trainer.callbacks+=LabelBudget", "--trainer.callbacks.labels=5"),
+    )
+    points = read_frontier(in_folder / "run" / "frontier.csv")
+    assert [(point.step, point.labels) for point in points] == [(0, 0), (3, 5)]
+
+
+def test_a_chat_template_by_name(in_folder: Path, tiny_policy: Path) -> None:
+    fit(
+        *("--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
+        "--model.chat_template=human_assistant",
+    )
+    with PreferenceStore(in_folder / "run" / "ledger.sqlite", read_only=True) as store:
+        assert all(p.comparison.prompt.text.endswith("Assistant:") for p in store.preferences())
+
+
+def test_settings_of_speed_alone_may_change_on_a_restart(in_folder: Path, tiny_policy: Path) -> None:
+    del in_folder
+    command = ["--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"]
+    fit(*command)
+    fit(*command, "--data.decoding.rows=3", "--model.tokens_per_batch=512", "--trainer.max_steps=3")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(in_folder: Path, tiny_policy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_rlhf.models.logprobs import summed_logps
 from lightning_rlhf.prompts import AbstractPromptSource, BuiltinPrompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
+from lightning_rlhf.rounds import RoundCollector
 from lightning_rlhf.samplers import AbstractPairSampler, OfflineSampler, PILAFSampler, TPILAFSampler, VanillaSampler
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
@@ -196,6 +198,57 @@ def test_failed_labels_are_retried_then_dropped_and_counted(tmp_path: Path, tiny
     assert (len(dropped.round.preferences), dropped.round.failed) == (3, {"refused": 3})
 
 
+def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
+    prompts = [Prompt(i, (1,), "") for i in range(4)]
+
+    class Killed(Moody):
+        """Stops the process after the first attempt of the first chunk."""
+
+        def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
+            if sum(self.asked.values()) >= 2:
+                raise KeyboardInterrupt
+            return super().label(comparisons, key)
+
+    class Ready(AbstractPairSampler):
+        def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+            del engine, key
+            answers = [Response((2,), "yes", "eos"), Response((3,), "no", "eos")]
+            return [Comparison(prompt, *answers) for prompt in prompts]
+
+    labelers = [Killed(9), Moody(9)]
+    for labeler in labelers:
+        with PreferenceStore(tmp_path / "ledger.sqlite") as store:
+            collector = RoundCollector(store, Ready(), labeler, Key((0,)), label_attempts=2)
+            if labeler is labelers[0]:
+                with pytest.raises(KeyboardInterrupt):
+                    collector.collect(0, prompts, None, chunk=2)
+            else:
+                result = collector.collect(0, prompts, None, chunk=2)
+    assert labelers[0].asked + labelers[1].asked == {0: 1, 1: 2, 2: 1, 3: 2}
+    assert len(result.preferences) == 2
+    assert result.failed == {"refused": 2}
+    assert [c.prompt.index for c in result.comparisons] == [0, 1, 2, 3]
+
+
+def test_a_prompt_that_comes_twice_in_a_round_gets_other_responses(tmp_path: Path, tiny_policy: Path) -> None:
+    loaded = data(VanillaSampler(), prompts_per_round=12, decoding=Decoding(max_new_tokens=8, rows=6))
+    trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=loaded)
+    assert loaded.round is not None
+    pairs = [(p.comparison.prompt.index, p.comparison.a.ids) for p in loaded.round.preferences]
+    assert Counter(index for index, _ in pairs) == dict.fromkeys(range(6), 2)
+    assert len(set(pairs)) == 12
+
+
+def test_the_first_loss_is_log_two_in_mixed_precision(tmp_path: Path, tiny_policy: Path) -> None:
+    class FirstLoss(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+            del pl_module
+            if trainer.global_step == 1:
+                assert outputs["loss"].item() == pytest.approx(math.log(2), abs=2e-3)
+
+    trainer(tmp_path, 1, FirstLoss(), precision="bf16-mixed").fit(module(tiny_policy), datamodule=data(PILAFSampler()))
+
+
 def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -> None:
     class Mute(Moody):
         def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
@@ -247,10 +300,18 @@ def test_a_moving_reference_refreshes_old_log_probabilities(
 
 
 class EveryStep(ModelCheckpoint):
-    """Keeps a checkpoint of every step and of every epoch's end."""
+    """Keeps a checkpoint of every step."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+
+
+class EveryEpoch(ModelCheckpoint):
+    """Keeps a checkpoint of every epoch's end, as the command line does."""
+
+    def __init__(self, folder: Path) -> None:
+        name = "end-of-{epoch}"
+        super().__init__(folder, filename=name, save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +335,9 @@ def test_a_run_continues_bitwise_from_every_checkpoint(
         trainer(tmp_path, 3, *callbacks).fit(policy, datamodule=loaded, ckpt_path=checkpoint)
         return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
-    straight = fit(None, EveryStep(tmp_path / "checkpoints"))
+    straight = fit(None, EveryStep(tmp_path / "checkpoints"), EveryEpoch(tmp_path / "checkpoints"))
     checkpoints = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
-    assert len(checkpoints) >= 6
+    assert len(checkpoints) >= 9
     for checkpoint in checkpoints:
         continued = fit(checkpoint)
         assert all(torch.equal(straight[name], continued[name]) for name in straight), checkpoint.name
@@ -309,16 +370,19 @@ def test_accumulation_does_not_change_the_update(tmp_path: Path, tiny_policy: Pa
         torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("count", [17, 22, 24])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_the_batches_of_one_process(world: int) -> None:
-    order = epoch_order(22, Key((0,)))
+def test_ranks_share_the_batches_of_one_process(world: int, count: int) -> None:
+    order = epoch_order(count, Key((0,)))
     shards = [deal(order, 8, rank, world) for rank in range(world)]
-    assert sorted(index for shard in shards for index, _ in shard) == list(range(22))
+    # a rank that would have nothing to do in the last batch gets a pair that counts for nothing
+    assert sorted(index for shard in shards for index, share in shard if share < math.inf) == list(range(count))
+    assert len({math.ceil(len(shard) / (8 // world)) for shard in shards}) == 1
     for step in range(3):
         per_rank = 8 // world
         batch = [item for shard in shards for item in shard[step * per_rank : (step + 1) * per_rank]]
         expected = order[step * 8 : (step + 1) * 8]
-        assert sorted(index for index, _ in batch) == sorted(expected)
+        assert sorted(index for index, share in batch if share < math.inf) == sorted(expected)
         # the average over ranks of (sum over pairs / share) is the mean over the pairs of the batch
         assert sum(1 / share for _, share in batch) / world == pytest.approx(1.0)
 

@@ -72,6 +72,7 @@ COMMAND = [
     "--trainer.enable_progress_bar=false",
     "--trainer.max_epochs=3",
     "--trainer.check_val_every_n_epoch=3",
+    "--checkpoint_every=1",
     "--model.learning_rate=1e-3",
     "--data.heldout.limit=4",
     "--data.sampler=plugins.Sampler",
@@ -116,8 +117,8 @@ def test_a_killed_run_buys_no_label_twice_and_ends_with_the_same_weights(tmp_pat
     done = run(straight, tiny_policy, "run")
     assert done.returncode == 0, done.stderr
 
-    # rounds have two chunks: the first run dies in round 0, the next ones in rounds 0, 1 and 2
-    for moment in ("sampling chunk 2", "labelling chunk 2", "training step 3", "sampling chunk 1", "training step 1"):
+    # two chunks a round: two deaths in round 0, one in round 1 after a checkpoint, two in round 2
+    for moment in ("sampling chunk 2", "labelling chunk 2", "training step 3", "sampling chunk 1", "training step 8"):
         died = run(killed, tiny_policy, "run", die_at=moment)
         assert died.returncode == -signal.SIGKILL, f"{moment}: {died.stderr}"
     done = run(killed, tiny_policy, "run")

@@ -211,6 +211,16 @@ def test_inverse_transform_never_draws_an_impossible_token() -> None:
     assert draw_tokens(logits, uniforms).tolist() == [1, 3, 3]
 
 
+def test_logits_that_are_no_law_are_refused() -> None:
+    with pytest.raises(ValueError, match="not finite; the policy may have diverged"):
+        draw_tokens(torch.tensor([[0.0, math.nan]]), torch.tensor([0.5], dtype=torch.float64))
+
+
+def test_a_request_is_named_by_its_law() -> None:
+    names = [Request(prompts(1)[0], Key((0,)), mix).source for mix in (0.0, -1.0, 0.1, -0.1)]
+    assert names == ["policy", "reference", "plus", "minus"]
+
+
 def test_different_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match="vocabularies of 5 and 6 tokens"):
         engine(build("llama", 0), build("llama", 1, vocab_size=6))

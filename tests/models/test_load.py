@@ -600,3 +600,14 @@ def test_smollm2_from_its_package_answers() -> None:
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert str(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_lora_on_the_upper_layers_only(tiny_policy: Path) -> None:
+    half = load_policy(str(tiny_policy), lora=LoRA(r=2, alpha=4, top_layers=0.5))
+    whole = load_policy(str(tiny_policy), lora=LoRA(r=2, alpha=4))
+    trained = {name for name, p in half.named_parameters() if p.requires_grad}
+    # two layers: the upper one has the same seven adapters as without the option, the lower one none
+    assert trained == {name for name, p in whole.named_parameters() if p.requires_grad and ".layers.1." in name}
+    assert len(trained) == 14
+    with pytest.raises(ValueError, match="top_layers is a share"):
+        LoRA(top_layers=0.0)
