@@ -142,9 +142,9 @@ def closing_line(result: Mapping[str, Any]) -> str:
         change = measured(result["reward_difference"], result["reward_difference_stderr"], sign="+")
         parts.append(f"held-out reward {early} -> {late} ({change} paired)")
     if result["kl_after"] is not None:
-        parts.append(f"KL {result['kl_after']:.2f} nats/sequence")
+        parts.append(f"KL {rounded(result['kl_after'])} nats/sequence")
     if trained and result["j_before"] is not None and result["j_after"] is not None:
-        parts.append(f"J {result['j_before']:.2f} -> {result['j_after']:.2f}")
+        parts.append(f"J {rounded(result['j_before'])} -> {rounded(result['j_after'])}")
     parts.append(f"{result['labels']} labels")
     if result["passes_per_pair"] is not None:
         parts.append(f"{result['passes_per_pair']:.1f} passes per pair")
@@ -153,4 +153,9 @@ def closing_line(result: Mapping[str, Any]) -> str:
 
 def measured(value: float, error: float | None, sign: str = "") -> str:
     """Write a figure with its standard error, two decimals each."""
-    return f"{value:{sign}.2f}" + ("" if error is None else f" ± {error:.2f}")
+    return rounded(value, sign) + ("" if error is None else f" ± {error:.2f}")
+
+
+def rounded(value: float, sign: str = "-") -> str:
+    """Two decimals, and never a zero with a minus."""
+    return f"{round(value, 2) + 0.0:{sign}.2f}"

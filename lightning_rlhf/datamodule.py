@@ -149,7 +149,7 @@ class PreferenceDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Draw the round that is due and serve its pairs; asking twice draws nothing."""
         epoch = self.trainer.current_epoch
-        due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
+        due = self._due_round(epoch)
         preferences = self._buffer(due)
         if not preferences:
             assert self.round is not None
@@ -277,6 +277,18 @@ class PreferenceDataModule(L.LightningDataModule):
             self._rounds = {index: p for index, p in self._rounds.items() if index >= first}
             buffer = [p for index in range(first, due + 1) for p in self._rounds[index]]
             return refreshed(buffer, self._engine())
+
+    def _due_round(self, epoch: int) -> int:
+        """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""
+        steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
+        epochs_over = self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0)
+        if steps_over or epochs_over:
+            epoch = max(epoch - 1, 0)
+        due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
+        budget = self.label_budget
+        while budget is not None and due > 0 and self._labels_before(due) >= budget:
+            due -= 1
+        return due
 
     def _collect(self, index: int) -> None:
         module: Any = self.trainer.lightning_module

@@ -267,6 +267,27 @@ def test_the_label_budget_cuts_the_last_round_and_stops(tmp_path: Path, tiny_pol
         assert store.num_labels == 10
 
 
+@pytest.mark.parametrize("budget", [[], [10]], ids=["epochs", "budget"])
+def test_a_run_that_is_over_buys_nothing_when_it_is_started_again(
+    tmp_path: Path, tiny_policy: Path, budget: list[int]
+) -> None:
+    spent = []
+    for _ in range(2):
+        checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+        keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
+        policy = module(tiny_policy)
+        trainer(tmp_path, 9 if budget else 3, keep, *(LabelBudget(n) for n in budget)).fit(
+            policy,
+            datamodule=data(VanillaSampler()),
+            ckpt_path=checkpoint if checkpoint.exists() else None,
+        )
+        weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
+        with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+            spent.append((store.num_labels, weights))
+    assert [labels for labels, _ in spent] == ([10, 10] if budget else [12, 12])
+    assert torch.equal(spent[0][1], spent[1][1])
+
+
 def test_a_sampler_or_labeler_that_returns_too_few_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     class Lazy(VanillaSampler):
         def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
