@@ -20,6 +20,10 @@ class FinalValidation(Callback):
         """Ask for a validation in this epoch if no other follows."""
         if is_last_epoch(trainer):
             trainer.check_val_every_n_epoch = 1
+            if trainer.max_steps != -1:
+                # the steps may be used up before the batches are
+                left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+                trainer.val_check_batch = min(trainer.val_check_batch, left)
 
 
 def is_last_epoch(trainer: Trainer) -> bool:

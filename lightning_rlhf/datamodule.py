@@ -255,7 +255,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return prompts
 
     def _open_ledger(self) -> None:
-        if self._store is None and ranks.rank() == 0 and self.trainer.global_rank == 0:
+        if self._store is None and self.trainer.global_rank == 0:
             self._store = PreferenceStore(self.ledger)
             self._store.check_fingerprint({"seed": self.seed, **self.fingerprint})
 
@@ -264,10 +264,8 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def _buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""
-        kept = (
-            {"last": 1, "all": due + 1}.get(self.replay, self.replay) if isinstance(self.replay, str) else self.replay
-        )
-        first = max(due - int(kept) + 1, 0)
+        kept = self.replay if isinstance(self.replay, int) else {"last": 1, "all": due + 1}[self.replay]
+        first = max(due - kept + 1, 0)
         module: Any = self.trainer.lightning_module
         # Lightning's precision covers its own steps only; pairs are drawn and scored in the precision of training
         with gathered(module.policy), self.trainer.precision_plugin.forward_context():

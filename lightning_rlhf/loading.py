@@ -39,16 +39,24 @@ def deal(order: list[int], pairs_per_batch: int, rank: int, world: int) -> list[
 
 
 def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
-    """Mend a Lightning checkpoint that was saved after the last batch of an epoch, in place, before it is restored.
+    """Mend, before it is restored, a Lightning checkpoint that was saved when the batches of an epoch were done.
 
-    Lightning 2.6 compares the batches done with the length of the *next* epoch to see that an epoch is over; where the
-    next round is longer, it would skip as many of its batches.
+    Lightning 2.6 takes up such an epoch once more: it asks for its loader again, with ``max_steps`` it runs an empty
+    epoch and counts it, and it compares the batches done with the length of the *next* epoch, so that it skips as many
+    batches of a next round that is longer.
     """
     if "loops" not in checkpoint:  # saved with weights only
         return
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    if progress["is_last_batch"]:
-        progress["current"]["completed"] = sys.maxsize - 1
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if epochs["total"]["processed"] == epochs["total"]["started"]:  # saved at the end of the epoch, or after it
+        for count in (epochs["total"], epochs["current"]):
+            count["completed"] = count["processed"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+        fit_loop["state_dict"].pop("combined_loader", None)
+    elif batches["is_last_batch"]:  # saved at the end of its last batch
+        batches["current"]["completed"] = sys.maxsize - 1
 
 
 class RankSampler(DistributedSampler[Any]):

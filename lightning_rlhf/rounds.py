@@ -72,7 +72,7 @@ class RoundCollector:
         self.progress: Progress = progress or _silent
 
     def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
-        """Bring round ``index`` to its end.
+        """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
 
         Args:
             index: number of the round.
@@ -81,13 +81,15 @@ class RoundCollector:
             chunk: prompts that are drawn, stored and labelled together, >= 1.
         """
         result = Round(index, [])
-        start = time.perf_counter()
-        self.sample(index, prompts, engine, chunk)
-        result.sampling_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        if self.store is not None:
-            result.labels_bought = self._label(index, chunk)
-        result.labelling_seconds = time.perf_counter() - start
+        if not ranks.from_rank_zero(self.store is not None and self.store.round_info(index) is not None):
+            start = time.perf_counter()
+            self.sample(index, prompts, engine, chunk)
+            result.sampling_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            if self.store is not None:
+                result.labels_bought = self._label(index, chunk)
+                self.store.close_round(index, {"prompts": len(prompts), "failed": self.store.failed(index)})
+            result.labelling_seconds = time.perf_counter() - start
         read = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
         result.preferences, result.comparisons, result.failed = read
         return result

@@ -91,6 +91,15 @@ class Buffers(Callback):
         self.epochs.append([(p.round, p.comparison.prompt.index) for p, _ in loader.dataset])
 
 
+class Said(Callback):
+    """Notes how many labels a run says it bought, as the closing summary does."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.labels = datamodule.num_labels
+
+
 def module(policy: Path, **options: Any) -> DPOModule:
     return DPOModule(str(policy), **{"learning_rate": 1e-2, "layout": "padded", **options})
 
@@ -267,25 +276,41 @@ def test_the_label_budget_cuts_the_last_round_and_stops(tmp_path: Path, tiny_pol
         assert store.num_labels == 10
 
 
-@pytest.mark.parametrize("budget", [[], [10]], ids=["epochs", "budget"])
+@pytest.mark.parametrize(
+    ("epochs", "steps", "budget", "labels"), [(3, -1, [], 12), (9, 6, [], 12), (9, 5, [], 12), (9, -1, [10], 10)]
+)
 def test_a_run_that_is_over_buys_nothing_when_it_is_started_again(
-    tmp_path: Path, tiny_policy: Path, budget: list[int]
+    tmp_path: Path, tiny_policy: Path, epochs: int, steps: int, budget: list[int], labels: int
 ) -> None:
     spent = []
     for _ in range(2):
         checkpoint = tmp_path / "checkpoints" / "last.ckpt"
         keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
         policy = module(tiny_policy)
-        trainer(tmp_path, 9 if budget else 3, keep, *(LabelBudget(n) for n in budget)).fit(
-            policy,
-            datamodule=data(VanillaSampler()),
-            ckpt_path=checkpoint if checkpoint.exists() else None,
+        loaded = data(VanillaSampler())
+        said = Said()
+        trainer(tmp_path, epochs, keep, said, *(LabelBudget(n) for n in budget), max_steps=steps).fit(
+            policy, datamodule=loaded, ckpt_path=checkpoint if checkpoint.exists() else None
         )
+        assert said.labels == labels
         weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
         with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
             spent.append((store.num_labels, weights))
-    assert [labels for labels, _ in spent] == ([10, 10] if budget else [12, 12])
+    assert [bought for bought, _ in spent] == [labels, labels]
     assert torch.equal(spent[0][1], spent[1][1])
+
+
+def test_a_larger_budget_draws_nothing_more_for_old_rounds(tmp_path: Path, tiny_policy: Path) -> None:
+    for budget, rounds in ((10, {0: 4, 1: 4, 2: 2}), (15, {0: 4, 1: 4, 2: 2, 3: 4, 4: 1})):
+        keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
+        checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+        trainer(tmp_path, 9, keep, LabelBudget(budget)).fit(
+            module(tiny_policy),
+            datamodule=data(VanillaSampler(), replay="all"),
+            ckpt_path=checkpoint if checkpoint.exists() else None,
+        )
+        with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+            assert Counter(p.round for p in store.preferences()) == rounds
 
 
 def test_a_sampler_or_labeler_that_returns_too_few_is_named(tmp_path: Path, tiny_policy: Path) -> None:
@@ -341,24 +366,32 @@ class EveryEpoch(ModelCheckpoint):
         (TPILAFSampler, {"replay": 2}),
         (PILAFSampler, {"epochs_per_round": 2, "reference": "previous", "replay": "all"}),
         (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "epochs_per_round": None}),
+        (PILAFSampler, {"replay": "all", "max_steps": 1000}),
+        (PILAFSampler, {"replay": "all", "max_steps": 8}),
     ],
-    ids=["t_pilaf", "previous", "lora_dropout"],
+    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch"],
 )
 def test_a_run_continues_bitwise_from_every_checkpoint(
     tmp_path: Path, tiny_policy: Path, sampler: type[AbstractPairSampler], options: dict[str, Any]
 ) -> None:
     model_options = {k: v for k, v in options.items() if k in ("reference", "lora")}
-    data_options = {k: v for k, v in options.items() if k not in model_options}
+    max_steps = options.get("max_steps", -1)
+    data_options = {k: v for k, v in options.items() if k not in ("reference", "lora", "max_steps")}
 
     def fit(checkpoint: Path | None, *callbacks: Callback) -> dict[str, torch.Tensor]:
         policy = module(tiny_policy, **model_options)
         loaded = data(sampler(), **data_options)
-        trainer(tmp_path, 3, *callbacks).fit(policy, datamodule=loaded, ckpt_path=checkpoint)
+        run = trainer(tmp_path, 3, *callbacks, max_steps=max_steps)
+        run.fit(policy, datamodule=loaded, ckpt_path=checkpoint)
+        assert run.global_step == min(max_steps if max_steps > 0 else 1000, sum(lengths))
         return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
+    replay, per_round = data_options.get("replay", "last"), data_options.get("epochs_per_round", 1)
+    rounds = [0 if per_round is None else epoch // per_round for epoch in range(3)]
+    lengths = [2 * min({"last": 1, "all": 9}.get(replay, replay), index + 1) for index in rounds]
     straight = fit(None, EveryStep(tmp_path / "checkpoints"), EveryEpoch(tmp_path / "checkpoints"))
     checkpoints = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
-    assert len(checkpoints) >= 9
+    assert len(checkpoints) >= 8
     for checkpoint in checkpoints:
         continued = fit(checkpoint)
         assert all(torch.equal(straight[name], continued[name]) for name in straight), checkpoint.name

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -47,9 +48,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
         return
     _gathered.add(model)
-    for unit in units:
-        unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
+    # validation runs in inference mode, and FSDP keeps the buffers that it makes here for training
+    with torch.inference_mode(False), torch.no_grad():
+        for unit in units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:

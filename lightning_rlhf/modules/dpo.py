@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -167,14 +168,18 @@ class DPOModule(L.LightningModule):
             )
         pairs, num_tokens = self._pair_logps(batch)
         loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch), sync_dist=True)
+        # a rank without a pair of its own in this step trains on one that counts for nothing
+        counted = slice(0, 0 if batch.num_global == math.inf else None)
+        chosen = implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta)
+        rejected = implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, self.beta)
         return {
             "loss": loss,
-            "chosen_rewards": implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta).detach(),
-            "rejected_rewards": implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, self.beta).detach(),
-            "chosen_logps": pairs.policy_chosen.detach(),
-            "rejected_logps": pairs.policy_rejected.detach(),
-            "label": pairs.label,
+            "chosen_rewards": chosen.detach()[counted],
+            "rejected_rewards": rejected.detach()[counted],
+            "chosen_logps": pairs.policy_chosen.detach()[counted],
+            "rejected_logps": pairs.policy_rejected.detach()[counted],
+            "label": pairs.label[counted],
             "num_tokens": num_tokens,
         }
 
