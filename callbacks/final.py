@@ -23,7 +23,7 @@ class FinalValidation(Callback):
             if trainer.max_steps != -1:
                 # the steps may be used up before the batches are
                 left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-                trainer.val_check_batch = min(trainer.val_check_batch, left)
+                trainer.val_check_batch = min(trainer.val_check_batch or left, left)
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
