@@ -197,11 +197,6 @@ class PreferenceDataModule(L.LightningDataModule):
         """Path of the ledger."""
         return Path(self.ledger_path or Path(self.trainer.default_root_dir) / "ledger.sqlite")
 
-    def store(self) -> PreferenceStore:
-        """The ledger; on rank zero only."""
-        assert self._store is not None
-        return self._store
-
     def teardown(self, stage: str) -> None:
         """Close the ledger."""
         if stage in ("fit", "predict") and self._store is not None:
@@ -211,7 +206,7 @@ class PreferenceDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps: which ledger, and what the sampler has learnt. The pairs are in the ledger."""
         return {
-            "run_id": self._run_id(),
+            "run_id": self._store.run_id if self._store is not None else None,
             "observed": self._observed,
             "sampler": self.sampler.state_dict(),
         }
@@ -259,9 +254,6 @@ class PreferenceDataModule(L.LightningDataModule):
             self._store = PreferenceStore(self.ledger)
             self._store.check_fingerprint({"seed": self.seed, **self.fingerprint})
 
-    def _run_id(self) -> str | None:
-        return self._store.run_id if self._store is not None else None
-
     def _buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""
         kept = self.replay if isinstance(self.replay, int) else {"last": 1, "all": due + 1}[self.replay]
@@ -272,9 +264,10 @@ class PreferenceDataModule(L.LightningDataModule):
             for index in range(first, due + 1):
                 if index not in self._rounds:
                     self._collect(index)
-            self._rounds = {index: p for index, p in self._rounds.items() if index >= first}
-            buffer = [p for index in range(first, due + 1) for p in self._rounds[index]]
-            return refreshed(buffer, self._engine())
+            # kept as refreshed, so that the later epochs of a round find nothing stale
+            engine = self._engine()
+            self._rounds = {i: refreshed(self._rounds[i], engine) for i in range(first, due + 1)}
+        return [preference for preferences in self._rounds.values() for preference in preferences]
 
     def _due_round(self, epoch: int) -> int:
         """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lightning_rlhf import ranks
-from lightning_rlhf.generation.engine import DecodeEngine, score_responses
+from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
@@ -196,22 +196,14 @@ def with_reference_logps(comparisons: Sequence[Comparison], engine: DecodeEngine
     A training step then runs no reference. The version of the reference is kept in ``meta``, so that log-probabilities
     under a reference that has moved since are recognised.
     """
-    reference = engine.reference
-    if reference is None:
+    if engine.reference is None:
         return list(comparisons)
-    responses = [r for c in comparisons for r in (c.a, c.b)]
     prompts = [c.prompt for c in comparisons for _ in range(2)]
-    missing = [i for i, response in enumerate(responses) if response.reference_logps is None]
-    if missing:
-        with reference.active() as model:
-            scored = score_responses(
-                model, [prompts[i] for i in missing], [responses[i] for i in missing], engine.tokens_per_batch
-            )
-        for i, logps in zip(missing, scored, strict=True):
-            responses[i] = replace(responses[i], reference_logps=logps)
+    scored = engine.with_reference_logps(prompts, [r for c in comparisons for r in (c.a, c.b)])
+    version = {"reference_version": engine.reference.version}
     return [
-        replace(c, a=responses[2 * i], b=responses[2 * i + 1], meta={**c.meta, "reference_version": reference.version})
-        for i, c in enumerate(comparisons)
+        replace(c, a=a, b=b, meta={**c.meta, **version})
+        for c, a, b in zip(comparisons, scored[::2], scored[1::2], strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.models.logprobs import response_logps
+from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import AbstractReference
 from lightning_rlhf.types import FinishReason, Prompt, Response
 
@@ -84,7 +86,7 @@ class DecodeEngine(AbstractEngine):
         # equal prompts side by side share a prefill, similar lengths share a batch without much padding
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt.ids), requests[i].prompt.ids))
         responses: dict[int, Response] = {}
-        with evaluating(self.policy), torch.no_grad():
+        with evaluating(self.policy.modules()):
             for start in range(0, len(order), self.decoding.rows):
                 chunk = order[start : start + self.decoding.rows]
                 for i, response in zip(chunk, self._decode([requests[i] for i in chunk]), strict=True):
@@ -144,18 +146,19 @@ class DecodeEngine(AbstractEngine):
     def _score_missing(self, requests: Sequence[Request], responses: Sequence[Response]) -> list[Response]:
         """Fill in the log-probabilities that decoding did not need, by one teacher-forced pass per model."""
         prompts = [request.prompt for request in requests]
-        result = list(responses)
-        for name, use in (("policy_logps", self._use_policy), ("reference_logps", self._use_reference)):
-            missing = [i for i, response in enumerate(result) if getattr(response, name) is None]
-            if not missing:
-                continue
-            with use() as model:
-                scored = score_responses(
-                    model, [prompts[i] for i in missing], [result[i] for i in missing], self.tokens_per_batch
-                )
-            for i, logps in zip(missing, scored, strict=True):
-                result[i] = replace(result[i], **{name: logps})  # type: ignore[arg-type]
-        return result
+        with self._use_policy() as model:
+            responses = with_logps(model, "policy_logps", prompts, responses, self.tokens_per_batch)
+        return self.with_reference_logps(prompts, responses)
+
+    def with_reference_logps(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
+        """Give every response its reference log-probabilities; those that have them cost nothing.
+
+        Args:
+            prompts: the prompt of each response.
+            responses: what to score.
+        """
+        with self._use_reference() as model:
+            return with_logps(model, "reference_logps", prompts, responses, self.tokens_per_batch)
 
     @contextmanager
     def _use_policy(self) -> Iterator[PreTrainedModel]:
@@ -195,32 +198,29 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.size(-1) - 1)
 
 
-def score_responses(
-    model: PreTrainedModel, prompts: Sequence[Prompt], responses: Sequence[Response], tokens_per_batch: int = 4096
-) -> list[tuple[float, ...]]:
-    """Log-probability of every response token under a model, nats; consecutive equal prompts are computed once."""
+def with_logps(
+    model: PreTrainedModel,
+    name: Literal["policy_logps", "reference_logps"],
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    tokens_per_batch: int,
+) -> list[Response]:
+    """Fill in log-probabilities under a model where they are missing; consecutive equal prompts are computed once."""
+    missing = [i for i, response in enumerate(responses) if getattr(response, name) is None]
     groups = []
-    for ids, members in groupby(zip(prompts, responses, strict=True), key=lambda pair: pair[0].ids):
-        groups.append((ids, [response.ids for _, response in members]))
-    with evaluating(model), torch.no_grad():
+    for ids, members in groupby(missing, key=lambda i: prompts[i].ids):
+        groups.append((ids, [responses[i].ids for i in members]))
+    with evaluating(model.modules()):
         scored = response_logps(model, groups, tokens_per_batch=tokens_per_batch)
-    return [tuple(logps.tolist()) for logps in scored]
+    filled = list(responses)
+    for i, logps in zip(missing, scored, strict=True):
+        filled[i] = replace(filled[i], **{name: tuple(logps.tolist())})  # type: ignore[arg-type]
+    return filled
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of logits of a causal LM."""
     return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode (no dropout) for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @dataclass

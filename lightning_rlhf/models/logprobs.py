@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.shared_prefix import (
     Group,
     PackedResponses,
@@ -265,7 +266,7 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
     groups = _probe_groups(base.config.get_text_config().vocab_size)
     padded, shared = pack(groups, "padded"), pack(groups, "shared")
     tile = len(padded.targets) // 3
-    with _in_eval_mode(model), torch.no_grad(), torch.autocast(device, enabled=False):
+    with evaluating(model.modules()), torch.autocast(device, enabled=False):
         rows = [pack([(prompt, [r])], "padded") for prompt, responses in groups for r in responses]
         alone = torch.cat([_forward(model, row, "full", tile, 1.0) for row in rows])
         full = _forward(model, padded, "full", tile, 1.0)
@@ -333,17 +334,6 @@ def _probe_groups(vocab_size: int) -> list[Group]:
 def _distance(left: Tensor, right: Tensor) -> float:
     difference = (left.double() - right.double()).abs().max().item()
     return difference if math.isfinite(difference) else math.inf
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:  # not model.train(): it would wake up modules that were in eval mode
-            module.training = True
 
 
 def _base(model: nn.Module) -> PreTrainedModel:

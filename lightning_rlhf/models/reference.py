@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lightning_rlhf.models.modes import evaluating
+
 
 ReferenceRule: TypeAlias = Literal["fixed", "previous", "ema"]
 Policy: TypeAlias = PreTrainedModel | PeftModel
@@ -95,7 +97,7 @@ class AdapterOffReference(AbstractReference):
             # peft would unmerge on the way, which rounds the base weights
             raise ValueError("the adapter is merged into the base weights; call policy.unmerge_adapter() first")
         before = [layer._disable_adapters for layer in self._layers]
-        with _evaluating(self._modules):
+        with evaluating(self._modules):
             try:
                 for layer in self._layers:
                     layer.__dict__["_disable_adapters"] = True
@@ -134,7 +136,7 @@ class AdapterSnapshotReference(AbstractReference):
     def active(self) -> Iterator[PreTrainedModel]:
         parameters = [cast(nn.Parameter, module._parameters[name]) for module, name in self._slots.values()]
         before = [(parameter, parameter.data) for parameter in parameters]
-        with _evaluating(self._modules):
+        with evaluating(self._modules):
             try:
                 for (parameter, data), key in zip(before, self._slots, strict=True):
                     if self._weights[key].device != data.device:
@@ -237,21 +239,6 @@ def _causal_lm(policy: Policy) -> PreTrainedModel:
 def _trained(policy: Policy) -> dict[str, nn.Parameter]:
     """Parameters that are trained, by their name in the transformers model."""
     return {name: p for name, p in _causal_lm(policy).named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Put modules in eval mode, without gradients, and restore the mode of each one afterwards."""
-    # straight into __dict__: train() walks the tree and setattr searches parameters, both at every token
-    training = [module for module in modules if module.__dict__["training"]]
-    with torch.no_grad():
-        try:
-            for module in training:
-                module.__dict__["training"] = False
-            yield
-        finally:
-            for module in training:
-                module.__dict__["training"] = True
 
 
 def _copies(
