@@ -1,9 +1,9 @@
 """Log-probabilities of responses under a causal language model, exact, and without the work nobody asked for.
 
-Two things are left out: the prompt is computed once for all its responses (`shared_prefix`), and the language-model
-head sees only the positions that predict response tokens. A model that cannot share a prompt exactly (recurrent layers,
-flash kernels without masks) is found out on its first use, by comparison with its own plain forward, and gets padded
-rows.
+Three things are left out: filling (`attention`), all but one of the computations of a prompt that several responses
+share (`shared_prefix`), and the head at positions that predict no response token (`head`). A model that cannot do one
+of them exactly (recurrent layers, an attention of its own, an unusual head) is found out on its first use, by
+comparison with its own plain forward, and does without.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from lightning_rlhf.models.attention import attending_in_segments, segments
+from lightning_rlhf.models.head import LogitRule, TokenScores, score_tokens
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.shared_prefix import (
     Group,
     PackedResponses,
+    RowLayout,
     attention_mask,
     pack,
     sharing_gain,
@@ -34,13 +37,10 @@ from lightning_rlhf.models.shared_prefix import (
 )
 
 
-Layout = Literal["auto", "shared", "padded"]
-
-LOGIT_BYTES = 256 * 2**20
-"""Logits of a batch that would take more than this in float32 are computed in tiles, and again in the backward pass."""
+Layout = Literal["auto", "packed", "shared", "padded"]
 
 SHARING_PAYS_FROM = 1.05
-"""`sharing_gain` from which ``layout="auto"`` shares prompts; below it a dense mask costs more than it saves."""
+"""`sharing_gain` from which rows with a mask share prompts; below it the dense mask costs more than it saves."""
 
 
 def response_logps(
@@ -57,8 +57,9 @@ def response_logps(
     Args:
         model: a causal language model of transformers, or a PeftModel of one; carries gradient if enabled.
         groups: prompts with their responses, as token ids; neither may be empty.
-        layout: ``"shared"`` computes a prompt once per group, ``"padded"`` once per response; ``"auto"`` shares if the
-            model can and `sharing_gain` is at least 1.05.
+        layout: ``"packed"`` computes a prompt once per group and fills nothing up, ``"shared"`` computes a prompt once
+            per group, in rows of equal length, ``"padded"`` once per response; ``"auto"`` packs if the model can, else
+            shares if it can and `sharing_gain` is at least 1.05.
         tokens_per_batch: positions per forward pass at most; None puts everything in one. Under FSDP all ranks must
             make equally many forward passes, so leave it None there.
         tile: tokens whose logits are held at a time, >= 1; None takes as many as fit into 256 MiB.
@@ -68,20 +69,19 @@ def response_logps(
         One tensor [length] per response, group by group, in the order given; float32, or float64 for float64 models.
 
     Raises:
-        ValueError: if a prompt or a response is empty, or ``layout="shared"`` is asked of a model that cannot.
+        ValueError: if a prompt or a response is empty, or a layout is asked of a model that cannot.
     """
     if not groups:
         return []
-    if layout == "auto":
-        layout = "shared" if _sharing_pays(model, groups) else "padded"
+    rows = choose_layout(model, groups) if layout == "auto" else layout
     if tokens_per_batch is None:
         batches = [list(range(len(groups)))]
     else:
-        batches = split_by_tokens(groups, tokens_per_batch, layout)
+        batches = split_by_tokens(groups, tokens_per_batch, rows)
     by_group: dict[int, list[Tensor]] = {}
     for batch in batches:
-        packed = pack([groups[index] for index in batch], layout)
-        pieces = iter(packed.split(packed_logps(model, packed, tile=tile, temperature=temperature)))
+        packed = pack([groups[index] for index in batch], rows)
+        pieces = iter(packed.split(packed_scores(model, packed, tile=tile, temperature=temperature).logps))
         by_group |= {index: [next(pieces) for _ in groups[index][1]] for index in batch}
     return [logps for index in range(len(groups)) for logps in by_group[index]]
 
@@ -102,79 +102,123 @@ def summed_logps(
     return torch.stack([tokens.sum() for tokens in logps]) if logps else torch.zeros(0)
 
 
-def packed_logps(
-    model: nn.Module, packed: PackedResponses, *, tile: int | None = None, temperature: float = 1.0
-) -> Tensor:
-    """Compute the log-probability of each target of a packed batch, [tokens]; arguments as in `response_logps`."""
+def packed_scores(
+    model: nn.Module,
+    packed: PackedResponses,
+    *,
+    tile: int | None = None,
+    temperature: float = 1.0,
+    statistics: bool = False,
+) -> TokenScores:
+    """Score the targets of a packed batch in one forward pass.
+
+    Args:
+        model: as in `response_logps`.
+        packed: what `pack` made.
+        tile: tokens whose logits are held at a time, >= 1; None takes as many as fit into 256 MiB.
+        temperature: divides the logits, > 0.
+        statistics: also return entropy and greedy match of each target.
+    """
     if temperature <= 0 or (tile is not None and tile < 1):
         raise ValueError(f"temperature must be > 0 and tile at least 1; got {temperature} and {tile}")
     base = _base(model)
     support = _support(model)
-    if packed.shares_prompt and support.shared is not None:
+    if packed.spans and _checkpoints_layers(base):
+        raise ValueError("gradient checkpointing recomputes layers outside of the packed layout; use 'shared' with it")
+    obstacle = support.packed if packed.spans else support.shared
+    if packed.shares_prompt and obstacle is not None:
         raise ValueError(
-            f"{_name(base)} cannot share a prompt between responses: {support.shared}; pack with layout='padded'"
+            f"{_name(base)} cannot share a prompt between responses: {obstacle}; pack with layout='padded'"
         )
-    limit = tile or max(1, LOGIT_BYTES // (4 * base.config.get_text_config().vocab_size))
-    mode: HeadMode = "gathered" if len(packed.targets) <= limit else "tiled"
+    mode: HeadMode = "fused"
     if support.gathered is not None:
         support.warn_once("gathered", f"{_name(base)}: computing logits at every position, since {support.gathered}")
         mode = "full"
-    elif mode == "tiled" and support.tiled is not None:
-        support.warn_once("tiled", f"{_name(base)}: computing all logits of a batch at once, since {support.tiled}")
+    elif support.fused is not None:
+        support.warn_once("fused", f"{_name(base)}: computing all logits of a batch at once, since {support.fused}")
         mode = "gathered"
-    return _forward(model, packed, mode, limit, temperature)
+    return _forward(model, packed, mode, tile, temperature, statistics)
 
 
-def token_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of the targets, [tokens], from logits [tokens, vocabulary]; in float32 at least."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return -F.cross_entropy(logits / temperature if temperature != 1.0 else logits, targets, reduction="none")
+def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
+    """Choose the fastest layout that a model computes exactly."""
+    base, support = _base(model), _support(model)
+    if support.packed is None and not _checkpoints_layers(base):
+        return "packed"
+    if support.shared is not None and any(len(responses) > 1 for _, responses in groups):
+        support.warn_once(
+            "shared", f"{_name(base)} computes prompts once per response (layout 'padded'), since {support.shared}"
+        )
+    hidden_size = getattr(base.config.get_text_config(), "hidden_size", None)
+    pays = support.shared is None and sharing_gain(groups, hidden_size) >= SHARING_PAYS_FROM
+    return "shared" if pays else "padded"
 
 
 # ---- the forward pass ----------------------------------------------------------------------------------------------
 
-HeadMode = Literal["full", "gathered", "tiled"]
+HeadMode = Literal["full", "gathered", "fused"]
 
 
-def _forward(model: nn.Module, packed: PackedResponses, mode: HeadMode, tile: int, temperature: float) -> Tensor:
+def _forward(
+    model: nn.Module,
+    packed: PackedResponses,
+    mode: HeadMode,
+    tile: int | None = None,
+    temperature: float = 1.0,
+    statistics: bool = False,
+) -> TokenScores:
     base = _base(model)
     packed = packed.to(_embedding(base).device)
-    inputs = _inputs(base, packed)
     head = _head(base)
+
+    def run() -> Tensor:
+        with attending(base, packed):
+            return cast(Tensor, model(**model_inputs(base, packed), use_cache=False).logits)
+
+    def choose(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1).index_select(0, packed.predictors)
+
     if mode == "full":
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        return token_logps(logits.index_select(0, packed.predictors), packed.targets, temperature)
-    assert head is not None, "_probe finds models without a head"
+        return _plain_scores(choose(run()), packed.targets, temperature, statistics)
     if mode == "gathered":
-        with _before_head(head, lambda hidden: hidden.flatten(0, 1).index_select(0, packed.predictors)):
-            logits = model(**inputs, use_cache=False).logits
-        return token_logps(logits, packed.targets, temperature)
+        with _before_head(head, choose):
+            return _plain_scores(run(), packed.targets, temperature, statistics)
+    if type(head) is not nn.Linear:
+        raise ValueError(f"its head is a {type(head).__name__}")
 
-    adjust = _logit_adjustment(base)
+    scored: list[TokenScores] = []
 
-    def score(hidden: Tensor, targets: Tensor) -> Tensor:
-        return token_logps(adjust(head(hidden)), targets, temperature)
+    def score(hidden: Tensor) -> Tensor:
+        rule = _logit_rule(base, temperature)
+        scored.append(
+            score_tokens(
+                choose(hidden), head.weight, packed.targets, bias=head.bias, rule=rule, tile=tile, statistics=statistics
+            )
+        )
+        return hidden[:1, :1]
 
-    logps: list[Tensor] = []
+    with _before_head(head, score):
+        logits = run()
+    (scores,) = scored
+    if logits.requires_grad and isinstance(base, FSDPModule):
+        # FSDP starts its backward pass at the outputs of the model, so they have to be in the graph
+        return replace(scores, logps=scores.logps + 0.0 * logits.sum())
+    return scores
 
-    def score_in_tiles(hidden: Tensor) -> Tensor:
-        hidden = hidden.flatten(0, 1).index_select(0, packed.predictors)
-        num_tiles = math.ceil(len(hidden) / tile)
-        for part, targets in zip(hidden.tensor_split(num_tiles), packed.targets.tensor_split(num_tiles), strict=True):
-            if torch.is_grad_enabled():
-                logps.append(checkpoint(score, part, targets, use_reentrant=False))
-            else:
-                logps.append(score(part, targets))
-        return hidden[:1]
 
-    with _before_head(head, score_in_tiles):
-        logits = model(**inputs, use_cache=False).logits
-    # FSDP starts its backward pass at the outputs of the model, so they have to be in the graph
-    return torch.cat(logps) + (0.0 * logits.sum() if logits.requires_grad else 0.0)
+def _plain_scores(logits: Tensor, targets: Tensor, temperature: float, statistics: bool) -> TokenScores:
+    """Scores from logits that are there in full, [tokens, vocabulary]; what the fused head computes in tiles."""
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logps = -F.cross_entropy(logits, targets, reduction="none")
+    if not statistics:
+        return TokenScores(logps)
+    with torch.no_grad():
+        entropy: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return TokenScores(logps, entropy, logits.argmax(-1) == targets)
 
 
 @contextmanager
-def _before_head(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change what enters the head, for one forward pass.
 
     A hook, and not a call of trunk and head one by one: whatever wraps the model (FSDP, PEFT) and whatever it does to
@@ -183,9 +227,9 @@ def _before_head(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
-        handle.remove()  # `change` may call the head itself
         return (change(args[0]), *args[1:])
 
+    assert head is not None, "_probe finds models without a head"
     handle = head.register_forward_pre_hook(hook)
     try:
         yield
@@ -193,36 +237,44 @@ def _before_head(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
         handle.remove()
 
 
-def _inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, Any]:
+def attending(base: PreTrainedModel, packed: PackedResponses) -> AbstractContextManager[None]:
+    """Give a model the attention that a batch needs, for one forward pass."""
+    return attending_in_segments(base) if packed.spans else nullcontext()
+
+
+def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, Any]:
+    """Arguments of a forward pass over a packed batch."""
     if not packed.shares_prompt:
         # nothing sees the filling at the right of a causal row, so that no mask is needed and the fast kernels apply
         return {"input_ids": packed.input_ids}
     config, dtype = base.config.get_text_config(), _embedding(base).dtype
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
-    mask: Tensor | dict[str, Tensor]
+
+    def mask(window: int | None) -> Tensor:
+        if packed.spans:
+            return segments(packed.spans, packed.input_ids.device, window)
+        return attention_mask(packed, dtype, window)
+
     if "sliding_attention" in layer_types:
-        mask = {
-            "full_attention": attention_mask(packed, dtype),
-            "sliding_attention": attention_mask(packed, dtype, window),
-        }
-    else:
-        # layer types, none of them sliding: the window is not in use (Qwen); no layer types: it is everywhere (Mistral)
-        mask = attention_mask(packed, dtype, None if layer_types else window)
-    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
+        by_type = {"full_attention": mask(None), "sliding_attention": mask(window)}
+        return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": by_type}
+    # layer types, none of them sliding: the window is not in use (Qwen); no layer types: it is everywhere (Mistral)
+    single = mask(None if layer_types else window)
+    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": single}
 
 
-def _logit_adjustment(base: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def _logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
     """What the model does to its logits behind the head; `_probe` verifies the guess."""
     config = base.config.get_text_config()
     # Cohere multiplies, Granite divides, Gemma caps
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitRule(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
-    def adjust(logits: Tensor) -> Tensor:
-        logits = logits * scale if scale != 1.0 else logits
-        return cap * torch.tanh(logits / cap) if cap else logits
 
-    return adjust
+def _checkpoints_layers(base: PreTrainedModel) -> bool:
+    """Whether layers run again in the backward pass, when `attending_in_segments` is over."""
+    # what transformers calls is_gradient_checkpointing up to 5.x, and is_activation_checkpointing later
+    return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 # ---- what a model can do -------------------------------------------------------------------------------------------
@@ -230,11 +282,12 @@ def _logit_adjustment(base: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 @dataclass
 class _Support:
-    """Obstacles, None where there are none: to the head on chosen positions, in tiles, and to shared prompts."""
+    """Obstacles, None where there are none: to the head on chosen positions, fused, and to prompts shared in rows."""
 
     gathered: str | None
-    tiled: str | None
+    fused: str | None
     shared: str | None
+    packed: str | None
     warned: set[str] = field(default_factory=set)
 
     def warn_once(self, what: str, message: str) -> None:
@@ -264,12 +317,12 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
     """
     base = _base(model)
     groups = _probe_groups(base.config.get_text_config().vocab_size)
-    padded, shared = pack(groups, "padded"), pack(groups, "shared")
+    padded = pack(groups, "padded")
     tile = len(padded.targets) // 3
     with evaluating(model.modules()), torch.autocast(device, enabled=False):
         rows = [pack([(prompt, [r])], "padded") for prompt, responses in groups for r in responses]
-        alone = torch.cat([_forward(model, row, "full", tile, 1.0) for row in rows])
-        full = _forward(model, padded, "full", tile, 1.0)
+        alone = torch.cat([_forward(model, row, "full").logps for row in rows])
+        full = _forward(model, padded, "full").logps
         # sqrt(eps) is far above rounding and far below what a wrong mask does. TF32 and sharded mixed precision round
         # more than the dtype of the weights tells; the effect of mere padding shows how much
         floor = 3 * math.sqrt(torch.finfo(dtype).eps)
@@ -277,7 +330,7 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
 
         def obstacle(packed: PackedResponses, mode: HeadMode, expected: Tensor) -> str | None:
             try:
-                found = _forward(model, packed, mode, tile, 1.0)
+                found = _forward(model, packed, mode, tile).logps
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever third-party model code raises: reported in the warning
@@ -288,38 +341,32 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
             return None if difference <= tolerance else f"log-probabilities are off by {difference:.2g} nats"
 
         gathered = obstacle(padded, "gathered", full) if _head(base) is not None else "it names no head"
-        tiled = gathered or obstacle(padded, "tiled", full)
-        reason = _cannot_share(base)
-        if reason is None:
-            reason = obstacle(shared, "gathered" if gathered is None else "full", alone)
-    return _Support(gathered, tiled, reason)
+        fused = gathered or obstacle(padded, "fused", full)
+        reason = cannot_share(base)
+        mode: HeadMode = "gathered" if gathered is None else "full"
+        shared = reason or _takes_no_mask(base) or obstacle(pack(groups, "shared"), mode, alone)
+        one_row = reason or obstacle(pack(groups, "packed"), mode, alone)
+    return _Support(gathered, fused, shared, one_row)
 
 
-def _cannot_share(base: PreTrainedModel) -> str | None:
+def cannot_share(base: PreTrainedModel) -> str | None:
     """Reasons that need no forward pass, and that a half-precision probe could overlook in an untrained model."""
-    config = base.config.get_text_config()
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    unknown = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    unknown -= {"full_attention", "sliding_attention"}
     if base._is_stateful:
         return "it has recurrent layers, which carry one response into the next"
     if unknown:
         return f"it has layers of type {', '.join(sorted(unknown))}"
-    if config._attn_implementation not in ("eager", "sdpa"):
-        kernel = config._attn_implementation
-        return f"its attention {kernel!r} takes no dense mask; load it with attn_implementation='sdpa'"
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "its forward pass takes no position_ids"
     return None
 
 
-def _sharing_pays(model: nn.Module, groups: Sequence[Group]) -> bool:
-    base = _base(model)
-    support = _support(model)
-    if support.shared is not None and any(len(responses) > 1 for _, responses in groups):
-        support.warn_once(
-            "shared", f"{_name(base)} computes prompts once per response (layout 'padded'), since {support.shared}"
-        )
-    hidden_size = getattr(base.config.get_text_config(), "hidden_size", None)
-    return support.shared is None and sharing_gain(groups, hidden_size) >= SHARING_PAYS_FROM
+def _takes_no_mask(base: PreTrainedModel) -> str | None:
+    kernel = base.config.get_text_config()._attn_implementation
+    if kernel in ("eager", "sdpa"):
+        return None
+    return f"its attention {kernel!r} takes no dense mask; load it with attn_implementation='sdpa'"
 
 
 def _probe_groups(vocab_size: int) -> list[Group]:

@@ -1,14 +1,16 @@
 """Layout of prompts and responses in rows, so that a prompt is computed once for all its responses.
 
 A row of the shared layout is ``[prompt | r1 | r2 | ... | rk]``: the positions of each response restart behind the
-prompt and no response sees another, which is what k separate rows would compute, with the prompt computed once.
-Everything here is pure; `lightning_rlhf.models.logprobs` runs models on it.
+prompt and no response sees another, which is what k separate rows would compute, with the prompt computed once. The
+packed layout puts all such rows into one, so that nothing is filled up; it needs the attention of
+`lightning_rlhf.models.attention`. Everything here is pure; `lightning_rlhf.models.logprobs` runs models on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Token ids of a prompt, and of the responses to it."""
 
-RowLayout = Literal["shared", "padded"]
+RowLayout = Literal["packed", "shared", "padded"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class PackedResponses:
         targets: the response tokens, [tokens].
         response_lengths: tokens of each response, [responses].
         shares_prompt: whether some row holds more than one response, and so needs `attention_mask`.
+        spans: of the packed layout, tokens of each prompt and of its responses, in the order of the row.
     """
 
     input_ids: Tensor
@@ -45,6 +48,7 @@ class PackedResponses:
     targets: Tensor
     response_lengths: Tensor
     shares_prompt: bool
+    spans: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def num_computed(self) -> int:
@@ -60,7 +64,7 @@ class PackedResponses:
     def to(self, device: torch.device | str) -> PackedResponses:
         """Move to a device."""
         moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return PackedResponses(**moved, shares_prompt=self.shares_prompt)
+        return replace(self, **moved)
 
     def split(self, per_token: Tensor) -> list[Tensor]:
         """Cut a [tokens] tensor into one tensor per response."""
@@ -77,12 +81,14 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
 
     Args:
         groups: prompts with their responses; neither may be empty.
-        layout: ``"shared"``, one row per group, or ``"padded"``, one row per response.
+        layout: ``"packed"``, one row for all, ``"shared"``, one row per group, or ``"padded"``, one row per response.
 
     Raises:
         ValueError: if there is no group, or a prompt, a list of responses or a response is empty.
     """
     _check(groups)
+    if layout == "packed":
+        return _in_one_row(groups)
     rows = list(groups) if layout == "shared" else [(prompt, [r]) for prompt, responses in groups for r in responses]
     length = max(_row_length(row) for row in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -111,6 +117,22 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
         targets=torch.tensor(targets),
         response_lengths=torch.tensor([len(r) for _, responses in groups for r in responses]),
         shares_prompt=any(len(responses) > 1 for _, responses in rows),
+    )
+
+
+def _in_one_row(groups: Sequence[Group]) -> PackedResponses:
+    """One row per group, and those rows one behind the other."""
+    rows = [pack([group], "shared") for group in groups]
+    starts = list(accumulate((row.num_computed for row in rows), initial=0))
+    return PackedResponses(
+        input_ids=torch.cat([row.input_ids for row in rows], 1),
+        position_ids=torch.cat([row.position_ids for row in rows], 1),
+        segments=torch.cat([row.segments for row in rows], 1),
+        predictors=torch.cat([row.predictors + start for row, start in zip(rows, starts, strict=False)]),
+        targets=torch.cat([row.targets for row in rows]),
+        response_lengths=torch.cat([row.response_lengths for row in rows]),
+        shares_prompt=True,
+        spans=tuple((len(prompt), tuple(map(len, responses))) for prompt, responses in groups),
     )
 
 
@@ -163,7 +185,7 @@ def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowL
     Args:
         groups: prompts with their responses.
         tokens_per_batch: positions per batch at most, filling included, >= 1; a longer group makes its own batch.
-        layout: the layout the batches will be packed in.
+        layout: the layout the batches will be packed in; only ``"packed"`` has no filling.
 
     Returns:
         Indices into ``groups``, each exactly once, longest groups first: if memory is short, it is short at once.
@@ -172,17 +194,20 @@ def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowL
         raise ValueError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
     _check(groups)
     longest = [
-        _row_length(group) if layout == "shared" else len(group[0]) + max(map(len, group[1])) for group in groups
+        len(group[0]) + max(map(len, group[1])) if layout == "padded" else _row_length(group) for group in groups
     ]
-    rows = [1 if layout == "shared" else len(responses) for _, responses in groups]
+    rows = [len(responses) if layout == "padded" else 1 for _, responses in groups]
     batches: list[list[int]] = []
     used, width = 0, 0
     for index in sorted(range(len(groups)), key=lambda i: -longest[i]):
-        if not batches or (used + rows[index]) * width > tokens_per_batch:
+        # without filling a row costs its own length, with it the length of the first, which is the longest
+        cost = rows[index] * (longest[index] if layout == "packed" or not batches else width)
+        if not batches or used + cost > tokens_per_batch:
             batches.append([])
             used, width = 0, longest[index]
+            cost = rows[index] * width
         batches[-1].append(index)
-        used += rows[index]
+        used += cost
     return batches
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,8 +43,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lightning_rlhf.models import logprobs
-from lightning_rlhf.models.logprobs import packed_logps, response_logps, summed_logps
+from lightning_rlhf.models import head, logprobs
+from lightning_rlhf.models.attention import segments
+from lightning_rlhf.models.logprobs import packed_scores, response_logps, summed_logps
 from lightning_rlhf.models.shared_prefix import Group, attention_mask, pack, sharing_gain, split_by_tokens
 
 
@@ -122,7 +123,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def llama_lora() -> nn.Module:
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"], init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     return get_peft_model(llama(), config)
 
 
@@ -207,7 +208,9 @@ CASES = [("sdpa", name) for name in MODELS] + [("eager", name) for name in EAGER
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_layouts_and_tiles_equal_one_by_one_in_float64(kind: str, name: str) -> None:
     model = build((MODELS if kind == "sdpa" else EAGER)[name], torch.float64)
-    ways: list[dict[str, Any]] = [{"layout": "shared"}, {"layout": "padded"}, {"layout": "shared", "tile": 5}]
+    layouts = ("auto", "packed", "shared", "padded") if name != "gemma2-sliding" else ("auto", "shared", "padded")
+    ways: list[dict[str, Any]] = [{"layout": layout} for layout in layouts]
+    ways += [{"tile": 5}, {"layout": "shared", "tile": 5}]
     with warnings.catch_warnings(), KeepFloat64():
         warnings.simplefilter("error")  # no model here may need a fall-back
         expected = one_by_one(model, GROUPS)
@@ -234,7 +237,7 @@ def test_layouts_equal_one_by_one_in_float32(kind: str, name: str) -> None:
     model = build((MODELS if kind == "sdpa" else EAGER)[name], torch.float32)
     with torch.no_grad():
         expected = torch.cat(one_by_one(model, GROUPS)).float()
-        for way in ({"layout": "shared"}, {"layout": "padded", "tile": 5}):
+        for way in ({"layout": "auto"}, {"layout": "shared"}, {"layout": "padded", "tile": 5}):
             found = torch.cat(response_logps(model, GROUPS, **way))  # type: ignore[arg-type]
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, expected, rtol=0, atol=4e-5)
@@ -245,8 +248,10 @@ def test_the_window_matters_in_these_tests(make: Callable[[], nn.Module], monkey
     model = build(make, torch.float64)
     expected = torch.cat(response_logps(model, GROUPS, layout="padded"))
     monkeypatch.setattr(logprobs, "attention_mask", lambda packed, dtype, window=None: attention_mask(packed, dtype))
-    wrong = logprobs._forward(model, pack(GROUPS, "shared"), "gathered", 99, 1.0)
-    assert (wrong - expected).abs().max() > 0.1
+    monkeypatch.setattr(logprobs, "segments", lambda spans, device, window=None: segments(spans, device))
+    for layout in ("shared", "packed"):
+        wrong = logprobs._forward(model, pack(GROUPS, layout), "gathered").logps  # type: ignore[arg-type]
+        assert (wrong - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -274,7 +279,7 @@ def test_shared_prompts_work_under_bfloat16_autocast(attention: str) -> None:
 def test_micro_batches_come_back_in_the_order_given() -> None:
     model = build(llama, torch.float64)
     expected = response_logps(model, GROUPS)
-    for layout in ("shared", "padded"):
+    for layout in ("packed", "shared", "padded"):
         for budget in (1, 40, 10_000):
             found = response_logps(model, GROUPS, layout=layout, tokens_per_batch=budget)  # type: ignore[arg-type]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -295,33 +300,63 @@ def test_temperature_divides_the_logits() -> None:
         response_logps(model, [(prompt, [response])], temperature=0.0)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_the_head_sees_predicting_positions_only_and_a_tile_at_most(grad: bool) -> None:
+def test_the_head_sees_predicting_positions_only_and_a_tile_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(llama, torch.float32)
-    packed = pack(GROUPS, "shared")
-    packed_logps(model, packed)  # the probe has its own forward passes
+    packed = pack(GROUPS, "packed")
+    packed_scores(model, packed)  # the probe has its own forward passes
     seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.numel() // VOCAB))
-    with torch.set_grad_enabled(grad):
-        packed_logps(model, packed)
-        assert seen == [45]
-        seen.clear()
-        logps = packed_logps(model, packed, tile=10)
-    assert max(seen) <= 10 and sum(seen) == 45 + 1  # one more for the output of the model itself
-    if grad:
-        seen.clear()
-        logps.sum().backward()
-        assert max(seen) <= 10 and sum(seen) == 45  # recomputed, not kept
+    plain = head._logits
+    monkeypatch.setattr(head, "_logits", lambda hidden, *args: seen.append(len(hidden)) or plain(hidden, *args))
+    packed_scores(model, packed).logps.sum().backward()
+    assert seen == [45]  # the backward pass overwrites them
+    seen.clear()
+    packed_scores(model, packed, tile=10).logps.sum().backward()
+    assert max(seen) <= 10 and sum(seen) == 2 * 45  # once more in the backward pass
+    seen.clear()
+    model.lm_head.weight.requires_grad_(False)
+    packed_scores(model, packed, tile=10).logps.sum().backward()
+    assert max(seen) <= 10 and sum(seen) == 45  # a frozen head never again
 
 
-def test_large_vocabularies_are_tiled_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_on_the_head_means_all_its_logits_at_once() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(llama(), config).double().eval()
+    with pytest.warns(UserWarning, match="all logits of a batch at once"):
+        found = torch.cat(response_logps(model, GROUPS))
+    torch.testing.assert_close(found, torch.cat(one_by_one(model, GROUPS)), rtol=0, atol=1e-6)
+
+
+def test_entropy_and_greedy_match_come_out_of_the_same_pass() -> None:
+    model = build(llama, torch.float64)
+    packed = pack(GROUPS, "packed")
+    for temperature in (1.0, 0.7):
+        found = packed_scores(model, packed, tile=7, temperature=temperature, statistics=True)
+        table = logprobs._forward(model, packed, "gathered", None, temperature, True)
+        torch.testing.assert_close(found.entropy, table.entropy)
+        assert found.greedy is not None and torch.equal(found.greedy, cast(Tensor, table.greedy))
+        torch.testing.assert_close(found.logps, table.logps)
+
+
+def test_no_position_is_computed_for_nothing() -> None:
     model = build(llama, torch.float32)
-    expected = summed_logps(model, GROUPS)
-    seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.numel() // VOCAB))
-    monkeypatch.setattr(logprobs, "LOGIT_BYTES", 4 * VOCAB * 7)
-    torch.testing.assert_close(summed_logps(model, GROUPS), expected)
-    assert max(seen) <= 7
+    response_logps(model, GROUPS)
+    seen: list[tuple[int, ...]] = []
+    model.model.layers[0].register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape[:2])))  # type: ignore[union-attr, index]
+    response_logps(model, GROUPS)
+    assert seen == [(1, sum(len(p) + sum(map(len, rs)) for p, rs in GROUPS))]
+
+
+def test_gradient_checkpointing_takes_rows_with_a_mask() -> None:
+    model = build(llama, torch.float64)
+    expected = gradients(model, response_logps(model, GROUPS))
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    found = gradients(model, response_logps(model, GROUPS))
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-9, atol=1e-6)
+    with pytest.raises(ValueError, match="use 'shared'"):
+        response_logps(model, GROUPS, layout="packed")
 
 
 def test_mamba_falls_back_to_padded_rows_and_says_so_once() -> None:
@@ -393,9 +428,9 @@ def test_a_sharded_model_keeps_its_gradients(layers_too: bool, tmp_path: Path) -
         for layer in sharded.model.layers if layers_too else ():  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
-        for tile in (None, 5):
+        for way in ({}, {"tile": 5}, {"layout": "shared"}):
             sharded.zero_grad()  # here, since after the forward pass the root holds its gathered weights
-            found = gradients(sharded, response_logps(sharded, GROUPS, layout="shared", tile=tile))
+            found = gradients(sharded, response_logps(sharded, GROUPS, **way))  # type: ignore[arg-type]
             assert found.keys() == plain.keys()
             for key, gradient in found.items():
                 assert isinstance(gradient, DTensor)
@@ -422,7 +457,7 @@ def test_prompt_learning_adapters_are_refused() -> None:
         response_logps(model, GROUPS)
 
 
-def test_auto_shares_only_where_it_pays() -> None:
+def test_auto_packs_and_else_shares_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(llama, torch.float32)
     rows: list[int] = []
     long, short = [(ids(30, 1), [ids(3, 2), ids(3, 3)])], [(ids(1, 1), [ids(30, 2), ids(30, 3)])]
@@ -430,7 +465,11 @@ def test_auto_shares_only_where_it_pays() -> None:
     model.register_forward_pre_hook(lambda m, a, kw: rows.append(len(kw["input_ids"])), with_kwargs=True)
     summed_logps(model, long)
     summed_logps(model, short)
-    assert rows == [1, 2]
+    assert rows == [1, 1]  # one row without filling, whatever the lengths
+    monkeypatch.setattr(logprobs._support(model), "packed", "for this test")
+    summed_logps(model, long)
+    summed_logps(model, short)
+    assert rows[2:] == [1, 2]
     assert sharing_gain(long) == pytest.approx(66 / 36) and sharing_gain(short) == pytest.approx(62 / 61)
     assert sharing_gain(long, hidden_size=8) < sharing_gain(long, hidden_size=4096) < sharing_gain(long)
 
@@ -480,7 +519,7 @@ def test_pack_refuses_what_cannot_be_scored(groups: list[Group], message: str) -
         pack(groups, "shared")
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "shared", "padded"])
 def test_split_by_tokens_keeps_the_budget_and_every_group(layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 40, (60, 3), generator=generator).tolist()
