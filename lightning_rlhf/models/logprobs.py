@@ -121,9 +121,9 @@ def packed_scores(
     """
     if temperature <= 0 or (tile is not None and tile < 1):
         raise ValueError(f"temperature must be > 0 and tile at least 1; got {temperature} and {tile}")
-    base = _base(model)
+    base = base_model(model)
     support = _support(model)
-    if packed.spans and _checkpoints_layers(base):
+    if packed.spans and checkpoints_layers(base):
         raise ValueError("gradient checkpointing recomputes layers outside of the packed layout; use 'shared' with it")
     obstacle = support.packed if packed.spans else support.shared
     if packed.shares_prompt and obstacle is not None:
@@ -142,16 +142,20 @@ def packed_scores(
 
 def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
     """Choose the fastest layout that a model computes exactly."""
-    base, support = _base(model), _support(model)
-    if support.packed is None and not _checkpoints_layers(base):
+    base, support = base_model(model), _support(model)
+    if support.packed is None and not checkpoints_layers(base):
         return "packed"
     if support.shared is not None and any(len(responses) > 1 for _, responses in groups):
         support.warn_once(
             "shared", f"{_name(base)} computes prompts once per response (layout 'padded'), since {support.shared}"
         )
+    return "shared" if support.shared is None and sharing_pays(base, groups) else "padded"
+
+
+def sharing_pays(base: PreTrainedModel, groups: Sequence[Group]) -> bool:
+    """Whether rows that share prompts, with a dense mask, cost less than padded rows without one."""
     hidden_size = getattr(base.config.get_text_config(), "hidden_size", None)
-    pays = support.shared is None and sharing_gain(groups, hidden_size) >= SHARING_PAYS_FROM
-    return "shared" if pays else "padded"
+    return sharing_gain(groups, hidden_size) >= SHARING_PAYS_FROM
 
 
 # ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -167,8 +171,8 @@ def _forward(
     temperature: float = 1.0,
     statistics: bool = False,
 ) -> TokenScores:
-    base = _base(model)
-    packed = packed.to(_embedding(base).device)
+    base = base_model(model)
+    packed = packed.to(embedding(base).device)
     head = _head(base)
 
     def run() -> Tensor:
@@ -247,7 +251,7 @@ def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, An
     if not packed.shares_prompt:
         # nothing sees the filling at the right of a causal row, so that no mask is needed and the fast kernels apply
         return {"input_ids": packed.input_ids}
-    config, dtype = base.config.get_text_config(), _embedding(base).dtype
+    config, dtype = base.config.get_text_config(), embedding(base).dtype
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
 
     def mask(window: int | None) -> Tensor:
@@ -271,7 +275,7 @@ def _logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
     return LogitRule(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
 
-def _checkpoints_layers(base: PreTrainedModel) -> bool:
+def checkpoints_layers(base: PreTrainedModel) -> bool:
     """Whether layers run again in the backward pass, when `attending_in_segments` is over."""
     # what transformers calls is_gradient_checkpointing up to 5.x, and is_activation_checkpointing later
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
@@ -301,8 +305,8 @@ _SUPPORT: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], _Support]] = WeakK
 
 def _support(model: nn.Module) -> _Support:
     """Probe a model on its first use; again when its attention kernel, dtype or device has changed."""
-    base = _base(model)
-    weight = _embedding(base)
+    base = base_model(model)
+    weight = embedding(base)
     circumstances = (base.config._attn_implementation, weight.dtype, weight.device.type)
     known = _SUPPORT.get(base)
     if known is None or known[0] != circumstances:
@@ -315,8 +319,8 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
 
     All ranks run the same forward passes, whatever their data, so that sharded models do not hang.
     """
-    base = _base(model)
-    groups = _probe_groups(base.config.get_text_config().vocab_size)
+    base = base_model(model)
+    groups = probe_groups(base.config.get_text_config().vocab_size)
     padded = pack(groups, "padded")
     tile = len(padded.targets) // 3
     with evaluating(model.modules()), torch.autocast(device, enabled=False):
@@ -344,7 +348,7 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
         fused = gathered or obstacle(padded, "fused", full)
         reason = cannot_share(base)
         mode: HeadMode = "gathered" if gathered is None else "full"
-        shared = reason or _takes_no_mask(base) or obstacle(pack(groups, "shared"), mode, alone)
+        shared = reason or takes_no_mask(base) or obstacle(pack(groups, "shared"), mode, alone)
         one_row = reason or obstacle(pack(groups, "packed"), mode, alone)
     return _Support(gathered, fused, shared, one_row)
 
@@ -362,14 +366,14 @@ def cannot_share(base: PreTrainedModel) -> str | None:
     return None
 
 
-def _takes_no_mask(base: PreTrainedModel) -> str | None:
+def takes_no_mask(base: PreTrainedModel) -> str | None:
     kernel = base.config.get_text_config()._attn_implementation
     if kernel in ("eager", "sdpa"):
         return None
     return f"its attention {kernel!r} takes no dense mask; load it with attn_implementation='sdpa'"
 
 
-def _probe_groups(vocab_size: int) -> list[Group]:
+def probe_groups(vocab_size: int) -> list[Group]:
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
 
     def ids(length: int) -> list[int]:
@@ -383,7 +387,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
+def base_model(model: nn.Module) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel):
         return model
     peft_model = cast(Any, model)
@@ -395,7 +399,7 @@ def _base(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, peft_model.get_base_model())
 
 
-def _embedding(base: PreTrainedModel) -> Tensor:
+def embedding(base: PreTrainedModel) -> Tensor:
     return cast(Tensor, base.get_input_embeddings().weight)
 
 

@@ -36,6 +36,7 @@ class PackedResponses:
         segments: 0 in the prompt, j >= 1 in the j-th response of the row, -1 in the filling; [rows, length].
         predictors: flat index into [rows * length] of the position that predicts each response token, [tokens].
         targets: the response tokens, [tokens].
+        ends: flat index of the last token of each response, [responses].
         response_lengths: tokens of each response, [responses].
         shares_prompt: whether some row holds more than one response, and so needs `attention_mask`.
         spans: of the packed layout, tokens of each prompt and of its responses, in the order of the row.
@@ -46,6 +47,7 @@ class PackedResponses:
     segments: Tensor
     predictors: Tensor
     targets: Tensor
+    ends: Tensor
     response_lengths: Tensor
     shares_prompt: bool
     spans: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -96,6 +98,7 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
     segments = torch.full_like(input_ids, -1)
     predictors: list[int] = []
     targets: list[int] = []
+    ends: list[int] = []
     for number, (prompt, responses) in enumerate(rows):
         ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for segment, response in enumerate(responses, start=1):
@@ -103,6 +106,7 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
             # the last prompt position predicts the first token of every response
             predictors += [number * length + len(prompt) - 1, *range(start, start + len(response) - 1)]
             targets += response
+            ends.append(start + len(response) - 1)
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
             owners += [segment] * len(response)
@@ -115,6 +119,7 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
         segments=segments,
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
+        ends=torch.tensor(ends),
         response_lengths=torch.tensor([len(r) for _, responses in groups for r in responses]),
         shares_prompt=any(len(responses) > 1 for _, responses in rows),
     )
@@ -130,6 +135,7 @@ def _in_one_row(groups: Sequence[Group]) -> PackedResponses:
         segments=torch.cat([row.segments for row in rows], 1),
         predictors=torch.cat([row.predictors + start for row, start in zip(rows, starts, strict=False)]),
         targets=torch.cat([row.targets for row in rows]),
+        ends=torch.cat([row.ends + start for row, start in zip(rows, starts, strict=False)]),
         response_lengths=torch.cat([row.response_lengths for row in rows]),
         shares_prompt=True,
         spans=tuple((len(prompt), tuple(map(len, responses))) for prompt, responses in groups),
