@@ -1,27 +1,34 @@
 """The decode engine: policy and reference rows in one batch, each row with its own mix of the two.
 
-Prompts are prefilled once for all their responses, finished rows leave the batch, and the log-probabilities under both
-models come out of the same forward passes that chose the tokens. A row pays only for the models its mix needs.
+Prompts are prefilled once for all their responses, a row that ends makes room for the next, and the log-probabilities
+under both models come out of the same forward passes that chose the tokens. A row pays only for the models its mix
+needs.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
+from lightning_rlhf.generation.lanes import AbstractLanes, Lane, Name, Row, lanes_for
 from lightning_rlhf.models.logprobs import response_logps
 from lightning_rlhf.models.modes import evaluating
-from lightning_rlhf.models.reference import AbstractReference
+from lightning_rlhf.models.reference import AbstractReference, AdapterOffReference
 from lightning_rlhf.types import FinishReason, Prompt, Response
+
+
+REFILL = 4
+"""Waiting requests enter when this share of the rows, one in four, has ended."""
 
 
 class DecodeEngine(AbstractEngine):
@@ -83,63 +90,77 @@ class DecodeEngine(AbstractEngine):
                 raise ValueError(f"prompt {request.prompt.index} has no tokens; give the tokenizer a BOS token")
             if self.reference is None and (request.mix != 0 or reference_logps):
                 raise ValueError("this request needs a reference model, and the engine was built without one")
-        # equal prompts side by side share a prefill, similar lengths share a batch without much padding
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt.ids), requests[i].prompt.ids))
-        responses: dict[int, Response] = {}
+        # equal prompts side by side share a prefill, similar lengths share one without much filling. Longest first: if
+        # memory is short, it is short at once
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt.ids), requests[i].prompt.ids))
         with evaluating(self.policy.modules()):
-            for start in range(0, len(order), self.decoding.rows):
-                chunk = order[start : start + self.decoding.rows]
-                for i, response in zip(chunk, self._decode([requests[i] for i in chunk]), strict=True):
-                    responses[i] = response
-            result = [responses[i] for i in range(len(requests))]
+            done = {id(row.request): self._response(row) for row in self._decode([requests[i] for i in order])}
+            result = [done[id(request)] for request in requests]
             if reference_logps:
                 result = self._score_missing(requests, result)
         return result
 
-    def _decode(self, requests: Sequence[Request]) -> list[Response]:
-        """Decode one batch."""
+    def _decode(self, requests: Sequence[Request]) -> Iterator[Row]:
+        """Decode in the order given, yielding rows as they end; a row that ends makes room for the next."""
         limit, temperature, top_p = self.decoding.max_new_tokens, self.decoding.temperature, self.decoding.top_p
-        rows = [_Row(request, request.key.uniforms(limit)) for request in requests]
-        streams = []
-        if any(request.mix != -1 for request in requests):
-            streams.append(_Stream(self._use_policy, [row for row in rows if row.request.mix != -1], "policy_logps"))
-        if any(request.mix != 0 for request in requests):
-            streams.append(
-                _Stream(self._use_reference, [row for row in rows if row.request.mix != 0], "reference_logps")
-            )
-        for stream in streams:
-            stream.prefill()
-        active = rows
-        for step in range(limit):
-            logits = _mixed(active, streams)
-            uniforms = torch.stack([row.uniforms[step] for row in active])
-            tokens = draw_tokens(logits / temperature, uniforms, top_p).tolist()
-            for row, token in zip(active, tokens, strict=True):
-                row.ids.append(token)
-                row.done = token in self.eos_ids or step == limit - 1
-            for stream in streams:
-                stream.record()
-            if self.on_tokens is not None:
-                self.on_tokens(len(active))
-            if any(row.done for row in active):
+        waiting = deque(Row(request, request.key.uniforms(limit).tolist()) for request in requests)
+        active: list[Row] = []
+        # prompts are prefilled together: a few at a time would waste the forward pass
+        refill_from = max(1, self.decoding.rows // REFILL)
+        with self._all_lanes({name for row in waiting for name in row.names}) as by_name:
+            every = list(dict.fromkeys(by_name.values()))
+            while waiting or active:
+                if waiting and (not active or self.decoding.rows - len(active) >= min(refill_from, len(waiting))):
+                    new = [waiting.popleft() for _ in range(min(self.decoding.rows - len(active), len(waiting)))]
+                    active += new
+                    for lanes in every:
+                        added = [Lane(row, n) for row in new for n in row.names if by_name[n] is lanes]
+                        if added:
+                            lanes.admit(added)
+                logits = _mixed(active, by_name)
+                uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in active], dtype=torch.float64)
+                for row, token in zip(active, draw_tokens(logits / temperature, uniforms, top_p).tolist(), strict=True):
+                    row.ids.append(token)
+                    row.done = token in self.eos_ids or len(row.ids) == limit
+                used = [lanes for lanes in every if lanes.lanes]
+                for lanes in used:
+                    lanes.record()
+                if self.on_tokens is not None:
+                    self.on_tokens(len(active))
+                yield from (row for row in active if row.done)
                 active = [row for row in active if not row.done]
-                for stream in streams:
-                    stream.compact()
-                streams = [stream for stream in streams if stream.rows]
-            if not active:
-                break
-            for stream in streams:
-                stream.advance()
-        return [self._response(row) for row in rows]
+                for lanes in used:
+                    lanes.release()
+                    if lanes.lanes:
+                        lanes.advance()
 
-    def _response(self, row: _Row) -> Response:
+    @contextmanager
+    def _all_lanes(self, names: set[Name]) -> Iterator[dict[Name, AbstractLanes]]:
+        """Lanes of the models that are needed: one batch for both where an adapter is all they differ by."""
+        budget = self.tokens_per_batch
+        with ExitStack() as stack:
+            if len(names) == 2 and isinstance(self.reference, AdapterOffReference) and self.reference.gates_rows:
+                kind = lanes_for(self.policy)
+                both = kind(self._use_policy, stack.enter_context(self.reference.row_gate()), budget)
+                yield {"policy": both, "reference": both}
+                return
+            found: dict[Name, AbstractLanes] = {}
+            if "policy" in names:
+                found["policy"] = lanes_for(self.policy)(self._use_policy, None, budget)
+            if "reference" in names:
+                with self._use_reference() as model:
+                    kind = lanes_for(model)
+                found["reference"] = kind(self._use_reference, None, budget)
+            yield found
+
+    def _response(self, row: Row) -> Response:
         reason: FinishReason = "eos" if row.ids[-1] in self.eos_ids else "length"
         return Response(
             ids=tuple(row.ids),
             text=str(self.tokenizer.decode(row.ids, skip_special_tokens=True)),
             finish_reason=reason,
-            policy_logps=tuple(row.policy_logps) or None,
-            reference_logps=tuple(row.reference_logps) or None,
+            policy_logps=tuple(row.logps["policy"]) or None,
+            reference_logps=tuple(row.logps["reference"]) or None,
             source=row.request.source,
         )
 
@@ -187,14 +208,15 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
         ordered, index = probabilities.sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    if not bool(probabilities.isfinite().all()):
+    # float64: a float32 running sum over 100k tokens is too coarse for a fair draw
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    if not bool(total.isfinite().all()):
         raise ValueError(
             "the logits to decode from are not finite; the policy may have diverged (lower the learning rate, or use "
             "bfloat16 instead of float16), or the reference forbids tokens that the tilt asks for (lower the tilt)"
         )
-    # float64: a float32 running sum over 100k tokens is too coarse for a fair draw
-    cumulative = probabilities.cumsum(-1)
-    threshold = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    threshold = uniforms.to(cumulative.device)[:, None] * total
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.size(-1) - 1)
 
 
@@ -223,99 +245,21 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
 
 
-@dataclass
-class _Row:
-    """One response while it is decoded."""
-
-    request: Request
-    uniforms: Tensor
-    done: bool = False
-
-    def __post_init__(self) -> None:
-        self.ids: list[int] = []
-        self.policy_logps: list[float] = []
-        self.reference_logps: list[float] = []
-
-
-class _Stream:
-    """The rows of a batch that need one of the two models, with that model's KV cache and next-token logits."""
-
-    def __init__(self, use: Callable[[], AbstractContextManager[PreTrainedModel]], rows: list[_Row], name: str) -> None:
-        self.use, self.rows, self.name = use, rows, name
-        self.logits: Tensor
-        self.mask: Tensor
-        self.cache: DynamicCache
-
-    def prefill(self) -> None:
-        """Run the distinct prompts once, left-padded, and give each row its copy of the cache."""
-        distinct = list(dict.fromkeys(row.request.prompt.ids for row in self.rows))
-        length = max(map(len, distinct))
-        with self.use() as model:
-            ids = torch.zeros(len(distinct), length, dtype=torch.long, device=model.device)
-            mask = torch.zeros_like(ids)
-            for i, prompt in enumerate(distinct):
-                ids[i, length - len(prompt) :] = torch.tensor(prompt)
-                mask[i, length - len(prompt) :] = 1
-            self.cache = DynamicCache(config=model.config.get_text_config())
-            self.logits = self._forward(model, ids, mask, (mask.cumsum(-1) - 1).clamp_min(0))
-        if len(distinct) < len(self.rows):
-            place = {prompt: i for i, prompt in enumerate(distinct)}
-            self._select(torch.tensor([place[row.request.prompt.ids] for row in self.rows], device=mask.device), mask)
-        else:
-            self.mask = mask
-
-    def advance(self) -> None:
-        """Feed each row its newest token."""
-        with self.use() as model:
-            ids = torch.tensor([[row.ids[-1]] for row in self.rows], device=model.device)
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=-1)
-            self.logits = self._forward(model, ids, self.mask, self.mask.sum(-1, keepdim=True) - 1)
-
-    def record(self) -> None:
-        """Note the log-probability of each row's newest token under this model, untempered."""
-        tokens = torch.tensor([row.ids[-1] for row in self.rows], device=self.logits.device)
-        logps = self.logits.gather(-1, tokens[:, None]).squeeze(-1) - self.logits.logsumexp(-1)
-        for row, logp in zip(self.rows, logps.tolist(), strict=True):
-            getattr(row, self.name).append(logp)
-
-    def compact(self) -> None:
-        """Drop finished rows from the batch and from the cache."""
-        keep = [i for i, row in enumerate(self.rows) if not row.done]
-        if len(keep) == len(self.rows):
-            return
-        self.rows = [self.rows[i] for i in keep]
-        if keep:
-            self._select(torch.tensor(keep, device=self.mask.device), self.mask)
-
-    def _forward(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _select(self, index: Tensor, mask: Tensor) -> None:
-        self.cache.batch_select_indices(index)
-        self.mask, self.logits = mask[index], self.logits[index]
-
-
-def _mixed(active: Sequence[_Row], streams: Sequence[_Stream]) -> Tensor:
+def _mixed(active: Sequence[Row], by_name: dict[Name, AbstractLanes]) -> Tensor:
     """Next-token logits of every active row, mixed by its own coefficient; shape [rows, vocabulary]."""
-    logits: dict[str, dict[int, Tensor]] = {"policy_logps": {}, "reference_logps": {}}
-    if len(streams) == 1:
-        return streams[0].logits
-    for stream in streams:
-        for i, row in enumerate(stream.rows):
-            logits[stream.name][id(row)] = stream.logits[i]
-    policy, reference = logits["policy_logps"], logits["reference_logps"]
-    # a model that a row does not use enters with coefficient 0; the other model's logits stand in for it
-    return mix_logits(
-        torch.stack([policy.get(id(row), reference.get(id(row))) for row in active]),  # type: ignore[misc]
-        torch.stack([reference.get(id(row), policy.get(id(row))) for row in active]),  # type: ignore[misc]
-        torch.tensor([row.request.mix for row in active], device=streams[0].logits.device),
-    )
+    place = {(id(lane.row), lane.name): i for lanes in set(by_name.values()) for i, lane in enumerate(lanes.lanes)}
+
+    def under(name: Name, instead: Name) -> Tensor:
+        """Logits of each row under a model; a row that does not use it mixes it with 0, and takes the other's."""
+        own = [name if (id(row), name) in place else instead for row in active]
+        if len(set(own)) == 1:
+            index = [place[id(row), own[0]] for row in active]
+            logits = by_name[own[0]].logits
+            return logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
+        return torch.stack([by_name[n].logits[place[id(row), n]] for row, n in zip(active, own, strict=True)])
+
+    if all(row.request.mix == 0 for row in active):
+        return under("policy", "policy")
+    policy, reference = under("policy", "reference"), under("reference", "policy")
+    mix = torch.tensor([row.request.mix for row in active], device=policy.device)
+    return mix_logits(policy, reference, mix)

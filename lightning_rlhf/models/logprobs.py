@@ -185,7 +185,7 @@ def _forward(
     if mode == "full":
         return _plain_scores(choose(run()), packed.targets, temperature, statistics)
     if mode == "gathered":
-        with _before_head(head, choose):
+        with before_head(head, choose):
             return _plain_scores(run(), packed.targets, temperature, statistics)
     if type(head) is not nn.Linear:
         raise ValueError(f"its head is a {type(head).__name__}")
@@ -201,7 +201,7 @@ def _forward(
         )
         return hidden[:1, :1]
 
-    with _before_head(head, score):
+    with before_head(head, score):
         logits = run()
     (scores,) = scored
     if logits.requires_grad and isinstance(base, FSDPModule):
@@ -222,7 +222,7 @@ def _plain_scores(logits: Tensor, targets: Tensor, temperature: float, statistic
 
 
 @contextmanager
-def _before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change what enters the head, for one forward pass.
 
     A hook, and not a call of trunk and head one by one: whatever wraps the model (FSDP, PEFT) and whatever it does to
@@ -279,6 +279,11 @@ def checkpoints_layers(base: PreTrainedModel) -> bool:
     """Whether layers run again in the backward pass, when `attending_in_segments` is over."""
     # what transformers calls is_gradient_checkpointing up to 5.x, and is_activation_checkpointing later
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def head_on_chosen_positions(model: nn.Module) -> nn.Module | None:
+    """The head of a model that computes logits for whatever positions it is given; None if it must see them all."""
+    return _head(base_model(model)) if _support(model).gathered is None else None
 
 
 # ---- what a model can do -------------------------------------------------------------------------------------------

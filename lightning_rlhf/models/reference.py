@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -105,6 +106,43 @@ class AdapterOffReference(AbstractReference):
             finally:
                 for layer, flag in zip(self._layers, before, strict=True):
                     layer.__dict__["_disable_adapters"] = flag
+
+    @property
+    def gates_rows(self) -> bool:
+        """Whether `row_gate` works: plain LoRA on linear layers, one adapter at a time."""
+        layers: list[Any] = list(self._layers)
+        return all(
+            type(layer) is LoraLinear and len(layer.active_adapters) == 1 and not layer.lora_variant for layer in layers
+        )
+
+    @contextmanager
+    def row_gate(self) -> Iterator[Callable[[Tensor], None]]:
+        """Run rows of the policy and rows of the reference in one batch of the policy.
+
+        Yields a function that takes which rows of the next forward passes are the policy's, bool, [rows]. The others
+        get zeros between the two factors of the adapter: exactly the base model, at the price of idle products of
+        rank r.
+        """
+        policy_rows = torch.ones(1, dtype=torch.bool)
+
+        def set_rows(rows: Tensor) -> None:
+            nonlocal policy_rows
+            policy_rows = rows
+
+        def gate(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            del module
+            return (args[0] * policy_rows.view(-1, *[1] * (args[0].dim() - 1)).to(args[0].dtype),)
+
+        if any(layer.merged_adapters for layer in self._layers):
+            raise ValueError("the adapter is merged into the base weights; call policy.unmerge_adapter() first")
+        hooks = [
+            cast(Any, layer).lora_B[layer.active_adapters[0]].register_forward_pre_hook(gate) for layer in self._layers
+        ]
+        try:
+            yield set_rows
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from transformers import (
     Gemma3ForCausalLM,
@@ -16,6 +16,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 
@@ -148,6 +150,7 @@ def test_vanilla_rows_run_no_reference_unless_asked() -> None:
 
 def test_equal_prompts_are_prefilled_once() -> None:
     policy = build("llama", 0)
+    engine(policy).generate(requests(1)[:1])  # the first use of a model has forward passes of its own
     widths: list[tuple[int, ...]] = []
     policy.model.embed_tokens.register_forward_hook(lambda _m, args, _o: widths.append(tuple(args[0].shape)))
     prompt = Prompt(0, (1, 2, 3, 4), "")
@@ -156,24 +159,114 @@ def test_equal_prompts_are_prefilled_once() -> None:
     assert len({response.ids for response in responses}) > 1
 
 
+def shapes_seen(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """Shapes of the token ids of every forward pass from now on."""
+    engine(model).generate([Request(prompts(1)[0], Key((0,)))])  # the first use of a model has passes of its own
+    shapes: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
 def test_finished_rows_leave_the_batch() -> None:
     policy = build("llama", 0)
-    rows: list[int] = []
-    policy.model.embed_tokens.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[0]))
+    shapes = shapes_seen(policy)
     asked = [Request(p, Key((p.index,))) for p in prompts(16)]
     responses = engine(policy).generate(asked)
     # after the prefill, step t runs the rows whose response is longer than t tokens
-    assert rows[1:] == [n for n in (sum(len(r.ids) > t for r in responses) for t in range(1, 6)) if n]
+    assert [rows for rows, _ in shapes[1:]] == [
+        n for n in (sum(len(r.ids) > t for r in responses) for t in range(1, 6)) if n
+    ]
 
 
-def test_lora_reference_is_the_model_without_its_adapter() -> None:
-    base = build("llama", 0)
-    bare = build("llama", 0)
-    policy = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_row_that_ends_makes_room_for_the_next(family: str) -> None:
+    policy, reference = build(family, 0), build(family, 1)
+    asked = requests(24)
+    all_at_once = engine(policy, reference, rows=200, max_new_tokens=9).generate(asked)
+    shapes = shapes_seen(policy)
+    few = engine(policy, reference, rows=8, max_new_tokens=9).generate(asked)
+    assert [r.ids for r in few] == [r.ids for r in all_at_once]
+    for left, right in zip(few, all_at_once, strict=True):
+        assert left.policy_logps == pytest.approx(right.policy_logps, abs=1e-5)
+        assert left.reference_logps == pytest.approx(right.reference_logps, abs=1e-5)
+    steps = [rows for rows, width in shapes if width == 1]
+    tokens = sum(len(r.ids) - 1 for r in few if r.policy_logps)
+    assert max(steps) <= 8 and max(steps[:-9]) > 4
+    # batches that wait for their longest row would take many more steps
+    assert len(steps) < 1.7 * tokens / 8
+
+
+def test_a_cache_that_outgrows_its_buffers_keeps_what_it_holds() -> None:
+    policy = build("llama", 0, max_position_embeddings=512)
+    long = [Prompt(i, tuple((i + j) % 4 + 1 for j in range(120 + i)), "") for i in range(6)]
+    responses = engine(policy, max_new_tokens=20, rows=4).generate([Request(p, Key((p.index,))) for p in long])
+    assert any(len(p.ids) + len(r.ids) > 128 for p, r in zip(long, responses, strict=True))
+    for prompt, response in zip(long, responses, strict=True):
+        assert response.policy_logps == pytest.approx(fresh_logps(policy, prompt, response.ids), abs=1e-4)
+
+
+def test_a_model_without_a_cache_of_ours_decodes_all_the_same() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=5, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.5)
+    policy = MambaForCausalLM(config).eval()
+    asked = [Request(p, Key((p.index,))) for p in prompts(4)]
+    with pytest.warns(UserWarning, match="'mamba'.*decodes without a cache"):
+        responses = engine(policy).generate(asked)
+    for request, response in zip(asked, responses, strict=True):
+        assert response.policy_logps == pytest.approx(fresh_logps(policy, request.prompt, response.ids), abs=1e-5)
+
+
+def adapted(seed: int = 0, **changes: object) -> PeftModel:
+    """A LoRA policy that differs from its base."""
+    policy = get_peft_model(build("llama", seed, **changes), LoraConfig(r=2, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
+    return policy
+
+
+def test_policy_and_reference_rows_of_an_adapter_run_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = adapted()
+    reference = AdapterOffReference(policy)
+    decoding = Decoding(max_new_tokens=6)
+    decode = DecodeEngine(policy, reference, Digits(), beta=0.5, decoding=decoding, eos_ids=[])  # type: ignore[arg-type]
+    asked = [Request(p, Key((p.index, k)), mix) for p in prompts(4) for k, mix in enumerate((0.5, -0.5, 0.0))]
+    shapes = shapes_seen(policy)  # type: ignore[arg-type]
+    together = decode.generate(asked)
+    assert [rows for rows, width in shapes if width == 1] == [4 * (2 + 2 + 1)] * 5
+    assert not any(m._forward_pre_hooks for name, m in policy.named_modules() if "lora_B" in name)
+    monkeypatch.setattr(AdapterOffReference, "gates_rows", False)
+    apart = decode.generate(asked)
+    assert [r.ids for r in together] == [r.ids for r in apart]
+    for left, right in zip(together, apart, strict=True):
+        assert left.policy_logps == pytest.approx(right.policy_logps, abs=1e-5)
+        assert left.reference_logps == pytest.approx(right.reference_logps, abs=1e-5)
+
+
+def test_the_row_gate_is_exact() -> None:
+    policy = adapted().double().eval()
+    reference = AdapterOffReference(policy)
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [4, 3, 2, 1]])
+    with torch.no_grad():
+        on = policy(input_ids=ids).logits
+        with reference.active() as base:
+            off = base(input_ids=ids).logits
+        with reference.row_gate() as gate:
+            gate(torch.tensor([True, False, False]))
+            gated = policy(input_ids=ids).logits
+    torch.testing.assert_close(gated, torch.cat([on[:1], off[1:]]), rtol=0, atol=1e-12)
+    assert (on[1:] - off[1:]).abs().max() > 0.1
+
+
+def test_adapters_that_no_gate_fits_run_as_two_batches() -> None:
+    policy = get_peft_model(build("llama", 0), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    assert not AdapterOffReference(policy).gates_rows
+    assert AdapterOffReference(adapted()).gates_rows
+
+
+def test_lora_reference_is_the_model_without_its_adapter() -> None:
+    bare, policy = build("llama", 0), adapted()
     decode = DecodeEngine(
         policy,  # type: ignore[arg-type]
         AdapterOffReference(policy),
