@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
@@ -58,14 +57,6 @@ def preference_source(trainer: Trainer) -> PreferenceSource:
 def beta(pl_module: LightningModule) -> float:
     """The strength of the pull towards the reference, > 0."""
     return float(cast(Any, pl_module).beta)
-
-
-def sum_over_ranks(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
-    """Add up numbers over ranks, all in one reduction; every rank must call this."""
-    if trainer.world_size == 1:
-        return dict(values)
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-    return dict(zip(values, cast(torch.Tensor, trainer.strategy.reduce(total, reduce_op="sum")).tolist(), strict=True))
 
 
 def root(trainer: Trainer) -> Path:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
-from lightning_rlhf.callbacks._run import Round, beta, log_known, preference_source, sum_over_ranks
+from lightning_rlhf.callbacks._run import Round, beta, log_known, preference_source
 from lightning_rlhf.losses import reward_accuracy
+from lightning_rlhf.sums import RunningSums, logs_now
 
 
 class RewardMonitor(HeldOutCallback):
     """Logs implicit rewards while training, and the oracle's rewards of the policy's answers.
 
-    On each training step, as means over the pairs of the step on all ranks: ``train/rewards/chosen``,
-    ``train/rewards/rejected``, ``train/rewards/margins`` (implicit rewards, beta times log ratio),
-    ``train/rewards/accuracies`` (how often the implicit reward agrees with the label; a tie of either counts 0.5),
+    On each training step that is logged, as means over the pairs of all ranks since the last one that was:
+    ``train/rewards/chosen``, ``train/rewards/rejected``, ``train/rewards/margins`` (implicit rewards, beta times log
+    ratio), ``train/rewards/accuracies`` (how often it agrees with the label; a tie of either counts 0.5),
     ``train/logps/chosen`` and ``train/logps/rejected`` (nats per answer). At the end of each epoch: ``train/reward``,
     the mean oracle reward of the round's answers by the policy itself, where the labeler keeps rewards. On each
     validation: ``val/reward`` and ``val/reward_stderr``, ``val/objective/j`` (mean reward - beta * KL, what RLHF
@@ -26,11 +27,18 @@ class RewardMonitor(HeldOutCallback):
     It writes to whatever loggers the Trainer has, and takes no arguments.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums = RunningSums()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the implicit rewards of the step."""
-        sums = sum_over_ranks(trainer, implicit_reward_sums(outputs))
+        """Add up the implicit rewards of the step, and log them when it is time."""
+        self._sums.add(implicit_reward_sums(outputs))
+        if not logs_now(trainer):
+            return
+        sums = self._sums.take(trainer)
         pairs = sums.pop("pairs")
         values = {f"train/{name}": value / pairs for name, value in sums.items()}
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=int(pairs))
@@ -54,20 +62,18 @@ class RewardMonitor(HeldOutCallback):
         log_known(pl_module, values)
 
 
-def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, float]:
+def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, Tensor | float]:
     """Sums over the pairs of a training step by the names they are logged under, and ``"pairs"``, their number."""
     chosen, rejected, label = outputs["chosen_rewards"], outputs["rejected_rewards"], outputs["label"]
-    sums = {
+    return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "rewards/accuracies": reward_accuracy(chosen - rejected, label).sum(),
         "logps/chosen": outputs["chosen_logps"].sum(),
         "logps/rejected": outputs["rejected_logps"].sum(),
+        "pairs": float(label.numel()),
     }
-    # One transfer from the device for all of them.
-    values = torch.stack([value.detach().float() for value in sums.values()]).tolist()
-    return {**dict(zip(sums, values, strict=True)), "pairs": float(label.numel())}
 
 
 def round_reward(drawn: Round) -> float | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf import ranks
-from lightning_rlhf.callbacks._run import Round, log_known, preference_source, sum_over_ranks
+from lightning_rlhf.callbacks._run import Round, log_known, preference_source
+from lightning_rlhf.sums import RunningSums, logs_now
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,24 @@ class StepCost:
 class Throughput(Callback):
     """Logs the speed of training, and the labels and the time each round took.
 
-    On each training step: ``throughput/pairs_per_second`` and ``throughput/tokens_per_second`` of all ranks together,
-    over the last steps; time between steps, as for sampling, labelling and validation, is left out. At the end of each
-    epoch, for the round it trained on: ``round/labels`` (labels bought for it since the last start), ``round/failed``
-    (comparisons without a verdict), ``round/sampling_seconds`` and ``round/labelling_seconds``.
+    On each training step that is logged: ``throughput/pairs_per_second`` and ``throughput/tokens_per_second`` of all
+    ranks together, over the last steps, all those since the last log among them; time between steps, as for sampling,
+    labelling and validation, is left out. At the end of each epoch, for the round it trained on: ``round/labels``
+    (labels bought for it since the last start), ``round/failed`` (comparisons without a verdict),
+    ``round/sampling_seconds`` and ``round/labelling_seconds``.
 
     Args:
-        window: training steps that a speed is averaged over, >= 1.
+        window: training steps that a speed is averaged over at least, >= 1.
     """
 
     def __init__(self, window: int = 20) -> None:
         if window < 1:
             raise ValueError(f"Throughput needs a window of at least one step; got {window}")
-        self._steps: deque[StepCost] = deque(maxlen=window)
+        self._window = window
+        self._steps: list[StepCost] = []
+        self._since_log = 0
         self._started = 0.0
+        self._speeds = RunningSums()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -54,13 +59,21 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock and log the speed."""
+        """Stop the clock, and log the speed when it is time."""
+        log, device = logs_now(trainer), pl_module.device
+        if device.type == "cuda" and (log or trainer.is_last_batch):
+            # steps are queued faster than they are computed: the last one before the clock is read waits for all
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - self._started
-        self._steps.append(StepCost(outputs["label"].numel(), int(outputs["num_tokens"]), seconds))
-        # Ranks step together, so their speeds add up.
-        speeds = sum_over_ranks(trainer, rates(self._steps))
-        values = {f"throughput/{name}": value for name, value in speeds.items()}
-        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        self._steps.append(StepCost(outputs["label"].numel(), outputs["num_tokens"], seconds))
+        self._since_log += 1
+        if log:
+            self._steps = self._steps[-max(self._window, self._since_log) :]
+            self._since_log = 0
+            # Ranks step together, so their speeds add up.
+            self._speeds.add(rates(self._steps))
+            speeds = {f"throughput/{name}": value for name, value in self._speeds.take(trainer).items()}
+            pl_module.log_dict(speeds, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the round took."""

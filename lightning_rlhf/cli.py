@@ -13,15 +13,18 @@ import sys
 import warnings
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings  # type: ignore[attr-defined]
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
 import lightning_rlhf.callbacks
@@ -34,6 +37,7 @@ import lightning_rlhf.samplers  # noqa: F401  imported so that short class names
 from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.datamodule import PreferenceDataModule
 from lightning_rlhf.export import export_comparisons, export_ledger
+from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -90,7 +94,27 @@ class NamedConfig(ActionConfigFile):
 
 
 class RLHFTrainer(L.Trainer):
-    """Lightning's Trainer with the verbs of this package."""
+    """Lightning's Trainer with the verbs of this package, and with ``precision: auto``.
+
+    Args:
+        accelerator: as in Lightning: ``auto``, ``cpu``, ``gpu``, ...
+        precision: as in Lightning, or ``auto``: ``bf16-mixed`` where the device multiplies bfloat16 fast, else
+            ``32-true``.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        precision: _PRECISION_INPUT | Literal["auto"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if precision == "auto":
+            # before the Trainer is built: its strategy and its precision are made in one piece
+            device_type = device_type_of(accelerator)
+            precision, reason = choose_precision(device_type, bf16_instructions(device_type))
+            rank_zero_info(f"precision: {precision}, {reason}")
+        super().__init__(accelerator=accelerator, precision=precision, **kwargs)
 
     def sample(
         self,
@@ -208,8 +232,8 @@ class RLHFCLI(LightningCLI):
 
 # settings that change how fast a run is, or what is measured, but not what it draws and learns
 FREE_SETTINGS = {
-    "model": {"tokens_per_batch", "gradient_checkpointing", "layout", "attn_implementation"},
-    "data": {"heldout", "reward", "ledger", "label_attempts"},
+    "model": {"tokens_per_batch", "gradient_checkpointing", "layout", "attn_implementation", "use_vllm"},
+    "data": {"heldout", "reward", "ledger", "label_attempts", "tokens_per_batch"},
 }
 
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,9 @@ class PreferenceBatch:
         rejected_from_reference: the same of the rejected response.
         num_global: pairs of the optimizer step on all ranks, divided by the ranks; losses are summed and divided by it,
             so that the average over ranks, which DDP takes, is the mean over pairs. The pairs here when not given.
+        passes: number of pairs in each forward and backward pass of the step; one pass over all when not given.
+        num_idle: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
+            passes must still run as many.
     """
 
     prompts: list[Ids]
@@ -55,6 +60,8 @@ class PreferenceBatch:
     chosen_from_reference: Tensor
     rejected_from_reference: Tensor
     num_global: float | None = None
+    passes: tuple[int, ...] | None = None
+    num_idle: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -76,6 +83,24 @@ class PreferenceBatch:
         ``chosen_logps, rejected_logps = summed_logps(policy, batch.groups()).view(-1, 2).unbind(1)``.
         """
         return [(p, (c, r)) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)]
+
+    def split(self) -> list[PreferenceBatch]:
+        """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
+        if self.passes is None:
+            return [self]
+        if sum(self.passes) != len(self) or min(self.passes) < 1:
+            raise ValueError(f"passes {self.passes} must be positive and add up to the {len(self)} pairs of the batch")
+        parts, start, last_counted = [], 0, len(self) - self.num_idle
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for end in accumulate(self.passes):
+            mine: dict[str, Any] = {name: v[start:end] for name, v in values.items() if isinstance(v, (list, Tensor))}
+            num_idle = min(max(end - last_counted, 0), end - start)
+            part = replace(self, **mine, passes=None, num_idle=num_idle, num_global=self.num_global or last_counted)
+            # known of the whole: asking a part could mean to wait for the device
+            vars(part).update({name: True for name in ("has_reference", "has_sampling") if getattr(self, name)})
+            parts.append(part)
+            start = end
+        return parts
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -22,7 +23,7 @@ from lightning_rlhf import ranks
 from lightning_rlhf.collate import PreferenceBatch, collate_preferences
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
-from lightning_rlhf.loading import RankSampler, ResumableLoader, deal, epoch_order
+from lightning_rlhf.loading import RankSampler, ResumableLoader, Step, epoch_order, group_by_length, plan
 from lightning_rlhf.models.sharding import gathered
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.randomness import Key
@@ -48,7 +49,12 @@ class PreferenceDataModule(L.LightningDataModule):
         decoding: length, temperature and batch of decoding.
         prompts_per_round: prompts drawn per round; the whole data set when not given. One batch makes online DPO.
         epochs_per_round: epochs that train on a round before the next one is drawn; null never draws again (offline).
-        pairs_per_batch: pairs per optimizer step over all processes, >= 1.
+        pairs_per_batch: pairs per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
+        tokens_per_batch: most token positions of one forward and backward pass per process, a prompt counted once per
+            pair, >= 1: an optimizer step whose pairs need more is done in several passes; the gradient is that of the
+            whole. ``auto`` is 1024 on a CPU, whose caches hold that much, and 8192 elsewhere; null makes one pass.
+        length_window: group pairs of about one length within windows of this many batches of the shuffled epoch, >= 1;
+            1 leaves the batches as they were drawn.
         replay: ``last`` trains on the newest round, ``all`` on all rounds so far, a number on that many newest rounds.
         label_attempts: times that a comparison is shown to the labeler until it is dropped, >= 1.
         max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
@@ -69,6 +75,8 @@ class PreferenceDataModule(L.LightningDataModule):
         prompts_per_round: int | None = None,
         epochs_per_round: int | None = 1,
         pairs_per_batch: int = 8,
+        tokens_per_batch: int | Literal["auto"] | None = "auto",
+        length_window: int = 1,
         replay: int | Literal["last", "all"] = "last",
         label_attempts: int = 1,
         max_prompt_tokens: int | None = None,
@@ -83,6 +91,8 @@ class PreferenceDataModule(L.LightningDataModule):
             ("prompts_per_round", prompts_per_round),
             ("epochs_per_round", epochs_per_round),
             ("pairs_per_batch", pairs_per_batch),
+            ("tokens_per_batch", None if tokens_per_batch == "auto" else tokens_per_batch),
+            ("length_window", length_window),
             ("label_attempts", label_attempts),
             ("max_prompt_tokens", max_prompt_tokens),
             ("replay", replay if isinstance(replay, int) else 1),
@@ -95,6 +105,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self.decoding = decoding
         self.prompts_per_round, self.epochs_per_round = prompts_per_round, epochs_per_round
         self.pairs_per_batch, self.replay, self.label_attempts = pairs_per_batch, replay, label_attempts
+        self.tokens_per_batch, self.length_window = tokens_per_batch, length_window
         self.max_prompt_tokens, self.on_long_prompt, self.system_prompt = (
             max_prompt_tokens,
             on_long_prompt,
@@ -112,18 +123,15 @@ class PreferenceDataModule(L.LightningDataModule):
         self._heldout: list[Prompt] = []
         self._rounds: dict[int, list[Preference]] = {}
         self._observed = 0
+        self._accumulate = 1
         self._store: PreferenceStore | None = None
 
     def setup(self, stage: str) -> None:
         """Read and check the rows, before any model is loaded, and open the ledger."""
-        if self.pairs_per_batch % self.trainer.world_size:
-            raise ValueError(
-                f"data.pairs_per_batch counts pairs over all processes; {self.pairs_per_batch} cannot be shared by "
-                f"{self.trainer.world_size}: choose a multiple"
-            )
         if stage == "fit":
             # the hook that resamples: Lightning asks for the training loader anew in every epoch
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self._take_over_accumulation()
         if not self._prompts:
             self._prompts = self._load(self.prompt_source, "training")
             if self.heldout_source is not None:
@@ -158,13 +166,17 @@ class PreferenceDataModule(L.LightningDataModule):
                 f"label budget: {self.label_budget}); check the labeler, or raise the budget"
             )
         world, rank = self.trainer.world_size, self.trainer.global_rank
+        pairs = [preference.comparison for preference in preferences]
+        lengths = [len(pair.prompt.ids) + len(pair.a.ids) + len(pair.b.ids) for pair in pairs]
+        pairs_per_step = self.pairs_per_batch * self._accumulate
         order = epoch_order(len(preferences), self.key.fold(_ORDER, epoch))
-        items = [(preferences[i], share) for i, share in deal(order, self.pairs_per_batch, rank, world)]
+        order = group_by_length(order, lengths, pairs_per_step, self.length_window, self.key.fold(_WINDOWS, epoch))
+        steps = plan(order, lengths, pairs_per_step, self._tokens_per_pass(), rank, world, min_passes=self._accumulate)
         return ResumableLoader(
-            items,  # type: ignore[arg-type]
-            batch_size=self.pairs_per_batch // world,
-            sampler=RankSampler(list(range(len(items))), rank, world),
+            [([preferences[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
+            sampler=RankSampler(list(range(len(steps))), rank, world),
             collate_fn=_collate,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -199,6 +211,8 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Close the ledger."""
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
         if stage in ("fit", "predict") and self._store is not None:
             self._store.close()
             self._store = None
@@ -248,6 +262,21 @@ class PreferenceDataModule(L.LightningDataModule):
         counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
         rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
         return prompts
+
+    def _tokens_per_pass(self) -> int | None:
+        if self.tokens_per_batch == "auto":
+            return 1024 if self.trainer.strategy.root_device.type == "cpu" else 8192
+        return self.tokens_per_batch
+
+    def _take_over_accumulation(self) -> None:
+        """Serve the pairs of all accumulated batches as one: only then can the loss be the mean over them."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise ValueError(
+                    "GradientAccumulationScheduler does not run with PreferenceDataModule, whose batches are optimizer "
+                    "steps; set data.pairs_per_batch, and data.tokens_per_batch to what fits into memory"
+                )
+        self._accumulate, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
 
     def _open_ledger(self) -> None:
         if self._store is None and self.trainer.global_rank == 0:
@@ -336,9 +365,12 @@ class PreferenceDataModule(L.LightningDataModule):
             yield progress
 
 
-def _collate(items: list[tuple[Preference, float]]) -> PreferenceBatch:
-    return replace(collate_preferences([preference for preference, _ in items]), num_global=items[0][1])
+def _collate(items: list[tuple[list[Preference], Step]]) -> PreferenceBatch:
+    ((preferences, step),) = items
+    batch = collate_preferences(preferences)
+    batch.weight[len(batch) - step.num_idle :] = 0.0
+    return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
 
 
 # key paths below the run seed
-_PROMPTS, _ORDER = 3, 4
+_PROMPTS, _ORDER, _WINDOWS = 3, 4, 5

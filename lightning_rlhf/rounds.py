@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from lightning_rlhf import ranks
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.store import PreferenceStore
@@ -55,6 +56,8 @@ class RoundCollector:
         key: key of the run; rounds and purposes are folded in.
         label_attempts: times that a comparison is shown to the labeler until it is given up, >= 1.
         progress: makes progress bars, as `tqdm` does: ``progress(description, total)`` is a context that yields one.
+        reference_cache: keeps reference log-probabilities of recorded responses; what the environment says when not
+            given.
     """
 
     def __init__(
@@ -66,10 +69,12 @@ class RoundCollector:
         *,
         label_attempts: int = 1,
         progress: Progress | None = None,
+        reference_cache: ReferenceCache | None = None,
     ) -> None:
         self.store, self.sampler, self.labeler, self.key = store, sampler, labeler, key
         self.label_attempts = label_attempts
         self.progress: Progress = progress or _silent
+        self.reference_cache = reference_cache or ReferenceCache.from_environment()
 
     def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
         """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
@@ -113,7 +118,7 @@ class RoundCollector:
                         f"prompts; return one per prompt, in order"
                     )
                 if engine is not None:
-                    drawn = with_reference_logps(drawn, engine)
+                    drawn = with_reference_logps(drawn, engine, self.reference_cache)
                 everyone = ranks.interleave(drawn)
                 if self.store is not None:
                     self.store.add_comparisons(index, everyone, positions)
@@ -190,8 +195,10 @@ def count_tokens(bar: Any) -> Callable[[int], None]:
     return count
 
 
-def with_reference_logps(comparisons: Sequence[Comparison], engine: DecodeEngine) -> list[Comparison]:
-    """Give every response its reference log-probabilities, by one forward pass where the sampler left none.
+def with_reference_logps(
+    comparisons: Sequence[Comparison], engine: DecodeEngine, cache: ReferenceCache | None = None
+) -> list[Comparison]:
+    """Give every response its reference log-probabilities, by one forward pass where sampler and cache left none.
 
     A training step then runs no reference. The version of the reference is kept in ``meta``, so that log-probabilities
     under a reference that has moved since are recognised.
@@ -199,7 +206,11 @@ def with_reference_logps(comparisons: Sequence[Comparison], engine: DecodeEngine
     if engine.reference is None:
         return list(comparisons)
     prompts = [c.prompt for c in comparisons for _ in range(2)]
-    scored = engine.with_reference_logps(prompts, [r for c in comparisons for r in (c.a, c.b)])
+    responses = [r for c in comparisons for r in (c.a, c.b)]
+    if cache is not None:
+        scored = cache.complete(engine.reference, prompts, responses, engine.with_reference_logps)
+    else:
+        scored = engine.with_reference_logps(prompts, responses)
     version = {"reference_version": engine.reference.version}
     return [
         replace(c, a=a, b=b, meta={**c.meta, **version})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Before torch, transformers or trl are imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LIGHTNING_RLHF_REFERENCE_CACHE", "off")  # what one test computed is no other's business
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf.cli import config_names, find_config, main
 from lightning_rlhf.evaluation import read_frontier
+from lightning_rlhf.generation import DecodeEngine
+from lightning_rlhf.models.precision import bf16_instructions, choose_precision
 from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.types import Prompt, Response
 
 
 # what makes a shipped config fit in seconds on a random model
@@ -83,6 +86,47 @@ def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> 
         "--run_dir=run",
     )
     assert json.loads((in_folder / "run" / "summary.json").read_text())["labels"] == 6
+
+
+def test_a_second_offline_run_takes_the_reference_from_the_cache(
+    in_folder: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_RLHF_REFERENCE_CACHE", str(in_folder / "cache"))
+    rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
+    (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    computed = 0
+    score = DecodeEngine.with_reference_logps
+
+    def counting(engine: DecodeEngine, prompts: list[Prompt], responses: list[Response]) -> list[Response]:
+        nonlocal computed
+        computed += sum(response.reference_logps is None for response in responses)
+        return score(engine, prompts, responses)
+
+    monkeypatch.setattr(DecodeEngine, "with_reference_logps", counting)
+    found = []
+    # the beta of the loss is no matter of the reference; nor is the precision as long as it means float32
+    for run, extra in (("first", "--model.beta=0.1"), ("second", "--model.beta=0.2")):
+        computed = 0
+        small = [o for o in SMALL if "precision" not in o]
+        policy = (f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl")
+        fit("--config", "dpo_offline", *policy, *small, f"--run_dir={run}", extra)
+        found.append(computed)
+    assert found == [12, 0]
+
+
+def test_precision_auto_is_shown_with_its_reason(
+    in_folder: Path, tiny_policy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device_type = "cpu"
+    precision, reason = choose_precision(device_type, bf16_instructions(device_type))
+    options = [o for o in ONLINE if "precision" not in o]
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit("--config", "dpo_online", f"--model.policy={tiny_policy}", *options, "--run_dir=run")
+    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("precision:")]
+    assert shown == [f"precision: {precision}, {reason}"]
+    # another machine that continues the run decides for itself
+    config = yaml.safe_load(next((in_folder / "run").rglob("config.yaml")).read_text())
+    assert config["trainer"]["precision"] == "auto"
 
 
 @pytest.mark.parametrize("overlay", ["trainer/gpu", "trainer/ddp", "trainer/fsdp"])

@@ -11,13 +11,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rlhf import DPOModule, PreferenceDataModule
-from lightning_rlhf.callbacks import LabelBudget
+from lightning_rlhf.callbacks import KLMonitor, LabelBudget, RewardMonitor, Throughput
+from lightning_rlhf.collate import PreferenceBatch
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RecordedLabeler, RewardLabeler
-from lightning_rlhf.loading import deal, epoch_order
 from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.logprobs import summed_logps
 from lightning_rlhf.prompts import AbstractPromptSource, BuiltinPrompts
@@ -26,6 +27,7 @@ from lightning_rlhf.rewards import AbstractReward, RewardOutput
 from lightning_rlhf.rounds import RoundCollector
 from lightning_rlhf.samplers import AbstractPairSampler, OfflineSampler, PILAFSampler, TPILAFSampler, VanillaSampler
 from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.sums import logs_now
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
 
 
@@ -88,7 +90,7 @@ class Buffers(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
         loader: Any = trainer.train_dataloader
-        self.epochs.append([(p.round, p.comparison.prompt.index) for p, _ in loader.dataset])
+        self.epochs.append([(p.round, p.comparison.prompt.index) for pairs, _ in loader.dataset for p in pairs])
 
 
 class Said(Callback):
@@ -334,7 +336,7 @@ def test_a_moving_reference_refreshes_old_log_probabilities(
             assert isinstance(pl_module, DPOModule)
             assert pl_module.reference is not None
             loader: Any = trainer.train_dataloader
-            pairs = [p.comparison for p, _ in loader.dataset]
+            pairs = [p.comparison for pairs, _ in loader.dataset for p in pairs]
             with torch.no_grad(), pl_module.reference.active() as model:
                 fresh = summed_logps(model, [(c.prompt.ids, (c.a.ids, c.b.ids)) for c in pairs]).tolist()
             kept = [sum(r.reference_logps or ()) for c in pairs for r in (c.a, c.b)]
@@ -368,8 +370,9 @@ class EveryEpoch(ModelCheckpoint):
         (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "epochs_per_round": None}),
         (PILAFSampler, {"replay": "all", "max_steps": 1000}),
         (PILAFSampler, {"replay": "all", "max_steps": 8}),
+        (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "tokens_per_batch": 1, "length_window": 2}),
     ],
-    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch"],
+    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch", "passes"],
 )
 def test_a_run_continues_bitwise_from_every_checkpoint(
     tmp_path: Path, tiny_policy: Path, sampler: type[AbstractPairSampler], options: dict[str, Any]
@@ -412,33 +415,152 @@ def test_fast_dev_run_and_overfit_batches_draw_once(tmp_path: Path, tiny_policy:
     assert len(sampler.calls) == 2
 
 
-def test_accumulation_does_not_change_the_update(tmp_path: Path, tiny_policy: Path) -> None:
-    def fit(name: str, pairs: int, accumulate: int) -> dict[str, torch.Tensor]:
-        policy = module(tiny_policy)
-        loaded = data(VanillaSampler(), pairs_per_batch=pairs)
-        trainer(tmp_path / name, 2, accumulate_grad_batches=accumulate).fit(policy, datamodule=loaded)
-        return {n: p.detach().clone() for n, p in policy.named_parameters()}
+class Steps(Callback):
+    """Notes of each step its passes, its gradient before it is applied, and what was logged."""
 
-    whole, parts = fit("whole", 4, 1), fit("parts", 2, 2)
-    for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=1e-3)
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+        self.gradients: list[torch.Tensor] = []
+        self.figures: list[list[float]] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PreferenceBatch, batch_idx: int
+    ) -> None:
+        assert batch.passes is not None
+        assert all(p.grad is None for p in pl_module.parameters())
+        self.passes.append(len(batch.passes))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        self.gradients.append(torch.cat(gradients).clone())
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        logged = trainer.callback_metrics
+        assert outputs["loss"].item() == pytest.approx(logged["train/loss"].item())
+        names = ("train/loss", "train/rewards/margins", "train/rewards/accuracies", "train/logps/chosen")
+        self.figures.append([logged[name].item() for name in names])
 
 
-@pytest.mark.parametrize("count", [17, 22, 24])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_the_batches_of_one_process(world: int, count: int) -> None:
-    order = epoch_order(count, Key((0,)))
-    shards = [deal(order, 8, rank, world) for rank in range(world)]
-    # a rank that would have nothing to do in the last batch gets a pair that counts for nothing
-    assert sorted(index for shard in shards for index, share in shard if share < math.inf) == list(range(count))
-    assert len({math.ceil(len(shard) / (8 // world)) for shard in shards}) == 1
-    for step in range(3):
-        per_rank = 8 // world
-        batch = [item for shard in shards for item in shard[step * per_rank : (step + 1) * per_rank]]
-        expected = order[step * 8 : (step + 1) * 8]
-        assert sorted(index for index, share in batch if share < math.inf) == sorted(expected)
-        # the average over ranks of (sum over pairs / share) is the mean over the pairs of the batch
-        assert sum(1 / share for _, share in batch) / world == pytest.approx(1.0)
+class Plain(DPOModule):
+    """Plain gradient steps: what Adam would make of rounding errors does not matter here."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.03)
+
+
+def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, tiny_policy: Path) -> None:
+    """Seven pairs in steps of four and three, for two epochs; the whole step in one pass is what must come out."""
+
+    def fit(pairs: int, accumulate: int, tokens: int | None) -> tuple[Steps, torch.Tensor]:
+        steps, policy = Steps(), Plain(str(tiny_policy), layout="padded")
+        loaded = data(
+            VanillaSampler(),
+            pairs_per_batch=pairs,
+            tokens_per_batch=tokens,
+            prompts_per_round=7,
+            epochs_per_round=None,
+        )
+        run = trainer(tmp_path, 2, RewardMonitor(), steps, accumulate_grad_batches=accumulate, log_every_n_steps=1)
+        run.fit(policy, datamodule=loaded)
+        assert run.global_step == 4
+        assert run.accumulate_grad_batches == accumulate
+        return steps, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+    whole, weights = fit(4, 1, None)
+    assert whole.passes == [1] * 4
+    for pairs, accumulate, tokens, passes in (
+        (4, 1, 1, [4, 3, 4, 3]),
+        (4, 1, 300, None),
+        (2, 2, None, [2] * 4),
+        (2, 2, 1, [4, 3, 4, 3]),
+        (1, 4, 4096, [4, 3, 4, 3]),
+    ):
+        parts, got = fit(pairs, accumulate, tokens)
+        if passes is None:
+            assert 4 < sum(parts.passes) < 14
+        else:
+            assert parts.passes == passes
+        for expected, gradient in zip(whole.gradients, parts.gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(got, weights, atol=1e-6, rtol=1e-5)
+        for expected_figures, figures in zip(whole.figures, parts.figures, strict=True):
+            assert figures == pytest.approx(expected_figures, rel=1e-5, abs=1e-6)
+
+
+def test_figures_are_means_over_the_steps_since_the_last_log(tmp_path: Path, tiny_policy: Path) -> None:
+    class Logged(Callback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self.logged: list[float] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+            self.losses.append(outputs["loss"].item())
+            if logs_now(trainer):
+                self.logged.append(trainer.callback_metrics["train/loss"].item())
+
+    seen = Logged()
+    trainer(tmp_path, 3, seen, log_every_n_steps=3).fit(module(tiny_policy), datamodule=data(VanillaSampler()))
+    assert len(seen.losses) == 6
+    # a log covers steps of the epoch before
+    assert seen.logged == pytest.approx([sum(seen.losses[:3]) / 3, sum(seen.losses[3:]) / 3])
+
+
+class Fetched(TorchDispatchMode):
+    """Counts the numbers that are fetched from tensors; on a GPU each would wait for the queue."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_that_logs_nothing_fetches_nothing(tmp_path: Path, tiny_policy: Path) -> None:
+    modes: list[Fetched] = []
+
+    class First(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            modes.append(Fetched())
+            modes[-1].__enter__()
+
+    class Last(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            modes[-1].__exit__(None, None, None)
+
+    callbacks = [First(), KLMonitor(), RewardMonitor(), Throughput(), Last()]
+    run = trainer(tmp_path, 3, *callbacks, log_every_n_steps=3, gradient_clip_val=1.0)
+    run.fit(module(tiny_policy), datamodule=data(VanillaSampler(), tokens_per_batch=1))
+    assert [mode.count > 0 for mode in modes] == [False, False, True] * 2
+
+
+def test_a_schedule_of_accumulation_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    with pytest.raises(ValueError, match=r"set data\.pairs_per_batch"):
+        trainer(tmp_path, 1, GradientAccumulationScheduler({0: 2})).fit(
+            module(tiny_policy), datamodule=data(VanillaSampler())
+        )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fused_adamw_takes_the_steps_of_the_plain_one(tmp_path: Path, tiny_policy: Path, precision: str) -> None:
+    class Unfused(DPOModule):
+        def configure_optimizers(self) -> Any:
+            configured: Any = super().configure_optimizers()
+            assert configured["optimizer"].defaults["fused"] is True
+            for group in configured["optimizer"].param_groups:
+                group["fused"] = False
+            return configured
+
+    fitted = []
+    for kind in (DPOModule, Unfused):
+        policy = kind(str(tiny_policy), learning_rate=1e-3, weight_decay=0.1, layout="padded")
+        loaded = data(VanillaSampler(), epochs_per_round=None)
+        # Lightning would refuse to clip for a fused optimizer in mixed precision
+        run = trainer(tmp_path, 3, gradient_clip_val=1.0, precision=precision)
+        run.fit(policy, datamodule=loaded)
+        fitted.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(*fitted, atol=1e-5, rtol=1e-4)
 
 
 def test_bad_settings_are_named() -> None:

@@ -6,7 +6,7 @@ caches of transformers do, copies everything at every token.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ GROWTH = 128
 """Capacity grows in steps of this many tokens."""
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, for all slots."""
 
     is_sliding = False  # windows are in the masks
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fresh: tuple[Tensor, Tensor] | None = None
         self.positions: Tensor | None = None
         """Where the decoding step writes, [rows]; None while prompts are prefilled."""
@@ -97,7 +97,10 @@ class SlotCache(Cache):
 
     def _written(self) -> list[SlotLayer]:
         """Layers that have seen a prompt; layers that share the keys of others never do."""
-        return [layer for layer in self.layers if layer.fresh is not None or layer.keys is not None]  # type: ignore[attr-defined]
+        return [layer for layer in self._all() if layer.fresh is not None or layer.keys is not None]
+
+    def _all(self) -> list[SlotLayer]:
+        return cast(list[SlotLayer], self.layers)
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for slots of some tokens each."""
@@ -109,13 +112,13 @@ class SlotCache(Cache):
 
     def prefilling(self) -> None:
         """The next forward pass is over prompts."""
-        for layer in self.layers:
-            layer.positions = None  # type: ignore[attr-defined]
+        for layer in self._all():
+            layer.positions = None
 
     def decoding(self, positions: Tensor, length: int) -> None:
         """The next forward pass writes one token per row at ``positions`` and attends to the first ``length``."""
-        for layer in self.layers:
-            layer.positions, layer.length = positions, length  # type: ignore[attr-defined]
+        for layer in self._all():
+            layer.positions, layer.length = positions, length
 
     def take(self, slots: Tensor, sources: Tensor) -> None:
         """Put the prompts of the last prefill into slots."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class PackedResponses:
 
     def to(self, device: torch.device | str) -> PackedResponses:
         """Move to a device."""
-        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
         return replace(self, **moved)
 
     def split(self, per_token: Tensor) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from lightning_rlhf.collate import PreferenceBatch
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation.vllm import VLLMEngine
 from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
 from lightning_rlhf.models.load import (
@@ -33,6 +33,7 @@ from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
+from lightning_rlhf.sums import RunningSums, logs_now
 from lightning_rlhf.types import Prompt
 
 
@@ -56,6 +57,7 @@ class DPOModule(L.LightningModule):
         chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
         layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
         tokens_per_batch: tokens of one forward pass when log-probabilities are scored without gradient.
+        use_vllm: let vLLM (extra ``vllm``) draw responses; for samplers that need the policy alone.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
@@ -76,6 +78,7 @@ class DPOModule(L.LightningModule):
         chat_template: str | None = None,
         layout: Layout = "auto",
         tokens_per_batch: int = 4096,
+        use_vllm: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -101,7 +104,10 @@ class DPOModule(L.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.policy: Any = None
         self.reference: AbstractReference | None = None
+        self.use_vllm = use_vllm
+        self._vllm: VLLMEngine | None = None
         self._gathered = ExitStack()
+        self._sums = RunningSums()
         # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
         self.strict_loading = lora is None
 
@@ -140,9 +146,12 @@ class DPOModule(L.LightningModule):
                 )
             shard(self.policy, self.device_mesh["data_parallel"])
 
-    def engine(self, decoding: Decoding) -> DecodeEngine:
-        """Make a decode engine over the current policy and reference."""
-        return DecodeEngine(
+    def engine(self, decoding: Decoding) -> DecodeEngine | VLLMEngine:
+        """Make a decode engine over the current policy and reference; vLLM, which takes long to start, only once."""
+        if self._vllm is not None:
+            self._vllm.decoding = decoding
+            return self._vllm
+        engine = (VLLMEngine if self.use_vllm else DecodeEngine)(
             self.policy,
             self.reference,
             self.tokenizer,
@@ -151,6 +160,8 @@ class DPOModule(L.LightningModule):
             eos_ids=end_of_sequence_ids(self.policy, self.tokenizer),
             tokens_per_batch=self.tokens_per_batch,
         )
+        self._vllm = engine if isinstance(engine, VLLMEngine) else None
+        return engine
 
     def start_round(self, index: int) -> None:
         """Move the reference as the rule says; the DataModule calls this before it draws round ``index``."""
@@ -159,29 +170,38 @@ class DPOModule(L.LightningModule):
             self.reference.update(self.policy, self.reference_rule, self.ema_decay)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the loss of a batch of pairs, with reference log-probabilities as the sampler left them."""
+        """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them.
+
+        All passes of the step but the last are run here, forward and backward; Lightning does the backward of the last.
+        ``train/loss`` is logged as the mean over the steps since it was last logged.
+        """
         del batch_idx
         if not batch.has_reference:
             raise ValueError(
                 "a batch has pairs without reference log-probabilities; the DataModule computes them when it draws: "
                 "serve batches of PreferenceDataModule, or fill Response.reference_logps"
             )
-        pairs, num_tokens = self._pair_logps(batch)
-        loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch), sync_dist=True)
-        # a rank without a pair of its own in this step trains on one that counts for nothing
-        counted = slice(0, 0 if batch.num_global == math.inf else None)
-        chosen = implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta)
-        rejected = implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, self.beta)
-        return {
-            "loss": loss,
-            "chosen_rewards": chosen.detach()[counted],
-            "rejected_rewards": rejected.detach()[counted],
-            "chosen_logps": pairs.policy_chosen.detach()[counted],
-            "rejected_logps": pairs.policy_rejected.detach()[counted],
-            "label": pairs.label[counted],
-            "num_tokens": num_tokens,
-        }
+        *first, last = batch.split()
+        outputs = [self._accumulated(part) for part in first]
+        outputs.append(self._pass_outputs(last))
+        # the loss of the whole, with the gradient that is still missing
+        loss = sum((earlier["loss"] for earlier in outputs[:-1]), start=outputs[-1]["loss"])
+        self._sums.add({"loss": loss, "steps": 1.0})
+        if logs_now(self.trainer):
+            sums = self._sums.take(self.trainer)
+            # on the CPU: the progress bar reads it at every refresh, and would wait for the device
+            mean = torch.tensor(sums["loss"] / sums["steps"])
+            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch))
+        figures = {name: torch.cat([output[name] for output in outputs]) for name in _FIGURES}
+        return {"loss": loss, **figures, "num_tokens": sum(output["num_tokens"] for output in outputs)}
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, and empty the gradients at once: the passes of a step add up, and no round is drawn with them."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the gradients: Lightning would empty them before the last backward pass of a step."""
 
     def on_validation_epoch_start(self) -> None:
         """Gather a sharded policy: ranks answer different numbers of prompts."""
@@ -215,7 +235,10 @@ class DPOModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, with linear warm-up."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
+        optimizer._step_supports_amp_scaling = False
         warmup = max(self.warmup_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -250,24 +273,59 @@ class DPOModule(L.LightningModule):
         if self.global_rank == 0:
             save_policy(self.policy, self.tokenizer, folder, state_dict=state)
 
+    def _accumulated(self, batch: PreferenceBatch) -> dict[str, Any]:
+        """Forward and backward pass whose gradients wait for those of the step's last pass; what it found, detached.
+
+        DDP reduces gradients in the backward pass that follows `training_step`, so that these stay on their rank.
+        """
+        outputs = self._pass_outputs(batch)
+        # mixed precision is for the forward pass; the backward pass takes its types from it
+        with torch.autocast(self.device.type, enabled=False):
+            self.trainer.strategy.backward(outputs["loss"], None)
+        return {**outputs, "loss": outputs["loss"].detach()}
+
+    def _pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
+        """The part of one pass in the loss of its step, with gradient, and the figures that callbacks read."""
+        pairs, num_tokens = self._pair_logps(batch)
+        loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
+        counted = slice(0, len(batch) - batch.num_idle)
+        chosen = implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta)
+        rejected = implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, self.beta)
+        figures = {
+            "chosen_rewards": chosen,
+            "rejected_rewards": rejected,
+            "chosen_logps": pairs.policy_chosen,
+            "rejected_logps": pairs.policy_rejected,
+            "label": pairs.label,
+        }
+        return {
+            "loss": loss,
+            **{name: value.detach()[counted] for name, value in figures.items()},
+            "num_tokens": num_tokens,
+        }
+
     def _pair_logps(self, batch: PreferenceBatch) -> tuple[PairLogps, int]:
         """Summed log-probabilities of both responses of each pair, prompt computed once per pair."""
         chosen, rejected = summed_logps(self.policy, batch.groups(), layout=self.layout).view(-1, 2).unbind(1)
-        lengths = torch.tensor([[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]).to(chosen)
+        lengths = [[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]
+        chosen_length, rejected_length = torch.tensor(lengths).to(chosen, non_blocking=True).unbind(1)
         pairs = PairLogps(
             policy_chosen=chosen,
             policy_rejected=rejected,
             reference_chosen=batch.reference_chosen_logps.to(chosen),
             reference_rejected=batch.reference_rejected_logps.to(chosen),
-            chosen_length=lengths[:, 0],
-            rejected_length=lengths[:, 1],
+            chosen_length=chosen_length,
+            rejected_length=rejected_length,
             chosen_from_reference=batch.chosen_from_reference,
             rejected_from_reference=batch.rejected_from_reference,
             label=batch.label.to(chosen),
             weight=batch.weight.to(chosen),
         )
-        return pairs, sum(map(len, batch.prompts)) + int(lengths.sum())
+        return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
 
 
 # first parts of key paths below the run seed; the DataModule has its own
 _DROPOUT, _HELDOUT = 100, 101
+
+# what callbacks read of a training step, one number per pair
+_FIGURES = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "label")

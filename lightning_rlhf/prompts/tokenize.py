@@ -16,7 +16,8 @@ date make prompts change from day to day; give such a tokenizer a template witho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from jinja2 import TemplateError
@@ -43,6 +44,9 @@ CHAT_TEMPLATES = {
 LONG_PROMPT = "long prompts dropped"
 TRUNCATED_PROMPT = "long prompts truncated"
 TRUNCATED_COMPLETION = "truncated completions"
+
+TEXTS_AT_ONCE = 1024
+"""Texts that the tokenizer gets in one call."""
 
 
 def tokenize_rows(
@@ -80,27 +84,31 @@ def tokenize_rows(
     renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template))
     leading = leading_special_ids(tokenizer)
     counts: Counter[str] = Counter()
-    prompts = []
-    for index, row in enumerate(rows):
-        messages = renderer.conversation(row)
-        rendered = (row.text or "") if messages is None else renderer.render(messages, row.source)
-        ids = encode(tokenizer, rendered) if messages is not None else leading + encode(tokenizer, rendered)
-        num_tokens = len(ids)
-        if num_tokens > max_prompt_tokens and on_long_prompt == "error":
+    conversations = [renderer.conversation(row) for row in rows]
+    texts = [
+        (row.text or "") if messages is None else renderer.render(messages, row.source)
+        for row, messages in zip(rows, conversations, strict=True)
+    ]
+    encoded = encode_all(tokenizer, texts)
+    drafts = []
+    for index, (row, messages, text, bare_ids) in enumerate(zip(rows, conversations, texts, encoded, strict=True)):
+        ids = bare_ids if messages is not None else leading + bare_ids
+        if len(ids) > max_prompt_tokens and on_long_prompt == "error":
             raise ValueError(
-                f"{row.source}: prompt has {num_tokens} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
+                f"{row.source}: prompt has {len(ids)} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
                 f"max_prompt_tokens, or set on_long_prompt to 'drop' or to 'truncate'"
             )
-        if num_tokens > max_prompt_tokens and on_long_prompt == "drop":
+        if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
             counts[LONG_PROMPT] += 1
-            continue
+        else:
+            drafts.append(Prompt(index=index, ids=ids, text=text, messages=messages, recorded=row.pair))
 
-        pair = None
-        if row.pair is not None:
-            chosen, rejected = (
-                completion_ids(tokenizer, renderer.completion(messages, rendered, answer, row.source), row.source)
-                for answer in (row.pair.chosen, row.pair.rejected)
-            )
+    prompts = []
+    completions = _completions(drafts, rows, renderer)
+    for draft in drafts:
+        prompt = draft
+        if draft.recorded is not None:
+            chosen, rejected = next(completions), next(completions)
             if len(chosen) == 1 or len(rejected) == 1:  # nothing but EOS
                 counts[EMPTY] += 1
                 continue
@@ -112,12 +120,13 @@ def tokenize_rows(
                 counts[IDENTICAL] += 1
                 continue
             counts[TRUNCATED_COMPLETION] += sum(one.finish_reason == "length" for one in pair)
+            prompt = replace(prompt, pair=pair)
 
-        if num_tokens > max_prompt_tokens:
+        if len(draft.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
-            ids = truncate_left(ids, max_prompt_tokens, tokenizer.bos_token_id)
-            rendered = decode(tokenizer, ids, skip_special_tokens=False)
-        prompts.append(Prompt(index=index, ids=ids, text=rendered, messages=messages, pair=pair, recorded=row.pair))
+            ids = truncate_left(draft.ids, max_prompt_tokens, tokenizer.bos_token_id)
+            prompt = replace(prompt, ids=ids, text=decode(tokenizer, ids, skip_special_tokens=False))
+        prompts.append(prompt)
     counts = +counts  # without zeros
     if not prompts:
         raise ValueError(
@@ -179,17 +188,38 @@ class _Renderer:
             )
         written = whole[len(prompt) :]
         eos = self.tokenizer.eos_token
-        # EOS is searched behind the answer only: one inside is the business of `completion_ids`
+        # EOS is searched behind the answer only: one inside is the business of `until_eos`
         start = written.rfind(answer.strip())
         behind = start + len(answer.strip()) if start >= 0 else 0
         end = written.find(eos, behind) if eos else -1
         return written[:end] if end >= 0 else written.rstrip()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of a text, without special tokens that the text does not spell out."""
-    # verbose=False: no warning about texts longer than the model's context, for lengths are checked here
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _completions(drafts: Sequence[Prompt], rows: Sequence[PromptRow], renderer: _Renderer) -> Iterator[tuple[int, ...]]:
+    """Token ids of the chosen and the rejected completion of each recorded pair, in order."""
+    texts, sources = [], []
+    for draft in drafts:
+        if draft.recorded is not None:
+            source = rows[draft.index].source
+            for answer in (draft.recorded.chosen, draft.recorded.rejected):
+                texts.append(renderer.completion(draft.messages, draft.text, answer, source))
+                sources.append(source)
+    for ids, source in zip(encode_all(renderer.tokenizer, texts), sources, strict=True):
+        yield until_eos(renderer.tokenizer, ids, source)
+
+
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts, without special tokens that a text does not spell out.
+
+    Texts go to the tokenizer in lists, over which fast tokenizers use all cores.
+    """
+    ids: list[tuple[int, ...]] = []
+    # in portions: what a fast tokenizer returns beside the ids (offsets, strings) takes 100 bytes per token and more
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        # verbose=False: no warning about texts longer than the model's context, for lengths are checked here
+        encoding = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False, verbose=False)
+        ids.extend(map(tuple, encoding["input_ids"]))
+    return ids
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
@@ -202,7 +232,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, skip_spe
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Find the special tokens that a tokenizer puts in front of a text, BOS as a rule."""
     for probe in ("a", "the", "1"):
-        body = encode(tokenizer, probe)
+        (body,) = encode_all(tokenizer, [probe])
         whole = tuple(tokenizer(probe)["input_ids"])
         for start in range(len(whole) - len(body) + 1):
             if body and whole[start : start + len(body)] == body:
@@ -219,12 +249,12 @@ def truncate_left(ids: tuple[int, ...], length: int, bos_id: int | None) -> tupl
     return ids[len(ids) - length :]
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, source: str) -> tuple[int, ...]:
-    """Token ids of a completion, up to the first EOS; where it spells out none, one is appended."""
+def until_eos(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], source: str) -> tuple[int, ...]:
+    """Ids of a completion up to the first EOS; where it spells out none, one is appended."""
     eos_id = tokenizer.eos_token_id
     if not isinstance(eos_id, int):
         raise ValueError(f"{source}: the tokenizer has no EOS to end the completions: set tokenizer.eos_token")
-    ids = (*encode(tokenizer, text), eos_id)
+    ids = (*ids, eos_id)
     return ids[: ids.index(eos_id) + 1]
 
 

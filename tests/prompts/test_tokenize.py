@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lightning_rlhf.prompts import CHAT_TEMPLATES, tokenize_rows
+from lightning_rlhf.prompts import CHAT_TEMPLATES, tokenize, tokenize_rows
 from lightning_rlhf.types import Message, Prompt, PromptRow, RecordedPair
 
 
@@ -241,6 +242,43 @@ def test_long_completions_lose_their_end_and_are_counted() -> None:
     )
     assert (rejected.ids, rejected.finish_reason) == (ids_of("sea", "sea", "</s>"), "eos")  # exactly at the limit
     assert counts == {"truncated completions": 1, "identical completions": 2, "empty completion": 2}
+
+
+def test_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        PromptRow("r", messages=HELLO, pair=RecordedPair("hers", "no")),
+        PromptRow("r", text=""),
+        PromptRow("r", text="he" * 40),  # dropped: the completions behind it must not slip
+        PromptRow("r", text="he", pair=RecordedPair("rs", "y")),
+        PromptRow("r", text="x", pair=RecordedPair("", "y")),
+        PromptRow("r", messages=HELLO, pair=RecordedPair("yes", "h<|im_end|>e")),
+    ]
+    limits: dict[str, Any] = {"max_prompt_tokens": 64, "max_response_tokens": 5, "on_long_prompt": "drop"}
+    whole = tokenize_rows(rows, byte_tokenizer(), **limits)
+    assert [prompt.index for prompt in whole[0]] == [0, 1, 3, 5]
+    alone = [
+        replace(prompt, index=prompt.index + k)
+        for k in (0, 1, 3, 5)
+        for prompt in tokenize_rows(rows[k : k + 1], byte_tokenizer(), **limits)[0]
+    ]
+    assert alone == whole[0]
+    monkeypatch.setattr(tokenize, "TEXTS_AT_ONCE", 2)
+    assert tokenize_rows(rows, byte_tokenizer(), **limits) == whole
+
+
+def test_the_tokenizer_gets_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counting(self: PreTrainedTokenizerFast, text: Any, **options: Any) -> Any:
+        if isinstance(text, list) and text not in ([""], ["a"], ["the"], ["1"]):  # the probes for BOS
+            sizes.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
+    rows = [PromptRow("r", text="he", pair=RecordedPair("rs", "y")) for _ in range(7)]
+    tokenize_rows(rows, byte_tokenizer(), max_prompt_tokens=9, max_response_tokens=9)
+    assert sizes == [7, 14]
 
 
 def test_completions_need_an_eos() -> None:

@@ -1,0 +1,82 @@
+"""``precision: auto``: bfloat16 where the device multiplies it fast, float32 elsewhere.
+
+Asked by the command line when the Trainer is built. Weights keep the type that ``model.dtype`` gives them, and
+the log-softmax is taken in float32 in either case.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch.accelerators import (
+    Accelerator,
+    CPUAccelerator,
+    CUDAAccelerator,
+    MPSAccelerator,
+    XLAAccelerator,
+)
+
+
+AutoPrecision = Literal["bf16-mixed", "32-true"]
+
+CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Names of instructions that multiply bfloat16, as torch and Linux spell them: x86 tiles, x86 vectors, ARM."""
+
+
+def choose_precision(device_type: str, instructions: str | None) -> tuple[AutoPrecision, str]:
+    """Choose the precision of a Trainer, and say why.
+
+    Args:
+        device_type: ``cpu``, ``cuda``, ``mps`` or ``tpu``.
+        instructions: what multiplies bfloat16 fast there, as `bf16_instructions` finds it; None if nothing does.
+    """
+    device = {"cpu": "CPU", "cuda": "GPU"}.get(device_type, device_type.upper())
+    if instructions is not None:
+        return "bf16-mixed", f"this {device} multiplies bfloat16 fast ({instructions})"
+    if device_type in ("cpu", "cuda"):
+        return "32-true", f"this {device} has no bf16 instructions"
+    return "32-true", f"bfloat16 is not known to be fast on {device}"
+
+
+def bf16_instructions(device_type: str) -> str | None:
+    """Find what multiplies bfloat16 fast on this machine; None if nothing does, or it cannot be told."""
+    if device_type == "cuda":
+        # without emulation: older GPUs compute it, but slowly
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_name() if supported else None
+    if device_type == "cpu":
+        capabilities = cpu_capabilities()
+        return next((name for name in CPU_BF16 if name in capabilities), None)
+    return None
+
+
+def cpu_capabilities(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Names of the instruction sets of this CPU.
+
+    Args:
+        cpuinfo: where Linux lists them, for torch versions that do not.
+    """
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.6, the oldest that we run on, lacks it
+    if ask is not None:
+        return {name for name, value in ask().items() if value is True}
+    if not cpuinfo.exists():
+        return set()
+    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+    return {flag for name, _, flags in lines if name.strip() in ("flags", "Features") for flag in flags.split()}
+
+
+def device_type_of(accelerator: str | Accelerator) -> str:
+    """Device type that a Trainer will use, by the rules of Lightning: XLA first, then MPS, CUDA, CPU."""
+    if isinstance(accelerator, Accelerator):
+        kinds = {CPUAccelerator: "cpu", CUDAAccelerator: "cuda", MPSAccelerator: "mps", XLAAccelerator: "tpu"}
+        return next((name for kind, name in kinds.items() if isinstance(accelerator, kind)), type(accelerator).__name__)
+    if accelerator == "auto" and XLAAccelerator.is_available():
+        return "tpu"
+    if accelerator in ("auto", "gpu"):
+        if MPSAccelerator.is_available():
+            return "mps"
+        # nothing found for "gpu": the Trainer will say so
+        return "cuda" if accelerator == "gpu" or CUDAAccelerator.is_available() else "cpu"
+    return accelerator

@@ -1,0 +1,203 @@
+"""Reference log-probabilities on disk: a second run on the same recorded pairs computes none of them again.
+
+Used when a round is drawn, for recorded responses under a reference that has not moved. One SQLite file per set of
+weights; an entry is found by the precision of the forward pass and the ids of prompt and response. Attention kernel,
+batch layout and device are not part of the name: they change the last bits only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lightning_rlhf.models.cache import cache_folder
+from lightning_rlhf.models.reference import AbstractReference, AdapterOffReference
+from lightning_rlhf.types import Prompt, Response
+
+
+VARIABLE = "LIGHTNING_RLHF_REFERENCE_CACHE"
+
+
+class ReferenceCache:
+    """Remembers the reference log-probabilities of recorded responses.
+
+    Rank-local: every process reads and writes by itself, and processes may share the folder. Where the folder cannot be
+    used, a warning says why and everything is computed.
+
+    Args:
+        folder: where the files are; ``reference_logps`` in `cache_folder` when not given.
+    """
+
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self.folder = Path(folder).expanduser() if folder is not None else cache_folder() / "reference_logps"
+        self._usable = True
+
+    @classmethod
+    def from_environment(cls) -> ReferenceCache | None:
+        """The cache that ``$LIGHTNING_RLHF_REFERENCE_CACHE`` names: a folder, or ``off``; the default when unset."""
+        value = os.environ.get(VARIABLE, "")
+        return None if value in ("off", "0") else cls(value or None)
+
+    def complete(
+        self,
+        reference: AbstractReference,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        score: Callable[[Sequence[Prompt], Sequence[Response]], list[Response]],
+    ) -> list[Response]:
+        """Give every response its reference log-probabilities, from the cache where it has them.
+
+        Args:
+            reference: what the log-probabilities are of.
+            prompts: the prompt of each response.
+            responses: what to complete.
+            score: computes those that are still missing, in order.
+        """
+        asked = [i for i, r in enumerate(responses) if r.source == "dataset" and r.reference_logps is None]
+        digest = weights_digest(reference) if asked and self._usable and reference.version == 0 else None
+        if digest is None:
+            return score(prompts, responses)
+        with reference.active() as model:
+            precision, dtype = _precision(model), "<f8" if model.dtype == torch.float64 else "<f4"
+        keys = {i: entry_key(precision, prompts[i].ids, responses[i].ids) for i in asked}
+        file = LogpsFile(self.folder / f"{digest}.sqlite")
+
+        found: dict[bytes, bytes] = {}
+        with self._forgiving(file.path):
+            found = file.get(list(keys.values()))
+        known = list(responses)
+        for i, key in keys.items():
+            logps = np.frombuffer(found.get(key, b""), dtype)
+            if len(logps) == len(responses[i].ids):
+                known[i] = replace(known[i], reference_logps=tuple(logps.tolist()))
+        scored = score(prompts, known)
+        fresh = {
+            key: np.asarray(scored[i].reference_logps, dtype).tobytes()
+            for i, key in keys.items()
+            if known[i].reference_logps is None
+        }
+        if self._usable:
+            with self._forgiving(file.path):
+                file.put(fresh)
+        return scored
+
+    @contextmanager
+    def _forgiving(self, path: Path) -> Iterator[None]:
+        """Turn failures of the disk into a warning, once: what the cache would save is not worth a run."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self._usable = False
+            warnings.warn(
+                f"no reference log-probabilities are kept in {path} ({error}): delete the file if it is damaged, or "
+                f"set {VARIABLE} to another folder or to 'off'",
+                stacklevel=3,
+            )
+
+
+class LogpsFile:
+    """Values under keys, in one SQLite file.
+
+    Each call is one transaction on a connection of its own: nothing is shared with forked processes, and a process that
+    is killed leaves what it had committed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Values of those keys that are there."""
+        if not self.path.exists():
+            return {}
+        with self._open() as db:
+            rows = [(key, db.execute("SELECT value FROM logps WHERE key = ?", (key,)).fetchone()) for key in keys]
+        return {key: row[0] for key, row in rows if row is not None}
+
+    def put(self, values: Mapping[bytes, bytes]) -> None:
+        """Add values; a key that is there already keeps its value."""
+        if not values:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", values.items())
+            db.execute("COMMIT")
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        # a rollback journal, not WAL: home folders lie on network file systems, where WAL does not work
+        with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
+            db.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB NOT NULL)")
+            yield db
+
+
+def entry_key(precision: str, prompt: Sequence[int], response: Sequence[int]) -> bytes:
+    """Name of the log-probabilities of a response, under the weights of its file."""
+    digest = hashlib.blake2b(f"{precision}|{len(prompt)}|".encode(), digest_size=16)
+    digest.update(np.asarray((*prompt, *response), "<i8").tobytes())
+    return digest.digest()
+
+
+def weights_digest(reference: AbstractReference) -> str | None:
+    """Digest of everything that decides a reference's log-probabilities; None for weights that are sharded.
+
+    Takes a second per GB, once per reference; ask only while ``reference.version`` is 0. A LoRA reference is named by
+    its base alone, so that LoRA and full fine-tuning from one checkpoint share entries.
+    """
+    if reference not in _DIGESTS:
+        with reference.active() as model:
+            tensors = _persistent_tensors(model)
+            if isinstance(reference, AdapterOffReference):
+                tensors = {n.replace(".base_layer.", "."): t for n, t in tensors.items() if ".lora_" not in n}
+            config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _CHANGES_NOTHING}
+            kind = f"{type(model).__qualname__} {json.dumps(config, sort_keys=True, default=str)}"
+            if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+                return None
+            _DIGESTS[reference] = _digest(kind, tensors)
+    return _DIGESTS[reference]
+
+
+_DIGESTS: WeakKeyDictionary[AbstractReference, str] = WeakKeyDictionary()
+
+_CHANGES_NOTHING = ("_name_or_path", "architectures", "dtype", "use_cache")
+"""Entries of a config that loading, saving and training change, and the log-probabilities do not depend on."""
+
+
+def _persistent_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What ``state_dict`` holds, which is not called: it would shard a gathered FSDP model."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                tensors[name] = buffer
+    return tensors
+
+
+def _digest(kind: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _precision(model: PreTrainedModel) -> str:
+    """Types that a forward pass computes in: of the weights, and of autocast where that is on."""
+    device = model.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return f"{model.dtype} {autocast}"
