@@ -38,7 +38,7 @@ def run(folder: Path, policy: Path, name: str, launcher: list[str], *overlay: st
     done = subprocess.run(
         [
             *(sys.executable, *launcher, "-m", "lightning_rlhf", *OPTIONS, f"--model.policy={policy}"),
-            *(*overlay, "--trainer.accelerator=cpu", f"--run_dir={name}"),
+            *(*overlay, "--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--run_dir={name}"),
         ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}", "OMP_NUM_THREADS": "1"},

@@ -24,7 +24,7 @@ def test_two_rounds_on_a_real_language_model(tmp_path: Path) -> None:
     main(
         [
             *("fit", "--config", "quickstart", "--config", "debug", f"--run_dir={run}"),
-            *("--data.heldout.limit=3", "--trainer.enable_progress_bar=false"),
+            *("--data.heldout.limit=3", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"),
         ]
     )
 
