@@ -2,7 +2,7 @@
 
     python -m benchmarks.dpo_step --model small --peer trl
     python -m benchmarks.dpo_step --model small --ablate
-    python -m benchmarks.dpo_step --model smollm2 --data hh:../shared/data/hh-rlhf/harmless-base.test.jsonl.gz --peer trl
+    python -m benchmarks.dpo_step --model smollm2 --data hh:harmless-base.test.jsonl.gz --steps 1 --skip 0 --peer trl
 
 Reference log-probabilities are computed when the round is drawn, once per pair; that is outside of the step, as TRL's
 precomputed ones are, and reported on its own. The limit is a bare forward and backward pass over just the tokens that

@@ -1,7 +1,7 @@
 """What the benchmarks share: models and rows, workers in processes of their own, and the table at the end.
 
-A benchmark is a list of arms. Every arm runs in a fresh process, the arms take turns, and each turn is repeated, so that
-what the machine does meanwhile meets all of them alike. Ratios are of CPU seconds within one turn.
+A benchmark is a list of arms. Every arm runs in a fresh process, the arms take turns, and each turn is repeated, so
+that what the machine does meanwhile meets all of them alike. Ratios are of CPU seconds within one turn.
 """
 
 from __future__ import annotations
@@ -110,24 +110,41 @@ def run(module: str, arms: dict[str, dict[str, Any]], arguments: argparse.Namesp
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         rows.write_text(json.dumps(ids_in_order(model, arguments.data, total)))
-        for turn in range(arguments.repeats):
-            # the order is turned round every time: whoever runs first meets a cooler machine
-            for name, options in list(arms.items())[:: 1 if turn % 2 == 0 else -1]:
-                job = Job(
-                    str(model),
-                    arguments.data,
-                    str(rows),
-                    arguments.batch,
-                    arguments.steps,
-                    arguments.skip,
-                    arguments.new_tokens,
-                    arguments.threads,
-                    name,
-                    options,
-                )
-                results[name].append(_process(options.get("module", module), job))
-                print(f"turn {turn + 1}, {name}: {results[name][-1]['cpu']:.2f} CPU s", file=sys.stderr, flush=True)
-    return results
+        try:
+            _take_turns(module, arms, arguments, str(model), str(rows), results)
+        except KeyboardInterrupt:
+            print("interrupted: the table holds the turns that were completed", file=sys.stderr)
+    complete = min(map(len, results.values()))
+    if not complete:
+        raise SystemExit("no turn was completed")
+    return {name: found[:complete] for name, found in results.items()}
+
+
+def _take_turns(
+    module: str,
+    arms: dict[str, dict[str, Any]],
+    arguments: argparse.Namespace,
+    model: str,
+    rows: str,
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    for turn in range(arguments.repeats):
+        # the order is turned round every time: whoever runs first meets a cooler machine
+        for name, options in list(arms.items())[:: 1 if turn % 2 == 0 else -1]:
+            job = Job(
+                model,
+                arguments.data,
+                rows,
+                arguments.batch,
+                arguments.steps,
+                arguments.skip,
+                arguments.new_tokens,
+                arguments.threads,
+                name,
+                options,
+            )
+            results[name].append(_process(options.get("module", module), job))
+            print(f"turn {turn + 1}, {name}: {results[name][-1]['cpu']:.2f} CPU s", file=sys.stderr, flush=True)
 
 
 def _process(module: str, job: Job) -> dict[str, Any]:
@@ -203,7 +220,10 @@ def report(
     for row in table:
         print("| " + " | ".join(row) + " |")
     settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("worker", "out") and v not in (None, False)}
-    line = json.dumps({"benchmark": name, **settings, "machine": machine(), "date": time.strftime("%Y-%m-%d"), **summary})
+    settings["repeats"] = str(len(results[ours]))
+    line = json.dumps(
+        {"benchmark": name, **settings, "machine": machine(), "date": time.strftime("%Y-%m-%d"), **summary}
+    )
     print(line)
     if arguments.out is not None:
         with arguments.out.open("a", encoding="utf-8") as stream:
@@ -329,7 +349,9 @@ def synthetic_rows(tokenizer: Any, count: int) -> list[PromptRow]:
         return str(tokenizer.decode(ids[start : start + length])).replace("�", "?")
 
     return [
-        PromptRow(f"row {i + 1}", text=piece(*PROMPT_TOKENS), pair=RecordedPair(*(piece(*RESPONSE_TOKENS) for _ in "ab")))
+        PromptRow(
+            f"row {i + 1}", text=piece(*PROMPT_TOKENS), pair=RecordedPair(*(piece(*RESPONSE_TOKENS) for _ in "ab"))
+        )
         for i in range(count)
     ]
 

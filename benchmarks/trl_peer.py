@@ -16,7 +16,7 @@ LEARNING_RATE = 1e-5
 
 def settings(job: Job, **more: Any) -> dict[str, Any]:
     """What every trainer of TRL is told: our rows in our order, no reports, and what the arm says."""
-    chosen = {k: v for k, v in job.options.items() if k not in ("worker", "module")}
+    chosen = {k: v for k, v in job.options.items() if k not in ("worker", "module", "folder")}
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": job.batch,
@@ -87,12 +87,11 @@ def reward(job: Job) -> dict[str, Any]:
     from trl import RewardConfig, RewardTrainer
 
     clock = Clock()
-    whole = [{f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")} for row in rows(job)]
+    sides = ("chosen", "rejected")
+    whole = [{f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in sides} for row in rows(job)]
     trainer = RewardTrainer(
         model=job.options["folder"],
-        args=RewardConfig(
-            **{k: v for k, v in settings(job, max_length=4096, model_init_kwargs={"dtype": "float32"}).items() if k != "folder"}
-        ),
+        args=RewardConfig(**settings(job, max_length=4096, model_init_kwargs={"dtype": "float32"})),
         train_dataset=Dataset.from_list(whole),
         processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[clocked(clock)],
@@ -122,7 +121,9 @@ def online(job: Job) -> dict[str, Any]:
     trainer = OnlineDPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
         reward_funcs=count_e,
-        args=OnlineDPOConfig(**settings(job, max_new_tokens=job.new_tokens, max_length=2048, beta=[0.1], temperature=1.0)),
+        args=OnlineDPOConfig(
+            **settings(job, max_new_tokens=job.new_tokens, max_length=2048, beta=[0.1], temperature=1.0)
+        ),
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
         callbacks=[clocked(clock)],

@@ -26,6 +26,9 @@ from lightning_rlhf.models.modes import evaluating
 
 Name = Literal["policy", "reference"]
 
+FILLED_FROM = 0.75
+"""Prompts share a prefill when the shortest has this share of the tokens of the longest."""
+
 
 @dataclass(eq=False)
 class Row:
@@ -123,6 +126,9 @@ class SlotLanes(AbstractLanes):
         while distinct:
             width = len(distinct[0][0])
             count = max(1, self.tokens_per_batch // width)
+            # longest first: prompts that would be filled up by more than a quarter make a pass of their own
+            alike = [len(prompt) > FILLED_FROM * width for prompt, _ in distinct[:count]]
+            count = alike.index(False) if False in alike else count
             chosen, distinct = distinct[:count], distinct[count:]
             place = {key: i for i, key in enumerate(chosen)}
             self._prefill([lane for lane in lanes if (lane.prompt, lane.name) in place], place)
