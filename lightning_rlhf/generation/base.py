@@ -19,12 +19,15 @@ class Decoding:
         temperature: divides the mixed logits, > 0; 1.0 samples the policy itself, which the PILAF theory assumes.
         top_p: nucleus mass in (0, 1]; 1.0 keeps the whole vocabulary, which the theory assumes.
         rows: responses decoded together at most, >= 1.
+        compile: compile decoding steps with torch.compile; on a GPU they become CUDA graphs. Rows and lengths are
+            rounded up, so that few shapes are compiled; each takes up to a minute, once per run.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
     rows: int = 32
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.rows < 1:

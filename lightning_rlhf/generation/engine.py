@@ -137,20 +137,22 @@ class DecodeEngine(AbstractEngine):
     @contextmanager
     def _all_lanes(self, names: set[Name]) -> Iterator[dict[Name, AbstractLanes]]:
         """Lanes of the models that are needed: one batch for both where an adapter is all they differ by."""
-        budget = self.tokens_per_batch
+        budget, compiled = self.tokens_per_batch, self.decoding.compile
         with ExitStack() as stack:
-            if len(names) == 2 and isinstance(self.reference, AdapterOffReference) and self.reference.gates_rows:
+            one_batch = isinstance(self.reference, AdapterOffReference) and self.reference.gates_rows and not compiled
+            if len(names) == 2 and one_batch:
+                assert isinstance(self.reference, AdapterOffReference)
                 kind = lanes_for(self.policy)
                 both = kind(self._use_policy, stack.enter_context(self.reference.row_gate()), budget)
                 yield {"policy": both, "reference": both}
                 return
             found: dict[Name, AbstractLanes] = {}
             if "policy" in names:
-                found["policy"] = lanes_for(self.policy)(self._use_policy, None, budget)
+                found["policy"] = lanes_for(self.policy)(self._use_policy, None, budget, compiled)
             if "reference" in names:
                 with self._use_reference() as model:
                     kind = lanes_for(model)
-                found["reference"] = kind(self._use_reference, None, budget)
+                found["reference"] = kind(self._use_reference, None, budget, compiled)
             yield found
 
     def _response(self, row: Row) -> Response:

@@ -6,15 +6,17 @@ only: a gate per row switches the adapter on or off.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,8 +28,11 @@ from lightning_rlhf.models.modes import evaluating
 
 Name = Literal["policy", "reference"]
 
-FILLED_FROM = 0.75
-"""Prompts share a prefill when the shortest has this share of the tokens of the longest."""
+MOST_GRAPHS = 256
+"""Compiled shapes at most, of all models together."""
+
+SMALL_FILLING = 16
+"""Tokens that a prompt may be filled up by, however short it is, before it gets a prefill of its own."""
 
 
 @dataclass(eq=False)
@@ -72,6 +77,7 @@ class AbstractLanes(ABC):
         use: gives the model for a forward pass.
         gate: switches the adapter per row: true is the policy, false the reference; None where all lanes are alike.
         tokens_per_batch: token positions of one forward pass over prompts.
+        compiled: compile decoding steps; lanes without a gate, on a cache, only.
     """
 
     def __init__(
@@ -79,8 +85,9 @@ class AbstractLanes(ABC):
         use: Callable[[], AbstractContextManager[PreTrainedModel]],
         gate: Callable[[Tensor], None] | None = None,
         tokens_per_batch: int = 4096,
+        compiled: bool = False,
     ) -> None:
-        self.use, self.gate, self.tokens_per_batch = use, gate, tokens_per_batch
+        self.use, self.gate, self.tokens_per_batch, self.compiled = use, gate, tokens_per_batch, compiled
         self.lanes: list[Lane] = []
         self.logits: Tensor = torch.empty(0)
         """Next-token logits in float32 at least, [lanes, vocabulary]."""
@@ -117,8 +124,9 @@ class SlotLanes(AbstractLanes):
         use: Callable[[], AbstractContextManager[PreTrainedModel]],
         gate: Callable[[Tensor], None] | None = None,
         tokens_per_batch: int = 4096,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(use, gate, tokens_per_batch)
+        super().__init__(use, gate, tokens_per_batch, compiled)
         self.cache: SlotCache | None = None
 
     def admit(self, lanes: Sequence[Lane]) -> None:
@@ -126,8 +134,8 @@ class SlotLanes(AbstractLanes):
         while distinct:
             width = len(distinct[0][0])
             count = max(1, self.tokens_per_batch // width)
-            # longest first: prompts that would be filled up by more than a quarter make a pass of their own
-            alike = [len(prompt) > FILLED_FROM * width for prompt, _ in distinct[:count]]
+            # longest first: those that would be filled up by more than a quarter make a pass of their own
+            alike = [width - len(prompt) <= max(width // 4, SMALL_FILLING) for prompt, _ in distinct[:count]]
             count = alike.index(False) if False in alike else count
             chosen, distinct = distinct[:count], distinct[count:]
             place = {key: i for i, key in enumerate(chosen)}
@@ -157,23 +165,21 @@ class SlotLanes(AbstractLanes):
     def advance(self) -> None:
         assert self.cache is not None
         lengths = [lane.length for lane in self.lanes]
-        longest = max(lengths)
-        self.cache.reserve(len(self.lanes), longest)
+        tokens = [lane.row.ids[-1] for lane in self.lanes]
+        # compiled shapes must repeat: idle rows up to a power of two write one token into slots that nobody reads
+        filling = (1 << (len(lengths) - 1).bit_length()) - len(lengths) if self.compiled else 0
+        self.cache.reserve(len(lengths) + filling, max(lengths))
+        longest = self.cache.capacity if self.compiled else max(lengths)
         with self.use() as model:
             base = base_model(model)
             device = embedding(base).device
-            ids = torch.tensor([[lane.row.ids[-1]] for lane in self.lanes], device=device)
-            positions = torch.tensor(lengths, device=device) - 1
+            ids = torch.tensor(tokens + [0] * filling, device=device)[:, None]
+            positions = torch.tensor(lengths + [1] * filling, device=device) - 1
             self.cache.decoding(positions, longest)
             self._open_gate([lane.name for lane in self.lanes], device)
-            output = model(
-                input_ids=ids,
-                position_ids=positions[:, None],
-                attention_mask=_masks(base, positions, longest),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        self.logits = _at_least_float32(output.logits[:, -1])
+            step = compiled_step if self.compiled else decoding_step
+            logits = step(model, ids, positions, _masks(base, positions, longest), self.cache)
+        self.logits = _at_least_float32(logits[: len(lengths)])
 
     def release(self) -> None:
         assert self.cache is not None
@@ -215,6 +221,36 @@ class RecomputedLanes(AbstractLanes):
         kept = [i for i, lane in enumerate(self.lanes) if not lane.row.done]
         self.lanes = [self.lanes[i] for i in kept]
         self.logits = self.logits[torch.tensor(kept, device=self.logits.device, dtype=torch.long)]
+
+
+def decoding_step(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: SlotCache
+) -> Tensor:
+    """Logits of the next token of each row, [rows, vocabulary]."""
+    output = model(
+        input_ids=ids, position_ids=positions[:, None], attention_mask=mask, past_key_values=cache, use_cache=True
+    )
+    return cast(Tensor, output.logits[:, -1])
+
+
+def compiled_step(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: SlotCache
+) -> Tensor:
+    """`decoding_step`, compiled once per model and shape; on a GPU one CUDA graph each."""
+    if ids.is_cuda:
+        cache.fix_addresses()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    # one graph per number of rows and length; past the limit torch would go on without compiling
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        logits = _compiled(ids.device.type)(model, ids, positions, mask, cache)
+    # the next run of a CUDA graph overwrites its output
+    return logits.clone() if ids.is_cuda else logits
+
+
+@functools.cache
+def _compiled(device_type: str) -> Callable[..., Tensor]:
+    mode = "reduce-overhead" if device_type == "cuda" else "default"
+    return cast(Callable[..., Tensor], torch.compile(decoding_step, dynamic=False, mode=mode))
 
 
 def lanes_for(model: PreTrainedModel) -> type[AbstractLanes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -119,6 +120,12 @@ class SlotCache(Cache):
         """The next forward pass writes one token per row at ``positions`` and attends to the first ``length``."""
         for layer in self._all():
             layer.positions, layer.length = positions, length
+
+    def fix_addresses(self) -> None:
+        """Promise the compiler that the buffers stay where they are; only then does it record CUDA graphs."""
+        for layer in self._written():
+            for buffer in (layer.keys, layer.values):
+                torch._dynamo.mark_static_address(buffer)
 
     def take(self, slots: Tensor, sources: Tensor) -> None:
         """Put the prompts of the last prefill into slots."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +23,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lightning_rlhf.generation import lanes
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine, draw_tokens
 from lightning_rlhf.models.reference import AdapterOffReference, FrozenCopyReference
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, Response
 
 
 EOS = 0
@@ -242,6 +245,44 @@ def test_policy_and_reference_rows_of_an_adapter_run_as_one_batch(monkeypatch: p
     for left, right in zip(together, apart, strict=True):
         assert left.policy_logps == pytest.approx(right.policy_logps, abs=1e-5)
         assert left.reference_logps == pytest.approx(right.reference_logps, abs=1e-5)
+
+
+def same(left: Sequence[Response], right: Sequence[Response]) -> None:
+    assert [r.ids for r in left] == [r.ids for r in right]
+    for a, b in zip(left, right, strict=True):
+        assert a.policy_logps == (b.policy_logps and pytest.approx(b.policy_logps, abs=1e-5))
+        assert a.reference_logps == (b.reference_logps and pytest.approx(b.reference_logps, abs=1e-5))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "lora"])
+def test_compiled_steps_draw_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what torch traces is what is tested here; how it is compiled is torch's business, and slow
+    traced = torch.compile(lanes.decoding_step, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(lanes, "_compiled", lambda _: traced)
+    if kind == "lora":
+        policy: Any = adapted()
+        reference: Any = AdapterOffReference(policy)
+    else:
+        policy, reference = build(kind, 0), FrozenCopyReference(build(kind, 1))
+    asked = requests(6)
+    drawn = []
+    for compiled in (False, True):
+        decoding = Decoding(max_new_tokens=6, rows=7, compile=compiled)
+        decode = DecodeEngine(policy, reference, Digits(), beta=0.5, decoding=decoding, eos_ids=[EOS])  # type: ignore[arg-type]
+        drawn.append(decode.generate(asked))
+    same(*drawn)
+
+
+@pytest.mark.slow
+def test_steps_compiled_for_this_machine_draw_the_same() -> None:
+    policy = build("llama", 0)
+    asked = [Request(p, Key((p.index, k))) for p in prompts(2) for k in range(2)]
+    drawn = []
+    for compiled in (False, True):
+        decoding = Decoding(max_new_tokens=6, rows=4, compile=compiled)
+        decode = DecodeEngine(policy, None, Digits(), beta=0.5, decoding=decoding, eos_ids=[])  # type: ignore[arg-type]
+        drawn.append(decode.generate(asked))
+    same(*drawn)
 
 
 def test_the_row_gate_is_exact() -> None:
