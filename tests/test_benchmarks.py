@@ -1,0 +1,100 @@
+"""The benchmarks run, and refuse to time two sides that do not compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import check_same, ids_in_order, model_folder
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dpo_step", ["--peer", "trl"]),
+        ("reward_step", ["--peer", "trl"]),
+        ("online_round", []),
+        ("generation", []),
+    ],
+)
+def test_a_benchmark_prints_a_table_and_a_line_of_json(tmp_path: Path, name: str, options: list[str]) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--batch=2", "--steps=1", "--repeats=1", "--new-tokens=4"]
+    done = subprocess.run(
+        [*command, *options, f"--out={tmp_path / 'out.jsonl'}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    assert line["benchmark"] == name
+    arms = [value for value in line.values() if isinstance(value, dict)]
+    assert arms
+    assert all(arm["cpu"] > 0 and arm["peak_mb"] > 0 for arm in arms)
+    assert sum(row.startswith("| ") for row in done.stdout.splitlines()) == len(arms) + 2
+    if options:
+        # TRL has computed the same loss on the same tokens
+        assert "agree" in done.stderr
+
+
+def test_arms_that_differ_are_refused() -> None:
+    check_same({"loss": 0.69310}, {"loss": 0.69315}, ["loss"])
+    with pytest.raises(SystemExit, match=r"do not compute the same: loss is 0\.7 and 0\.6931"):
+        check_same({"loss": 0.7}, {"loss": 0.6931}, ["loss"])
+
+
+@pytest.mark.slow
+def test_the_peer_gets_the_pairs_of_our_steps(tmp_path: Path) -> None:
+    """Order and ids are those that the DataModule serves, so that a step is the same step on both sides."""
+    import lightning as L
+
+    from benchmarks.harness import MAX_PROMPT, MAX_RESPONSE, Rows
+    from lightning_rlhf import DPOModule, PreferenceDataModule
+    from lightning_rlhf.generation.base import Decoding
+    from lightning_rlhf.labelers import RecordedLabeler
+    from lightning_rlhf.samplers import OfflineSampler
+
+    model = model_folder("small")
+    expected = ids_in_order(model, "synthetic", 6)
+    served = []
+
+    class Served(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, _: int) -> None:
+            served.append(sorted(batch.groups()))  # type: ignore[attr-defined]
+
+    module = DPOModule(str(model))
+    data = PreferenceDataModule(
+        Rows("synthetic", 6, module.tokenizer),
+        OfflineSampler(),
+        RecordedLabeler(),
+        pairs_per_batch=2,
+        decoding=Decoding(max_new_tokens=MAX_RESPONSE),
+        max_prompt_tokens=MAX_PROMPT,
+        epochs_per_round=None,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Served()],
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, datamodule=data)
+    steps = [expected[start : start + 2] for start in (0, 2, 4)]
+    assert served == [
+        sorted((tuple(r["prompt_ids"]), (tuple(r["chosen_ids"]), tuple(r["rejected_ids"]))) for r in step)
+        for step in steps
+    ]
