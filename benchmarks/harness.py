@@ -96,6 +96,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     options.add_argument("--new-tokens", type=int, default=64, help="tokens of each drawn response")
     options.add_argument("--peer", choices=["trl"], help="run this library beside ours")
     options.add_argument("--ablate", action="store_true", help="switch our techniques off one by one")
+    options.add_argument("--only", help="arms to run beside the first, by name, separated by commas")
     options.add_argument("--out", type=Path, help="append the JSON line to this file as well")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     options.set_defaults(**defaults)
@@ -104,6 +105,12 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 def run(module: str, arms: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Let the arms take turns, each in a process of its own; returns what the workers reported, by arm."""
+    if arguments.only is not None:
+        chosen = [name.strip() for name in arguments.only.split(",")]
+        unknown = [name for name in chosen if name not in arms]
+        if unknown:
+            raise SystemExit(f"--only names no arms {unknown}; there are {list(arms)} (some need --peer or --ablate)")
+        arms = {name: arms[name] for name in [next(iter(arms)), *chosen]}
     model = model_folder(arguments.model)
     total = arguments.batch * (arguments.steps + arguments.skip)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
