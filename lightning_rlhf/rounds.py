@@ -105,6 +105,11 @@ class RoundCollector:
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
             return
+        if engine is None and self.sampler.needs_engine:
+            raise ValueError(
+                f"{type(self.sampler).__name__} draws responses, and this module has no policy to draw from: set "
+                f"data.sampler=OfflineSampler, and give rows with recorded pairs"
+            )
         with self.progress(f"round {index}: sampling", len(missing)) as bar:
             if engine is not None:
                 engine.on_tokens = count_tokens(bar)
@@ -218,8 +223,10 @@ def with_reference_logps(
     ]
 
 
-def refreshed(preferences: Sequence[Preference], engine: DecodeEngine) -> list[Preference]:
-    """Recompute reference log-probabilities that were taken under an older reference."""
+def refreshed(preferences: Sequence[Preference], engine: DecodeEngine | None) -> list[Preference]:
+    """Recompute reference log-probabilities that were taken under an older reference; without an engine none are."""
+    if engine is None:
+        return list(preferences)
     version = engine.reference.version if engine.reference is not None else 0
     stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
     if not stale:

@@ -22,6 +22,7 @@ from lightning_rlhf.losses.preference import (
     sigmoid_loss,
     xpo_bonus,
 )
+from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty
 
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "RobustLoss",
     "SigmoidLoss",
     "XPOLoss",
+    "bradley_terry_loss",
     "cdpo_loss",
+    "centering_penalty",
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",

@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -199,6 +200,52 @@ def load_policy(
     return adapted.train()
 
 
+def load_scorer(
+    checkpoint: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a model with a scalar head on the hidden state of a token, in train mode.
+
+    Args:
+        checkpoint: as for `resolve_checkpoint`: a reward model, or a causal LM, which gets a head that is drawn from
+            torch's global generator.
+        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint, or a Hub id is neither cached nor reachable.
+        ValueError: if the checkpoint has more than one label, or lacks weights other than the head's.
+    """
+    model = _open_model(checkpoint, dtype, attn_implementation, trust_remote_code, scorer=True)
+    if gradient_checkpointing:
+        enable: Any = model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scalar_head(model)
+    return cast(PreTrainedModel, model.train())
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Linear:
+    """The layer that makes one number of a hidden state.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    for name in SCALAR_HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear) and head.out_features == 1:
+            return head
+    raise ValueError(
+        f"{type(model).__name__} has no linear head with one output named {' or '.join(SCALAR_HEADS)}; use a decoder "
+        f"that AutoModelForSequenceClassification opens with num_labels=1"
+    )
+
+
 def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that end a response: the tokenizer's, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
@@ -222,8 +269,14 @@ def context_window(model_or_config: PreTrainedModel | PeftModel | PreTrainedConf
     return None
 
 
-def _open_model(policy: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal LM with weights from safetensors, all of them."""
+SCALAR_HEADS = ("score", "classifier")
+"""What transformers calls the head of a sequence classifier."""
+
+
+def _open_model(
+    policy: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool, scorer: bool = False
+) -> PreTrainedModel:
+    """Load a causal LM, or a scorer, with weights from safetensors; all of them, but for the head of a scorer."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     source = resolve_checkpoint(policy, trust_remote_code=trust_remote_code)
@@ -232,8 +285,10 @@ def _open_model(policy: str, dtype: str, attn_implementation: str | None, trust_
             f"policy folder {policy!r} holds no .safetensors file; pickled weights can run code when opened: "
             f"save the model again with save_pretrained"
         )
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if scorer:
+        options["num_labels"] = 1
+    from_pretrained: Any = (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM).from_pretrained
     try:
         model, report = from_pretrained(
             source,
@@ -247,8 +302,8 @@ def _open_model(policy: str, dtype: str, attn_implementation: str | None, trust_
         raise _not_found(policy, source, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"policy {policy!r} is an adapter on the Hub; download it and name the local folder")
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(k for k in report["missing_keys"] if not (scorer and k.partition(".")[0] in SCALAR_HEADS))
+    if missing:
         raise ValueError(
             f"policy {policy!r} lacks {len(missing)} weights of a causal LM, e.g. {missing[0]!r}, which would be "
             f"random; its architectures are {model.config.architectures}: name a causal LM"

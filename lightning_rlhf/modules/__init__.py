@@ -1,6 +1,8 @@
 """LightningModules: what is trained. Subclass one to change a step; keep the fixed output keys for the callbacks."""
 
+from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.modules.dpo import DPOModule
+from lightning_rlhf.modules.reward import RewardModule
 
 
-__all__ = ["DPOModule"]
+__all__ = ["AbstractPreferenceModule", "DPOModule", "RewardModule"]

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.generation.vllm import VLLMEngine
-from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
 from lightning_rlhf.models.load import (
     LoRA,
-    context_window,
     end_of_sequence_ids,
     load_policy,
-    load_tokenizer,
-    resolve_checkpoint,
     save_policy,
 )
 from lightning_rlhf.models.logprobs import Layout, summed_logps
 from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
 from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
-from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
+from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
-from lightning_rlhf.sums import RunningSums, logs_now
 from lightning_rlhf.types import Prompt
 
 
-class DPOModule(L.LightningModule):
+class DPOModule(AbstractPreferenceModule):
     """A causal LM trained on preferences by direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
 
     Args:
@@ -81,54 +72,35 @@ class DPOModule(L.LightningModule):
         use_vllm: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
-        if beta <= 0 or learning_rate <= 0:
-            raise ValueError(f"beta and learning_rate must be > 0; got {beta} and {learning_rate}")
+        super().__init__(policy, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
+        if beta <= 0:
+            raise ValueError(f"model.beta must be > 0; got {beta}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1); got {ema_decay}")
-        self.policy_name = policy
         self.loss = loss if loss is not None else SigmoidLoss()
         self.beta = beta
         self.lora = lora
         self.reference_rule = reference
         self.ema_decay = ema_decay
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.chat_template = chat_template
         self.layout = layout
         self.tokens_per_batch = tokens_per_batch
-        self.trust_remote_code = trust_remote_code
         self.policy: Any = None
         self.reference: AbstractReference | None = None
         self.use_vllm = use_vllm
         self._vllm: VLLMEngine | None = None
         self._gathered = ExitStack()
-        self._sums = RunningSums()
         # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
         self.strict_loading = lora is None
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer; loads without the model, so that rows can be checked first."""
-        template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)
-        return load_tokenizer(self.policy_name, template, self.trust_remote_code)
-
-    @cached_property
-    def context_window(self) -> int | None:
-        """Longest sequence of the policy in tokens; None when the model sets no limit."""
-        checkpoint = resolve_checkpoint(self.policy_name)
-        return context_window(AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code))
 
     def configure_model(self) -> None:
         """Load policy and reference, once."""
         if self.policy is not None:
             return
         self.policy = load_policy(
-            self.policy_name,
+            self.checkpoint,
             lora=self.lora,
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
@@ -170,38 +142,13 @@ class DPOModule(L.LightningModule):
             self.reference.update(self.policy, self.reference_rule, self.ema_decay)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them.
-
-        All passes of the step but the last are run here, forward and backward; Lightning does the backward of the last.
-        ``train/loss`` is logged as the mean over the steps since it was last logged.
-        """
-        del batch_idx
+        """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them."""
         if not batch.has_reference:
             raise ValueError(
                 "a batch has pairs without reference log-probabilities; the DataModule computes them when it draws: "
                 "serve batches of PreferenceDataModule, or fill Response.reference_logps"
             )
-        *first, last = batch.split()
-        outputs = [self._accumulated(part) for part in first]
-        outputs.append(self._pass_outputs(last))
-        # the loss of the whole, with the gradient that is still missing
-        loss = sum((earlier["loss"] for earlier in outputs[:-1]), start=outputs[-1]["loss"])
-        self._sums.add({"loss": loss, "steps": 1.0})
-        if logs_now(self.trainer):
-            sums = self._sums.take(self.trainer)
-            # on the CPU: the progress bar reads it at every refresh, and would wait for the device
-            mean = torch.tensor(sums["loss"] / sums["steps"])
-            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch))
-        figures = {name: torch.cat([output[name] for output in outputs]) for name in _FIGURES}
-        return {"loss": loss, **figures, "num_tokens": sum(output["num_tokens"] for output in outputs)}
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, and empty the gradients at once: the passes of a step add up, and no round is drawn with them."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Leave the gradients: Lightning would empty them before the last backward pass of a step."""
+        return super().training_step(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Gather a sharded policy: ranks answer different numbers of prompts."""
@@ -232,24 +179,6 @@ class DPOModule(L.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         datamodule.sample_only(batch)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what is trained, with linear warm-up."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
-        # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
-        optimizer._step_supports_amp_scaling = False
-        warmup = max(self.warmup_steps, 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Seed dropout by the step, so that a resumed run continues as if it had not stopped."""
-        del batch, batch_idx
-        step = self.trainer.fit_loop.total_batch_idx
-        seed = getattr(getattr(self.trainer, "datamodule", None), "seed", 0)
-        torch.manual_seed(Key((seed, _DROPOUT, step, self.global_rank)).seed())
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and the reference if it moves."""
         assert self.reference is not None
@@ -262,7 +191,7 @@ class DPOModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore a reference that moved."""
-        forget_finished_epoch(checkpoint)
+        super().on_load_checkpoint(checkpoint)
         if "reference" in checkpoint:
             assert self.reference is not None
             self.reference.load_state_dict(checkpoint["reference"])
@@ -273,18 +202,7 @@ class DPOModule(L.LightningModule):
         if self.global_rank == 0:
             save_policy(self.policy, self.tokenizer, folder, state_dict=state)
 
-    def _accumulated(self, batch: PreferenceBatch) -> dict[str, Any]:
-        """Forward and backward pass whose gradients wait for those of the step's last pass; what it found, detached.
-
-        DDP reduces gradients in the backward pass that follows `training_step`, so that these stay on their rank.
-        """
-        outputs = self._pass_outputs(batch)
-        # mixed precision is for the forward pass; the backward pass takes its types from it
-        with torch.autocast(self.device.type, enabled=False):
-            self.trainer.strategy.backward(outputs["loss"], None)
-        return {**outputs, "loss": outputs["loss"].detach()}
-
-    def _pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
+    def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
         """The part of one pass in the loss of its step, with gradient, and the figures that callbacks read."""
         pairs, num_tokens = self._pair_logps(batch)
         loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
@@ -324,8 +242,5 @@ class DPOModule(L.LightningModule):
         return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
 
 
-# first parts of key paths below the run seed; the DataModule has its own
-_DROPOUT, _HELDOUT = 100, 101
-
-# what callbacks read of a training step, one number per pair
-_FIGURES = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "label")
+# first part of key paths below the run seed; the base class and the DataModule have their own
+_HELDOUT = 101

@@ -1,0 +1,41 @@
+"""The result of a reward model's run, in one line and in one file."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_rlhf.callbacks._run import root
+
+
+class PairSummary(Callback):
+    """Prints held-out accuracy, its baseline and calibration as the last line; all figures go to ``summary.json``.
+
+    It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print the figures of the last validation."""
+        figures = {
+            name.removeprefix("val/"): value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        if not trainer.is_global_zero:
+            return
+        plain = {name: None if math.isnan(value) else value for name, value in figures.items()}
+        text = json.dumps({"steps": trainer.global_step, **plain}, indent=2)
+        (root(trainer) / "summary.json").write_text(text + "\n", encoding="utf-8")
+        if "accuracy" not in figures:
+            print(f"{trainer.global_step} steps; no held-out pairs", flush=True)
+            return
+        accuracy, pairs = figures["accuracy"], figures["pairs"]
+        error = math.sqrt(accuracy * (1 - accuracy) / pairs)
+        print(
+            f"held-out accuracy {accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs (the longer response: "
+            f"{figures['longer_accuracy']:.3f}), Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}, "
+            f"{trainer.global_step} steps",
+            flush=True,
+        )

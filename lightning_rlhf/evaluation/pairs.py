@@ -1,0 +1,97 @@
+"""How well two scores say which of two responses people prefer; exact on one process and on many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_rlhf.losses.preference import reward_accuracy
+
+
+MARGINS = (0.5, 1.0, 2.0)
+"""Borders between the classes of ``|r(a) - r(b)|`` that accuracies are given for."""
+
+NUM_BINS = 10
+
+
+class PairMetrics(Metric):
+    """Accuracy, calibration and length bias of a reward model on labelled pairs.
+
+    P(a preferred) is sigma(r(a) - r(b)), as the Bradley-Terry model has it; a tie of reward or label counts 1/2 in
+    every accuracy. States are sums in float64, so that any number of processes gives the figures of one.
+
+    `compute` returns float64 scalars; a figure about no pairs is NaN:
+
+    - ``accuracy``: share of pairs whose better response has the higher reward.
+    - ``longer_accuracy``: the accuracy of preferring the longer response, what a model must beat.
+    - ``brier``: mean of (P - label)^2; ``nll``: mean cross-entropy, nats.
+    - ``ece``: expected calibration error: mean over pairs of |confidence - accuracy| in ten bins of the confidence
+      max(P, 1 - P), a tenth of [0.5, 1] wide.
+    - ``accuracy_margin/...``: accuracy among pairs whose rewards differ by 0 to 0.5, 0.5 to 1, 1 to 2, and over 2.
+    - ``accuracy_better_longer``, ``accuracy_better_shorter``: accuracy where the better response is the longer one, and
+      where it is the shorter one; far apart in a model that looks at the length.
+    - ``pairs``: their number.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    sums: Tensor
+    bins: Tensor
+    margins: Tensor
+    lengths: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bins", torch.zeros(NUM_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("margins", torch.zeros(len(MARGINS) + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("lengths", torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, labels: Tensor, lengths: Tensor) -> None:
+        """Take in pairs.
+
+        Args:
+            scores: rewards of a and b, [pairs, 2].
+            labels: P(a preferred) in [0, 1], [pairs].
+            lengths: lengths of a and b, in any unit, [pairs, 2].
+        """
+        device = self.sums.device
+        difference = (scores[:, 0] - scores[:, 1]).detach().double().to(device)
+        labels, lengths = labels.double().to(device), lengths.double().to(device)
+        longer = lengths[:, 0] - lengths[:, 1]
+        agrees = reward_accuracy(difference, labels)
+        probability = difference.sigmoid()
+        nll = torch.nn.functional.binary_cross_entropy_with_logits(difference, labels, reduction="none")
+        columns = (torch.ones_like(labels), agrees, reward_accuracy(longer, labels), (probability - labels) ** 2, nll)
+        # not in place: a metric may be reset and updated in and out of inference mode
+        self.sums = self.sums + torch.stack([column.sum() for column in columns])
+
+        confidence = torch.maximum(probability, 1 - probability)
+        place = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp_max(NUM_BINS - 1)
+        self.bins = self.bins.index_add(0, place, torch.stack([torch.ones_like(agrees), confidence, agrees], 1))
+        borders = torch.tensor(MARGINS, dtype=torch.float64, device=device)
+        counted = torch.stack([torch.ones_like(agrees), agrees], 1)
+        self.margins = self.margins.index_add(0, torch.bucketize(difference.abs(), borders, right=True), counted)
+        better_longer = longer * (labels - 0.5)
+        by_length = [counted[chosen].sum(0) for chosen in (better_longer > 0, better_longer < 0)]
+        self.lengths = self.lengths + torch.stack(by_length)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures, over all pairs of all processes."""
+        pairs, agree, longer, brier, nll = self.sums.unbind()
+        gaps = (self.bins[:, 1] - self.bins[:, 2]).abs().sum()
+        names = ["0-0.5", "0.5-1", "1-2", "2-inf"]
+        by_margin = zip(names, self.margins, strict=True)
+        return {
+            "accuracy": agree / pairs,
+            "longer_accuracy": longer / pairs,
+            "brier": brier / pairs,
+            "nll": nll / pairs,
+            "ece": gaps / pairs,
+            **{f"accuracy_margin/{name}": right / count for name, (count, right) in by_margin},
+            "accuracy_better_longer": self.lengths[0, 1] / self.lengths[0, 0],
+            "accuracy_better_shorter": self.lengths[1, 1] / self.lengths[1, 0],
+            "pairs": pairs,
+        }

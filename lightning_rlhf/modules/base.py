@@ -1,0 +1,165 @@
+"""What modules that learn from pairs share: steps of several passes, sync-free figures, AdamW, seeded dropout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from lightning_rlhf.collate import PreferenceBatch
+from lightning_rlhf.generation.base import AbstractEngine, Decoding
+from lightning_rlhf.loading import forget_finished_epoch
+from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
+from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.sums import RunningSums, logs_now
+
+
+class AbstractPreferenceModule(L.LightningModule, ABC):
+    """A model trained on batches of `PreferenceDataModule`, each an optimizer step that may take several passes.
+
+    Implement `pass_outputs`. `training_step` returns ``loss`` and what the passes found, for callbacks.
+
+    Args:
+        checkpoint: what is trained, as `lightning_rlhf.models.load.resolve_checkpoint` takes it.
+        chat_template: Jinja chat template, a file with one, or a name in ``CHAT_TEMPLATES``.
+        trust_remote_code: run code that comes with the checkpoint.
+        learning_rate: peak learning rate of AdamW, > 0.
+        weight_decay: decoupled weight decay of AdamW, >= 0.
+        warmup_steps: optimizer steps of linear warm-up; constant afterwards.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        chat_template: str | None,
+        trust_remote_code: bool,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+    ) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.chat_template = chat_template
+        self.trust_remote_code = trust_remote_code
+        if learning_rate <= 0:
+            raise ValueError(f"model.learning_rate must be > 0; got {learning_rate}")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self._sums = RunningSums()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; loads without the model, so that rows can be checked first."""
+        template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)
+        return load_tokenizer(self.checkpoint, template, self.trust_remote_code)
+
+    @cached_property
+    def context_window(self) -> int | None:
+        """Longest sequence in tokens; None when the model sets no limit."""
+        checkpoint = resolve_checkpoint(self.checkpoint)
+        return context_window(AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code))
+
+    def engine(self, decoding: Decoding) -> AbstractEngine | None:
+        """Make what responses are drawn with; None where there is no policy, and pairs must be recorded ones."""
+        del decoding
+        return None
+
+    def start_round(self, index: int) -> None:
+        """Prepare for round ``index``; the DataModule calls this before it draws."""
+        del index
+
+    @abstractmethod
+    def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
+        """Run one forward pass.
+
+        Returns:
+            ``loss``, the part of the pass in the loss of its step, with gradient; ``num_tokens``; and figures, one
+            number per pair that counts, detached.
+        """
+
+    def sums_to_log(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the pairs of a step, logged as means over pairs under ``train/`` and their name; none here."""
+        del figures
+        return {}
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss of the pairs of a step.
+
+        All passes of the step but the last are run here, forward and backward; Lightning does the backward of the last.
+        ``train/loss`` is logged as the mean over the steps since it was last logged.
+        """
+        del batch_idx
+        *first, last = batch.split()
+        outputs = [self._accumulated(part) for part in first]
+        outputs.append(self.pass_outputs(last))
+        # the loss of the whole, with the gradient that is still missing
+        loss = sum((earlier["loss"] for earlier in outputs[:-1]), start=outputs[-1]["loss"])
+        names = [name for name in outputs[0] if name not in ("loss", "num_tokens")]
+        figures = {name: torch.cat([output[name] for output in outputs]) for name in names}
+        self._log_means(loss, figures, len(batch) - batch.num_idle)
+        return {"loss": loss, **figures, "num_tokens": sum(output["num_tokens"] for output in outputs)}
+
+    def _log_means(self, loss: Tensor, figures: dict[str, Tensor], num_pairs: int) -> None:
+        self._sums.add({"loss": loss, "steps": 1.0, "pairs": float(num_pairs), **self.sums_to_log(figures)})
+        if not logs_now(self.trainer):
+            return
+        sums = self._sums.take(self.trainer)
+        steps, pairs = sums.pop("steps"), sums.pop("pairs")
+        # on the CPU: the progress bar reads it at every refresh, and would wait for the device
+        mean = torch.tensor(sums.pop("loss") / steps)
+        self.log("train/loss", mean, prog_bar=True, batch_size=num_pairs)
+        for name, value in sums.items():
+            self.log(f"train/{name}", torch.tensor(value / pairs), batch_size=num_pairs)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, and empty the gradients at once: the passes of a step add up, and no round is drawn with them."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the gradients: Lightning would empty them before the last backward pass of a step."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over what is trained, with linear warm-up."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
+        optimizer._step_supports_amp_scaling = False
+        warmup = max(self.warmup_steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Seed dropout by the step, so that a resumed run continues as if it had not stopped."""
+        del batch, batch_idx
+        step = self.trainer.fit_loop.total_batch_idx
+        seed = getattr(getattr(self.trainer, "datamodule", None), "seed", 0)
+        torch.manual_seed(Key((seed, _DROPOUT, step, self.global_rank)).seed())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mend a checkpoint that was saved at the end of an epoch, before Lightning restores it."""
+        forget_finished_epoch(checkpoint)
+
+    def _accumulated(self, batch: PreferenceBatch) -> dict[str, Any]:
+        """Forward and backward pass whose gradients wait for those of the step's last pass; what it found, detached.
+
+        DDP reduces gradients in the backward pass that follows `training_step`, so that these stay on their rank.
+        """
+        outputs = self.pass_outputs(batch)
+        # mixed precision is for the forward pass; the backward pass takes its types from it
+        with torch.autocast(self.device.type, enabled=False):
+            self.trainer.strategy.backward(outputs["loss"], None)
+        return {**outputs, "loss": outputs["loss"].detach()}
+
+
+# first part of key paths below the run seed; the DataModule has its own
+_DROPOUT = 100

