@@ -256,7 +256,7 @@ class Short(AbstractReward):
         (["--data.sampler=NoSuchSampler"], "NoSuchSampler"),
         (["--config=no_such_config"], "no config 'no_such_config'"),
         (["--data.pairs_per_batch=0"], "data.pairs_per_batch must be at least 1"),
-        (["--model.beta=-1"], "beta and learning_rate must be > 0"),
+        (["--model.beta=-1"], "model.beta must be > 0"),
     ],
 )
 def test_bad_options_are_one_clear_error(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

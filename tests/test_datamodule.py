@@ -221,6 +221,8 @@ def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
             return super().label(comparisons, key)
 
     class Ready(AbstractPairSampler):
+        needs_engine = False
+
         def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
             del engine, key
             answers = [Response((2,), "yes", "eos"), Response((3,), "no", "eos")]
