@@ -228,9 +228,8 @@ class _Section:
 
     def __post_init__(self) -> None:
         if not isinstance(self.raw, Mapping):
-            raise ValueError(
-                f"{self.source}: {self.path.rstrip('.') or 'the file'} must be a mapping; got {self.raw!r}"
-            )
+            name = self.path.rstrip(".") or "the file"
+            raise ValueError(f"{self.source}: {name} must be a mapping; got {self.raw!r}")
 
     def take(self, name: str, kind: Any, default: Any = ...) -> Any:
         self.taken.add(name)
@@ -278,7 +277,7 @@ class _Section:
         if values is None:
             if labels != defaults["labels"]:
                 raise ValueError(f"{self.source}: {name}.labels needs {name}.values, one number per label")
-            values = list(defaults["values"])
+            values = [float(label) for label in labels]
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         if not numbers or len(values) != len(labels) or len(set(values)) < 2:
             raise ValueError(
