@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,24 @@ from lightning_rlhf.types import Preference, Prompt, Response
 
 
 Ids = tuple[int, ...]
+
+
+@runtime_checkable
+class StepBatch(Protocol):
+    """What a batch that is an optimizer step can do; the items are pairs, or prompts with their responses."""
+
+    @property
+    def num_idle(self) -> int:
+        """Items at the end that count for nothing."""
+
+    def __len__(self) -> int:
+        """Number of items, idle ones included."""
+
+    def split(self) -> Sequence[Self]:
+        """Make a batch of each pass, in order."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the numbers to a device."""
 
 
 @dataclass(frozen=True)
