@@ -1,8 +1,9 @@
 """LightningModules: what is trained. Subclass one to change a step; keep the fixed output keys for the callbacks."""
 
-from lightning_rlhf.modules.base import AbstractPreferenceModule
+from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule
 from lightning_rlhf.modules.dpo import DPOModule
+from lightning_rlhf.modules.policy import AbstractPolicyModule
 from lightning_rlhf.modules.reward import RewardModule
 
 
-__all__ = ["AbstractPreferenceModule", "DPOModule", "RewardModule"]
+__all__ = ["AbstractPolicyModule", "AbstractPreferenceModule", "AbstractStepModule", "DPOModule", "RewardModule"]
