@@ -13,6 +13,7 @@ from lightning_rlhf.callbacks.kl import KLMonitor
 from lightning_rlhf.callbacks.pairs import PairSummary
 from lightning_rlhf.callbacks.progress import ProgressBar
 from lightning_rlhf.callbacks.reward import RewardMonitor
+from lightning_rlhf.callbacks.rollouts import RolloutMonitor
 from lightning_rlhf.callbacks.summary import Summary
 from lightning_rlhf.callbacks.throughput import Throughput
 
@@ -27,6 +28,7 @@ __all__ = [
     "PairSummary",
     "ProgressBar",
     "RewardMonitor",
+    "RolloutMonitor",
     "Summary",
     "Throughput",
 ]

@@ -55,10 +55,12 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
     Attributes:
         FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
         ITEMS: the argument that ``items_per_batch`` comes from, for errors.
+        UNIT: what an item is, for progress bars and speeds.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "tokens_per_batch"})
     ITEMS: ClassVar[str] = "items_per_batch"
+    UNIT: ClassVar[str] = "pair"
 
     def __init__(
         self,
@@ -249,7 +251,6 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"ledger"}
-    UNIT: ClassVar[str] = "pair"
 
     def __init__(
         self,

@@ -3,7 +3,15 @@
 from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.policy import AbstractPolicyModule
+from lightning_rlhf.modules.policy_gradient import PolicyGradientModule
 from lightning_rlhf.modules.reward import RewardModule
 
 
-__all__ = ["AbstractPolicyModule", "AbstractPreferenceModule", "AbstractStepModule", "DPOModule", "RewardModule"]
+__all__ = [
+    "AbstractPolicyModule",
+    "AbstractPreferenceModule",
+    "AbstractStepModule",
+    "DPOModule",
+    "PolicyGradientModule",
+    "RewardModule",
+]

@@ -111,8 +111,10 @@ class AbstractStepModule(L.LightningModule, ABC):
         loss = sum((earlier["loss"] for earlier in outputs[:-1]), start=outputs[-1]["loss"])
         names = [name for name in outputs[0] if name not in ("loss", "num_tokens")]
         figures = {name: torch.cat([output[name] for output in outputs]) for name in names}
-        self._log_means(loss, figures, len(batch) - batch.num_idle)
-        return {"loss": loss, **figures, "num_tokens": sum(output["num_tokens"] for output in outputs)}
+        num_items = len(batch) - batch.num_idle
+        self._log_means(loss, figures, num_items)
+        num_tokens = sum(output["num_tokens"] for output in outputs)
+        return {"loss": loss, **figures, "num_items": num_items, "num_tokens": num_tokens}
 
     def _log_means(self, loss: Tensor, figures: dict[str, Tensor], num_items: int) -> None:
         self._sums.add({"loss": loss, "steps": 1.0, "items": float(num_items), **self.sums_to_log(figures)})

@@ -12,8 +12,8 @@ from lightning_rlhf.types import Prompt, Response
 class UncertaintyPenalty(AbstractReward):
     """Another reward less ``weight * (u - mean u)``, u being its standard deviation.
 
-    UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses seen so far, so that the penalty moves no reward on average; before
-    the first it is that of the responses themselves.
+    UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses seen so far, so that the
+    penalty moves no reward on average; before the first it is that of the responses themselves.
 
     Args:
         reward: a reward that reports how unsure it is, such as an ensemble.
