@@ -17,7 +17,7 @@ COLUMNS = ["round", "prompt", "response", "reward", "log ratio", "tokens", "repe
 
 
 class RolloutMonitor(Callback):
-    """Logs what each round of rollouts earned, and shows its most rewarded responses, where reward hacking is seen first.
+    """Logs what each round of rollouts earned, and shows the responses that earned most: reward hacking is seen there.
 
     At the end of each epoch, for the round it trained on, under ``rollout/``: what
     `lightning_rlhf.evaluation.rollouts.round_figures` computes (reward, KL, length, share ended by EOS, repetition, and

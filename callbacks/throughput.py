@@ -35,9 +35,10 @@ class Throughput(Callback):
 
     On each training step that is logged: ``throughput/pairs_per_second`` (``prompts_per_second`` for rollouts,
     ``rows_per_second`` for completions) and ``throughput/tokens_per_second`` of all ranks together, over the last
-    steps, all those since the last log among them; time between steps, as for sampling, labelling and validation, is left out. At the end of
-    each epoch, for the round it trained on: ``round/labels`` (labels bought for it since the last start),
-    ``round/failed`` (comparisons without a verdict), ``round/sampling_seconds`` and ``round/labelling_seconds``.
+    steps, all those since the last log among them; time between steps, as for sampling, labelling and validation, is
+    left out. At the end of each epoch, for the round it trained on: ``round/labels`` (labels bought for it since the
+    last start), ``round/failed`` (comparisons without a verdict), ``round/sampling_seconds`` and
+    ``round/labelling_seconds``.
 
     Args:
         window: training steps that a speed is averaged over at least, >= 1.

@@ -138,14 +138,19 @@ class AbstractStepModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, with linear warm-up."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = self.parameter_groups()
+        parameters = [parameter for group in groups for parameter in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
         optimizer._step_supports_amp_scaling = False
         warmup = max(self.warmup_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as groups of AdamW; one group here."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run continues as if it had not stopped."""

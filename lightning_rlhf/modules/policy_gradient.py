@@ -65,6 +65,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         whiten_advantages: shift and scale the advantages of a round to mean 0 and deviation 1; changes what beta means.
         value_model: checkpoint that the value model starts from, a causal LM or a reward model; ``policy`` when not
             given. Only for advantages that need values.
+        value_learning_rate: peak learning rate of the value model, > 0; ``learning_rate`` when not given.
         value_coefficient: weight of the value loss, > 0.
         value_clip: how far a value may move from what it was at sampling, > 0, as in PPO's code; unlimited when not
             given.
@@ -99,6 +100,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         aggregation: Aggregation = "sum",
         whiten_advantages: bool = False,
         value_model: str | None = None,
+        value_learning_rate: float | None = None,
         value_coefficient: float = 1.0,
         value_clip: float | None = None,
         lora: LoRA | None = None,
@@ -139,6 +141,7 @@ class PolicyGradientModule(AbstractPolicyModule):
             ("kl_target", kl_target),
             ("kl_gain", kl_gain),
             ("clip", clip),
+            ("value_learning_rate", value_learning_rate),
             ("value_coefficient", value_coefficient),
             ("value_clip", value_clip),
         ):
@@ -157,6 +160,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         self.kl_target, self.kl_gain = kl_target, kl_gain
         self.clip, self.aggregation, self.whiten_advantages = clip, aggregation, whiten_advantages
         self.value_checkpoint = value_model if value_model is not None else policy
+        self.value_learning_rate = value_learning_rate
         self.value_coefficient, self.value_clip = value_coefficient, value_clip
         self.value_model: Any = None
 
@@ -189,6 +193,15 @@ class PolicyGradientModule(AbstractPolicyModule):
             head = scalar_head(self.value_model)
             for parameter in head.parameters():
                 torch.nn.init.zeros_(parameter)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The policy, and the value model with a rate of its own."""
+        if self.value_model is None or self.value_learning_rate is None:
+            return super().parameter_groups()
+        values = list(self.value_model.parameters())
+        theirs = {id(parameter) for parameter in values}
+        ours = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+        return [{"params": ours}, {"params": values, "lr": self.value_learning_rate}]
 
     def drawer(self, decoding: Decoding) -> RolloutDrawer:
         """Make what draws rollouts from the current policy; the DataModule calls this."""
