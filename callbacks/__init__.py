@@ -10,6 +10,7 @@ from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.final import FinalValidation
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
+from lightning_rlhf.callbacks.loss import LossSummary
 from lightning_rlhf.callbacks.pairs import PairSummary
 from lightning_rlhf.callbacks.progress import ProgressBar
 from lightning_rlhf.callbacks.reward import RewardMonitor
@@ -25,6 +26,7 @@ __all__ = [
     "HFExport",
     "KLMonitor",
     "LabelBudget",
+    "LossSummary",
     "PairSummary",
     "ProgressBar",
     "RewardMonitor",

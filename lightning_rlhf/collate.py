@@ -159,14 +159,15 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True)
-class RolloutBatch:
-    """Prompts with the responses that the policy drew; an item is a prompt with all its responses.
+class ResponseBatch:
+    """Prompts with responses, drawn by the policy or recorded; an item is a prompt with all its responses.
 
     Args:
         prompts: token ids of the prompts.
         responses: token ids of the responses to each prompt.
         numbers: per token, response by response, [5, tokens], float64 (float32 on MPS): log pi when it was drawn, log
-            pi_ref, advantage, V when it was drawn, target of V; the last two NaN without a value model.
+            pi_ref, advantage, V when it was drawn, target of V; the last two NaN without a value model. Of recorded
+            responses none, [0, tokens].
         weight: weight of each prompt in the loss, 0 for idle ones, [prompts].
         mean_length: mean tokens of a response of the optimizer step, over all ranks.
         max_length: token limit of the responses.
@@ -194,7 +195,7 @@ class RolloutBatch:
         """Prompts with their responses, as `lightning_rlhf.models.logprobs.response_logps` takes them."""
         return list(zip(self.prompts, self.responses, strict=True))
 
-    def split(self) -> list[RolloutBatch]:
+    def split(self) -> list[ResponseBatch]:
         """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
         if self.passes is None:
             return [self]
@@ -221,18 +222,18 @@ class RolloutBatch:
             start, first = end, last
         return parts
 
-    def to(self, device: torch.device | str) -> RolloutBatch:
+    def to(self, device: torch.device | str) -> ResponseBatch:
         """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
         dtype = torch.float32 if torch.device(device).type == "mps" else None
         numbers, weight = (t.to(device, dtype, non_blocking=True) for t in (self.numbers, self.weight))
         return replace(self, numbers=numbers, weight=weight)
 
-    def pin_memory(self) -> RolloutBatch:
+    def pin_memory(self) -> ResponseBatch:
         """Pin the numbers; the DataLoader calls this."""
         return replace(self, numbers=self.numbers.pin_memory(), weight=self.weight.pin_memory())
 
 
-def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_length: int) -> RolloutBatch:
+def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_length: int) -> ResponseBatch:
     """Make a batch of prompts with their responses.
 
     Args:
@@ -250,7 +251,7 @@ def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_len
             rows[3] += rollout.values or [math.nan] * len(response.ids)
         rows[2] += group.advantages
         rows[4] += group.targets or [math.nan] * len(group.advantages)
-    return RolloutBatch(
+    return ResponseBatch(
         prompts=[group.rollouts[0].prompt.ids for group in groups],
         responses=[tuple(rollout.response.ids for rollout in group.rollouts) for group in groups],
         numbers=_float64(rows),
@@ -258,6 +259,26 @@ def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_len
         mean_length=mean_length,
         max_length=max_length,
         temperature=groups[0].rollouts[0].temperature,
+    )
+
+
+def collate_completions(prompts: Sequence[Prompt], mean_length: float, max_length: int) -> ResponseBatch:
+    """Make a batch of prompts with their recorded completions.
+
+    Args:
+        prompts: at least one, each with a completion.
+        mean_length: mean tokens of a completion of the optimizer step, over all ranks.
+        max_length: token limit of the completions.
+    """
+    completions = [prompt.completion.ids for prompt in prompts if prompt.completion is not None]
+    assert len(completions) == len(prompts)
+    return ResponseBatch(
+        prompts=[prompt.ids for prompt in prompts],
+        responses=[(ids,) for ids in completions],
+        numbers=torch.zeros(0, sum(map(len, completions)), dtype=torch.float64),
+        weight=torch.ones(len(prompts), dtype=torch.float64),
+        mean_length=mean_length,
+        max_length=max_length,
     )
 
 

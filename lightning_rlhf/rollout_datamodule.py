@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_rlhf.collate import RolloutBatch, RolloutGroup, collate_rollouts
+from lightning_rlhf.collate import ResponseBatch, RolloutGroup, collate_rollouts
 from lightning_rlhf.datamodule_base import DEFAULT_DECODING, AbstractRoundDataModule, at_least_one
 from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
 from lightning_rlhf.generation.base import Decoding
@@ -113,7 +113,7 @@ class RolloutDataModule(AbstractRoundDataModule):
         """Token positions of a prompt with its responses."""
         return len(item.rollouts[0].prompt.ids) + sum(len(rollout.response.ids) for rollout in item.rollouts)
 
-    def collate(self, items: Sequence[RolloutGroup], step: Step) -> RolloutBatch:
+    def collate(self, items: Sequence[RolloutGroup], step: Step) -> ResponseBatch:
         """Make a batch of prompts with their responses."""
         lengths = [len(r.response.ids) for i in step.everyone for r in self._groups[i].rollouts]
         batch = collate_rollouts(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)

@@ -46,12 +46,14 @@ class PromptRow:
         text: plain prompt, used as it stands.
         messages: conversational prompt, rendered with the chat template of the policy.
         pair: recorded completions, for preference rows.
+        completion: text of the one recorded completion, for supervised rows.
     """
 
     source: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     pair: RecordedPair | None = None
+    completion: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Prompt:
         messages: the conversation behind ``text``, when the row was conversational; labelers and rewards read it.
         pair: tokenised recorded pair (chosen, rejected), for offline preference rows.
         recorded: what the data row said about ``pair``.
+        completion: tokenised recorded completion, for supervised rows; ledgers do not keep it.
     """
 
     index: int
@@ -73,6 +76,7 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
     pair: tuple[Response, Response] | None = None
     recorded: RecordedPair | None = None
+    completion: Response | None = None
 
 
 @dataclass(frozen=True)

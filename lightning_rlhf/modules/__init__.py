@@ -5,6 +5,7 @@ from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 from lightning_rlhf.modules.policy_gradient import PolicyGradientModule
 from lightning_rlhf.modules.reward import RewardModule
+from lightning_rlhf.modules.sft import SFTModule
 
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "DPOModule",
     "PolicyGradientModule",
     "RewardModule",
+    "SFTModule",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lightning_rlhf.advantages import AbstractAdvantage, Episodes, LearnedBaseline
-from lightning_rlhf.collate import RolloutBatch, RolloutGroup
+from lightning_rlhf.collate import ResponseBatch, RolloutGroup
 from lightning_rlhf.estimators.kl import k1, k3, pad_ragged
 from lightning_rlhf.estimators.returns import Objective, kl_price, objective_weights, token_rewards, whiten
 from lightning_rlhf.generation.base import Decoding
@@ -263,7 +263,7 @@ class PolicyGradientModule(AbstractPolicyModule):
             result.append(RolloutGroup(tuple(group), tuple(per_token), aims))
         return result
 
-    def pass_outputs(self, batch: RolloutBatch) -> dict[str, Any]:
+    def pass_outputs(self, batch: ResponseBatch) -> dict[str, Any]:
         """The part of one pass in the loss of its step, with gradient, and its figures."""
         groups = batch.groups()
         logps = torch.cat(response_logps(self.policy, groups, layout=self.layout, temperature=batch.temperature))
