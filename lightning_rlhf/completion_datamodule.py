@@ -33,6 +33,7 @@ class CompletionDataModule(AbstractStepDataModule):
 
     ITEMS: ClassVar[str] = "rows_per_batch"
     UNIT: ClassVar[str] = "row"
+    RESPONSE_LIMIT: ClassVar[str] = "max_completion_tokens"
 
     def __init__(
         self,
@@ -68,8 +69,8 @@ class CompletionDataModule(AbstractStepDataModule):
             for prompt in rows:
                 if prompt.completion is None:
                     raise ValueError(
-                        f"{what} row {prompt.index} ({prompt.text[-80:]!r}) has no completion to imitate; read the data "
-                        f"with DatasetCompletions"
+                        f"{what} row {prompt.index} ({prompt.text[-80:]!r}) has no completion to imitate; read "
+                        f"the data with DatasetCompletions"
                     )
 
     def items(self, epoch: int) -> Sequence[Prompt]:

@@ -56,11 +56,13 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
         FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
         ITEMS: the argument that ``items_per_batch`` comes from, for errors.
         UNIT: what an item is, for progress bars and speeds.
+        RESPONSE_LIMIT: the argument that limits responses, for errors.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "tokens_per_batch"})
     ITEMS: ClassVar[str] = "items_per_batch"
     UNIT: ClassVar[str] = "pair"
+    RESPONSE_LIMIT: ClassVar[str] = "decoding.max_new_tokens"
 
     def __init__(
         self,
@@ -196,9 +198,14 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
         limit = self.max_prompt_tokens
         if limit is None:
             limit = window - self.decoding.max_new_tokens if window is not None else 1_000_000
+            if limit < 1:
+                raise ValueError(
+                    f"responses of {self.decoding.max_new_tokens} tokens leave no room for a prompt in the policy's "
+                    f"window of {window} tokens; lower data.{self.RESPONSE_LIMIT}"
+                )
         elif window is not None and limit + self.decoding.max_new_tokens > window:
             raise ValueError(
-                f"data.max_prompt_tokens {limit} and data.decoding.max_new_tokens {self.decoding.max_new_tokens} "
+                f"data.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} {self.decoding.max_new_tokens} "
                 f"exceed the policy's window of {window} tokens together; lower one of them"
             )
         prompts, report = tokenize_rows(

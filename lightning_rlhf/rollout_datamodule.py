@@ -150,29 +150,31 @@ class RolloutDataModule(AbstractRoundDataModule):
     def _collect(self, index: int) -> RolloutRound:
         module: Any = self.trainer.lightning_module
         module.start_round(index)
+        drawer, prompts = module.drawer(self.decoding), self._round_prompts(index)
+        result = self._collector().collect(index, prompts, drawer, self._chunk())
+        scores = result.scores()
         fresh = index >= self._observed
-        result = self._collector().collect(
-            index, self._round_prompts(index), module.drawer(self.decoding), self._chunk(), observe=fresh
-        )
-        raw = torch.tensor([rollout.reward for rollout in result.rollouts], dtype=torch.float64)
+        # all ranks hold all scores, so that they learn the same
         if fresh:
-            # all ranks hold all rewards, so that they add up the same numbers
-            self._moments = merge_moments(torch.stack([self._moments, moments_of(raw)]))
+            self.reward.observe(scores)
+        earned = self.reward.earned(scores).double()
+        if fresh:
+            self._moments = merge_moments(torch.stack([self._moments, moments_of(earned)]))
             module.observe_round(result.groups)
             self._observed = index + 1
-        result.rewards = self._earned(raw, result.rollouts).tolist()
+        result.rewards = self._normalised(earned, result.rollouts).tolist()
         return result
 
-    def _earned(self, raw: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    def _normalised(self, rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
         """Rewards as training sees them: normalised by what all rounds so far had, less the price of a missing EOS."""
         count, mean, deviations = self._moments.tolist()
         std = (deviations / max(count - 1, 1)) ** 0.5
         if self.normalize_rewards == "mean_std":
-            raw = raw - mean
+            rewards = rewards - mean
         if self.normalize_rewards != "none" and std > 0:
-            raw = raw / std
+            rewards = rewards / std
         cut = torch.tensor([rollout.response.finish_reason == "length" for rollout in rollouts])
-        return raw - self.missing_eos_penalty * cut.double()
+        return rewards - self.missing_eos_penalty * cut.double()
 
     def _collector(self) -> RolloutCollector:
         table = None if self._store is None else RolloutTable(self._store)

@@ -49,6 +49,12 @@ class RolloutRound:
         """All rollouts, prompt by prompt."""
         return [rollout for group in self.groups for rollout in group]
 
+    def scores(self) -> RewardOutput:
+        """What the reward said of the rollouts, as the ledger kept it; std only where it said one of each."""
+        rewards = torch.tensor([rollout.reward for rollout in self.rollouts], dtype=torch.float64)
+        stds = [rollout.std for rollout in self.rollouts if rollout.std is not None]
+        return RewardOutput(rewards, torch.tensor(stds, dtype=torch.float64) if len(stds) == len(rewards) else None)
+
 
 class RolloutCollector:
     """Draws rounds of rollouts and scores them, through the ledger.
@@ -75,9 +81,7 @@ class RolloutCollector:
         self.responses_per_prompt = responses_per_prompt
         self.progress: Progress = progress or silent
 
-    def collect(
-        self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int, observe: bool
-    ) -> RolloutRound:
+    def collect(self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int) -> RolloutRound:
         """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
 
         Args:
@@ -85,20 +89,17 @@ class RolloutCollector:
             prompts: prompts of the round, in order.
             drawer: draws.
             chunk: prompts that are drawn, stored and scored together, >= 1.
-            observe: show the reward what it said; false for a round that it has seen.
         """
         result = RolloutRound(index, [])
-        closed = self.table is not None and self.table.store.round_info(index) is not None
-        if not ranks.from_rank_zero(closed):
+        if not ranks.from_rank_zero(self.table is not None and self.table.store.round_info(index) is not None):
             start = time.perf_counter()
             self.sample(index, prompts, drawer, chunk)
             result.sampling_seconds = time.perf_counter() - start
-        if self.table is not None:
             start = time.perf_counter()
-            result.labels_bought = self._score(index, chunk * self.responses_per_prompt, observe)
-            result.labelling_seconds = time.perf_counter() - start
-            if not closed:
+            if self.table is not None:
+                result.labels_bought = self._score(index, chunk * self.responses_per_prompt)
                 self.table.store.close_round(index, {"prompts": len(prompts)})
+            result.labelling_seconds = time.perf_counter() - start
         rows = ranks.from_rank_zero(None if self.table is None else self.table.rollouts(index))
         result.groups = [[row[2] for row in same] for _, same in groupby(rows, key=lambda row: row[1])]
         return result
@@ -126,13 +127,10 @@ class RolloutCollector:
                     self.table.add(index, groups, positions)
                 bar.update(len(positions))
 
-    def _score(self, index: int, chunk: int, observe: bool) -> int:
+    def _score(self, index: int, chunk: int) -> int:
         """Buy the scores that are missing, chunk by chunk in the order of the round; returns how many."""
         assert self.table is not None
         rows = self.table.rollouts(index)
-        known = [rollout for _, _, rollout in rows if rollout.reward is not None]
-        if observe and known:
-            self.reward.observe(_scores(known))
         missing = [(identity, rollout) for identity, _, rollout in rows if rollout.reward is None]
         if not missing:
             return 0
@@ -143,20 +141,8 @@ class RolloutCollector:
                 output = checked_output(self.reward, [r.prompt for r in rollouts], [r.response for r in rollouts])
                 stds = [None] * len(part) if output.std is None else output.std.tolist()
                 self.table.add_scores([identity for identity, _ in part], output.mean.tolist(), stds)
-                if observe:
-                    self.reward.observe(output)
                 bar.update(len(part))
         return len(missing)
-
-
-def _scores(rollouts: Sequence[Rollout]) -> RewardOutput:
-    """What the reward said of rollouts, as the ledger kept it."""
-    stds = [rollout.std for rollout in rollouts if rollout.std is not None]
-    rewards = [rollout.reward for rollout in rollouts]
-    double = torch.float64
-    return RewardOutput(
-        torch.tensor(rewards, dtype=double), torch.tensor(stds, dtype=double) if len(stds) == len(rollouts) else None
-    )
 
 
 # first part of key paths below the run seed; the DataModule has its own

@@ -280,20 +280,22 @@ def test_the_uncertainty_penalty_by_hand() -> None:
             return RewardOutput(torch.ones(len(responses)), torch.tensor([float(len(r.ids)) for r in responses]))
 
     reward = UncertaintyPenalty(Given(), 0.5)
-    responses = [Response((1,), "", "eos"), Response((1, 2, 3), "", "eos")]
-    assert reward.score([], responses).mean.tolist() == [1.5, 0.5]  # about their own mean, 2
-    reward.observe(RewardOutput(torch.zeros(2), torch.tensor([0.0, 2.0])))
-    assert reward.score([], responses).mean.tolist() == [1.0, 0.0]  # about the mean of what was seen, 1
+    output = reward.score([], [Response((1,), "", "eos"), Response((1, 2, 3), "", "eos")])
+    assert output.mean.tolist() == [1.0, 1.0]
+    reward.observe(output)
+    assert reward.earned(output).tolist() == [1.5, 0.5]  # about the mean of 1 and 3
+    reward.observe(RewardOutput(torch.zeros(2), torch.tensor([0.0, 0.0])))
+    assert reward.earned(output).tolist() == [1.0, 0.0]  # about the mean of 1, 3, 0 and 0
     other = UncertaintyPenalty(Given(), 0.5)
     other.load_state_dict(reward.state_dict())
-    assert other.score([], responses).mean.tolist() == [1.0, 0.0]
+    assert other.earned(output).tolist() == [1.0, 0.0]
 
     class Sure(AbstractReward):
         def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
             return RewardOutput(torch.ones(len(responses)))
 
     with pytest.raises(ValueError, match=r"reports its std, and Sure does not"):
-        UncertaintyPenalty(Sure()).score([], responses)
+        UncertaintyPenalty(Sure()).score([], [Response((1,), "", "eos")])
 
 
 def test_rewards_are_normalised_by_all_rounds_so_far(tmp_path: Path, tiny_policy: Path) -> None:

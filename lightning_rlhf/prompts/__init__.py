@@ -1,10 +1,10 @@
 """Where prompts, and recorded pairs of completions, come from.
 
-A source parses its data into `PromptRow`, plain or conversational, with or without a pair; `tokenize_rows` turns rows
-into `Prompt`, the noun that samplers and labelers see. `DatasetPrompts` reads TRL's row formats from files, folders and
-the Hub, `DatasetCompletions` rows for supervised fine-tuning, `HHPrompts` Human/Assistant transcripts, and `BuiltinPrompts` needs no data at all. To plug in your own,
-subclass `AbstractPromptSource`. Rows that are left out on purpose are counted by reason; malformed rows raise an error
-that names them.
+A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
+rows into `Prompt`, the noun that samplers and labelers see. `DatasetPrompts` reads TRL's row formats from files,
+folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, and `HHPrompts` Human/Assistant transcripts;
+`BuiltinPrompts` needs no data at all. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on
+purpose are counted by reason; malformed rows raise an error that names them.
 """
 
 from __future__ import annotations

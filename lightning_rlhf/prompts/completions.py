@@ -30,8 +30,8 @@ class DatasetCompletions(AbstractPromptSource):
         prompt_column: name of the column with the prompt.
         completion_column: name of the column with the completion.
         messages_column: name of the column with whole conversations; used for rows that have no completion.
-        turns: which of the assistant's turns in a conversation to learn: the ``last``, or ``all``, each a row of its own
-            with the turns before it as the prompt.
+        turns: which of the assistant's turns in a conversation to learn: the ``last``, or ``all``, each a row of its
+            own with the turns before it as the prompt.
     """
 
     def __init__(

@@ -37,15 +37,22 @@ class AbstractReward(ABC):
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
-        """Score ``responses[i]`` as an answer to ``prompts[i]``; `observe` alone may change what it says."""
+        """Score ``responses[i]`` as an answer to ``prompts[i]``; the same whatever other answers there are."""
 
     def observe(self, output: RewardOutput) -> None:
-        """Learn from the scores of training responses.
+        """Learn from a finished round of rollouts.
 
-        Called on rank zero with everything that `score` said of a rollout round, chunk by chunk, in order; after a
-        restart also with what the ledger kept. Held-out answers are not shown. The default learns nothing.
+        Called once per round, in order, with all scores of the round, on every rank alike (also when the round is read
+        back from the ledger after a restart). Held-out answers are not shown. The default learns nothing.
         """
         del output
+
+    def earned(self, output: RewardOutput) -> Tensor:
+        """What the responses of a round earn in training, [B], from all their scores; called after `observe`.
+
+        The ledger keeps the scores, and held-out answers are judged by them. The default takes them as they are.
+        """
+        return output.mean
 
     def state_dict(self) -> dict[str, Any]:
         """What `observe` has learnt, as plain data for the checkpoint."""

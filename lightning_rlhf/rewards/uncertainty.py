@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.types import Prompt, Response
 
@@ -12,8 +14,9 @@ from lightning_rlhf.types import Prompt, Response
 class UncertaintyPenalty(AbstractReward):
     """Another reward less ``weight * (u - mean u)``, u being its standard deviation.
 
-    UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses seen so far, so that the
-    penalty moves no reward on average; before the first it is that of the responses themselves.
+    UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses up to the present round,
+    so that the penalty moves no reward on average. It counts in training alone: the ledger, and figures on held-out
+    answers, keep the reward itself.
 
     Args:
         reward: a reward that reports how unsure it is, such as an ensemble.
@@ -27,25 +30,26 @@ class UncertaintyPenalty(AbstractReward):
         self._count, self._sum = 0, 0.0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
-        """Score each response, less the penalty."""
+        """Score each response, without the penalty."""
         output = self.reward.score(prompts, responses)
         if output.std is None:
             raise ValueError(
                 f"UncertaintyPenalty needs a reward that reports its std, and {type(self.reward).__name__} does not; "
                 f"use an ensemble, or leave the penalty out"
             )
-        if not len(responses):
-            return output
-        typical = self._sum / self._count if self._count else output.std.mean()
-        return RewardOutput(output.mean - self.weight * (output.std - typical), output.std, output.members)
+        return output
 
     def observe(self, output: RewardOutput) -> None:
-        """Take the standard deviations into their mean."""
+        """Take the standard deviations of a round into their mean."""
         assert output.std is not None
-        for value in output.std.double().tolist():  # one by one: the sum is the same however chunks were cut
-            self._sum += value
         self._count += output.std.numel()
+        self._sum += output.std.double().sum().item()
         self.reward.observe(output)
+
+    def earned(self, output: RewardOutput) -> Tensor:
+        """The reward less the penalty."""
+        assert output.std is not None and self._count
+        return self.reward.earned(output) - self.weight * (output.std - self._sum / self._count)
 
     def state_dict(self) -> dict[str, Any]:
         """Number and sum of the standard deviations seen."""
