@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torchmetrics import MeanMetric
 
 from lightning_rlhf.collate import ResponseBatch
 from lightning_rlhf.evaluation.metrics import MeanWithError
@@ -75,7 +74,7 @@ class SFTModule(AbstractPolicyModule):
             trust_remote_code,
         )
         self.aggregation = aggregation
-        self._nats, self._greedy, self._per_response = MeanMetric(), MeanMetric(), MeanWithError()
+        self._nats, self._greedy, self._per_response = MeanWithError(), MeanWithError(), MeanWithError()
 
     def pass_outputs(self, batch: ResponseBatch) -> dict[str, Any]:
         """The part of one pass in the loss of its step, with gradient."""
@@ -97,18 +96,18 @@ class SFTModule(AbstractPolicyModule):
             packed = pack([groups[i] for i in part], rows)
             scores = packed_scores(self.policy, packed, statistics=True)
             assert scores.greedy is not None
-            self._nats.update(-scores.logps.double())
-            self._greedy.update(scores.greedy.double())
+            self._nats.update(-scores.logps)
+            self._greedy.update(scores.greedy)
             self._per_response.update(torch.stack([-piece.sum() for piece in packed.split(scores.logps)]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures; the metrics are pooled over ranks already."""
-        nats = self._nats.compute()
+        nats, _ = self._nats.compute()
         mean, error = self._per_response.compute()
         figures = {
             "loss": nats,
             "perplexity": nats.exp(),
-            "token_accuracy": self._greedy.compute(),
+            "token_accuracy": self._greedy.compute()[0],
             "nats_per_response": mean,
             "nats_per_response_stderr": error,
         }
