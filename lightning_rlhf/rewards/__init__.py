@@ -2,12 +2,14 @@
 
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output, checked_score
 from lightning_rlhf.rewards.lexicon import LexiconReward
+from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 
 
 __all__ = [
     "AbstractReward",
+    "LLMScoreReward",
     "LexiconReward",
     "RewardModelReward",
     "RewardOutput",
