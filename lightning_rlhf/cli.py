@@ -124,20 +124,20 @@ class RLHFTrainer(L.Trainer):
         datamodule: AbstractRoundDataModule | None = None,
         out: str | None = None,
     ) -> None:
-        """Draw one round of comparisons with any sampler from any policy into the ledger; no labels, no training.
+        """Draw one round of comparisons or rollouts from any policy into the ledger; no labels, no training.
 
         Args:
             model: the policy.
-            datamodule: prompts and sampler.
-            out: also write the comparisons to this file (.jsonl or .parquet).
+            datamodule: prompts, and a sampler where there is one.
+            out: also write what was drawn to this file (.jsonl or .parquet).
         """
         assert datamodule is not None
         self.predict(model, datamodule=datamodule, return_predictions=False)
         if self.is_global_zero:
             ledger = datamodule.ledger
-            print(f"comparisons are in {ledger}")
+            print(f"{datamodule.DRAWN} are in {ledger}")
             if out is not None:
-                print(f"wrote {export_comparisons(str(ledger), out)} comparisons to {out}")
+                print(f"wrote {export_comparisons(str(ledger), out)} {datamodule.DRAWN} to {out}")
 
 
 class RLHFCLI(LightningCLI):

@@ -255,9 +255,13 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         system_prompt: see there.
         ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
         seed: decides prompt order, draws and labels.
+
+    Attributes:
+        DRAWN: what a round is made of, for messages.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"ledger"}
+    DRAWN: ClassVar[str] = "comparisons"
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class RolloutDataModule(AbstractRoundDataModule):
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {"heldout_reward"}
     ITEMS: ClassVar[str] = "prompts_per_batch"
     UNIT: ClassVar[str] = "prompt"
+    DRAWN: ClassVar[str] = "rollouts"
 
     def __init__(
         self,

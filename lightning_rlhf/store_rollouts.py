@@ -108,6 +108,13 @@ class RolloutTable:
             query = "SELECT DISTINCT position FROM rollouts WHERE round = ? ORDER BY position"
             return [position for (position,) in db.execute(query, (round,))]
 
+    def rounds(self) -> list[int]:
+        """The rounds that hold rollouts, closed or not, ascending."""
+        with self.store.reading() as db:
+            if schema_version(db) < 2:
+                return []
+            return [round for (round,) in db.execute("SELECT DISTINCT round FROM rollouts ORDER BY round")]
+
     def count_scores(self, before: int) -> int:
         """Number of scores in rounds before round ``before``."""
         with self.store.reading() as db:

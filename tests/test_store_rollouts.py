@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_rlhf.export import export_ledger
+from lightning_rlhf.prompts import DatasetCompletions
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Comparison, Prompt, Response, Rollout
@@ -65,3 +67,20 @@ def test_a_ledger_of_the_first_version_is_read_and_gets_the_tables_when_it_is_wr
         RolloutTable(store).add(0, [[rollout()]], [0])
         assert len(RolloutTable(store).rollouts(0)) == 1
         assert [row[1] for row in store.comparisons(0)] == [pair]
+
+
+def test_rollouts_become_rows_to_imitate(tmp_path: Path) -> None:
+    """Completions of a teacher, or the best of n, are what supervised fine-tuning reads."""
+    ledger, out = str(tmp_path / "ledger.sqlite"), str(tmp_path / "rows.jsonl")
+    with PreferenceStore(ledger) as store:
+        table = RolloutTable(store)
+        table.add(0, [[rollout(0, 1), rollout(0, 2)], [rollout(1, 3), rollout(1, 4)]], [0, 1])
+        assert export_ledger(ledger, out) == 4
+        with pytest.raises(ValueError, match="no rollout has a reward yet"):
+            export_ledger(ledger, out, best=True)
+        ids = [identity for identity, _, _ in table.rollouts(0)]
+        table.add_scores(ids[:3], [0.5, -1.0, 2.0], [None] * 3)
+        assert export_ledger(ledger, out, best=True) == 2
+    loaded = DatasetCompletions(out).load()
+    assert [(row.text, row.completion) for row in loaded] == [("prompt 0", "text 1"), ("prompt 1", "text 3")]
+    assert export_ledger(ledger, str(tmp_path / "rows.parquet")) == 4
