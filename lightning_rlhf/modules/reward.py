@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch
 from lightning_rlhf.evaluation.metrics import MeanWithError
 from lightning_rlhf.evaluation.pairs import PairMetrics
+from lightning_rlhf.generation.base import Decoding
+from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, load_tokenizer
 from lightning_rlhf.models.logprobs import Layout
+from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.rewards.combine import disagreement
@@ -27,8 +30,8 @@ class RewardModule(AbstractPreferenceModule):
     """A reward model trained on preferences by the Bradley-Terry loss, with soft labels.
 
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. The reward of a response is a linear function of the hidden state
-    of its last token. It trains on recorded pairs (`OfflineSampler`); their labels come from the data or from any
-    labeler. Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on
+    of its last token. It trains on recorded pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler
+    draws in rounds; labels come from the data or from any labeler. Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on
     validation, over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``. Of an ensemble
     these are about the mean of the members' rewards; ``val/members/accuracy`` is the mean accuracy of single members,
     and ``val/members/std`` the mean standard deviation between them.
@@ -38,6 +41,11 @@ class RewardModule(AbstractPreferenceModule):
             or a reward model that is trained further.
         ensemble: several members in one model, which then knows how sure it is; a single one when not given.
         lora: train low-rank adapters and the head only; of an ensemble of kind ``lora``, what each adapter is like.
+        policy: causal LM that responses are drawn from, named as ``backbone`` is; it is not trained, and must have the
+            backbone's tokenizer. Pairs are recorded ones when not given.
+        reference: causal LM that samplers such as `PILAFSampler` mix the policy with; give it only to those that do,
+            since pairs are scored by it.
+        beta: strength of the pull to the reference that the policy was trained with, > 0; the tilt of PILAF.
         margin: by how much the chosen reward should lead at least, >= 0.
         center_coefficient: weight of the squared sum of both rewards, which keeps their mean at zero, >= 0.
         learning_rate: peak learning rate of AdamW, > 0.
@@ -57,6 +65,9 @@ class RewardModule(AbstractPreferenceModule):
         backbone: str,
         ensemble: Ensemble | None = None,
         lora: LoRA | None = None,
+        policy: str | None = None,
+        reference: str | None = None,
+        beta: float = 0.1,
         margin: float = 0.0,
         center_coefficient: float = 0.0,
         learning_rate: float = 1e-5,
@@ -75,8 +86,14 @@ class RewardModule(AbstractPreferenceModule):
             raise ValueError(
                 f"model.margin and model.center_coefficient must be >= 0; got {margin} and {center_coefficient}"
             )
+        if beta <= 0:
+            raise ValueError(f"model.beta must be > 0; got {beta}")
+        if reference is not None and policy is None:
+            raise ValueError("model.reference is what model.policy is mixed with; set model.policy too")
         self.ensemble = ensemble
         self.lora = lora
+        self.policy_name, self.reference_name, self.beta = policy, reference, beta
+        self._drawn_from: tuple[PreTrainedModel, AbstractReference | None] | None = None
         self.margin = margin
         self.center_coefficient = center_coefficient
         self.dtype_name = dtype
@@ -95,7 +112,7 @@ class RewardModule(AbstractPreferenceModule):
 
     @property
     def policy(self) -> torch.nn.Module:
-        """What the DataModule gathers when it is sharded."""
+        """What the DataModule gathers when it is sharded, which this module never is."""
         return self.scorer  # type: ignore[no-any-return]
 
     def configure_model(self) -> None:
@@ -115,6 +132,38 @@ class RewardModule(AbstractPreferenceModule):
         )
         for model in self.scorer.models:
             model.config.pad_token_id = padding_id(self.tokenizer)
+        if self.policy_name is not None:
+            check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
+
+    def engine(self, decoding: Decoding) -> DecodeEngine | None:
+        """Make a decode engine over the policy, which is loaded at the first call; None without one."""
+        if self.policy_name is None:
+            return None
+        policy, reference = self._drawn_from = self._drawn_from or self._frozen_policy(self.policy_name)
+        return DecodeEngine(
+            policy,
+            reference,
+            self.tokenizer,
+            beta=self.beta,
+            decoding=decoding,
+            eos_ids=end_of_sequence_ids(policy, self.tokenizer),
+            tokens_per_batch=self.tokens_per_batch,
+        )
+
+    def _frozen_policy(self, name: str) -> tuple[PreTrainedModel, AbstractReference | None]:
+        """Policy and reference, on the device of the run; no modules of this one, so that no checkpoint holds them."""
+        options: dict[str, Any] = {
+            "dtype": self.dtype_name,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        device = self.trainer.strategy.root_device
+        policy = cast(PreTrainedModel, load_policy(name, **options).requires_grad_(False).to(device))
+        if self.reference_name is None:
+            return policy, None
+        reference = FrozenCopyReference(load_policy(self.reference_name, **options))
+        reference.to(device)
+        return policy, reference
 
     def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
         """The part of one pass in the loss of its step, with gradient, and the figures of its pairs."""
@@ -194,6 +243,12 @@ class RewardModule(AbstractPreferenceModule):
         for metric in (self.pair_metrics, *self.member_rewards, self.member_accuracy, self.member_std):
             metric.reset()
 
+    def predict_step(self, batch: list[int], batch_idx: int) -> None:
+        """Draw comparisons into the ledger without labels (``lightning-rlhf sample``)."""
+        del batch_idx
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule.sample_only(batch)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained."""
         if self.frozen_backbone:
@@ -226,3 +281,22 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
     return next((id_ for id_ in known if isinstance(id_, int) and id_ != tokenizer.eos_token_id), None)
+
+
+def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, policy: str) -> None:
+    """Raise unless what the policy draws can be read by the reward model token by token.
+
+    Raises:
+        ValueError: if vocabulary, end of sequence or chat template differ.
+    """
+    for what, same in (
+        ("vocabulary", ours.get_vocab() == theirs.get_vocab()),
+        ("end-of-sequence token", ours.eos_token_id == theirs.eos_token_id),
+        ("chat template", ours.chat_template == theirs.chat_template),
+    ):
+        if not same:
+            raise ValueError(
+                f"the policy {policy!r} has another {what} than the backbone, and pairs that are drawn in rounds are "
+                f"read as they are: use a backbone of the policy's family, and model.chat_template where templates "
+                f"differ; or draw with the policy, export the ledger, and train on its rows"
+            )

@@ -14,6 +14,7 @@ from lightning_rlhf.losses import bradley_terry_loss
 from lightning_rlhf.models.load import LoRA, load_tokenizer
 from lightning_rlhf.models.scorer import Ensemble, Kind, Scorer, build_scorer, open_scorer
 from lightning_rlhf.models.shared_prefix import Group
+from lightning_rlhf.rewards import disagreement, standardised
 
 
 GROUPS: list[Group] = [((5, 6, 7), [(8, 9), (10,)]), ((11, 12), [(13, 14, 15), (16, 17)])]
@@ -168,3 +169,48 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path, linear_folder: Path
         Ensemble("linear", 1)
     with pytest.raises(ValueError, match=r"diversity must be >= 0.*kind 'lora'; got 0\.1 with kind 'linear'"):
         Ensemble("linear", 2, diversity=0.1)
+
+
+def test_adapters_disagree_and_heads_on_one_backbone_hardly_do(tmp_path: Path, tiny_policy: Path) -> None:
+    """Why LoRA members are worth their price (related.md 2.5, check 3); a quarter of the labels is wrong."""
+    spreads: list[list[Tensor]] = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        worth = torch.randn(40, generator=generator)
+
+        def pairs(count: int, generator: torch.Generator = generator, worth: Tensor = worth) -> tuple[Tensor, Tensor]:
+            ids = torch.randint(5, 40, (count, 2, 6), generator=generator)
+            gold = worth[ids].mean(-1)
+            wrong = torch.rand(count, generator=generator) < 0.25
+            return ids, ((gold[:, 0] > gold[:, 1]) ^ wrong).float()
+
+        torch.manual_seed(seed)
+        linear = fitted(build_scorer(str(tiny_policy), Ensemble("linear", 3)), *pairs(250))
+        linear.save(tmp_path / f"linear{seed}", load_tokenizer(str(tiny_policy)))
+        lora = fitted(build_scorer(str(tmp_path / f"linear{seed}"), Ensemble("lora", 3), LoRA(r=4)), *pairs(250))
+        ids, _ = pairs(100)
+        spreads.append([])
+        for scorer in (linear, lora):
+            with torch.no_grad():
+                members = scorer.scores(grouped(ids))
+            aligned = standardised(members, members.mean(0).tolist(), members.std(0).tolist())
+            spreads[-1].append(disagreement(aligned).mean())
+    linear_spread, lora_spread = torch.tensor(spreads).mean(0).tolist()
+    assert linear_spread < 0.25 * lora_spread
+
+
+def grouped(ids: Tensor) -> list[Group]:
+    return [((1, 2), (tuple(a), tuple(b))) for a, b in ids.tolist()]
+
+
+def fitted(scorer: Scorer, ids: Tensor, label: Tensor) -> Scorer:
+    """Train for a while, with everything as RewardModule has it but the Trainer."""
+    optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        rows = torch.randperm(len(ids), generator=generator)[:50]
+        chosen, rejected = scorer.scores(grouped(ids[rows])).view(50, 2, -1).unbind(1)
+        bradley_terry_loss(chosen, rejected, label[rows, None]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return scorer
