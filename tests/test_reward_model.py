@@ -249,22 +249,23 @@ def test_an_ensemble_in_two_phases_knows_how_sure_it_is(tmp_path: Path, tiny_pol
             torch.testing.assert_close(found, expected)
 
 
-class CountsHighTokens(AbstractReward):
-    """How many bytes of the second half of the alphabet a response has."""
+class HighEnding(AbstractReward):
+    """Whether the last byte of a response is of the second half of the alphabet."""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         del prompts
-        return RewardOutput(torch.tensor([4.0 * sum(id_ >= 130 for id_ in r.ids) for r in responses]))
+        return RewardOutput(torch.tensor([4.0 * (r.ids[-1] >= 130) for r in responses]))
 
 
 class Accuracies(L.Callback):
-    """Accuracy on the pairs of each step, which were drawn afresh and are seen for the first time."""
+    """Whether each pair that is no tie was ranked rightly when it was met, which was the first time for all of them."""
 
     def __init__(self) -> None:
-        self.values: list[float] = []
+        self.values: list[bool] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.values.append((outputs["chosen_rewards"] > outputs["rejected_rewards"]).float().mean().item())
+        right = outputs["chosen_rewards"] > outputs["rejected_rewards"]
+        self.values += right[outputs["label"] > 0.9].tolist()
 
 
 @pytest.fixture
@@ -288,14 +289,14 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
     drawing = PreferenceDataModule(
         DatasetPrompts(str(tmp_path / "prompts.jsonl")),
         sampler,
-        RewardLabeler(CountsHighTokens(), rule="soft"),
-        pairs_per_batch=32,
+        RewardLabeler(HighEnding(), rule="soft"),
+        pairs_per_batch=8,
         prompts_per_round=64,
         decoding=Decoding(max_new_tokens=3),
     )
     L.seed_everything(0)
     reference = None if isinstance(sampler, VanillaSampler) else str(tiny_policy)
-    module = RewardModule(str(tiny_policy), policy=str(moved_policy), reference=reference, learning_rate=1e-2)
+    module = RewardModule(str(tiny_policy), policy=str(moved_policy), reference=reference, learning_rate=2e-2)
     accuracies, keep = Accuracies(), ModelCheckpoint(tmp_path / "ckpt")
     trainer(tmp_path, accuracies, keep, max_epochs=12).fit(module, datamodule=drawing)
     assert drawing.round is not None
@@ -304,7 +305,8 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
     if isinstance(sampler, PILAFSampler):
         laws = {(c.branch, c.a.source, c.b.source) for c in drawing.round.comparisons}
         assert laws == {("tilt", "plus", "minus"), ("base", "policy", "policy")}
-    assert sum(accuracies.values[-8:]) / 8 > 0.75
+    late = accuracies.values[-150:]
+    assert sum(late) / len(late) > 0.75
     # the policy stays what it was, and out of the checkpoints
     policy = module._drawn_from[0] if module._drawn_from else None
     before = AutoModelForCausalLM.from_pretrained(moved_policy)
