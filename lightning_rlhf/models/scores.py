@@ -88,7 +88,7 @@ def head_outputs(
         packed = pack([groups[i] for i in batch], rows)
         scores: Tensor = head(_last_states(trunk, packed))
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        by_group |= dict(zip(batch, scores.split([len(groups[i][1]) for i in batch]), strict=True))
+        by_group |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
     return torch.cat([by_group[i] for i in range(len(groups))])
 
 

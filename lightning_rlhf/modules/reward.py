@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,7 +160,8 @@ class RewardModule(AbstractPreferenceModule):
             "trust_remote_code": self.trust_remote_code,
         }
         device = self.trainer.strategy.root_device
-        policy = cast(PreTrainedModel, load_policy(name, **options).requires_grad_(False).to(device))
+        policy: Any = load_policy(name, **options).requires_grad_(False)
+        policy.to(device)
         if self.reference_name is None:
             return policy, None
         reference = FrozenCopyReference(load_policy(self.reference_name, **options))
