@@ -22,7 +22,7 @@ from lightning_rlhf.cli import main
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RecordedLabeler, RewardLabeler
 from lightning_rlhf.models.load import LoRA, load_tokenizer
-from lightning_rlhf.models.scorer import Ensemble
+from lightning_rlhf.models.scorer import Ensemble, open_scorer
 from lightning_rlhf.modules import RewardModule
 from lightning_rlhf.modules.reward import padding_id
 from lightning_rlhf.prompts import DatasetPrompts, tokenize_rows
@@ -317,6 +317,18 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
     assert {name.partition(".")[0] for name in saved} == {"scorer"}
 
 
+def test_sample_draws_from_the_policy_of_a_reward_model(tmp_path: Path, tiny_policy: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}: "}) for i in range(3)))
+    main(
+        [
+            *("sample", *SETTINGS, f"--model.backbone={tiny_policy}", f"--model.policy={tiny_policy}"),
+            *(f"--data.prompts.path={tmp_path / 'prompts.jsonl'}", "--data.sampler=VanillaSampler"),
+            *(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'pairs.jsonl'}"),
+        ]
+    )
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_policy_of_another_family_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
     other = shutil.copytree(tiny_policy, tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other)
@@ -335,7 +347,18 @@ def test_a_policy_of_another_family_is_refused(tmp_path: Path, tiny_policy: Path
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        [],
+        [
+            *("--model.ensemble.kind=lora", "--model.ensemble.size=2", "--model.ensemble.diversity=0.1"),
+            *("--model.lora.r=2", "--model.lora.target_modules=[q_proj]"),
+        ],
+    ],
+    ids=["single", "adapters"],
+)
+def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, model: list[str]) -> None:
     # 22 rows: the last batch and the validation are uneven
     train, heldout = write_rows(tmp_path / "train.jsonl", 22), write_rows(tmp_path / "heldout.jsonl", 7, first=50)
     summaries, models = [], []
@@ -346,7 +369,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
         devices = [] if name == "one" else ["--trainer.devices=2", "--trainer.accelerator=cpu"]
         done = subprocess.run(
             [
-                *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", *SETTINGS, *extra, *devices),
+                *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", *SETTINGS, *extra, *devices, *model),
                 *("--trainer.precision=32-true", f"--model.backbone={tiny_policy}", f"--data.prompts.path={train}"),
                 *("--data.heldout=DatasetPrompts", f"--data.heldout.path={heldout}", f"--run_dir={tmp_path / name}"),
             ],
@@ -357,13 +380,13 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
-        models.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "model"))
+        models.append(open_scorer(str(tmp_path / name / "model")))
     for key, value in summaries[0].items():
         assert summaries[1][key] == (value and pytest.approx(value, abs=1e-4)), key
     assert summaries[0]["pairs"] == 7
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-    assert models[0].config.reward_std == pytest.approx(models[1].config.reward_std, rel=1e-4)
+    assert models[0].stds == pytest.approx(models[1].stds, rel=1e-4)
 
 
 def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
