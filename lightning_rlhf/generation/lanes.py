@@ -22,7 +22,14 @@ from transformers import PreTrainedModel
 
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.slots import SlotCache
-from lightning_rlhf.models.logprobs import base_model, before_head, cannot_share, embedding, head_on_chosen_positions
+from lightning_rlhf.models.logprobs import (
+    base_model,
+    before_head,
+    cannot_share,
+    embedding,
+    head_on_chosen_positions,
+    masks_by_layer,
+)
 from lightning_rlhf.models.modes import evaluating
 
 
@@ -335,7 +342,7 @@ def last_logits(model: PreTrainedModel, ids: Tensor, last: Tensor, **options: ob
 
 def _masks(base: PreTrainedModel, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
     """Additive masks [rows, 1, 1, length] of one decoding step: a row sees its own past and itself."""
-    config, dtype = base.config.get_text_config(), embedding(base).dtype
+    dtype = embedding(base).dtype
     distance = positions[:, None] - torch.arange(length, device=positions.device)
 
     def mask(window: int | None) -> Tensor:
@@ -343,10 +350,7 @@ def _masks(base: PreTrainedModel, positions: Tensor, length: int) -> Tensor | di
         zeros = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
         return zeros.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
 
-    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
-    if "sliding_attention" in layer_types:
-        return {"full_attention": mask(None), "sliding_attention": mask(window)}
-    return mask(None if layer_types else window)
+    return masks_by_layer(base, mask)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ that the response may see, so that neither a mask over the whole row nor a padde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,13 @@ Span = tuple[int, tuple[int, ...]]
 """Tokens of a prompt, and of each of the responses that follow it in the row."""
 
 
-def segments(spans: Sequence[Span], device: torch.device, window: int | None = None) -> Tensor:
+Node = tuple[int, int]
+"""Tokens of a piece of text, and the number of the piece it continues; -1 where it begins a text."""
+
+
+def segments(
+    spans: Sequence[Span], device: torch.device, window: int | None = None, nodes: Sequence[Node] = ()
+) -> Tensor:
     """Make the attention mask argument that carries ``spans`` through a transformers model to `segment_attention`.
 
     A tensor of four dimensions reaches the attention function as it is; its values mean nothing.
@@ -34,9 +40,10 @@ def segments(spans: Sequence[Span], device: torch.device, window: int | None = N
         device: device of the model's inputs.
         window: sliding window in tokens, the query's own included; None for full attention. Models do not all hand
             theirs to the attention function.
+        nodes: instead of ``spans``, the pieces of a row that is a tree of texts, parents before their children.
     """
     carrier = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    vars(carrier).update(spans=tuple(spans), window=window)
+    vars(carrier).update(spans=tuple(spans), window=window, nodes=tuple(nodes))
     return carrier
 
 
@@ -91,6 +98,9 @@ def segment_attention(
         )
         return attended.transpose(1, 2)
 
+    nodes: Sequence[Node] = vars(attention_mask)["nodes"]
+    if nodes:
+        return torch.cat(_along_branches(nodes, query, key, value, attend), 1), None
     # the first response runs in one causal piece with its prompt. One split for all pieces: the gradient of a slice is
     # a row of zeros as long as the whole
     lengths = [n for prompt, (first, *others) in spans for n in (prompt + first, *others)]
@@ -104,6 +114,25 @@ def segment_attention(
             q, k, v = next(pieces)
             outputs.append(attend(q, torch.cat([prompt_key, k], 2), torch.cat([prompt_value, v], 2), prompt))
     return torch.cat(outputs, 1), None
+
+
+def _along_branches(
+    nodes: Sequence[Node], query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor]
+) -> list[Tensor]:
+    """Attention of a tree: the keys of a piece are those of all the pieces it continues, and its own."""
+    lengths = [length for length, _ in nodes]
+    before: list[tuple[Tensor, Tensor] | None] = []
+    outputs = []
+    pieces = zip(*(torch.split(t, lengths, 2) for t in (query, key, value)), strict=True)
+    parents = {parent for _, parent in nodes}
+    for number, ((_, parent), (q, k, v)) in enumerate(zip(nodes, pieces, strict=True)):
+        past = before[parent] if parent >= 0 else None
+        prompt = 0 if past is None else past[0].shape[2]
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        before.append((k, v) if number in parents else None)
+        outputs.append(attend(q, k, v, prompt))
+    return outputs
 
 
 @contextmanager

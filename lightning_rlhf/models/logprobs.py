@@ -143,7 +143,7 @@ def packed_scores(
 def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
     """Choose the fastest layout that a model computes exactly."""
     base, support = base_model(model), _support(model)
-    if support.packed is None and not checkpoints_layers(base):
+    if computes_packed_rows(model):
         return "packed"
     if support.shared is not None and any(len(responses) > 1 for _, responses in groups):
         support.warn_once(
@@ -251,20 +251,25 @@ def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, An
     if not packed.shares_prompt:
         # nothing sees the filling at the right of a causal row, so that no mask is needed and the fast kernels apply
         return {"input_ids": packed.input_ids}
-    config, dtype = base.config.get_text_config(), embedding(base).dtype
-    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+    dtype = embedding(base).dtype
 
     def mask(window: int | None) -> Tensor:
         if packed.spans:
             return segments(packed.spans, packed.input_ids.device, window)
         return attention_mask(packed, dtype, window)
 
+    masks = masks_by_layer(base, mask)
+    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": masks}
+
+
+def masks_by_layer(base: PreTrainedModel, mask: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+    """Make the masks that the layers of a model take; ``mask`` makes one for a window in tokens, None for no window."""
+    config = base.config.get_text_config()
+    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
     if "sliding_attention" in layer_types:
-        by_type = {"full_attention": mask(None), "sliding_attention": mask(window)}
-        return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": by_type}
+        return {"full_attention": mask(None), "sliding_attention": mask(window)}
     # layer types, none of them sliding: the window is not in use (Qwen); no layer types: it is everywhere (Mistral)
-    single = mask(None if layer_types else window)
-    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": single}
+    return mask(None if layer_types else window)
 
 
 def _logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
@@ -279,6 +284,11 @@ def checkpoints_layers(base: PreTrainedModel) -> bool:
     """Whether layers run again in the backward pass, when `attending_in_segments` is over."""
     # what transformers calls is_gradient_checkpointing up to 5.x, and is_activation_checkpointing later
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def computes_packed_rows(model: nn.Module) -> bool:
+    """Whether a model computes rows of several texts exactly, by `attending_in_segments`."""
+    return _support(model).packed is None and not checkpoints_layers(base_model(model))
 
 
 def head_on_chosen_positions(model: nn.Module) -> nn.Module | None:

@@ -1,0 +1,1 @@
+"""Judging tasks that ship with the package, one YAML file each."""

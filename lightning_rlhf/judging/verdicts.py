@@ -1,0 +1,65 @@
+"""What the log-probabilities of a judge's labels say: pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def label_mass(label_logps: Tensor) -> Tensor:
+    """Probability that a judge answers with a label at all, [...] of [..., labels] log-probabilities.
+
+    Near zero the labels lie in the tail of what the judge would say, and their ratio looks as sure as a real answer.
+    """
+    return label_logps.exp().sum(-1)
+
+
+def first_probability(label_logps: Tensor) -> Tensor:
+    """P(first label) of two, [...]: the softmax over the labels alone; logps [..., 2] in nats, up to a constant.
+
+    RLAIF vs. RLHF (arXiv 2309.00267), section 2.1.
+    """
+    return torch.sigmoid(label_logps[..., 0] - label_logps[..., 1])
+
+
+def preference(forward: Tensor, reverse: Tensor, prefers: Literal["better", "worse"] = "better") -> Tensor:
+    """P(a is better), from a judgement in each order; [...].
+
+    RLAIF vs. RLHF, section 2.1.1: the mean of two distributions, each normalised over the labels before. For any judge
+    P(a, b) + P(b, a) = 1, and one that looks at positions only gives exactly 1/2.
+
+    Args:
+        forward: log-probabilities of the labels with a shown first, [..., 2].
+        reverse: the same with b shown first, [..., 2].
+        prefers: ``worse`` if the label names the worse candidate.
+    """
+    named = (first_probability(forward) + (1 - first_probability(reverse))) / 2
+    return named if prefers == "better" else 1 - named
+
+
+def expected_value(label_logps: Tensor, values: Sequence[float]) -> Tensor:
+    """Mean of the labels' values under the judge, [...].
+
+    RLAIF vs. RLHF, section 2.2.2: s = sum_i i P(i) with P normalised over the labels.
+
+    Args:
+        label_logps: log-probabilities of the labels in nats, up to a constant, [..., labels].
+        values: value of each label.
+    """
+    return label_logps.softmax(-1) @ torch.as_tensor(values, dtype=label_logps.dtype, device=label_logps.device)
+
+
+def spread(label_logps: Tensor, values: Sequence[float]) -> Tensor:
+    """Standard deviation of the labels' values under the judge, [...]; arguments as for `expected_value`."""
+    numbers = torch.as_tensor(values, dtype=label_logps.dtype, device=label_logps.device)
+    deviation = (numbers - expected_value(label_logps, values)[..., None]).square()
+    return (label_logps.softmax(-1) * deviation).sum(-1).sqrt()
+
+
+def to_unit_range(value: Tensor, values: Sequence[float]) -> Tensor:
+    """Affine map of the range of values to [-1, 1], [...]; of scores 1 to 10 it is (2 s - 11) / 9."""
+    low, high = min(values), max(values)
+    return 2 * (value - low) / (high - low) - 1
