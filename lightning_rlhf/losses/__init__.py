@@ -31,7 +31,7 @@ from lightning_rlhf.losses.preference import (
     sigmoid_loss,
     xpo_bonus,
 )
-from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty
+from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "implicit_rewards",
     "ipo_loss",
     "kl_loss",
+    "nuclear_norm_ratio",
     "reinforce_loss",
     "response_weights",
     "reward_accuracy",

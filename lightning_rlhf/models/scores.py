@@ -6,7 +6,7 @@ The score of a response is a linear function of the hidden state of its last tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -31,39 +31,52 @@ from lightning_rlhf.models.shared_prefix import Group, PackedResponses, RowLayou
 
 def response_scores(
     trunk: nn.Module,
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     groups: Sequence[Group],
     *,
     layout: Layout = "auto",
     tokens_per_batch: int | None = None,
 ) -> Tensor:
-    """Score each response by a head on the hidden state of its last token.
+    """Score each response by a head with one output; [responses]. See `head_outputs`."""
+    return head_outputs(trunk, head, groups, layout=layout, tokens_per_batch=tokens_per_batch).view(-1)
+
+
+def head_outputs(
+    trunk: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    groups: Sequence[Group],
+    *,
+    layout: Layout = "auto",
+    tokens_per_batch: int | None = None,
+) -> Tensor:
+    """Apply a head to the hidden state of the last token of each response.
 
     Args:
         trunk: a decoder of transformers without its head (``AutoModel``, or ``base_model`` of a causal LM or a sequence
             classifier), or a PeftModel of one; carries gradient if enabled.
-        head: maps [responses, width] to [responses, 1] or [responses].
+        head: maps [responses, width] to [responses, k].
         groups: prompts with their responses, as token ids; neither may be empty. Responses end as they are: no EOS is
             looked for.
         layout: as in `lightning_rlhf.models.logprobs.response_logps`.
         tokens_per_batch: positions per forward pass at most; None puts everything in one.
 
     Returns:
-        Scores, group by group in the order given, [responses]; float32 at least.
+        What the head says, group by group in the order given, [responses, k]; float32 at least. Without any groups
+        there is one column.
 
     Raises:
         ValueError: if a prompt or a response is empty, or a layout is asked of a model that cannot.
     """
     found: dict[int, Tensor] = {}
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
-        scores = _apply(head, _states(trunk, packed, packed.ends))
+        scores = _single(head(_states(trunk, packed, packed.ends)))
         found |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
-    return torch.cat([found[i] for i in range(len(groups))]) if groups else torch.zeros(0)
+    return torch.cat([found[i] for i in range(len(groups))]) if groups else torch.zeros(0, 1)
 
 
 def response_values(
     trunk: nn.Module,
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     groups: Sequence[Group],
     *,
     layout: Layout = "auto",
@@ -72,8 +85,8 @@ def response_values(
     """Value of the state before each response token: a head on the hidden states that predict the tokens.
 
     Args:
-        trunk: as in `response_scores`, like the others.
-        head: maps [tokens, width] to [tokens, 1] or [tokens].
+        trunk: as in `head_outputs`, like the others.
+        head: maps [tokens, width] to [tokens, 1].
         groups: prompts with their responses.
         layout: see there.
         tokens_per_batch: see there.
@@ -83,7 +96,7 @@ def response_values(
     """
     found: dict[int, list[Tensor]] = {}
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
-        pieces = iter(packed.split(_apply(head, _states(trunk, packed, packed.predictors))))
+        pieces = iter(packed.split(_single(head(_states(trunk, packed, packed.predictors))).view(-1)))
         found |= {i: [next(pieces) for _ in groups[i][1]] for i in batch}
     return [values for i in range(len(groups)) for values in found[i]]
 
@@ -112,9 +125,9 @@ def _batches(
         yield batch, pack([groups[i] for i in batch], rows)
 
 
-def _apply(head: nn.Module, states: Tensor) -> Tensor:
-    scores: Tensor = head(states).view(-1)
-    return scores if scores.dtype == torch.float64 else scores.float()
+def _single(outputs: Tensor) -> Tensor:
+    """In float32, unless it is float64."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor) -> Tensor:
