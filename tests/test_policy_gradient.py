@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from lightning_rlhf import Decoding, PolicyGradientModule, RolloutDataModule
 from lightning_rlhf.advantages import GAE, GRPO, RLOO, AbstractAdvantage, LearnedBaseline
 from lightning_rlhf.callbacks import LabelBudget, RolloutMonitor
+from lightning_rlhf.cli import main
 from lightning_rlhf.evaluation.rollouts import repetition, round_figures
 from lightning_rlhf.models.logprobs import response_logps
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.rewards import AbstractReward, RewardOutput, UncertaintyPenalty
+from lightning_rlhf.rewards import AbstractReward, LLMScoreReward, RewardOutput, UncertaintyPenalty
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Prompt, PromptRow, Response, Rollout
@@ -386,3 +387,29 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             module(tiny_policy, RLOO(), **options)
+
+
+def test_a_frozen_copy_of_the_policy_judges_it() -> None:
+    """The config of self-improvement; scores of the last round are those of the checkpoint that the run began with."""
+    main(
+        [
+            *("fit", "--config", "drlaif_self", f"--model.policy={tiny_judge}", "--data.reward.min_mass=0"),
+            *("--model.learning_rate=1e-2", "--model.warmup_steps=0", "--data.prompts_per_round=2"),
+            *("--data.decoding.max_new_tokens=4", "--data.heldout.limit=2", "--trainer.max_epochs=3"),
+            *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
+            f"--run_dir={tmp_path}",
+        ]
+    )
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    start = AutoModelForCausalLM.from_pretrained(tiny_judge)
+    assert max((p - q).abs().max().item() for p, q in zip(trained.parameters(), start.parameters(), strict=True)) > 1e-3
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        last = [rollout for _, _, rollout in RolloutTable(store).rollouts(2)]
+    expected = LLMScoreReward(str(tiny_judge), min_mass=0).score(
+        [rollout.prompt for rollout in last], [rollout.response for rollout in last]
+    )
+    assert [rollout.reward for rollout in last] == pytest.approx(expected.mean.tolist(), abs=1e-5)
+    assert expected.std is not None
+    assert [rollout.std for rollout in last] == pytest.approx(expected.std.tolist(), abs=1e-5)
+    assert all(-1 <= (rollout.reward or 0) <= 1 for rollout in last)
+    assert (tmp_path / "top_rollouts.md").exists() and (tmp_path / "summary.json").exists()
