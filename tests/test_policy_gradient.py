@@ -389,7 +389,7 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
             module(tiny_policy, RLOO(), **options)
 
 
-def test_a_frozen_copy_of_the_policy_judges_it() -> None:
+def test_a_frozen_copy_of_the_policy_judges_it(tmp_path: Path, tiny_judge: Path) -> None:
     """The config of self-improvement; scores of the last round are those of the checkpoint that the run began with."""
     main(
         [
