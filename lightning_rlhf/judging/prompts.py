@@ -129,34 +129,25 @@ def rating_prompt(
     return JudgePrompt(f"{preamble}\n\n{_shown(task, sample, max_candidate_chars)}", rating.ending)
 
 
-def fitted(
-    build: Callable[[Sample], JudgePrompt], sample: Sample, dialogue: bool, excess: Callable[[JudgePrompt], int]
-) -> JudgePrompt | None:
-    """Build a prompt, with as much of the context as fits; None if it does not even fit without.
+def fitted(sample: Sample, dialogue: bool, excess: Callable[[Sample], int]) -> Sample | None:
+    """Keep as much of the context as fits; None if the sample does not even fit without.
 
     The context alone is cut: a conversation at its beginning, another text at its end. What is gone is marked.
 
     Args:
-        build: makes the prompt of a sample.
         sample: what is judged.
         dialogue: whether the context is a conversation.
-        excess: by how many tokens a prompt is too long; 0 or less if it fits.
+        excess: by how many tokens the prompt of a sample is too long; 0 or less if it fits.
     """
-    prompt = build(sample)
-    over = excess(prompt)
-    if over <= 0:
-        return prompt
+    over = excess(sample)
     text = context_text(sample.context)
     kept = len(text)
-    while kept > 0:
-        # a token has a character at least, four as a rule: few steps, none of which cuts much more than it must
+    while over > 0 and kept > 0:
+        # a token has a character at least, four as a rule: some steps, none of which cuts much more than it must
         kept = max(0, kept - max(over, 16))
-        cut = f"{CUT} {text[len(text) - kept :]}" if dialogue else f"{text[:kept]} {CUT}"
-        prompt = build(replace(sample, context=cut))
-        over = excess(prompt)
-        if over <= 0:
-            return prompt
-    return None
+        sample = replace(sample, context=f"{CUT} {text[len(text) - kept :]}" if dialogue else f"{text[:kept]} {CUT}")
+        over = excess(sample)
+    return sample if over <= 0 else None
 
 
 def kept_rationale(ending: str, rationale: str) -> str:

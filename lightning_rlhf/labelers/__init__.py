@@ -1,8 +1,9 @@
 """Labelers: comparison -> label, P(first response preferred). A plug-in folder: subclass `AbstractLabeler`."""
 
 from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.llm import LLMLabeler
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.labelers.reward import RewardLabeler
 
 
-__all__ = ["AbstractLabeler", "RecordedLabeler", "RewardLabeler"]
+__all__ = ["AbstractLabeler", "LLMLabeler", "RecordedLabeler", "RewardLabeler"]

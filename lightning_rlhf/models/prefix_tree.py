@@ -54,7 +54,7 @@ def grow(texts: Sequence[Sequence[int]]) -> Tree:
         texts: token ids, none empty; equal texts end at the same place.
     """
     rows = sorted(set(map(tuple, texts)))
-    common = [_common(left, right) for left, right in pairwise(rows)]
+    common = [common_length(left, right) for left, right in pairwise(rows)]
     ids: list[int] = []
     positions: list[int] = []
     nodes: list[Node] = []
@@ -93,7 +93,7 @@ def split_texts(texts: Sequence[Sequence[int]], tokens_per_batch: int) -> list[l
     for index in sorted(range(len(texts)), key=lambda i: tuple(texts[i])):
         cost = len(texts[index])
         if batches:
-            common = _common(texts[batches[-1][-1]], texts[index])
+            common = common_length(texts[batches[-1][-1]], texts[index])
             cost -= common if common >= WORTH_SHARING else 0
         if not batches or used + cost > tokens_per_batch:
             batches.append([])
@@ -175,7 +175,7 @@ def _rows(texts: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[in
     return batches
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
     """Number of tokens that two texts begin with alike."""
     shorter = min(len(left), len(right))
     return next((i for i in range(shorter) if left[i] != right[i]), shorter)

@@ -160,15 +160,27 @@ def weights_digest(reference: AbstractReference) -> str | None:
     """
     if reference not in _DIGESTS:
         with reference.active() as model:
-            tensors = _persistent_tensors(model)
-            if isinstance(reference, AdapterOffReference):
-                tensors = {n.replace(".base_layer.", "."): t for n, t in tensors.items() if ".lora_" not in n}
-            config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _CHANGES_NOTHING}
-            kind = f"{type(model).__qualname__} {json.dumps(config, sort_keys=True, default=str)}"
-            if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-                return None
-            _DIGESTS[reference] = _digest(kind, tensors)
+            digest = model_digest(model, without_adapter=isinstance(reference, AdapterOffReference))
+        if digest is None:
+            return None
+        _DIGESTS[reference] = digest
     return _DIGESTS[reference]
+
+
+def model_digest(model: PreTrainedModel, *, without_adapter: bool = False) -> str | None:
+    """Digest of weights and config; None for weights that are sharded.
+
+    Args:
+        model: the model.
+        without_adapter: leave a LoRA adapter out, and name the base as if it stood alone.
+    """
+    tensors = _persistent_tensors(model)
+    if without_adapter:
+        tensors = {n.replace(".base_layer.", "."): t for n, t in tensors.items() if ".lora_" not in n}
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return None
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _CHANGES_NOTHING}
+    return _digest(f"{type(model).__qualname__} {json.dumps(config, sort_keys=True, default=str)}", tensors)
 
 
 _DIGESTS: WeakKeyDictionary[AbstractReference, str] = WeakKeyDictionary()

@@ -2,7 +2,8 @@
 
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_score
 from lightning_rlhf.rewards.lexicon import LexiconReward
+from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
 
 
-__all__ = ["AbstractReward", "LexiconReward", "RewardModelReward", "RewardOutput", "checked_score"]
+__all__ = ["AbstractReward", "LLMScoreReward", "LexiconReward", "RewardModelReward", "RewardOutput", "checked_score"]

@@ -1,0 +1,108 @@
+"""How a tokenizer spells the labels behind an ending, and how their probabilities are read off a model.
+
+A label may be one token or several, with or without the space before it, and one label may begin another ("1" and
+"10"). Ending and label are tokenised together, as the model has seen them in its training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.models.prefix_tree import common_length
+
+
+Ids = tuple[int, ...]
+Reader = Callable[[Sequence[Ids], Sequence[int]], Tensor]
+"""Log-probabilities of targets behind texts, nats; as `lightning_rlhf.models.prefix_tree.next_token_logps` gives."""
+
+
+@dataclass(frozen=True)
+class LabelSpelling:
+    """Labels as token ids.
+
+    Args:
+        written: ids that follow the prefix when a label is written, by label.
+        spellings: all the ways of writing each label that are counted.
+        ended: labels that begin another label, and so count only where no digit follows.
+        digits: tokens that begin with a digit and would go on with a number.
+    """
+
+    written: tuple[Ids, ...]
+    spellings: tuple[tuple[Ids, ...], ...]
+    ended: tuple[bool, ...]
+    digits: Ids
+
+
+def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]) -> LabelSpelling:
+    """Find out how labels are written behind an ending.
+
+    The ids of ``ending + label`` less what all labels have in common are what has to be predicted: whether the space
+    before a digit belongs to the ending or to the label is so decided by the vocabulary. A number that is one token
+    ("10") is counted in two tokens as well, where the first is another label ("1", then "0").
+
+    Args:
+        tokenizer: the judge's tokenizer.
+        ending: end of the prompt.
+        labels: what the judge may answer.
+
+    Raises:
+        ValueError: if two labels are written alike.
+    """
+    whole = [tuple(tokenizer(ending + label, add_special_tokens=False)["input_ids"]) for label in labels]
+    cut = common_length(min(whole), max(whole))
+    written = tuple(ids[cut:] for ids in whole)
+    if not all(written):
+        # one label is what another begins with: the last common token is predicted too
+        written = tuple(ids[cut - 1 :] for ids in whole)
+    if len(set(written)) < len(labels):
+        raise ValueError(f"the tokenizer writes two of the labels {list(labels)} alike behind {ending!r}")
+    digits = {token: id_ for token, id_ in tokenizer.get_vocab().items() if token[:1] in set("0123456789")}
+    spellings, ended = [], []
+    for label, ids in zip(labels, written, strict=True):
+        found = [ids]
+        for shorter, start in zip(labels, written, strict=True):
+            rest = label[len(shorter) :]
+            if rest and label.startswith(shorter) and rest in digits:
+                found.append((*start, digits[rest]))
+        spellings.append(tuple(dict.fromkeys(found)))
+        ended.append(any(other != label and other.startswith(label) for other in labels))
+    return LabelSpelling(written, tuple(spellings), tuple(ended), tuple(sorted(digits.values())) if any(ended) else ())
+
+
+def label_logps(read: Reader, prefixes: Sequence[Ids], spelling: LabelSpelling) -> Tensor:
+    """Compute log P(label | prefix), nats; [prefixes, labels], float32.
+
+    The probability of a label is that of its tokens, summed over its spellings. Of a label that begins another one,
+    "1" beside "10", it is P("1") (1 - sum_d P(d | "1")) over the tokens d that begin with a digit, so that no
+    probability counts twice. Labels need not sum to one: the rest is what the judge would say instead.
+
+    Args:
+        read: gives log-probabilities of the next token.
+        prefixes: token ids of the prompts, up to where the labels begin.
+        spelling: the labels.
+    """
+    stems = {ids[:place] for ways in spelling.spellings for ids in ways for place in range(len(ids))}
+    stems |= {ids for ids, ended in zip(spelling.written, spelling.ended, strict=True) if ended}
+    targets = sorted({id_ for ways in spelling.spellings for ids in ways for id_ in ids} | set(spelling.digits))
+    ordered = sorted(stems)
+    logps = read([prefix + stem for prefix in prefixes for stem in ordered], targets).double()
+    logps = logps.view(len(prefixes), len(ordered), len(targets))
+    stem_at = {stem: i for i, stem in enumerate(ordered)}
+    target_at = {target: i for i, target in enumerate(targets)}
+
+    def of_tokens(ids: Ids) -> Tensor:
+        return torch.stack([logps[:, stem_at[ids[:i]], target_at[id_]] for i, id_ in enumerate(ids)]).sum(0)
+
+    columns = []
+    for ids, ways, ended in zip(spelling.written, spelling.spellings, spelling.ended, strict=True):
+        column = torch.stack([of_tokens(way) for way in ways]).logsumexp(0)
+        if ended:
+            goes_on = logps[:, stem_at[ids], [target_at[id_] for id_ in spelling.digits]].exp().sum(-1)
+            column = column + torch.log1p(-goes_on.clamp_max(1 - 1e-12))
+        columns.append(column)
+    return torch.stack(columns, 1).float()

