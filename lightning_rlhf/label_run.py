@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightning_rlhf.randomness import Key
 from lightning_rlhf.rounds import RoundCollector
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+from lightning_rlhf.types import Comparison, Label, Prompt
 
 
 PAGE = 1024
@@ -133,10 +133,15 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
     """Compare the pairs of round 0 with those that are to be labelled now.
 
     Raises:
-        ValueError: if one of them is another.
+        ValueError: if one of them is another, or the ledger has more of them.
     """
     for _, position, comparison, _ in store.walk([0]):
-        if position < len(prompts) and comparison.prompt != prompts[position]:
+        if position >= len(prompts):
+            raise ValueError(
+                f"ledger {store.path} holds more than the {len(prompts)} pairs of the data: a run may grow, not shrink; "
+                f"raise the limit again, or use another run_dir"
+            )
+        if comparison.prompt != prompts[position]:
             raise ValueError(
                 f"pair {position + 1} of the data is not the one that ledger {store.path} holds there (it begins "
                 f"{comparison.prompt.text[:60]!r}, now {prompts[position].text[:60]!r}): the data or their order "
@@ -153,19 +158,13 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
         bought: labels bought in this call.
         seconds: time that took.
     """
-    metric, pairs = JudgeMetrics(), 0
-    page: list[Preference] = []
-    for round_, _, comparison, label in store.walk([0]):
-        pairs += 1
-        if label is not None:
-            page.append(Preference(comparison, label, round_))
-        if len(page) == PAGE:
-            update(metric, page)
-            page = []
-    update(metric, page)
-    figures = {name: value.item() for name, value in metric.compute().items()} if pairs else {}
+    metric = JudgeMetrics()
+    rows = store.comparisons(0)
+    for start in range(0, len(rows), PAGE):
+        update(metric, [(c, label or store.history(id_)[-1]) for id_, c, label in rows[start : start + PAGE]])
+    figures = {name: value.item() for name, value in metric.compute().items()}
     return {
-        "pairs": pairs,
+        "pairs": len(rows),
         "labelled": store.num_labels,
         "failed": store.failed(0),
         "attempts": store.num_attempts,
@@ -177,11 +176,11 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
     }
 
 
-def update(metric: JudgeMetrics, preferences: list[Preference]) -> None:
-    """Give labelled comparisons to a metric; lengths are characters."""
-    comparisons, labels = [p.comparison for p in preferences], [p.label for p in preferences]
+def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> None:
+    """Give comparisons and their last labels, failed ones too, to a metric; lengths are characters."""
+    comparisons, labels = [comparison for comparison, _ in judged], [label for _, label in judged]
     metric.update(
-        torch.tensor([p.probability for p in preferences], dtype=torch.float64),
+        torch.tensor([float("nan") if x.probability is None else x.probability for x in labels], dtype=torch.float64),
         torch.tensor([human_probability(c) for c in comparisons], dtype=torch.float64),
         torch.tensor([[len(c.a.text), len(c.b.text)] for c in comparisons]).view(-1, 2),
         *(_noted(labels, name) for name in ("first_forward", "first_reverse", "mass")),
@@ -206,7 +205,7 @@ def label_lines(report: Mapping[str, Any]) -> list[str]:
         f"labelled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
         f"cost {report['cost']:.6g}{failed}; {report['bought_now']} in this call{speed}"
     )
-    return [first, *(judge_lines(report["figures"]) if report["labelled"] else [])]
+    return [first, *judge_lines(report["figures"])]
 
 
 def progress_bar(description: str, total: int) -> AbstractContextManager[Any]:

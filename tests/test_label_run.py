@@ -204,6 +204,8 @@ def test_more_rows_extend_a_run_and_other_rows_are_refused(tmp_path: Path) -> No
     run_dir = str(tmp_path / "run")
     assert LabelRun(source(tmp_path, rows, limit=2), Judge(), run_dir=run_dir).run()["bought_now"] == 2
     assert LabelRun(source(tmp_path, rows), Judge(), run_dir=run_dir).run()["bought_now"] == 4
+    with pytest.raises(ValueError, match=r"holds more than the 5 pairs"):
+        LabelRun(source(tmp_path, rows, limit=5), Judge(), run_dir=run_dir).run()
     rows[3]["prompt"] = "another"
     with pytest.raises(ValueError, match=r"pair 4 of the data is not the one"):
         LabelRun(source(tmp_path, rows), Judge(), run_dir=run_dir).run()

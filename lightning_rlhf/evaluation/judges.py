@@ -41,7 +41,7 @@ class JudgeMetrics(Metric):
       `lightning_rlhf.evaluation.calibration`. Brier is the mean of (P - label)^2.
     - ``longer_alignment``, ``_low``, ``_high``: what "the longer response is better" would get, the baseline that a
       labeler must beat (take one minus it where the shorter ones are better).
-    - ``prefers_longer``: share of all pairs in which the labeler prefers the longer response.
+    - ``prefers_longer``: share of the labelled pairs in which the labeler prefers the longer response.
     - ``same_position``, ``_low``, ``_high``: share of pairs judged in both orders in which the same position wins, so
       that the order and not the content decided.
     - ``first_position``: of those, the share in which it is the first; ``first_position_p``: two-sided binomial p-value
@@ -75,7 +75,8 @@ class JudgeMetrics(Metric):
         """Take in pairs; NaN stands for what is not known of a pair.
 
         Args:
-            probability: P(a preferred) by the labeler, [pairs].
+            probability: P(a preferred) by the labeler, [pairs]; NaN where it gave no label, as for too little mass,
+                which still counts in the figures about position and mass.
             human: P(a preferred) by people, 0 or 1 as a rule, [pairs].
             lengths: lengths of a and b, in any unit, [pairs, 2].
             first_forward: P(first label) with a shown first, [pairs].
@@ -90,15 +91,15 @@ class JudgeMetrics(Metric):
             for value in (first_forward, first_reverse, mass)
         )
         longer = lengths[:, 0].double().to(device) - lengths[:, 1].double().to(device)
-        labelled = ~human.isnan()
+        decided, labelled = ~probability.isnan(), ~(probability + human).isnan()
         chosen, stated, gap = human[labelled], probability[labelled], longer[labelled]
         position = same_position(forward, reverse)[~(forward + reverse).isnan()]
         masses = mass[~mass.isnan()]
         ones = torch.ones_like
         self.sums = self.sums + torch.stack(
             [
-                ones(probability).sum(),
-                reward_accuracy(longer, probability).sum(),
+                decided.double().sum(),
+                reward_accuracy(longer, probability)[decided].sum(),
                 ones(chosen).sum(),
                 reward_accuracy(stated - 0.5, chosen).sum(),
                 (stated - chosen).square().sum(),

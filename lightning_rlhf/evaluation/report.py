@@ -70,7 +70,7 @@ def judge_rows(figures: Figures) -> list[tuple[str, str, str]]:
             ("ECE", f"{figures['ece']:.3f}", "expected calibration error, ten bins of the confidence; 0 is best"),
             ("Brier score", f"{figures['brier']:.3f}", "mean squared error of the probability; a coin has 0.25"),
         ]
-    rows.append(("prefers the longer", percent(figures, "prefers_longer"), "of all pairs, ties one half"))
+    rows.append(("prefers the longer", percent(figures, "prefers_longer"), "of the labelled pairs, ties one half"))
     if figures["position_pairs"]:
         rows.append(
             (

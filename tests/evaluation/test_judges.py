@@ -71,6 +71,18 @@ def test_labelers_that_are_no_judges_and_pairs_without_human_labels_leave_those_
     assert (found["pairs"], found["human_pairs"]) == (2, 0)
 
 
+def test_pairs_without_a_verdict_count_for_position_and_mass_alone() -> None:
+    metric, more = JudgeMetrics(), JudgeMetrics()
+    metric.update(*columns(TABLE))
+    more.update(*columns([*TABLE, (NAN, 1.0, 90, 1, 0.9, 0.8, 0.01)]))
+    expected, found = figures(metric), figures(more)
+    assert found["mass_min"] == 0.01
+    assert found["mass_low"] == pytest.approx(2 / 5)
+    assert found["same_position"] == pytest.approx(4 / 6)
+    for name in ("alignment", "brier", "ece", "prefers_longer", "longer_alignment", "pairs", "human_pairs"):
+        assert found[name] == expected[name]
+
+
 def test_a_judge_of_positions_is_all_bias_and_a_judge_of_contents_has_none() -> None:
     quality = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, -1.0]])
     lengths, human = torch.ones(3, 2), torch.tensor([1.0, 0.0, 1.0])
