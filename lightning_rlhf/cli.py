@@ -42,6 +42,7 @@ import lightning_rlhf.rewards
 import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
 from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.datamodule import PreferenceDataModule
+from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
 from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
@@ -253,7 +254,7 @@ def fingerprint(config: Namespace) -> dict[str, Any]:
     return {**settings, "seed_everything": config.get("seed_everything")}
 
 
-VERBS = {"label": LabelRun}
+VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": EvaluationRun, "label": LabelRun}
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
 FREE_OF_VERBS = {

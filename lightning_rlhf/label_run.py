@@ -138,8 +138,8 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
     for _, position, comparison, _ in store.walk([0]):
         if position >= len(prompts):
             raise ValueError(
-                f"ledger {store.path} holds more than the {len(prompts)} pairs of the data: a run may grow, not shrink; "
-                f"raise the limit again, or use another run_dir"
+                f"ledger {store.path} holds more than the {len(prompts)} pairs of the data: a run may grow, not "
+                f"shrink; raise the limit again, or use another run_dir"
             )
         if comparison.prompt != prompts[position]:
             raise ValueError(
