@@ -26,7 +26,7 @@ from lightning_rlhf.losses.policy_gradient import (
     response_weights,
     value_loss,
 )
-from lightning_rlhf.models.load import LoRA, load_scorer, resolve_checkpoint, scalar_head
+from lightning_rlhf.models.load import LoRA, load_scorer, resolve_checkpoint, score_head
 from lightning_rlhf.models.logprobs import Layout, response_logps
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import ReferenceRule
@@ -190,7 +190,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         ).to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
         if not is_scorer(self.value_checkpoint, self.trust_remote_code):
             # a random head would begin with random advantages
-            head = scalar_head(self.value_model)
+            head = score_head(self.value_model)
             for parameter in head.parameters():
                 torch.nn.init.zeros_(parameter)
 
@@ -336,7 +336,7 @@ class PolicyGradientModule(AbstractPolicyModule):
     def _values(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> list[Tensor]:
         return response_values(
             self.value_model.base_model,
-            scalar_head(self.value_model),
+            score_head(self.value_model),
             groups,
             layout=self.layout,
             tokens_per_batch=tokens_per_batch,
