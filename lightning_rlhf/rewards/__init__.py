@@ -4,6 +4,15 @@ from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_sc
 from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
+from lightning_rlhf.rewards.server import ServerScoreReward
 
 
-__all__ = ["AbstractReward", "LLMScoreReward", "LexiconReward", "RewardModelReward", "RewardOutput", "checked_score"]
+__all__ = [
+    "AbstractReward",
+    "LLMScoreReward",
+    "LexiconReward",
+    "RewardModelReward",
+    "RewardOutput",
+    "ServerScoreReward",
+    "checked_score",
+]
