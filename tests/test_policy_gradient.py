@@ -135,6 +135,25 @@ def test_credit_by_hand(tiny_policy: Path) -> None:
     assert group.targets == pytest.approx((1.85, 1.9, 1.1))  # the value model learns what it learnt before
 
 
+def test_the_loss_is_that_of_response_tokens_alone(tmp_path: Path, tiny_policy: Path) -> None:
+    """By hand from all logits, row by row: prompts and filling carry nothing, and the value model reads states."""
+    kept = Steps()
+    options = {"beta": 0.2, "kl_placement": "loss_k2", "value_coefficient": 0.5, "aggregation": "sequence_mean"}
+    policy = module(tiny_policy, LearnedBaseline(), **options)
+    decoding = Decoding(max_new_tokens=5, rows=4, temperature=0.7)
+    trainer(tmp_path, kept, max_epochs=1).fit(policy, datamodule=data(prompts_per_batch=4, decoding=decoding))
+    start, losses = AutoModelForCausalLM.from_pretrained(tiny_policy), []
+    for rollout in kept.rounds[0].rollouts:
+        prompt, ids = rollout.prompt.ids, rollout.response.ids
+        with torch.no_grad():
+            logits = start(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        # the head of the value model begins at zero, and every token returns (1 - beta) R; policy and reference agree
+        returns = 0.8 * rollout.reward
+        losses.append((-logps * returns + 0.5 * returns**2).mean())
+    assert kept.outputs[0]["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
