@@ -110,7 +110,7 @@ class FaultServer:
         with self._lock:
             before = self.requests.count(request)
             self.requests.append(request)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             self.times.append(time.monotonic())
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)

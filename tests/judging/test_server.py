@@ -519,7 +519,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
         with pytest.raises(ServerError) as caught:
             labeler.label([pair(3, "fatal", "fatal")], KEY)
     assert [label.status for label in labels] == ["ok", "invalid", "invalid"]
-    assert {headers["Authorization"] for headers in endpoint.headers} == {f"Bearer {SECRET}"}
+    assert {headers["authorization"] for headers in endpoint.headers} == {f"Bearer {SECRET}"}
     assert "[API key]" in labels[1].meta["fault"]
     assert "[API key]" in str(caught.value)
     chain: list[BaseException] = [caught.value]
