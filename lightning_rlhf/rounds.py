@@ -73,7 +73,7 @@ class RoundCollector:
     ) -> None:
         self.store, self.sampler, self.labeler, self.key = store, sampler, labeler, key
         self.label_attempts = label_attempts
-        self.progress: Progress = progress or _silent
+        self.progress: Progress = progress or silent
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
 
     def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
@@ -92,7 +92,7 @@ class RoundCollector:
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
             if self.store is not None:
-                result.labels_bought = self._label(index, chunk)
+                result.labels_bought = self.label(index, chunk)
                 self.store.close_round(index, {"prompts": len(prompts), "failed": self.store.failed(index)})
             result.labelling_seconds = time.perf_counter() - start
         read = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
@@ -108,7 +108,8 @@ class RoundCollector:
         if engine is None and self.sampler.needs_engine:
             raise ValueError(
                 f"{type(self.sampler).__name__} draws responses, and this module has no policy to draw from: set "
-                f"data.sampler=OfflineSampler, and give rows with recorded pairs"
+                f"data.sampler=OfflineSampler, and give rows with recorded pairs; or, for a reward model, name what is "
+                f"to be drawn from as model.policy"
             )
         with self.progress(f"round {index}: sampling", len(missing)) as bar:
             if engine is not None:
@@ -129,8 +130,8 @@ class RoundCollector:
                     self.store.add_comparisons(index, everyone, positions)
                 bar.update(len(positions))
 
-    def _label(self, index: int, chunk: int) -> int:
-        """Buy the labels that are missing, chunk by chunk; returns how many."""
+    def label(self, index: int, chunk: int) -> int:
+        """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many."""
         assert self.store is not None
         bought = 0
         key = self.key.fold(_LABELLING, index)
@@ -242,7 +243,8 @@ def refreshed(preferences: Sequence[Preference], engine: DecodeEngine | None) ->
 Progress = Callable[[str, int], AbstractContextManager[Any]]
 
 
-def _silent(description: str, total: int) -> AbstractContextManager[Any]:
+def silent(description: str, total: int) -> AbstractContextManager[Any]:
+    """Make a progress bar that shows nothing."""
     bar: AbstractContextManager[Any] = tqdm(total=total, desc=description, disable=True)
     return bar
 
