@@ -33,9 +33,11 @@ class PairSummary(Callback):
             return
         accuracy, pairs = figures["accuracy"], figures["pairs"]
         error = math.sqrt(accuracy * (1 - accuracy) / pairs)
+        # whichever of "the longer" and "the shorter is better" is right more often on these pairs
+        by_length = max(figures["longer_accuracy"], 1 - figures["longer_accuracy"])
         print(
-            f"held-out accuracy {accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs (the longer response: "
-            f"{figures['longer_accuracy']:.3f}), Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}, "
+            f"held-out accuracy {accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs (by length alone: "
+            f"{by_length:.3f}), Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}, "
             f"{trainer.global_step} steps",
             flush=True,
         )

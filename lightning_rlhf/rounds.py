@@ -108,7 +108,8 @@ class RoundCollector:
         if engine is None and self.sampler.needs_engine:
             raise ValueError(
                 f"{type(self.sampler).__name__} draws responses, and this module has no policy to draw from: set "
-                f"data.sampler=OfflineSampler, and give rows with recorded pairs"
+                f"data.sampler=OfflineSampler, and give rows with recorded pairs; or, for a reward model, name what is "
+                f"to be drawn from as model.policy"
             )
         with self.progress(f"round {index}: sampling", len(missing)) as bar:
             if engine is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 # Before torch, transformers or trl are imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LIGHTNING_RLHF_REFERENCE_CACHE", "off")  # what one test computed is no other's business
+os.environ.setdefault("LIGHTNING_RLHF_JUDGE_CACHE", "off")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -42,10 +43,19 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of a few thousand parameters, a byte-level tokenizer and a chat template."""
+    return _tiny_llama(tmp_path_factory.mktemp("tiny_policy"), window=256)
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a window that the prompts of judges fit into."""
+    return _tiny_llama(tmp_path_factory.mktemp("tiny_judge"), window=4096)
+
+
+def _tiny_llama(folder: Path, window: int) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_policy")
     specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
@@ -65,7 +75,7 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=window,
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=0,

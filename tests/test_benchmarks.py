@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
         ("reward_step", ["--peer", "trl"]),
         ("online_round", []),
         ("generation", []),
+        ("judge", []),
     ],
 )
 def test_a_benchmark_prints_a_table_and_a_line_of_json(tmp_path: Path, name: str, options: list[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import PreferenceDataModule
 from lightning_rlhf.cli import main
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.labelers import RecordedLabeler
-from lightning_rlhf.models.load import load_tokenizer
+from lightning_rlhf.labelers import RecordedLabeler, RewardLabeler
+from lightning_rlhf.models.load import LoRA, load_tokenizer
+from lightning_rlhf.models.scorer import Ensemble, open_scorer
 from lightning_rlhf.modules import RewardModule
 from lightning_rlhf.modules.reward import padding_id
 from lightning_rlhf.prompts import DatasetPrompts, tokenize_rows
 from lightning_rlhf.prompts.tokenize import encode_answers
-from lightning_rlhf.rewards import RewardModelReward
-from lightning_rlhf.samplers import OfflineSampler, VanillaSampler
+from lightning_rlhf.rewards import AbstractReward, RewardModelReward, RewardOutput, combine, disagreement
+from lightning_rlhf.samplers import AbstractPairSampler, BestOfNSampler, OfflineSampler, PILAFSampler, VanillaSampler
 from lightning_rlhf.types import Prompt, PromptRow, RecordedPair, Response
 
 
@@ -155,34 +157,208 @@ def weights(module: RewardModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "adapter": {"lora": LoRA(r=2, dropout=0.1)},
+    "adapters": {"ensemble": Ensemble("lora", 2, diversity=0.1), "lora": LoRA(r=2)},
+    "mean": {"ensemble": Ensemble("independent", 2, loss="mean")},
+}
+
+
 def fit(
-    folder: Path, tiny_policy: Path, *callbacks: L.Callback, ckpt: str | None = None, **options: Any
+    folder: Path,
+    tiny_policy: Path,
+    *callbacks: L.Callback,
+    ckpt: str | None = None,
+    kind: str = "whole",
+    **options: Any,
 ) -> RewardModule:
     L.seed_everything(0)
-    module = RewardModule(str(tiny_policy), learning_rate=1e-2, margin=0.1, center_coefficient=0.01)
+    module = RewardModule(str(tiny_policy), learning_rate=1e-2, margin=0.1, center_coefficient=0.01, **KINDS[kind])
     trainer(folder, *callbacks).fit(module, datamodule=data(folder, **options), ckpt_path=ckpt)
     return module
 
 
-def test_passes_change_nothing_but_the_passes(tmp_path: Path, tiny_policy: Path) -> None:
-    whole = fit(tmp_path / "whole", tiny_policy, tokens_per_batch=None)
-    parts = fit(tmp_path / "parts", tiny_policy, tokens_per_batch=30)
+@pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
+@pytest.mark.parametrize("kind", ["whole", "adapters", "mean"])
+def test_passes_change_nothing_but_the_passes(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
+    whole = fit(tmp_path / "whole", tiny_policy, tokens_per_batch=None, kind=kind)
+    parts = fit(tmp_path / "parts", tiny_policy, tokens_per_batch=30, kind=kind)
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-4, rtol=1e-3)
 
 
-def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_policy: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
+@pytest.mark.parametrize("kind", ["whole", "adapter", "adapters"])
+def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
     folder = tmp_path / "run"
     every = ModelCheckpoint(folder / "ckpt", every_n_train_steps=1, save_top_k=-1)
-    straight = weights(fit(folder, tiny_policy, every))
+    straight = weights(fit(folder, tiny_policy, every, kind=kind))
     checkpoints = sorted((folder / "ckpt").glob("*.ckpt"))
     assert len(checkpoints) == 6
-    for number, checkpoint in enumerate(checkpoints):
+    for number, checkpoint in enumerate(checkpoints if kind == "whole" else checkpoints[2:4]):
         copy = shutil.copytree(folder, tmp_path / f"again{number}")
-        torch.testing.assert_close(weights(fit(copy, tiny_policy, ckpt=str(checkpoint))), straight, atol=0, rtol=0)
+        again = weights(fit(copy, tiny_policy, ckpt=str(checkpoint), kind=kind))
+        torch.testing.assert_close(again, straight, atol=0, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
+def test_the_bonus_for_diversity_makes_adapters_read_more_directions(tmp_path: Path, tiny_policy: Path) -> None:
+    ratios = []
+    for diversity in (0.0, 1.0):
+        L.seed_everything(0)
+        ensemble = Ensemble("lora", 2, diversity=diversity)
+        module = RewardModule(str(tiny_policy), ensemble, LoRA(r=2), learning_rate=1e-2)
+        trainer(tmp_path, max_epochs=5).fit(module, datamodule=data(tmp_path / str(diversity)))
+        ratios.append(module._diversity().item())
+    assert ratios[0] < ratios[1] <= 2.0  # 2 is the most that 2 x 2 directions allow
+
+
+def test_an_ensemble_in_two_phases_knows_how_sure_it_is(tmp_path: Path, tiny_policy: Path) -> None:
+    train, heldout = write_rows(tmp_path / "train.jsonl", 96), write_rows(tmp_path / "heldout.jsonl", 24, first=1000)
+    rows = [f"--data.prompts.path={train}", "--data.heldout=DatasetPrompts", f"--data.heldout.path={heldout}"]
+    settings = ["--config", "reward_ensemble", *SETTINGS[2:], *rows, "--trainer.max_epochs=4"]
+    settings += ["--trainer.check_val_every_n_epoch=4"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(["fit", *settings, f"--model.backbone={tiny_policy}", f"--run_dir={first}"])
+    lora = ["--model.ensemble.kind=lora", "--model.lora.r=2", f"--model.backbone={first / 'model'}"]
+    main(["fit", *settings, *lora, f"--run_dir={second}"])
+    for folder, kind in ((first, "linear"), (second, "lora")):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["accuracy"] > 0.9
+        assert summary["members/accuracy"] > 0.9
+        assert summary["members/std"] > 0
+        manifest = json.loads((folder / "model" / "ensemble.json").read_text())
+        assert (manifest["kind"], manifest["size"], len(manifest["means"])) == (kind, 3, 3)
+
+        prompt, responses = Prompt(0, (), "say 3: "), [Response((1,), text, "eos") for text in ("aaz", "aay", "b")]
+        path = str(folder / "model")
+        plain = RewardModelReward(path).score([prompt] * 3, responses)
+        assert plain.members is not None
+        assert plain.std is not None
+        assert plain.members.shape == (3, 3)
+        torch.testing.assert_close(plain.mean, combine(plain.members))
+        torch.testing.assert_close(plain.std, disagreement(plain.members))
+        assert plain.mean[0] > plain.mean[1]
+        # rules work on members with mean 0 and deviation 1, and put the result back on the average scale
+        unit = RewardModelReward(path, normalize=True).score([prompt] * 3, responses)
+        assert unit.members is not None
+        scale, shift = sum(manifest["stds"]) / 3, sum(manifest["means"]) / 3
+        for rule in ("mean", "lcb", "uwo", "wco"):
+            found = RewardModelReward(path, combine=rule, coefficient=0.5).score([prompt] * 3, responses).mean  # type: ignore[arg-type]
+            expected = scale * combine(unit.members, rule, 0.5) + shift  # type: ignore[arg-type]
+            torch.testing.assert_close(found, expected)
+
+
+class HighEnding(AbstractReward):
+    """Whether the last byte of a response is of the second half of the alphabet."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        del prompts
+        return RewardOutput(torch.tensor([4.0 * (r.ids[-1] >= 130) for r in responses]))
+
+
+class Accuracies(L.Callback):
+    """Whether each pair that is no tie was ranked rightly when it was met, which was the first time for all of them."""
+
+    def __init__(self) -> None:
+        self.values: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        right = outputs["chosen_rewards"] > outputs["rejected_rewards"]
+        self.values += right[outputs["label"] > 0.9].tolist()
+
+
+@pytest.fixture
+def moved_policy(tmp_path: Path, tiny_policy: Path) -> Path:
+    """The tiny policy, moved away from where it began."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    folder = shutil.copytree(tiny_policy, tmp_path / "moved")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("sampler", [PILAFSampler(), VanillaSampler(), BestOfNSampler(n=3)])
+def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
+    tmp_path: Path, tiny_policy: Path, moved_policy: Path, sampler: AbstractPairSampler
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}: "}) for i in range(64)))
+    drawing = PreferenceDataModule(
+        DatasetPrompts(str(tmp_path / "prompts.jsonl")),
+        sampler,
+        RewardLabeler(HighEnding(), rule="soft"),
+        pairs_per_batch=8,
+        prompts_per_round=64,
+        decoding=Decoding(max_new_tokens=3),
+    )
+    L.seed_everything(0)
+    reference = None if isinstance(sampler, VanillaSampler) else str(tiny_policy)
+    module = RewardModule(str(tiny_policy), policy=str(moved_policy), reference=reference, learning_rate=2e-2)
+    accuracies, keep = Accuracies(), ModelCheckpoint(tmp_path / "ckpt")
+    trainer(tmp_path, accuracies, keep, max_epochs=12).fit(module, datamodule=drawing)
+    assert drawing.round is not None
+    assert drawing.round.index == 11  # a round per epoch, none of them recorded
+    assert {c.a.source for c in drawing.round.comparisons} <= {"policy", "plus"}
+    if isinstance(sampler, PILAFSampler):
+        laws = {(c.branch, c.a.source, c.b.source) for c in drawing.round.comparisons}
+        assert laws == {("tilt", "plus", "minus"), ("base", "policy", "policy")}
+    late = accuracies.values[-150:]
+    assert sum(late) / len(late) > 0.75
+    # the policy stays what it was, and out of the checkpoints
+    policy = module._drawn_from[0] if module._drawn_from else None
+    before = AutoModelForCausalLM.from_pretrained(moved_policy)
+    assert policy is not None
+    for p, q in zip(policy.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=0, rtol=0)
+    saved = torch.load(keep.best_model_path, weights_only=False)["state_dict"]
+    assert {name.partition(".")[0] for name in saved} == {"scorer"}
+
+
+def test_sample_draws_from_the_policy_of_a_reward_model(tmp_path: Path, tiny_policy: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}: "}) for i in range(3)))
+    main(
+        [
+            *("sample", *SETTINGS, f"--model.backbone={tiny_policy}", f"--model.policy={tiny_policy}"),
+            *(f"--data.prompts.path={tmp_path / 'prompts.jsonl'}", "--data.sampler=VanillaSampler"),
+            *(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'pairs.jsonl'}"),
+        ]
+    )
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_policy_of_another_family_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    other = shutil.copytree(tiny_policy, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ValueError, match="has another chat template than the backbone"):
+        RewardModule(str(tiny_policy), policy=str(other)).configure_model()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ValueError, match="has another vocabulary than the backbone"):
+        RewardModule(str(tiny_policy), policy=str(other)).configure_model()
+    with pytest.raises(ValueError, match=r"set model\.policy too"):
+        RewardModule(str(tiny_policy), reference=str(tiny_policy))
+    with pytest.raises(ValueError, match=r"model\.beta must be > 0; got 0"):
+        RewardModule(str(tiny_policy), beta=0.0)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        [],
+        [
+            *("--model.ensemble.kind=lora", "--model.ensemble.size=2", "--model.ensemble.diversity=0.1"),
+            *("--model.lora.r=2", "--model.lora.target_modules=[q_proj]"),
+        ],
+    ],
+    ids=["single", "adapters"],
+)
+def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, model: list[str]) -> None:
     # 22 rows: the last batch and the validation are uneven
     train, heldout = write_rows(tmp_path / "train.jsonl", 22), write_rows(tmp_path / "heldout.jsonl", 7, first=50)
     summaries, models = [], []
@@ -193,7 +369,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
         devices = [] if name == "one" else ["--trainer.devices=2", "--trainer.accelerator=cpu"]
         done = subprocess.run(
             [
-                *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", *SETTINGS, *extra, *devices),
+                *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", *SETTINGS, *extra, *devices, *model),
                 *("--trainer.precision=32-true", f"--model.backbone={tiny_policy}", f"--data.prompts.path={train}"),
                 *("--data.heldout=DatasetPrompts", f"--data.heldout.path={heldout}", f"--run_dir={tmp_path / name}"),
             ],
@@ -204,13 +380,13 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
-        models.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "model"))
+        models.append(open_scorer(str(tmp_path / name / "model")))
     for key, value in summaries[0].items():
         assert summaries[1][key] == (value and pytest.approx(value, abs=1e-4)), key
     assert summaries[0]["pairs"] == 7
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-    assert models[0].config.reward_std == pytest.approx(models[1].config.reward_std, rel=1e-4)
+    assert models[0].stds == pytest.approx(models[1].stds, rel=1e-4)
 
 
 def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
@@ -229,3 +405,7 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
         RewardModelReward("/nowhere/at/all")
     with pytest.raises(ValueError, match=r"train with data\.heldout"):
         RewardModelReward(str(tiny_policy), normalize=True).score([], [])
+    with pytest.raises(ValueError, match="combine=wco needs an ensemble"):
+        RewardModelReward(str(tiny_policy), combine="wco").score([], [])
+    with pytest.raises(ValueError, match="combine must be one of"):
+        RewardModelReward(str(tiny_policy), combine="max")  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
-"""Evaluation: means with their errors, judges against people, policies against each other, and a run's frontier."""
+"""Evaluation: means with their errors, how good reward models, judges and policies are, and a run's frontier."""
 
+from lightning_rlhf.evaluation.best_of_n import BestOfN, best_of_n_accuracy, best_of_n_gold
 from lightning_rlhf.evaluation.concordance import KendallsW, kendalls_w
 from lightning_rlhf.evaluation.frontier import FrontierPoint, read_frontier, write_frontier
 from lightning_rlhf.evaluation.judges import JudgeMetrics
@@ -11,6 +12,7 @@ from lightning_rlhf.evaluation.wins import HarmlessRate, WinRate
 
 
 __all__ = [
+    "BestOfN",
     "FrontierPoint",
     "HarmlessRate",
     "JudgeMetrics",
@@ -18,6 +20,8 @@ __all__ = [
     "MeanWithError",
     "PairMetrics",
     "WinRate",
+    "best_of_n_accuracy",
+    "best_of_n_gold",
     "kendalls_w",
     "length_controlled_rate",
     "mean_with_error",

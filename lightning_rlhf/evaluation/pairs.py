@@ -13,6 +13,9 @@ from lightning_rlhf.losses.preference import reward_accuracy
 MARGINS = (0.5, 1.0, 2.0)
 """Borders between the classes of ``|r(a) - r(b)|`` that accuracies are given for."""
 
+LENGTH_RATIOS = (1.25, 2.0)
+"""Borders between the classes of longer over shorter length that accuracies are given for."""
+
 
 class PairMetrics(Metric):
     """Accuracy, calibration and length bias of a reward model on labelled pairs.
@@ -28,6 +31,8 @@ class PairMetrics(Metric):
     - ``ece``: expected calibration error: mean over pairs of |confidence - accuracy| in ten bins of the confidence
       max(P, 1 - P), a tenth of [0.5, 1] wide.
     - ``accuracy_margin/...``: accuracy among pairs whose rewards differ by 0 to 0.5, 0.5 to 1, 1 to 2, and over 2.
+    - ``accuracy_length_ratio/...``: accuracy among pairs whose longer response has 1 to 1.25, 1.25 to 2, and over 2
+      times the length of the other.
     - ``accuracy_better_longer``, ``accuracy_better_shorter``: accuracy where the better response is the longer one, and
       where it is the shorter one; far apart in a model that looks at the length.
     - ``pairs``: their number.
@@ -40,12 +45,14 @@ class PairMetrics(Metric):
     bins: Tensor
     margins: Tensor
     lengths: Tensor
+    ratios: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("bins", empty_bins(), dist_reduce_fx="sum")
         self.add_state("margins", torch.zeros(len(MARGINS) + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("ratios", torch.zeros(len(LENGTH_RATIOS) + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("lengths", torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, labels: Tensor, lengths: Tensor) -> None:
@@ -54,7 +61,7 @@ class PairMetrics(Metric):
         Args:
             scores: rewards of a and b, [pairs, 2].
             labels: P(a preferred) in [0, 1], [pairs].
-            lengths: lengths of a and b, in any unit, [pairs, 2].
+            lengths: lengths of a and b, in any unit, > 0, [pairs, 2].
         """
         device = self.sums.device
         difference = (scores[:, 0] - scores[:, 1]).detach().double().to(device)
@@ -71,6 +78,9 @@ class PairMetrics(Metric):
         borders = torch.tensor(MARGINS, dtype=torch.float64, device=device)
         counted = torch.stack([torch.ones_like(agrees), agrees], 1)
         self.margins = self.margins.index_add(0, torch.bucketize(difference.abs(), borders, right=True), counted)
+        ratio = lengths.amax(1) / lengths.amin(1)
+        borders = torch.tensor(LENGTH_RATIOS, dtype=torch.float64, device=device)
+        self.ratios = self.ratios.index_add(0, torch.bucketize(ratio, borders, right=True), counted)
         better_longer = longer * (labels - 0.5)
         by_length = [counted[chosen].sum(0) for chosen in (better_longer > 0, better_longer < 0)]
         self.lengths = self.lengths + torch.stack(by_length)
@@ -80,6 +90,7 @@ class PairMetrics(Metric):
         pairs, agree, longer, brier, nll = self.sums.unbind()
         names = ["0-0.5", "0.5-1", "1-2", "2-inf"]
         by_margin = zip(names, self.margins, strict=True)
+        by_ratio = zip(("1-1.25", "1.25-2", "2-inf"), self.ratios, strict=True)
         return {
             "accuracy": agree / pairs,
             "longer_accuracy": longer / pairs,
@@ -87,6 +98,7 @@ class PairMetrics(Metric):
             "nll": nll / pairs,
             "ece": expected_calibration_error(self.bins),
             **{f"accuracy_margin/{name}": right / count for name, (count, right) in by_margin},
+            **{f"accuracy_length_ratio/{name}": right / count for name, (count, right) in by_ratio},
             "accuracy_better_longer": self.lengths[0, 1] / self.lengths[0, 0],
             "accuracy_better_shorter": self.lengths[1, 1] / self.lengths[1, 0],
             "pairs": pairs,

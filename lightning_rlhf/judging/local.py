@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -117,7 +118,7 @@ class LocalJudge:
     def prompt_ids(self, prompt: JudgePrompt) -> Ids:
         """Token ids of a prompt with its ending; special tokens that the text spells out are read as plain text."""
         before, separator, after = self.frame
-        return before + self._untrusted(prompt.body + separator) + after + self._untrusted(prompt.ending)
+        return before + self._untrusted(prompt.body + separator) + after + self._untrusted(prompt.answer)
 
     def excess(self, prompt: JudgePrompt, reserved: int) -> int:
         """Tokens by which a prompt and ``reserved`` more are too long for the model; 0 or less if they fit."""
@@ -193,7 +194,7 @@ class LocalJudge:
 
     def _prefix(self, prompt: JudgePrompt, label: str, spelling: LabelSpelling) -> Ids:
         """Token ids up to where the labels begin, from those of prompt and label together."""
-        ids = self.prompt_ids(JudgePrompt(prompt.body, prompt.ending + label))
+        ids = self.prompt_ids(replace(prompt, ending=prompt.ending + label))
         written = spelling.written[0]
         assert ids[-len(written) :] == written, "endings are tokenised apart from what stands before them"
         return ids[: -len(written)]

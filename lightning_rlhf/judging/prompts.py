@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from lightning_rlhf.judging.task import Style, Task
+from lightning_rlhf.judging.task import PairTask, Style, Task
 from lightning_rlhf.types import Message, Prompt
 
 
@@ -41,17 +41,24 @@ class JudgePrompt:
     """A prompt for a judge.
 
     Args:
-        body: everything before the ending; a chat model gets it as the user's turn.
-        ending: what a chat model's answer begins with, and what a plain model continues.
+        body: instructions and sample; a chat model gets them as the user's turn.
+        ending: what is to be continued.
+        thoughts: what the judge has written before the ending, if anything.
     """
 
     body: str
     ending: str
+    thoughts: str = ""
+
+    @property
+    def answer(self) -> str:
+        """What a chat model's answer begins with: thoughts and ending."""
+        return f"{self.thoughts}\n\n{self.ending}" if self.thoughts else self.ending
 
     @property
     def text(self) -> str:
         """The whole prompt for a plain model."""
-        return f"{self.body}\n\n{self.ending}"
+        return f"{self.body}\n\n{self.answer}"
 
 
 def sample_of(prompt: Prompt, *candidates: str) -> Sample:
@@ -97,11 +104,14 @@ def pair_prompt(
     if shots:
         parts.append(YOUR_TURN)
     parts.append(_shown(task, sample, max_candidate_chars))
-    if thinking and rationale is None:
-        return JudgePrompt("\n\n".join(parts), pair.thinking)
-    if thinking:
-        parts.append(f"{pair.thinking} {kept_rationale(pair.ending, rationale or '')}".rstrip())
-    return JudgePrompt("\n\n".join(parts), pair.ending)
+    if not thinking:
+        return JudgePrompt("\n\n".join(parts), pair.ending)
+    # the request to think is the user's, the word before the rationale begins the judge's answer
+    request, _, opening = pair.thinking.rpartition("\n\n")
+    body = "\n\n".join([*parts, request] if request else parts)
+    if rationale is None:
+        return JudgePrompt(body, opening)
+    return JudgePrompt(body, pair.ending, f"{opening} {kept_rationale(pair.ending, rationale)}".rstrip())
 
 
 def rating_prompt(
@@ -178,8 +188,8 @@ def markers(task: Task) -> tuple[str, ...]:
 def harmless(text: str, marks: tuple[str, ...]) -> str:
     """Take the punctuation from what looks like a part of the prompt, and so its meaning.
 
-    ``Preferred response: 2`` becomes ``Preferred response 2``, rulers of equal signs are shortened. Writing, case and
-    spaces do not matter; twice is the same as once.
+    ``Response 2 - `` becomes ``Response 2 ``, rulers of equal signs are shortened. Writing, case and spaces do not
+    matter; twice is the same as once.
 
     Args:
         text: untrusted text.
@@ -202,13 +212,19 @@ def _pattern(mark: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)({spaced})\s*[{_PUNCTUATION}](?:\s*[{_PUNCTUATION}])*[^\S\n]*", re.IGNORECASE)
 
 
+def without_verdicts(text: str, pair: PairTask) -> str:
+    """Cut out what looks like a verdict on a pair, label and all: even without its colon it would sway a judge."""
+    labels = "|".join(map(re.escape, pair.labels))
+    return re.sub(rf"(?:{_pattern(pair.ending).pattern})+(?:(?:{labels})(?!\w))?", f"{CUT} ", text, flags=re.IGNORECASE)
+
+
 def _shown(task: Task, sample: Sample, max_chars: int | None) -> str:
     marks = markers(task)
     # the speakers of a conversation are ours, and each turn has been made harmless by itself
     in_context = tuple(mark for mark in marks if mark not in _TURNS)
     lines = [f"{task.context} - {harmless(context_text(sample.context), in_context)}"]
     for number, candidate in enumerate(sample.candidates, start=1):
-        text = candidate.strip()
+        text = candidate.strip() if task.pair is None else without_verdicts(candidate, task.pair).strip()
         if max_chars is not None and len(text) > max_chars:
             text = f"{text[:max_chars]} {CUT}"
         which = f" {number}" if len(sample.candidates) > 1 else ""

@@ -42,7 +42,7 @@ class PairTask:
         preambles: instructions by style, without the sentence that says what to output.
         verdict: closing sentence of the instructions when the label is asked for at once.
         reasons: closing sentence of the instructions when a rationale is asked for first.
-        thinking: what stands before the rationale.
+        thinking: what stands before the rationale: a request, and behind an empty line how the rationale begins.
         ending: text whose natural continuation is the label.
         prefers: ``better`` if the label names the better candidate, ``worse`` if it names the worse one.
         labels: what the judge may answer for the first and for the second candidate.
@@ -243,8 +243,12 @@ class _Section:
 
     def strings(self, name: str, default: Any) -> tuple[str, ...]:
         values = self.take(name, list, default)
-        if not values or not all(isinstance(value, str | int) and str(value) for value in values):
-            raise ValueError(f"{self.source}: {self.path}{name} must be a list of strings; got {values!r}")
+        texts = [value for value in values if isinstance(value, str | int) and not isinstance(value, bool)]
+        if not values or len(texts) < len(values) or not all(map(str, values)):
+            raise ValueError(
+                f"{self.source}: {self.path}{name} must be a list of strings (quote yes and no, which are booleans in "
+                f"YAML); got {values!r}"
+            )
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{self.source}: {self.path}{name} has equal entries; got {values!r}")
         return tuple(map(str, values))

@@ -22,7 +22,7 @@ from lightning_rlhf.losses.preference import (
     sigmoid_loss,
     xpo_bonus,
 )
-from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty
+from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",
+    "nuclear_norm_ratio",
     "reward_accuracy",
     "robust_loss",
     "sigmoid_loss",

@@ -6,6 +6,7 @@ carries no gradient.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,3 +41,17 @@ def centering_penalty(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tenso
         rejected_rewards: rewards of the other responses, [pairs]; carries gradient.
     """
     return (chosen_rewards + rejected_rewards).square()
+
+
+def nuclear_norm_ratio(matrix: Tensor) -> Tensor:
+    """Nuclear norm over Frobenius norm, ``||A||_* / ||A||_F``: between 1 and the root of the rank; float32 at least.
+
+    UP-RLHF (arXiv 2401.00243) subtracts its mean over layers from the loss, where A holds the down-projections of all
+    members' adapters, one below the other: N members that read the same r directions equally give sqrt(r), members that
+    read different ones up to sqrt(N r).
+
+    Args:
+        matrix: A, [rows, columns], not all zeros; carries gradient.
+    """
+    singular: Tensor = torch.linalg.svdvals(matrix if matrix.dtype == torch.float64 else matrix.float())
+    return singular.sum() / singular.square().sum().sqrt()

@@ -187,32 +187,49 @@ def load_policy(
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is None:
         return cast(PreTrainedModel, model.train())
-    _check_targets(model, lora.target_modules, policy)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+    adapted = cast(PeftModel, get_peft_model(model, lora_config(model, lora, policy, task_type="CAUSAL_LM")))
+    refuse_tied_targets(adapted)
+    return adapted.train()
+
+
+def lora_config(model: PreTrainedModel, lora: LoRA, name: str, task_type: str | None = None) -> LoraConfig:
+    """Say it in peft's words.
+
+    Args:
+        model: the model that gets adapters.
+        lora: which.
+        name: what to call the model in errors.
+        task_type: what peft takes the model for; a trunk without a head has none.
+
+    Raises:
+        ValueError: if layers are named that the model lacks.
+    """
+    _check_targets(model, lora.target_modules, name)
+    return LoraConfig(
+        task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if lora.top_layers == 1.0 else _upper_targets(model, lora),
     )
-    adapted = cast(PeftModel, get_peft_model(model, config))
-    refuse_tied_targets(adapted)
-    return adapted.train()
 
 
 def load_scorer(
     checkpoint: str,
     *,
+    num_scores: int = 1,
     dtype: str = "float32",
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model with a scalar head on the hidden state of a token, in train mode.
+    """Load a model with a linear head on the hidden state of a token, in train mode.
 
     Args:
         checkpoint: as for `resolve_checkpoint`: a reward model, or a causal LM, which gets a head that is drawn from
             torch's global generator.
+        num_scores: outputs of the head, >= 1. A checkpoint whose head has fewer or more gets a new one if this is
+            above 1.
         dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
@@ -220,29 +237,30 @@ def load_scorer(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or a Hub id is neither cached nor reachable.
-        ValueError: if the checkpoint has more than one label, or lacks weights other than the head's.
+        ValueError: if the checkpoint has another number of labels than one asked for, or lacks weights other than the
+            head's.
     """
-    model = _open_model(checkpoint, dtype, attn_implementation, trust_remote_code, scorer=True)
+    model = _open_model(checkpoint, dtype, attn_implementation, trust_remote_code, num_scores=num_scores)
     if gradient_checkpointing:
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    scalar_head(model)
+    score_head(model, num_scores)
     return cast(PreTrainedModel, model.train())
 
 
-def scalar_head(model: PreTrainedModel) -> nn.Linear:
-    """The layer that makes one number of a hidden state.
+def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
+    """The layer that makes scores of a hidden state.
 
     Raises:
-        ValueError: if the model has none.
+        ValueError: if the model has none with so many outputs.
     """
-    for name in SCALAR_HEADS:
+    for name in SCORE_HEADS:
         head = getattr(model, name, None)
-        if isinstance(head, nn.Linear) and head.out_features == 1:
+        if isinstance(head, nn.Linear) and head.out_features == num_scores:
             return head
     raise ValueError(
-        f"{type(model).__name__} has no linear head with one output named {' or '.join(SCALAR_HEADS)}; use a decoder "
-        f"that AutoModelForSequenceClassification opens with num_labels=1"
+        f"{type(model).__name__} has no linear head with {num_scores} output(s) named {' or '.join(SCORE_HEADS)}; use "
+        f"a decoder that AutoModelForSequenceClassification opens with num_labels={num_scores}"
     )
 
 
@@ -269,14 +287,15 @@ def context_window(model_or_config: PreTrainedModel | PeftModel | PreTrainedConf
     return None
 
 
-SCALAR_HEADS = ("score", "classifier")
+SCORE_HEADS = ("score", "classifier")
 """What transformers calls the head of a sequence classifier."""
 
 
 def _open_model(
-    policy: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool, scorer: bool = False
+    policy: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool, num_scores: int | None = None
 ) -> PreTrainedModel:
     """Load a causal LM, or a scorer, with weights from safetensors; all of them, but for the head of a scorer."""
+    scorer = num_scores is not None
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     source = resolve_checkpoint(policy, trust_remote_code=trust_remote_code)
@@ -287,7 +306,9 @@ def _open_model(
         )
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if scorer:
-        options["num_labels"] = 1
+        options["num_labels"] = num_scores
+        # a head of another size is left out; anything else that is, is found below
+        options["ignore_mismatched_sizes"] = num_scores != 1
     from_pretrained: Any = (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM).from_pretrained
     try:
         model, report = from_pretrained(
@@ -302,7 +323,8 @@ def _open_model(
         raise _not_found(policy, source, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"policy {policy!r} is an adapter on the Hub; download it and name the local folder")
-    missing = sorted(k for k in report["missing_keys"] if not (scorer and k.partition(".")[0] in SCALAR_HEADS))
+    absent = {*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])}
+    missing = sorted(k for k in absent if not (scorer and k.partition(".")[0] in SCORE_HEADS))
     if missing:
         raise ValueError(
             f"policy {policy!r} lacks {len(missing)} weights of a causal LM, e.g. {missing[0]!r}, which would be "

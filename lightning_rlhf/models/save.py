@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,29 +18,30 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "README.md", "adapter")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "README.md")
+_MODEL_FOLDERS = ("adapter", "adapters", "backbone", "members")
 
 
-def merged_state_dict(model: PeftModel, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def merged_state_dict(
+    model: PreTrainedModel | PeftModel, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Compute the weights of base plus adapter under the base model's names, and leave the model as it is.
 
     The product is added in float32 and rounded once to the type of the base weight.
 
     Args:
-        model: a LoRA policy.
+        model: a LoRA policy, or a model that has LoRA layers inside.
         state_dict: full tensors under the names of ``model.state_dict()``, which is taken when not given; for sharded
             models, whose tensors must be gathered first.
 
     Raises:
         ValueError: if an adapter is anything but plain LoRA on linear and embedding layers.
     """
-    refuse_tied_targets(model)
+    if isinstance(model, PeftModel):
+        refuse_tied_targets(model)
     state = model.state_dict() if state_dict is None else state_dict
-    merged = {}
+    merged = base_state_dict(state)
     with torch.no_grad():
-        for name, tensor in state.items():
-            if ".lora_" not in name:
-                merged[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
         for prefix, layer in model.named_modules():
             if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 continue
@@ -61,6 +63,15 @@ def merged_state_dict(model: PeftModel, state_dict: Mapping[str, Tensor] | None 
                 weight = weight + layer.scaling[adapter] * ((b @ a).T if transposed else b @ a)
             merged[key] = weight.to(merged[key].dtype)
     return merged
+
+
+def base_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Choose the weights under the adapters, detached, and give them the base model's names."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor.detach()
+        for name, tensor in state_dict.items()
+        if ".lora_" not in name
+    }
 
 
 def save_policy(
@@ -86,15 +97,7 @@ def save_policy(
     Raises:
         FileExistsError: if ``folder`` holds anything but a model, which would be lost.
     """
-    folder = Path(folder)
-    foreign = [p.name for p in folder.iterdir() if not any(map(p.match, _MODEL_FILES))] if folder.exists() else []
-    if foreign:
-        raise FileExistsError(
-            f"{folder} holds other things than a model, e.g. {foreign[0]!r}; name a folder of its own"
-        )
-    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    scratch.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as scratch:
         if isinstance(model, PeftModel):
             # "auto" would ask the Hub for the size of the base's vocabulary
             adapter = scratch / "adapter" if merge else scratch
@@ -104,6 +107,27 @@ def save_policy(
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             cast(PreTrainedModel, base).save_pretrained(scratch, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(scratch)
+    return Path(folder)
+
+
+@contextmanager
+def whole_folder(folder: Path | str) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes the place of ``folder`` at the end, or leaves no trace on an error.
+
+    Raises:
+        FileExistsError: if ``folder`` holds anything but a model, which would be lost.
+    """
+    folder = Path(folder)
+    ours = (*_MODEL_FILES, *_MODEL_FOLDERS)
+    foreign = [p.name for p in folder.iterdir() if not any(map(p.match, ours))] if folder.exists() else []
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds other things than a model, e.g. {foreign[0]!r}; name a folder of its own"
+        )
+    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
         old = scratch.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
@@ -111,7 +135,6 @@ def save_policy(
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 def refuse_tied_targets(model: PeftModel) -> None:

@@ -6,7 +6,7 @@ The score of a response is a linear function of the hidden state of its last tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -31,31 +31,44 @@ from lightning_rlhf.models.shared_prefix import Group, PackedResponses, RowLayou
 
 def response_scores(
     trunk: nn.Module,
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     groups: Sequence[Group],
     *,
     layout: Layout = "auto",
     tokens_per_batch: int | None = None,
 ) -> Tensor:
-    """Score each response by a head on the hidden state of its last token.
+    """Score each response by a head with one output; [responses]. See `head_outputs`."""
+    return head_outputs(trunk, head, groups, layout=layout, tokens_per_batch=tokens_per_batch).view(-1)
+
+
+def head_outputs(
+    trunk: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    groups: Sequence[Group],
+    *,
+    layout: Layout = "auto",
+    tokens_per_batch: int | None = None,
+) -> Tensor:
+    """Apply a head to the hidden state of the last token of each response.
 
     Args:
         trunk: a decoder of transformers without its head (``AutoModel``, or ``base_model`` of a causal LM or a sequence
             classifier), or a PeftModel of one; carries gradient if enabled.
-        head: maps [responses, width] to [responses, 1] or [responses].
+        head: maps [responses, width] to [responses, k].
         groups: prompts with their responses, as token ids; neither may be empty. Responses end as they are: no EOS is
             looked for.
         layout: as in `lightning_rlhf.models.logprobs.response_logps`.
         tokens_per_batch: positions per forward pass at most; None puts everything in one.
 
     Returns:
-        Scores, group by group in the order given, [responses]; float32 at least.
+        What the head says, group by group in the order given, [responses, k]; float32 at least. Without any groups
+        there is one column.
 
     Raises:
         ValueError: if a prompt or a response is empty, or a layout is asked of a model that cannot.
     """
     if not groups:
-        return torch.zeros(0)
+        return torch.zeros(0, 1)
     layouts = _layouts(trunk)
     if layout == "auto":
         rows: RowLayout = "padded"
@@ -73,9 +86,9 @@ def response_scores(
     by_group: dict[int, Tensor] = {}
     for batch in batches:
         packed = pack([groups[i] for i in batch], rows)
-        scores = head(_last_states(trunk, packed)).view(-1)
+        scores: Tensor = head(_last_states(trunk, packed))
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        by_group |= dict(zip(batch, scores.split([len(groups[i][1]) for i in batch]), strict=True))
+        by_group |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
     return torch.cat([by_group[i] for i in range(len(groups))])
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
 
 
@@ -37,6 +38,8 @@ class DatasetPrompts(AbstractPromptSource):
         chosen_column: name of the column with the preferred completion.
         rejected_column: name of the column with the other completion.
         kind: "preference" requires pairs, "prompt" ignores them, "auto" takes them if the data has both columns.
+        part: ``train`` or ``heldout`` takes one side of data that came without a split; ``all`` takes both.
+        heldout_share: share of the prompts that ``part`` holds out, by a hash of their first message, in (0, 1).
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class DatasetPrompts(AbstractPromptSource):
         chosen_column: str = "chosen",
         rejected_column: str = "rejected",
         kind: Literal["auto", "prompt", "preference"] = "auto",
+        part: Part = "all",
+        heldout_share: float = 0.2,
     ) -> None:
         self.path = path
         self.split = split
@@ -56,6 +61,8 @@ class DatasetPrompts(AbstractPromptSource):
         self.chosen_column = chosen_column
         self.rejected_column = rejected_column
         self.kind = kind
+        self.part: Part = part
+        self.heldout_share = heldout_share
 
     def load(self) -> list[PromptRow]:
         """Read and check all rows, in the order of the data.
@@ -76,7 +83,7 @@ class DatasetPrompts(AbstractPromptSource):
                 self.report[reason] += 1
         if not kept:
             raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
-        return kept
+        return rows_of_part(kept, self.part, self.heldout_share)
 
     def _takes_pairs(self, columns: list[str]) -> bool:
         """Decide from the columns of all rows whether to read pairs, and check that what is needed is there."""

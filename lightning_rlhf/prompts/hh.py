@@ -8,6 +8,7 @@ from itertools import pairwise
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.dataset import field_error, parse_text, unusable_pair
 from lightning_rlhf.prompts.files import Row, read_rows
+from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
 
 
@@ -25,12 +26,23 @@ class HHPrompts(AbstractPromptSource):
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "Anthropic/hh-rlhf".
         limit: read only the first rows of the data, >= 1; null reads all.
         split: split of a folder or of a Hub data set; a single file has none.
+        part: ``train`` or ``heldout`` takes one side of data that came without a split; ``all`` takes both.
+        heldout_share: share of the conversations that ``part`` holds out, by a hash of their first turn, in (0, 1).
     """
 
-    def __init__(self, path: str, limit: int | None = None, split: str = "train") -> None:
+    def __init__(
+        self,
+        path: str,
+        limit: int | None = None,
+        split: str = "train",
+        part: Part = "all",
+        heldout_share: float = 0.2,
+    ) -> None:
         self.path = path
         self.limit = limit
         self.split = split
+        self.part: Part = part
+        self.heldout_share = heldout_share
 
     def load(self) -> list[PromptRow]:
         """Read all rows and parse their transcripts, in the order of the data.
@@ -52,7 +64,7 @@ class HHPrompts(AbstractPromptSource):
                 f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): HHPrompts reads transcripts "
                 f"'\\n\\nHuman: ...\\n\\nAssistant: ...'; use DatasetPrompts for other formats"
             )
-        return kept
+        return rows_of_part(kept, self.part, self.heldout_share)
 
 
 def parse_pair(row: Row, source: str) -> PromptRow | str:

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from statistics import fmean
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.models.load import context_window, load_scorer, load_tokenizer, resolve_checkpoint, scalar_head
+from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.modes import evaluating
-from lightning_rlhf.models.scores import response_scores
+from lightning_rlhf.models.scorer import Scorer, open_scorer
 from lightning_rlhf.prompts.tokenize import encode_answers
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.rewards.combine import CombineRule, check_rule, combine, disagreement, standardised
 from lightning_rlhf.types import Prompt, Response
 
 
 class RewardModelReward(AbstractReward):
-    """The scalar of a reward model: what `RewardModule` saved, or any decoder with ``num_labels=1``.
+    """The reward of a reward model: what `RewardModule` saved, or any decoder with ``num_labels=1``.
 
     Prompt and response are written anew with the reward model's tokenizer and chat template, from their texts, so that
     policy and reward model may differ in both. Equal prompts are computed once. The model is loaded at the first call.
 
+    Of an ensemble, members are standardised by their held-out means and deviations before they are combined; the result
+    is put back on the members' average scale unless ``normalize`` is set. `RewardOutput.members` and ``.std``, their
+    disagreement, are on the scale of the result.
+
     Args:
-        path: a folder that ``AutoModelForSequenceClassification`` opens, or a Hub id.
-        normalize: subtract the mean and divide by the standard deviation that the folder's config keeps.
+        path: a folder that `RewardModule` wrote or ``AutoModelForSequenceClassification`` opens, or a Hub id.
+        normalize: give rewards of mean 0 and deviation 1 on the held-out data that the folder knows of.
+        combine: what an ensemble's reward is: ``mean``, ``lcb`` (mean less ``coefficient`` standard deviations),
+            ``uwo`` (less ``coefficient`` variances), ``wco`` (the lowest).
+        coefficient: how much disagreement costs, in units of a member's own deviation, >= 0.
         tokens_per_batch: tokens of one forward pass.
         dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
         device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
@@ -32,50 +42,69 @@ class RewardModelReward(AbstractReward):
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the model has no scalar head, or ``normalize`` is set and the config keeps no mean.
+        ValueError: if the model has no score head, or the folder lacks what ``normalize`` or ``combine`` needs.
     """
 
     def __init__(
         self,
         path: str,
         normalize: bool = False,
+        combine: CombineRule = "mean",
+        coefficient: float = 1.0,
         tokens_per_batch: int = 4096,
         dtype: str = "float32",
         device: str | None = None,
         chat_template: str | None = None,
     ) -> None:
         resolve_checkpoint(path)  # a name that is wrong is better known before a policy is trained
+        check_rule(combine, coefficient)
         self.path, self.normalize, self.tokens_per_batch = path, normalize, tokens_per_batch
+        self.combine: CombineRule = combine
+        self.coefficient = coefficient
         self.dtype, self.chat_template = dtype, chat_template
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._loaded: tuple[Scorer, PreTrainedTokenizerBase] | None = None
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B]."""
-        model, tokenizer = self._load()
+        scorer, tokenizer = self._load()
         longest_answer = max((len(r.text) for r in responses), default=0)
-        window = context_window(model)
+        window = context_window(scorer.config)
         # a token has a character at least
         limit = 1_000_000 if window is None else max(window // 2, window - longest_answer - 1)
         pairs = encode_answers(prompts, responses, tokenizer, max_prompt_tokens=limit, chat_template=self.chat_template)
         groups = [(ids, [answer for _, answer in same]) for ids, same in groupby(pairs, key=lambda pair: pair[0])]
-        with evaluating(model.modules()):
-            scores = response_scores(
-                model.base_model, scalar_head(model), groups, tokens_per_batch=self.tokens_per_batch
-            )
-        if self.normalize:
-            scores = (scores - model.config.reward_mean) / model.config.reward_std
-        return RewardOutput(scores.float().cpu())
+        with evaluating(scorer.modules()):
+            members = scorer.scores(groups, tokens_per_batch=self.tokens_per_batch).float().cpu()
+        return self._combined(members, scorer)
 
-    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _combined(self, members: Tensor, scorer: Scorer) -> RewardOutput:
+        """From what the members say to what is reported."""
+        if scorer.means is None or scorer.stds is None or (scorer.size == 1 and not self.normalize):
+            mean, std = combine(members, self.combine, self.coefficient), disagreement(members)
+        else:
+            scale, shift = (1.0, 0.0) if self.normalize else (fmean(scorer.stds), fmean(scorer.means))
+            members = standardised(members, scorer.means, scorer.stds)
+            mean = scale * combine(members, self.combine, self.coefficient) + shift
+            std, members = scale * disagreement(members), scale * members + shift
+        return RewardOutput(mean, std, members) if scorer.size > 1 else RewardOutput(mean)
+
+    def _load(self) -> tuple[Scorer, PreTrainedTokenizerBase]:
         if self._loaded is None:
-            model = load_scorer(self.path, dtype=self.dtype).requires_grad_(False)
-            std = getattr(model.config, "reward_std", None)
-            if self.normalize and not std:
+            scorer = open_scorer(self.path, dtype=self.dtype).requires_grad_(False)
+            if self.combine != "mean" and scorer.size == 1:
                 raise ValueError(
-                    f"normalize needs reward_mean and reward_std in {self.path}/config.json, which RewardModule writes "
-                    f"when it has validated; got {std}: train with data.heldout, or leave normalize out"
+                    f"combine={self.combine} needs an ensemble, and {self.path} holds a single reward model: train one "
+                    f"with model.ensemble, or leave combine out"
                 )
-            model.to(torch.device(self.device))  # type: ignore[arg-type]
-            self._loaded = model, load_tokenizer(self.path)
+            known = scorer.stds is not None and min(scorer.stds) > 0
+            if not known and (self.normalize or self.combine != "mean"):
+                raise ValueError(
+                    f"normalize and combine={self.combine} need the mean and deviation of the rewards on held-out "
+                    f"data, which RewardModule keeps in {self.path} when it has validated; got deviations "
+                    f"{scorer.stds}: train with data.heldout"
+                )
+            if not known:
+                scorer.means = scorer.stds = None
+            self._loaded = scorer.to(self.device), load_tokenizer(self.path)
         return self._loaded

@@ -38,6 +38,10 @@ def test_figures_of_four_pairs_by_hand() -> None:
     assert found["accuracy_margin/0-0.5"] == pytest.approx((0 + 0.5) / 2)
     assert math.isnan(found["accuracy_margin/0.5-1"])
     assert found["accuracy_margin/2-inf"] == pytest.approx(1.0)
+    # ratios 5/3, 2, 1, 9: right, wrong, tie, right
+    assert found["accuracy_length_ratio/1-1.25"] == pytest.approx(0.5)
+    assert found["accuracy_length_ratio/1.25-2"] == pytest.approx(1.0)
+    assert found["accuracy_length_ratio/2-inf"] == pytest.approx((0 + 1) / 2)
     assert found["accuracy_better_longer"] == pytest.approx(1.0)
     assert found["accuracy_better_shorter"] == pytest.approx((0 + 1) / 2)
     assert found["pairs"] == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_rlhf.losses import bradley_terry_loss, centering_penalty
+from lightning_rlhf.losses import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 
 
 D = torch.tensor([-2.0, -0.3, 0.0, 1.7], dtype=torch.float64)
@@ -55,3 +55,20 @@ def test_a_fit_to_one_soft_pair_finds_the_logit() -> None:
         optimizer.step(closure)  # type: ignore[arg-type]
     assert (reward[0] - reward[1]).item() == pytest.approx(torch.tensor(0.78).logit().item(), abs=1e-4)
     assert reward.sum().item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_identical_adapters_read_few_directions_and_orthogonal_ones_all() -> None:
+    """UP-RLHF: N identical blocks of rank r give sqrt(r), N that read different directions sqrt(N r)."""
+    basis, _ = torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    block = basis[:, :4].T
+    torch.testing.assert_close(nuclear_norm_ratio(block.repeat(5, 1)), torch.tensor(4.0).double().sqrt())
+    torch.testing.assert_close(nuclear_norm_ratio(basis.T), torch.tensor(20.0).double().sqrt())
+
+
+def test_gradient_of_the_nuclear_norm_is_that_of_the_thin_decomposition() -> None:
+    a = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    nuclear_norm_ratio(a).backward()
+    u, s, v = torch.linalg.svd(a.detach(), full_matrices=False)
+    frobenius = s.square().sum().sqrt()
+    # quotient rule, with d||A||_*/dA = U V^T and d||A||_F/dA = A / ||A||_F
+    torch.testing.assert_close(a.grad, u @ v / frobenius - s.sum() * a.detach() / frobenius**3)

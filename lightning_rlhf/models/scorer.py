@@ -1,0 +1,336 @@
+"""The reward model as a whole, of one member or several: built, scored with, saved and opened again.
+
+Parameters of k members, with M in the backbone, L in a head and A in an adapter: ``linear`` M + kL, ``lora``
+M + kL + kA, ``independent`` k(M + L); see "Efficient reward model ensemble" (arXiv 2401.16635), section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.models.load import LoRA, load_scorer, lora_config, resolve_checkpoint, score_head
+from lightning_rlhf.models.logprobs import Layout
+from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
+from lightning_rlhf.models.scores import head_outputs
+from lightning_rlhf.models.shared_prefix import Group
+
+
+Kind = Literal["linear", "lora", "independent"]
+
+MANIFEST = "ensemble.json"
+"""File in the folder of a reward model of several members: kind, size, and statistics of the members."""
+
+
+@dataclass
+class Ensemble:
+    """Several reward models in one, whose disagreement says how sure they are (arXiv 2401.16635).
+
+    Args:
+        kind: ``linear`` puts several heads on one backbone, all of it trained; ``lora`` gives each member an adapter
+            and a head on a frozen backbone, which should be a ``linear`` ensemble that was trained before; and
+            ``independent`` makes whole models that differ by their heads at the start.
+        size: number of members, >= 2.
+        loss: ``members`` trains each member on the labels, ``mean`` the mean of their rewards, which leaves members
+            free to differ (UP-RLHF, arXiv 2401.00243).
+        diversity: weight of a bonus for ``lora`` members whose adapters read different directions, >= 0 (UP-RLHF).
+    """
+
+    kind: Kind = "linear"
+    size: int = 3
+    loss: Literal["members", "mean"] = "members"
+    diversity: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"model.ensemble.kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}")
+        if self.loss not in ("members", "mean"):
+            raise ValueError(f"model.ensemble.loss must be 'members' or 'mean'; got {self.loss!r}")
+        if self.size < 2:
+            raise ValueError(f"model.ensemble.size must be at least 2; got {self.size}: leave model.ensemble out")
+        if self.diversity < 0 or (self.diversity > 0 and self.kind != "lora"):
+            raise ValueError(
+                f"model.ensemble.diversity must be >= 0, and is about the adapters of kind 'lora'; got "
+                f"{self.diversity} with kind {self.kind!r}"
+            )
+
+
+class Scorer(nn.Module):
+    """A reward model of one member or several; `build_scorer` and `open_scorer` make it.
+
+    Args:
+        models: decoders with a linear head: one with an output per member, or one model per member.
+        kind: what the members share.
+        adapted: the trunk of the one model in the wrapper of peft, where it has adapters.
+
+    Attributes:
+        means: mean of each member's rewards on held-out data; None before they are known.
+        stds: standard deviation of each member's rewards on held-out data; None before they are known.
+    """
+
+    def __init__(
+        self, models: Sequence[PreTrainedModel], kind: Kind = "linear", adapted: PeftModel | None = None
+    ) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.kind: Kind = kind
+        self._adapted = (adapted,)  # in a tuple: the same modules are registered above
+        self.means: list[float] | None = None
+        self.stds: list[float] | None = None
+        layers = [module for module in self.modules() if isinstance(module, LoraLayer)]
+        self._layers: tuple[Any, ...] = tuple(layers)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The first model, which is the only one unless the members are independent."""
+        return cast(PreTrainedModel, self.models[0])
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the backbone."""
+        return self.model.config
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.models) if self.kind == "independent" else int(cast(int, self.config.num_labels))
+
+    def scores(
+        self, groups: Sequence[Group], *, layout: Layout = "auto", tokens_per_batch: int | None = None
+    ) -> Tensor:
+        """Rewards of responses by every member, [responses, members]; arguments as in `head_outputs`.
+
+        Adapters are switched between members, so that ``lora`` makes a forward pass per member, as ``independent``
+        does; ``linear`` makes one.
+        """
+        if self.kind == "linear":
+            head = score_head(self.model, self.size)
+            return head_outputs(self.model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
+        columns = []
+        for member in range(self.size):
+            if self.kind == "lora":
+                self._use_adapter(member)
+                columns.append(
+                    head_outputs(
+                        self.model.base_model,
+                        _Row(score_head(self.model, self.size), member),
+                        groups,
+                        layout=layout,
+                        tokens_per_batch=tokens_per_batch,
+                    )
+                )
+            else:
+                model: Any = self.models[member]
+                head = score_head(model)
+                columns.append(
+                    head_outputs(model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
+                )
+        return torch.cat(columns, 1)
+
+    def stacked_down_projections(self) -> list[Tensor]:
+        """The down-projections of all members, one below the other, of every adapted layer; [members * r, inputs]."""
+        names = [adapter_name(member) for member in range(self.size)]
+        return [torch.cat([layer.lora_A[name].weight for name in names]) for layer in self._layers]
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a folder that `open_scorer` opens, completely or not at all; call it on one rank.
+
+        ``AutoModelForSequenceClassification`` opens it too where there is one head or several on one backbone, and
+        gives a logit per member; adapters of a single model are merged, and lie beside it in ``adapter/``. Of other
+        ensembles the folder holds ``backbone/`` and ``adapters/``, or ``members/``, which transformers and peft open.
+        """
+        adapted = self._adapted[0]
+        if self.size == 1 and self.means is not None and self.stds is not None:
+            self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
+        with whole_folder(folder) as scratch:
+            if self.kind == "linear":
+                weights = merged_state_dict(self.model) if adapted is not None else None
+                self.model.save_pretrained(scratch, state_dict=weights)
+                if adapted is not None:
+                    adapted.save_pretrained(str(scratch / "adapter"), save_embedding_layers=False)
+            else:
+                # no weights at the top: what opens them alone would leave members out without a word
+                self.config.save_pretrained(scratch)
+            if self.kind == "lora":
+                assert adapted is not None
+                backbone = base_state_dict(self.model.state_dict())
+                self.model.save_pretrained(scratch / "backbone", state_dict=backbone)
+                adapted.save_pretrained(str(scratch / "adapters"), save_embedding_layers=False)
+            if self.kind == "independent":
+                for number, model in enumerate(self.models):
+                    cast(PreTrainedModel, model).save_pretrained(scratch / "members" / str(number))
+            if self.size > 1:
+                content = {"kind": self.kind, "size": self.size, "means": self.means, "stds": self.stds}
+                (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            tokenizer.save_pretrained(scratch)
+
+    def _use_adapter(self, member: int) -> None:
+        """Let the layers compute with one member's adapter; peft's own switch would also freeze the others."""
+        for layer in self._layers:
+            layer._active_adapter = [adapter_name(member)]
+
+
+class _Row:
+    """One row of a head."""
+
+    def __init__(self, head: nn.Linear, row: int) -> None:
+        self.head, self.row = head, slice(row, row + 1)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        bias = self.head.bias
+        return F.linear(states, self.head.weight[self.row], None if bias is None else bias[self.row])
+
+
+def adapter_name(member: int) -> str:
+    """Name of a member's adapter, and of its folder."""
+    return f"member{member}"
+
+
+def build_scorer(
+    checkpoint: str,
+    ensemble: Ensemble | None = None,
+    lora: LoRA | None = None,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> Scorer:
+    """Build a reward model for training, in train mode; what is to be drawn is, from torch's global generator.
+
+    Args:
+        checkpoint: as for `resolve_checkpoint`: a causal LM, a reward model, or an ensemble of the kind asked for. A
+            ``lora`` ensemble takes backbone and heads of a ``linear`` one of its size.
+        ensemble: members; a single one when not given.
+        lora: train adapters and heads only. Of a ``lora`` ensemble: what each member's adapter is like.
+        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``. Adapters are float32.
+        attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if the checkpoint is an ensemble of another kind or size, or the settings contradict each other.
+    """
+    kind: Kind = "linear" if ensemble is None else ensemble.kind
+    size = 1 if ensemble is None else ensemble.size
+    saved = read_manifest(checkpoint)
+    if saved is not None and (saved["size"] != size or (saved["kind"], kind) not in CONTINUATIONS):
+        raise ValueError(
+            f"{checkpoint!r} is a {saved['kind']} ensemble of {saved['size']} members, from which no "
+            f"{'single reward model' if size == 1 else f'{kind} ensemble of {size}'} can be trained: set "
+            f"model.ensemble.kind={saved['kind']} and model.ensemble.size={saved['size']}, or name another backbone"
+        )
+    if kind == "lora" and gradient_checkpointing:
+        raise ValueError(
+            "layers that are computed anew in the backward pass would find another member's adapter in use; leave "
+            "gradient_checkpointing out with model.ensemble.kind=lora"
+        )
+    if kind == "independent" and lora is not None:
+        raise ValueError("independent members are trained whole; leave model.lora out, or set model.ensemble.kind=lora")
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "gradient_checkpointing": gradient_checkpointing,
+        "trust_remote_code": trust_remote_code,
+    }
+    if saved is not None and saved["kind"] != "linear":
+        return _open_parts(Path(checkpoint).expanduser(), saved, options).train()
+    if kind == "independent":
+        return Scorer([_new_head(load_scorer(checkpoint, **options)) for _ in range(size)], kind).train()
+    model = load_scorer(checkpoint, num_scores=size, **options)
+    if size > 1 and saved is None:
+        _new_head(model)
+    if kind == "linear" and lora is None:
+        return Scorer([model], kind).train()
+    if kind == "lora" and saved is None:
+        warnings.warn(
+            f"{checkpoint!r} has not learnt rewards, and adapters on a frozen backbone learn them badly "
+            f"(arXiv 2401.16635): train with model.ensemble.kind=linear first, and name its model as the backbone",
+            stacklevel=2,
+        )
+    trunk = cast(PreTrainedModel, model.base_model)
+    config = lora_config(trunk, lora or LoRA(), checkpoint)
+    names = [adapter_name(member) for member in range(size)] if kind == "lora" else ["default"]
+    adapted = cast(PeftModel, get_peft_model(trunk, config, adapter_name=names[0]))
+    for name in names[1:]:
+        adapted.add_adapter(name, config)
+    _train_all_adapters(adapted)
+    return Scorer([model], kind, adapted).train()
+
+
+CONTINUATIONS = {("linear", "linear"), ("linear", "lora"), ("lora", "lora"), ("independent", "independent")}
+"""Kinds of ensembles that are trained further, and as what."""
+
+
+def open_scorer(path: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> Scorer:
+    """Open a reward model that `Scorer.save` wrote, or any decoder with a scalar head.
+
+    Args:
+        path: folder, or Hub id.
+        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it holds no reward model.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    saved = read_manifest(path)
+    if saved is None:
+        scorer = Scorer([load_scorer(path, **options)])
+        mean, std = (getattr(scorer.config, name, None) for name in ("reward_mean", "reward_std"))
+        scorer.means, scorer.stds = (None, None) if mean is None or std is None else ([mean], [std])
+        return scorer
+    if saved["kind"] == "linear":
+        scorer = Scorer([load_scorer(path, num_scores=saved["size"], **options)])
+    else:
+        scorer = _open_parts(Path(path).expanduser(), saved, options)
+    scorer.means, scorer.stds = saved["means"], saved["stds"]
+    return scorer
+
+
+def read_manifest(path: str) -> dict[str, Any] | None:
+    """What a folder says about its members; None where there is only one."""
+    source = resolve_checkpoint(path)
+    manifest = Path(source) / MANIFEST
+    return cast(dict[str, Any], json.loads(manifest.read_text(encoding="utf-8"))) if manifest.is_file() else None
+
+
+def _open_parts(folder: Path, saved: dict[str, Any], options: dict[str, Any]) -> Scorer:
+    """Open a folder with members in several places."""
+    if saved["kind"] == "independent":
+        members = [load_scorer(str(folder / "members" / str(i)), **options) for i in range(saved["size"])]
+        return Scorer(members, "independent")
+    model = load_scorer(str(folder / "backbone"), num_scores=saved["size"], **options)
+    names = [adapter_name(member) for member in range(saved["size"])]
+    adapters = folder / "adapters"
+    adapted = PeftModel.from_pretrained(model.base_model, str(adapters / names[0]), names[0], is_trainable=True)
+    for name in names[1:]:
+        adapted.load_adapter(str(adapters / name), name, is_trainable=True)
+    _train_all_adapters(adapted)
+    return Scorer([model], "lora", adapted)
+
+
+def _train_all_adapters(adapted: PeftModel) -> None:
+    """Let all adapters learn, and nothing else of the trunk: peft trains those that are in use."""
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def _new_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw the head anew: members that begin alike would stay alike."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    nn.init.normal_(score_head(model, cast(int, model.config.num_labels)).weight, std=std)
+    return model
