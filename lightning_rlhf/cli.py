@@ -177,6 +177,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
+        parser.epilog = "Other verbs: evaluate, export, label; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -254,7 +255,8 @@ VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": Evaluation
 
 FREE_OF_VERBS = {
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
-    *("limit", "api_key", "device", "tokens_per_batch", "concurrency", "max_retries", "timeout", "compile"),
+    *("limit", "device", "tokens_per_batch", "compile"),
+    *("api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"),  # of servers
 }
 """Settings of a verb, or of the objects it is given, that may change when it is called again."""
 

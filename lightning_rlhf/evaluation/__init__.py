@@ -1,4 +1,4 @@
-"""Evaluation: means with their errors, judges against people, policies against each other, and a run's frontier."""
+"""Evaluation: means with their errors, how good reward models, judges and policies are, and a run's frontier."""
 
 from lightning_rlhf.evaluation.best_of_n import BestOfN, best_of_n_accuracy, best_of_n_gold
 from lightning_rlhf.evaluation.concordance import KendallsW, kendalls_w

@@ -37,6 +37,7 @@ class JudgeMetrics(Metric):
 
     - ``alignment``, ``_low``, ``_high``: AI labeler alignment (RLAIF vs. RLHF, section 2.3): share of human-labelled
       pairs whose likelier side by the labeler is the human choice. A tie of either counts 1/2.
+    - ``one_order_alignment``: the same, had each pair been judged in one order only; mean of the two orders.
     - ``ece``, ``brier``: calibration of P(a preferred) against the human labels; see
       `lightning_rlhf.evaluation.calibration`. Brier is the mean of (P - label)^2.
     - ``longer_alignment``, ``_low``, ``_high``: what "the longer response is better" would get, the baseline that a
@@ -94,6 +95,8 @@ class JudgeMetrics(Metric):
         decided, labelled = ~probability.isnan(), ~(probability + human).isnan()
         chosen, stated, gap = human[labelled], probability[labelled], longer[labelled]
         position = same_position(forward, reverse)[~(forward + reverse).isnan()]
+        ordered = ~(probability + human + forward + reverse).isnan()
+        by_label = [reward_accuracy(named[ordered], human[ordered]) for named in (forward - 0.5, 0.5 - reverse)]
         masses = mass[~mass.isnan()]
         ones = torch.ones_like
         self.sums = self.sums + torch.stack(
@@ -110,6 +113,9 @@ class JudgeMetrics(Metric):
                 ones(masses).sum(),
                 masses.sum(),
                 (masses < LOW_MASS).double().sum(),
+                ordered.double().sum(),
+                sum(by_label, torch.zeros_like(human[ordered])).sum() / 2,
+                ((probability - 0.5) * (forward - reverse))[ordered].sum(),
             ]
         )
         self.bins = self.bins + calibration_bins(stated, chosen)
@@ -123,6 +129,7 @@ class JudgeMetrics(Metric):
             **_rate("alignment", n["agree"], n["human_pairs"]),
             "ece": expected_calibration_error(self.bins),
             "brier": _share(n["squared_error"], n["human_pairs"]),
+            "one_order_alignment": self._one_order(n),
             **_rate("longer_alignment", n["longer_agree"], n["human_pairs"]),
             "prefers_longer": _share(n["prefers_longer"], n["pairs"]),
             **_rate("same_position", n["same_position"], n["position_pairs"]),
@@ -135,10 +142,17 @@ class JudgeMetrics(Metric):
         }
         return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in figures.items()}
 
+    @staticmethod
+    def _one_order(n: dict[str, float]) -> float:
+        # a task may ask for the worse response: then the first label is named where a is not preferred
+        agree = n["label_agree"] if n["polarity"] >= 0 else n["ordered_pairs"] - n["label_agree"]
+        return _share(agree, n["ordered_pairs"])
+
 
 _SUMS = (
     *("pairs", "prefers_longer", "human_pairs", "agree", "squared_error", "longer_agree"),
     *("position_pairs", "same_position", "first_position", "mass_pairs", "mass", "low_mass"),
+    *("ordered_pairs", "label_agree", "polarity"),
 )
 
 

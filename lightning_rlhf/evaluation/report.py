@@ -66,6 +66,11 @@ def judge_rows(figures: Figures) -> list[tuple[str, str, str]]:
         pairs = f"{figures['human_pairs']:.0f} pairs"
         rows += [
             ("alignment", percent(figures, "alignment"), f"agrees with the recorded label, ties one half; {pairs}"),
+            (
+                "in one order only",
+                percent(figures, "one_order_alignment"),
+                "the same without the other order, either one",
+            ),
             ("the longer response", percent(figures, "longer_alignment"), "what preferring the longer one would get"),
             ("ECE", f"{figures['ece']:.3f}", "expected calibration error, ten bins of the confidence; 0 is best"),
             ("Brier score", f"{figures['brier']:.3f}", "mean squared error of the probability; a coin has 0.25"),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def test_figures_of_six_pairs_by_hand() -> None:
     found = figures(metric)
     assert found["alignment"] == pytest.approx((1 + 0 + 0.5 + 1 + 0.5) / 5)
     assert (found["alignment_low"], found["alignment_high"]) == pytest.approx(wilson_interval(3, 5))
+    # with a first: right, right, wrong, right, tie; with b first, the label names b: right, wrong, right, wrong, tie
+    assert found["one_order_alignment"] == pytest.approx(((1 + 1 + 0 + 1 + 0.5) + (1 + 0 + 1 + 0 + 0.5)) / 2 / 5)
     assert found["longer_alignment"] == pytest.approx((0 + 1 + 0.5 + 0 + 0.5) / 5)
     # the shorter, the shorter, tie, the shorter, the longer, the longer
     assert found["prefers_longer"] == pytest.approx((0 + 0 + 0.5 + 0 + 1 + 1) / 6)
@@ -103,6 +106,19 @@ def test_a_judge_of_positions_is_all_bias_and_a_judge_of_contents_has_none() -> 
 def test_a_task_that_asks_for_the_worse_has_the_same_positions() -> None:
     forward, reverse = torch.tensor([0.9, 0.9, 0.1]), torch.tensor([0.8, 0.2, 0.1])
     assert same_position(forward, reverse).tolist() == [1, 0, -1]
+
+
+@pytest.mark.parametrize("prefers", ["better", "worse"])
+def test_one_order_is_read_by_what_the_task_asks_for(prefers: Literal["better", "worse"]) -> None:
+    logits = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, :, 0] += 1.0  # a taste for the first place
+    human = (torch.rand(50, generator=torch.Generator().manual_seed(1)) < 0.7).double()
+    firsts = logits.softmax(-1)[..., 0]
+    metric = JudgeMetrics()
+    metric.update(preference(logits[0], logits[1], prefers), human, torch.ones(50, 2), *firsts)
+    says_a = torch.stack([firsts[0] > 0.5, firsts[1] < 0.5]).double()
+    says_a = says_a if prefers == "better" else 1 - says_a
+    assert figures(metric)["one_order_alignment"] == pytest.approx((says_a == human).double().mean().item())
 
 
 def test_exchanged_pairs_give_the_same() -> None:
