@@ -17,7 +17,13 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, auto_cli, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    auto_cli,
+    set_parsing_settings,
+)
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -37,7 +43,9 @@ import lightning_rlhf.rewards
 import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
 from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStepDataModule
+from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
+from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
 from lightning_rlhf.modules.base import AbstractStepModule
 
@@ -169,6 +177,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
+        parser.epilog = "Other verbs: evaluate, export, label; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -241,6 +250,38 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
     return {**settings, "seed_everything": config.get("seed_everything")}
 
 
+VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": EvaluationRun, "label": LabelRun}
+"""Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
+
+FREE_OF_VERBS = {
+    *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
+    *("limit", "device", "tokens_per_batch", "compile"),
+    *("api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"),  # of servers
+}
+"""Settings of a verb, or of the objects it is given, that may change when it is called again."""
+
+
+def run_verb(verb: str, args: list[str]) -> None:
+    """Run one of `VERBS`."""
+    kind = VERBS[verb]
+    description = (kind.__doc__ or "").strip().partition("\n\n    Args:")[0]
+    parser = ArgumentParser(prog=f"lightning-rlhf {verb}", description=description, parser_mode="omegaconf+")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A file with these settings.")
+    parser.add_class_arguments(kind, as_group=False)
+    config = parser.parse_args(args)
+    settings = _without(_plain(config), FREE_OF_VERBS)
+    values = parser.instantiate(config).as_dict()
+    values.pop("config")
+    kind(**values).run(settings)
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    """A tree of plain data without the branches of some names."""
+    if isinstance(value, dict):
+        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
+    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
+
+
 def _plain(value: Any) -> Any:
     if hasattr(value, "as_dict"):
         value = value.as_dict()
@@ -267,5 +308,8 @@ def main(args: list[str] | None = None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
+        return
+    if argv and argv[0] in VERBS:
+        run_verb(argv[0], argv[1:])
         return
     RLHFCLI(args=args)

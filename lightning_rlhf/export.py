@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Comparison, Preference, Prompt, Rollout
@@ -36,6 +37,7 @@ _TYPES = {
     "reward_std": pa.float64(),
     "reward_chosen": pa.float64(),
     "reward_rejected": pa.float64(),
+    "recorded_probability": pa.float64(),
     "round": pa.int64(),
     "position": pa.int64(),
     "prompt_index": pa.int64(),
@@ -48,10 +50,11 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
 
     The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
     ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
-    ``branch``, ``prompt_index``, and ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
-    ``reward_b``. Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std``
-    (null where they are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is
-    complete, in place of one of the same name. The run may go on meanwhile.
+    ``branch``, ``prompt_index``; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
+    ``reward_b``; and ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones. Of
+    a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where they
+    are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in place of
+    one of the same name. The run may go on meanwhile.
 
     Args:
         ledger: path of the ledger of a run.
@@ -66,19 +69,21 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
         ValueError: if nothing is labelled yet, the format cannot be told, or a prompt without messages is to be written
             as conversational.
     """
-    target, kind = _target(ledger, out, format)
+    target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
-        count, all_have_messages, any_has_rewards = 0, True, False
+        count, all_have_messages, any_has_rewards, any_is_recorded = 0, True, False, False
         for preference in store.preferences():
             count += 1
             all_have_messages &= preference.comparison.prompt.messages is not None
             any_has_rewards |= "reward_a" in preference.label.meta
+            any_is_recorded |= _recorded(preference.comparison) is not None
         if not count and (drawn := _groups(store)):
             return _write_rollouts(drawn, target, kind, rows, best)
         if not count:
             raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
         conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
-        return _write((preference_row(p, conversational, any_has_rewards) for p in store.preferences()), target, kind)
+        written = (preference_row(p, conversational, any_has_rewards, any_is_recorded) for p in store.preferences())
+        return _write(written, target, kind)
 
 
 def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
@@ -97,7 +102,7 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     Raises:
         ValueError: if the ledger is empty or the format cannot be told.
     """
-    target, kind = _target(ledger, out, format)
+    target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
         found = next(store.walk(), None)
         if found is None and (drawn := _groups(store)):
@@ -107,17 +112,20 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
         return _write((comparison_row(*row[:3]) for row in store.walk()), target, kind)
 
 
-def preference_row(preference: Preference, conversational: bool, rewards: bool = False) -> Row:
+def preference_row(preference: Preference, conversational: bool, rewards: bool = False, recorded: bool = False) -> Row:
     """The row of a preference, with the more probable response as ``chosen``.
 
     Args:
         preference: the preference.
         conversational: write messages, not texts.
         rewards: add the rewards that the labeler noted, null where it did not.
+        recorded: add P(chosen preferred) by the data, null where they do not say.
     """
     comparison, label, probability = preference.comparison, preference.label, preference.probability
     chosen, rejected, sides = comparison.a, comparison.b, ("reward_a", "reward_b")
+    human = _recorded(comparison)
     if probability < 0.5:
+        human = None if human is None else 1.0 - human
         chosen, rejected, sides, probability = rejected, chosen, sides[::-1], 1.0 - probability
     row: Row = {"prompt": comparison.prompt.text, "chosen": chosen.text, "rejected": rejected.text}
     if conversational:
@@ -135,7 +143,15 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
     }
     if rewards:
         row |= {"reward_chosen": label.meta.get(sides[0]), "reward_rejected": label.meta.get(sides[1])}
+    if recorded:
+        row["recorded_probability"] = human
     return row
+
+
+def _recorded(comparison: Comparison) -> float | None:
+    """P(a preferred) by the data; None where they do not say, or say so of other responses."""
+    known = comparison.prompt.recorded is not None and "recorded_first" in comparison.meta
+    return recorded_probability(comparison) if known else None
 
 
 def comparison_row(round: int, position: int, comparison: Comparison) -> Row:
@@ -203,7 +219,13 @@ def _messages(prompt: Prompt) -> list[dict[str, str]]:
     return list(prompt.messages)
 
 
-def _target(ledger: str, out: str, format: Format) -> tuple[Path, Format]:
+def check_target(ledger: str, out: str, format: Format = "auto") -> tuple[Path, Format]:
+    """Check where rows are to be written, and tell the format.
+
+    Raises:
+        ValueError: if the format cannot be told, or the file is the ledger.
+        IsADirectoryError: if it is a folder.
+    """
     target = Path(out)
     if format == "auto":
         suffixes: dict[str, Format] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}

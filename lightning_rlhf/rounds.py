@@ -92,7 +92,7 @@ class RoundCollector:
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
             if self.store is not None:
-                result.labels_bought = self._label(index, chunk)
+                result.labels_bought = self.label(index, chunk)
                 self.store.close_round(index, {"prompts": len(prompts), "failed": self.store.failed(index)})
             result.labelling_seconds = time.perf_counter() - start
         read = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
@@ -130,8 +130,8 @@ class RoundCollector:
                     self.store.add_comparisons(index, everyone, positions)
                 bar.update(len(positions))
 
-    def _label(self, index: int, chunk: int) -> int:
-        """Buy the labels that are missing, chunk by chunk; returns how many."""
+    def label(self, index: int, chunk: int) -> int:
+        """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many."""
         assert self.store is not None
         bought = 0
         key = self.key.fold(_LABELLING, index)

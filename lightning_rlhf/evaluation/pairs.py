@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_rlhf.evaluation.calibration import calibration_bins, empty_bins, expected_calibration_error
 from lightning_rlhf.losses.preference import reward_accuracy
 
 
@@ -14,8 +15,6 @@ MARGINS = (0.5, 1.0, 2.0)
 
 LENGTH_RATIOS = (1.25, 2.0)
 """Borders between the classes of longer over shorter length that accuracies are given for."""
-
-NUM_BINS = 10
 
 
 class PairMetrics(Metric):
@@ -51,7 +50,7 @@ class PairMetrics(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("bins", torch.zeros(NUM_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bins", empty_bins(), dist_reduce_fx="sum")
         self.add_state("margins", torch.zeros(len(MARGINS) + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("ratios", torch.zeros(len(LENGTH_RATIOS) + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("lengths", torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
@@ -75,9 +74,7 @@ class PairMetrics(Metric):
         # not in place: a metric may be reset and updated in and out of inference mode
         self.sums = self.sums + torch.stack([column.sum() for column in columns])
 
-        confidence = torch.maximum(probability, 1 - probability)
-        place = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp_max(NUM_BINS - 1)
-        self.bins = self.bins.index_add(0, place, torch.stack([torch.ones_like(agrees), confidence, agrees], 1))
+        self.bins = self.bins + calibration_bins(probability, labels)
         borders = torch.tensor(MARGINS, dtype=torch.float64, device=device)
         counted = torch.stack([torch.ones_like(agrees), agrees], 1)
         self.margins = self.margins.index_add(0, torch.bucketize(difference.abs(), borders, right=True), counted)
@@ -91,7 +88,6 @@ class PairMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The figures, over all pairs of all processes."""
         pairs, agree, longer, brier, nll = self.sums.unbind()
-        gaps = (self.bins[:, 1] - self.bins[:, 2]).abs().sum()
         names = ["0-0.5", "0.5-1", "1-2", "2-inf"]
         by_margin = zip(names, self.margins, strict=True)
         by_ratio = zip(("1-1.25", "1.25-2", "2-inf"), self.ratios, strict=True)
@@ -100,7 +96,7 @@ class PairMetrics(Metric):
             "longer_accuracy": longer / pairs,
             "brier": brier / pairs,
             "nll": nll / pairs,
-            "ece": gaps / pairs,
+            "ece": expected_calibration_error(self.bins),
             **{f"accuracy_margin/{name}": right / count for name, (count, right) in by_margin},
             **{f"accuracy_length_ratio/{name}": right / count for name, (count, right) in by_ratio},
             "accuracy_better_longer": self.lengths[0, 1] / self.lengths[0, 0],

@@ -2,8 +2,9 @@
 
 A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
 rows into `Prompt`, the noun that samplers and labelers see. `DatasetPrompts` reads TRL's row formats from files,
-folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, and `HHPrompts` Human/Assistant transcripts;
-`BuiltinPrompts` needs no data at all. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on
+folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts,
+`LedgerPrompts` the pairs of another run, and `BuiltinPrompts` needs no data at all. `text_prompts` makes prompts of
+rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on
 purpose are counted by reason; malformed rows raise an error that names them.
 """
 
@@ -14,6 +15,8 @@ from lightning_rlhf.prompts.builtin import BuiltinPrompts
 from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.hh import HHPrompts
+from lightning_rlhf.prompts.ledger import LedgerPrompts
+from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
 
 
@@ -24,5 +27,7 @@ __all__ = [
     "DatasetCompletions",
     "DatasetPrompts",
     "HHPrompts",
+    "LedgerPrompts",
+    "text_prompts",
     "tokenize_rows",
 ]

@@ -5,6 +5,7 @@ from lightning_rlhf.rewards.combine import combine, disagreement, standardised
 from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
+from lightning_rlhf.rewards.server import ServerScoreReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 
 
@@ -14,6 +15,7 @@ __all__ = [
     "LexiconReward",
     "RewardModelReward",
     "RewardOutput",
+    "ServerScoreReward",
     "UncertaintyPenalty",
     "checked_output",
     "checked_score",

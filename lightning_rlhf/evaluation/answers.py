@@ -1,0 +1,234 @@
+"""Answers of a policy to prompts: drawn once and kept, or recorded elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from lightning_rlhf.generation.base import Decoding, Request
+from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.models.cache import file_digest
+from lightning_rlhf.models.load import (
+    context_window,
+    end_of_sequence_ids,
+    load_policy,
+    load_tokenizer,
+    resolve_checkpoint,
+)
+from lightning_rlhf.prompts.dataset import parse_completion, parse_prompt
+from lightning_rlhf.prompts.files import SUFFIXES, read_rows
+from lightning_rlhf.prompts.text import text_response
+from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import FinishReason, PromptRow, Response
+
+
+RECORDED = ("chosen", "rejected")
+"""Names of the answers that come with preference rows."""
+
+ANSWER_COLUMNS = ("response", "completion", "answer")
+"""What the answer is called in a file of answers; the first that is there counts."""
+
+
+class RowLog:
+    """A JSONL file of rows with an ``index``, appended to chunk by chunk; what is cut off by a kill is forgotten.
+
+    Args:
+        path: the file; created with its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The whole rows, by index; an unfinished last line is removed from the file."""
+        if not self.path.exists():
+            return {}
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        rows = [json.loads(line) for line in whole.splitlines()]
+        return {row["index"]: row for row in rows}
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows; they are on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def to_row(index: int, row: PromptRow, response: Response) -> dict[str, Any]:
+    """The row of an answer in a log; a file of such rows is one of recorded answers."""
+    return {
+        "index": index,
+        "prompt": row.text if row.messages is None else list(row.messages),
+        "response": response.text,
+        "finish_reason": response.finish_reason,
+        "tokens": len(response.ids),
+    }
+
+
+def from_row(row: dict[str, Any], source: str) -> Response:
+    """The answer in a row; its ids are its bytes, as judges and rewards read texts."""
+    finish: FinishReason = row["finish_reason"]
+    return replace(text_response(row["response"], source), finish_reason=finish)
+
+
+class Answerer:
+    """Lets policies answer, by the engine of this library.
+
+    Args:
+        decoding: limits, temperature and nucleus.
+        key: key of the policy's answers; the number of the prompt is folded in.
+        dtype: floating-point type of the weights.
+        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
+        chat_template: Jinja chat template, a file with one, or a name in ``CHAT_TEMPLATES``.
+        on_long_prompt: ``error`` stops, ``truncate`` keeps the end of the prompt.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        key: Key,
+        *,
+        dtype: str = "float32",
+        device: str | None = None,
+        chat_template: str | None = None,
+        on_long_prompt: Literal["error", "truncate"] = "error",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.decoding, self.key, self.dtype = decoding, key, dtype
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.chat_template = CHAT_TEMPLATES.get(chat_template or "", chat_template)
+        self.on_long_prompt: Literal["error", "truncate"] = on_long_prompt
+        self.trust_remote_code = trust_remote_code
+
+    def complete(
+        self,
+        checkpoint: str,
+        rows: Sequence[PromptRow],
+        log: RowLog,
+        progress: Callable[[str, int], AbstractContextManager[Any]],
+    ) -> None:
+        """Draw the answers that a log does not hold yet; the model is loaded if there are any.
+
+        Args:
+            checkpoint: the policy, as `lightning_rlhf.models.load.resolve_checkpoint` takes it.
+            rows: the prompts.
+            log: where answers go, chunk by chunk.
+            progress: makes a progress bar of a description and a total.
+
+        Raises:
+            ValueError: if a prompt does not fit into the policy's window, or needs a chat template that it has not.
+        """
+        held = log.read()
+        missing = [index for index in range(len(rows)) if index not in held]
+        if not missing:
+            return
+        tokenizer = load_tokenizer(checkpoint, self.chat_template, self.trust_remote_code)
+        loaded = load_policy(checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        # the engine puts it into eval mode
+        model = cast(PreTrainedModel, loaded).requires_grad_(False)
+        model.to(torch.device(self.device))  # type: ignore[arg-type]
+        window = context_window(model)
+        prompts, _ = tokenize_rows(
+            [replace(row, pair=None) for row in rows],
+            tokenizer,
+            max_prompt_tokens=1_000_000 if window is None else window - self.decoding.max_new_tokens,
+            max_response_tokens=self.decoding.max_new_tokens,
+            on_long_prompt=self.on_long_prompt,
+        )
+        engine = DecodeEngine(
+            model,
+            None,
+            tokenizer,
+            beta=1.0,
+            decoding=self.decoding,
+            eos_ids=end_of_sequence_ids(model, tokenizer),
+        )
+        with progress(f"{checkpoint}: answering", len(missing)) as bar, torch.inference_mode():
+            for part in in_chunks(missing, 4 * self.decoding.rows):
+                drawn = engine.generate([Request(prompts[i], self.key.fold(i)) for i in part])
+                log.append([to_row(i, rows[i], response) for i, response in zip(part, drawn, strict=True)])
+                bar.update(len(part))
+
+
+def in_chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Pieces of a list, in order, of ``size`` at most."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def is_file_of_answers(name: str) -> bool:
+    """Whether the name of a policy is that of a file with recorded answers."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[Response]:
+    """Answers that somebody has given before: those in the rows themselves, or those of a file, by prompt.
+
+    Args:
+        name: ``chosen`` or ``rejected``, for those of the rows; or a file whose rows have ``prompt`` and one of
+            ``response``, ``completion`` and ``answer``.
+        rows: the prompts.
+        source: what to write in `Response.source`.
+
+    Raises:
+        ValueError: if a prompt has no answer.
+    """
+    if name in RECORDED:
+        for row in rows:
+            if row.pair is None:
+                raise ValueError(f"{row.source}: has no {name!r} response to compare with; give preference rows")
+        return [text_response(getattr(row.pair, name), source) for row in rows]
+    answers: dict[str, str] = {}
+    for where, given in read_rows(name):
+        column = next((c for c in ANSWER_COLUMNS if c in given), None)
+        if column is None or "prompt" not in given:
+            columns = f"expected 'prompt' and one of {', '.join(ANSWER_COLUMNS)}; got {sorted(given)}"
+            raise ValueError(f"{where}: {columns}: rename the columns")
+        asked = parse_prompt(given["prompt"], where, "prompt")
+        answers.setdefault(_named(asked), parse_completion(given[column], asked, where, column))
+    found = []
+    for row in rows:
+        prompt = row.messages if row.messages is not None else row.text or ""
+        # a text and a conversation of one turn are the same question
+        names = [_named(prompt)]
+        if not isinstance(prompt, str) and len(prompt) == 1:
+            names.append(_named(prompt[0]["content"]))
+        text = next((answers[name] for name in names if name in answers), None)
+        if text is None:
+            raise ValueError(f"{name}: has no answer to the prompt of {row.source}; give a row for every prompt")
+        found.append(text_response(text, source))
+    return found
+
+
+def _named(prompt: str | Sequence[dict[str, str]]) -> str:
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+def identity(name: str) -> str:
+    """What a policy is: its name, and for files also their content, so that one that was trained on is another."""
+    if name in RECORDED:
+        return name
+    source = Path(name) if is_file_of_answers(name) else resolve_checkpoint(name)
+    if not isinstance(source, Path):
+        return name
+    files = [source] if source.is_file() else sorted([*source.glob("*.safetensors"), *source.glob("config.json")])
+    if not files:
+        raise FileNotFoundError(f"{name}: no such file, or a folder without safetensors")
+    digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+    return f"{name} {digest[:16]}"

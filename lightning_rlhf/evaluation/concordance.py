@@ -1,0 +1,43 @@
+"""Agreement of several raters who rank the same responses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.evaluation.metrics import MeanWithError
+
+
+def average_ranks(ratings: Tensor) -> Tensor:
+    """Ranks 1 to n along the last dimension, the smallest rating first; tied ratings share the mean of their ranks."""
+    below = (ratings.unsqueeze(-2) < ratings.unsqueeze(-1)).double().sum(-1)
+    equal = (ratings.unsqueeze(-2) == ratings.unsqueeze(-1)).double().sum(-1)
+    return below + (equal + 1) / 2
+
+
+def kendalls_w(ratings: Tensor) -> Tensor:
+    """Kendall's coefficient of concordance, 1 for raters who agree and 0 for ranks that cancel; [...].
+
+    W = 12 S / (m^2 (n^3 - n)) for m raters of n responses, with S the sum of squared deviations of the rank sums;
+    Kendall and Babington Smith 1939. Ties are corrected for in the denominator. NaN if every rater ties everything.
+
+    Args:
+        ratings: ratings or ranks, [..., raters, responses].
+    """
+    ranks = average_ranks(ratings.double())
+    raters, items = ranks.shape[-2:]
+    rank_sums = ranks.sum(-2)
+    spread = (rank_sums - rank_sums.mean(-1, keepdim=True)).square().sum(-1)
+    # sum of t^3 - t over groups of t ties: every response contributes its group's t^2 - 1
+    group = (ratings.unsqueeze(-2) == ratings.unsqueeze(-1)).double().sum(-1)
+    ties = (group.square() - 1).sum((-1, -2))
+    return 12 * spread / (raters**2 * (items**3 - items) - raters * ties)
+
+
+class KendallsW(MeanWithError):
+    """Mean of Kendall's W over prompts, each rated by several raters, and its standard error; see `kendalls_w`."""
+
+    def update(self, values: Tensor) -> None:
+        """Take in ratings, [prompts, raters, responses]."""
+        w = kendalls_w(values)
+        super().update(w[~torch.isnan(w)])
