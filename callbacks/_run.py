@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -24,8 +24,9 @@ class Round(Protocol):
 
 
 class PreferenceSource(Protocol):
-    """The part of the preference DataModule that callbacks read."""
+    """The part of the DataModules that callbacks read."""
 
+    UNIT: ClassVar[str]
     round: Round | None
     epochs_per_round: int | None
     label_budget: int | None

@@ -35,6 +35,8 @@ class RewardMonitor(HeldOutCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the implicit rewards of the step, and log them when it is time."""
+        if "chosen_rewards" not in outputs:  # a policy that learns from rewards has none
+            return
         self._sums.add(implicit_reward_sums(outputs))
         if not logs_now(trainer):
             return

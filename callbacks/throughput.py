@@ -20,12 +20,12 @@ class StepCost:
     """What one training step on one rank handled, and how long it took.
 
     Args:
-        pairs: preference pairs.
+        items: pairs, or prompts with their responses.
         tokens: token positions computed.
         seconds: wall-clock time from the start of the step to its end.
     """
 
-    pairs: int
+    items: int
     tokens: int
     seconds: float
 
@@ -33,11 +33,12 @@ class StepCost:
 class Throughput(Callback):
     """Logs the speed of training, and the labels and the time each round took.
 
-    On each training step that is logged: ``throughput/pairs_per_second`` and ``throughput/tokens_per_second`` of all
-    ranks together, over the last steps, all those since the last log among them; time between steps, as for sampling,
-    labelling and validation, is left out. At the end of each epoch, for the round it trained on: ``round/labels``
-    (labels bought for it since the last start), ``round/failed`` (comparisons without a verdict),
-    ``round/sampling_seconds`` and ``round/labelling_seconds``.
+    On each training step that is logged: ``throughput/pairs_per_second`` (``prompts_per_second`` for rollouts,
+    ``rows_per_second`` for completions) and ``throughput/tokens_per_second`` of all ranks together, over the last
+    steps, all those since the last log among them; time between steps, as for sampling, labelling and validation, is
+    left out. At the end of each epoch, for the round it trained on: ``round/labels`` (labels bought for it since the
+    last start), ``round/failed`` (comparisons without a verdict), ``round/sampling_seconds`` and
+    ``round/labelling_seconds``.
 
     Args:
         window: training steps that a speed is averaged over at least, >= 1.
@@ -65,13 +66,13 @@ class Throughput(Callback):
             # steps are queued faster than they are computed: the last one before the clock is read waits for all
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - self._started
-        self._steps.append(StepCost(outputs["label"].numel(), outputs["num_tokens"], seconds))
+        self._steps.append(StepCost(outputs["num_items"], outputs["num_tokens"], seconds))
         self._since_log += 1
         if log:
             self._steps = self._steps[-max(self._window, self._since_log) :]
             self._since_log = 0
             # Ranks step together, so their speeds add up.
-            self._speeds.add(rates(self._steps))
+            self._speeds.add(rates(self._steps, preference_source(trainer).UNIT))
             speeds = {f"throughput/{name}": value for name, value in self._speeds.take(trainer).items()}
             pl_module.log_dict(speeds, on_step=True, on_epoch=False, batch_size=1)
 
@@ -83,12 +84,12 @@ class Throughput(Callback):
             log_known(pl_module, ranks.from_rank_zero(round_costs(drawn)))
 
 
-def rates(steps: Iterable[StepCost]) -> dict[str, float]:
-    """Pairs and tokens per second over some steps of one rank."""
+def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:
+    """Items and tokens per second over some steps of one rank."""
     steps = list(steps)
     seconds = sum(step.seconds for step in steps)
     return {
-        "pairs_per_second": sum(step.pairs for step in steps) / seconds,
+        f"{unit}s_per_second": sum(step.items for step in steps) / seconds,
         "tokens_per_second": sum(step.tokens for step in steps) / seconds,
     }
 

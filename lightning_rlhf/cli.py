@@ -33,6 +33,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
+import lightning_rlhf.advantages
 import lightning_rlhf.callbacks
 import lightning_rlhf.labelers
 import lightning_rlhf.losses
@@ -41,11 +42,12 @@ import lightning_rlhf.prompts
 import lightning_rlhf.rewards
 import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
 from lightning_rlhf.callbacks import ProgressBar
-from lightning_rlhf.datamodule import PreferenceDataModule
+from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStepDataModule
 from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
 from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
+from lightning_rlhf.modules.base import AbstractStepModule
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -127,23 +129,23 @@ class RLHFTrainer(L.Trainer):
     def sample(
         self,
         model: L.LightningModule,
-        datamodule: PreferenceDataModule | None = None,
+        datamodule: AbstractRoundDataModule | None = None,
         out: str | None = None,
     ) -> None:
-        """Draw one round of comparisons with any sampler from any policy into the ledger; no labels, no training.
+        """Draw one round of comparisons or rollouts from any policy into the ledger; no labels, no training.
 
         Args:
             model: the policy.
-            datamodule: prompts and sampler.
-            out: also write the comparisons to this file (.jsonl or .parquet).
+            datamodule: prompts, and a sampler where there is one.
+            out: also write what was drawn to this file (.jsonl or .parquet).
         """
         assert datamodule is not None
         self.predict(model, datamodule=datamodule, return_predictions=False)
         if self.is_global_zero:
             ledger = datamodule.ledger
-            print(f"comparisons are in {ledger}")
+            print(f"{datamodule.DRAWN} are in {ledger}")
             if out is not None:
-                print(f"wrote {export_comparisons(str(ledger), out)} comparisons to {out}")
+                print(f"wrote {export_comparisons(str(ledger), out)} {datamodule.DRAWN} to {out}")
 
 
 class RLHFCLI(LightningCLI):
@@ -225,8 +227,7 @@ class RLHFCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Continue a run that was stopped, or measure the policy once before training."""
-        assert isinstance(self.datamodule, PreferenceDataModule)
-        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand])
+        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if self.config_init.fit.ckpt_path is None and last.exists():
             print(f"continuing from {last}; use another --run_dir to start afresh")
@@ -236,22 +237,16 @@ class RLHFCLI(LightningCLI):
 
     def before_sample(self) -> None:
         """Tie the ledger to the settings."""
-        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand])
+        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
 
 
-# settings that change how fast a run is, or what is measured, but not what it draws and learns
-FREE_SETTINGS = {
-    "model": {"tokens_per_batch", "gradient_checkpointing", "layout", "attn_implementation", "use_vllm"},
-    "data": {"heldout", "reward", "ledger", "label_attempts", "tokens_per_batch"},
-}
-
-
-def fingerprint(config: Namespace) -> dict[str, Any]:
-    """Settings that decide what is drawn, labelled and learnt, as plain data."""
-    settings = {name: _plain(config[name]) for name in FREE_SETTINGS}
-    for name, free in FREE_SETTINGS.items():
+def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
+    """Settings that decide what is drawn, labelled and learnt, as plain data; the classes name those that do not."""
+    settings = {name: _plain(config[name]) for name in ("model", "data")}
+    for name, part in (("model", model), ("data", datamodule)):
+        free = part.FREE_SETTINGS if isinstance(part, AbstractStepModule | AbstractStepDataModule) else frozenset()
         settings[name]["init_args"] = {k: v for k, v in settings[name]["init_args"].items() if k not in free}
-    settings["data"]["init_args"]["decoding"].pop("rows", None)
+    settings["data"]["init_args"].get("decoding", {}).pop("rows", None)
     return {**settings, "seed_everything": config.get("seed_everything")}
 
 

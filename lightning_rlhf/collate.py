@@ -11,15 +11,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lightning_rlhf.types import Preference, Prompt, Response
+from lightning_rlhf.types import Preference, Prompt, Response, Rollout
 
 
 Ids = tuple[int, ...]
+
+
+@runtime_checkable
+class StepBatch(Protocol):
+    """What a batch that is an optimizer step can do; the items are pairs, or prompts with their responses."""
+
+    @property
+    def num_idle(self) -> int:
+        """Items at the end that count for nothing."""
+
+    def __len__(self) -> int:
+        """Number of items, idle ones included."""
+
+    def split(self) -> Sequence[Self]:
+        """Make a batch of each pass, in order."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the numbers to a device."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,145 @@ class PreferenceBatch:
         return mapped
 
 
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one prompt with what they are worth; numbers run token by token, response by response.
+
+    Args:
+        rollouts: responses to one prompt.
+        advantages: advantage of each token.
+        targets: what the value model should say of the state before each token; None without one.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    advantages: tuple[float, ...]
+    targets: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """Prompts with responses, drawn by the policy or recorded; an item is a prompt with all its responses.
+
+    Args:
+        prompts: token ids of the prompts.
+        responses: token ids of the responses to each prompt.
+        numbers: per token, response by response, [5, tokens], float64 (float32 on MPS): log pi when it was drawn, log
+            pi_ref, advantage, V when it was drawn, target of V; the last two NaN without a value model. Of recorded
+            responses none, [0, tokens].
+        weight: weight of each prompt in the loss, 0 for idle ones, [prompts].
+        mean_length: mean tokens of a response of the optimizer step, over all ranks.
+        max_length: token limit of the responses.
+        temperature: softmax temperature they were drawn at.
+        num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
+        passes: number of prompts in each pass; one pass when not given.
+        num_idle: prompts at the end that count for nothing.
+    """
+
+    prompts: list[Ids]
+    responses: list[tuple[Ids, ...]]
+    numbers: Tensor
+    weight: Tensor
+    mean_length: float
+    max_length: int
+    temperature: float = 1.0
+    num_global: float | None = None
+    passes: tuple[int, ...] | None = None
+    num_idle: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def groups(self) -> list[tuple[Ids, tuple[Ids, ...]]]:
+        """Prompts with their responses, as `lightning_rlhf.models.logprobs.response_logps` takes them."""
+        return list(zip(self.prompts, self.responses, strict=True))
+
+    def split(self) -> list[ResponseBatch]:
+        """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
+        if self.passes is None:
+            return [self]
+        if sum(self.passes) != len(self) or min(self.passes) < 1:
+            raise ValueError(
+                f"passes {self.passes} must be positive and add up to the {len(self)} prompts of the batch"
+            )
+        parts, start, first, last_counted = [], 0, 0, len(self) - self.num_idle
+        for size in self.passes:
+            end = start + size
+            last = first + sum(len(ids) for responses in self.responses[start:end] for ids in responses)
+            parts.append(
+                replace(
+                    self,
+                    prompts=self.prompts[start:end],
+                    responses=self.responses[start:end],
+                    numbers=self.numbers[:, first:last],
+                    weight=self.weight[start:end],
+                    num_global=self.num_global or last_counted,
+                    passes=None,
+                    num_idle=min(max(end - last_counted, 0), size),
+                )
+            )
+            start, first = end, last
+        return parts
+
+    def to(self, device: torch.device | str) -> ResponseBatch:
+        """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else None
+        numbers, weight = (t.to(device, dtype, non_blocking=True) for t in (self.numbers, self.weight))
+        return replace(self, numbers=numbers, weight=weight)
+
+    def pin_memory(self) -> ResponseBatch:
+        """Pin the numbers; the DataLoader calls this."""
+        return replace(self, numbers=self.numbers.pin_memory(), weight=self.weight.pin_memory())
+
+
+def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_length: int) -> ResponseBatch:
+    """Make a batch of prompts with their responses.
+
+    Args:
+        groups: at least one, all drawn at one temperature.
+        mean_length: mean tokens of a response of the optimizer step, over all ranks.
+        max_length: token limit of the responses.
+    """
+    rows: list[list[float]] = [[] for _ in range(5)]
+    for group in groups:
+        for rollout in group.rollouts:
+            response = rollout.response
+            assert response.policy_logps is not None and response.reference_logps is not None
+            rows[0] += response.policy_logps
+            rows[1] += response.reference_logps
+            rows[3] += rollout.values or [math.nan] * len(response.ids)
+        rows[2] += group.advantages
+        rows[4] += group.targets or [math.nan] * len(group.advantages)
+    return ResponseBatch(
+        prompts=[group.rollouts[0].prompt.ids for group in groups],
+        responses=[tuple(rollout.response.ids for rollout in group.rollouts) for group in groups],
+        numbers=_float64(rows),
+        weight=torch.ones(len(groups), dtype=torch.float64),
+        mean_length=mean_length,
+        max_length=max_length,
+        temperature=groups[0].rollouts[0].temperature,
+    )
+
+
+def collate_completions(prompts: Sequence[Prompt], mean_length: float, max_length: int) -> ResponseBatch:
+    """Make a batch of prompts with their recorded completions.
+
+    Args:
+        prompts: at least one, each with a completion.
+        mean_length: mean tokens of a completion of the optimizer step, over all ranks.
+        max_length: token limit of the completions.
+    """
+    completions = [prompt.completion.ids for prompt in prompts if prompt.completion is not None]
+    assert len(completions) == len(prompts)
+    return ResponseBatch(
+        prompts=[prompt.ids for prompt in prompts],
+        responses=[(ids,) for ids in completions],
+        numbers=torch.zeros(0, sum(map(len, completions)), dtype=torch.float64),
+        weight=torch.ones(len(prompts), dtype=torch.float64),
+        mean_length=mean_length,
+        max_length=max_length,
+    )
+
+
 def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
     """Make a batch of labelled pairs; the order of a and b in a comparison makes no difference but on a tie.
 
@@ -184,7 +341,7 @@ def _total(logps: Sequence[float] | None) -> float:
     return math.nan if logps is None else math.fsum(logps)
 
 
-def _float64(values: Sequence[float]) -> Tensor:
+def _float64(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 

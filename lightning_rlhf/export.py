@@ -1,7 +1,8 @@
-"""A ledger as rows that other preference trainers read, such as TRL's ``DPOTrainer``.
+"""A ledger as rows that other trainers read, such as TRL's ``DPOTrainer`` and ``SFTTrainer``.
 
-Every labelled comparison becomes one row ``prompt``, ``chosen``, ``rejected``, in JSONL or Parquet, that
-``datasets.load_dataset`` opens. How sure the label was, and where the pair came from, are further columns.
+Every labelled comparison becomes one row ``prompt``, ``chosen``, ``rejected``, and every rollout one row ``prompt``,
+``completion``, in JSONL or Parquet, that ``datasets.load_dataset`` opens. How sure the label was, and where the row
+came from, are further columns.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ import pyarrow.parquet as pq
 
 from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.types import Comparison, Preference, Prompt
+from lightning_rlhf.store_rollouts import RolloutTable
+from lightning_rlhf.types import Comparison, Preference, Prompt, Rollout
 
 
 Format = Literal["auto", "jsonl", "parquet"]
@@ -31,6 +33,8 @@ _TYPES = {
     "weight": pa.float64(),
     "passes": pa.float64(),
     "delta": pa.float64(),
+    "reward": pa.float64(),
+    "reward_std": pa.float64(),
     "reward_chosen": pa.float64(),
     "reward_rejected": pa.float64(),
     "recorded_probability": pa.float64(),
@@ -41,14 +45,16 @@ _TYPES = {
 _ROW_GROUP = 1024  # rows in memory at once
 
 
-def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "auto") -> int:
-    """Write the labelled comparisons of a ledger as preference rows, and return how many there are.
+def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "auto", best: bool = False) -> int:
+    """Write the labelled comparisons of a ledger as preference rows, or its rollouts, and return how many there are.
 
     The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
     ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
     ``branch``, ``prompt_index``; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
-    ``reward_b``; and ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones.
-    The file appears when it is complete, in place of one of the same name. The run may go on meanwhile.
+    ``reward_b``; and ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones. Of
+    a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where they
+    are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in place of
+    one of the same name. The run may go on meanwhile.
 
     Args:
         ledger: path of the ledger of a run.
@@ -57,6 +63,7 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
         rows: ``plain`` writes texts, prompts as rendered with the chat template; ``conversational`` writes lists of
             messages, to which the other trainer applies its own template; ``auto`` writes messages if every prompt has
             them.
+        best: of rollouts, only the most rewarded one of each prompt and round.
 
     Raises:
         ValueError: if nothing is labelled yet, the format cannot be told, or a prompt without messages is to be written
@@ -70,6 +77,8 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
             all_have_messages &= preference.comparison.prompt.messages is not None
             any_has_rewards |= "reward_a" in preference.label.meta
             any_is_recorded |= _recorded(preference.comparison) is not None
+        if not count and (drawn := _groups(store)):
+            return _write_rollouts(drawn, target, kind, rows, best)
         if not count:
             raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
         conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
@@ -82,7 +91,8 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
 
     Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the laws ``source_a`` and ``source_b`` they
     were drawn from, ``branch``, ``weight``, ``passes``, ``delta`` (implicit reward of a minus that of b; null where the
-    sampler did not compute it), ``round``, ``position`` and ``prompt_index``.
+    sampler did not compute it), ``round``, ``position`` and ``prompt_index``. Rollouts are written as
+    `export_ledger` writes them.
 
     Args:
         ledger: path of the ledger of a run.
@@ -95,6 +105,8 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
         found = next(store.walk(), None)
+        if found is None and (drawn := _groups(store)):
+            return _write_rollouts(drawn, target, kind, "auto", False)
         if found is None:
             raise ValueError(f"ledger {ledger} holds no comparison yet; draw some first")
         return _write((comparison_row(*row[:3]) for row in store.walk()), target, kind)
@@ -158,6 +170,45 @@ def comparison_row(round: int, position: int, comparison: Comparison) -> Row:
         "position": position,
         "prompt_index": comparison.prompt.index,
     }
+
+
+def rollout_row(rollout: Rollout, round: int, conversational: bool) -> Row:
+    """The row of a rollout, scored or not."""
+    text = rollout.response.text
+    return {
+        "prompt": _messages(rollout.prompt) if conversational else rollout.prompt.text,
+        "completion": [{"role": "assistant", "content": text}] if conversational else text,
+        "reward": rollout.reward,
+        "reward_std": rollout.std,
+        "finish_reason": rollout.response.finish_reason,
+        "round": round,
+        "prompt_index": rollout.prompt.index,
+    }
+
+
+def _groups(store: PreferenceStore) -> list[tuple[int, list[Rollout]]]:
+    """Rounds with the rollouts of each prompt, in order."""
+    table = RolloutTable(store)
+    return [
+        (round, [row[2] for row in same])
+        for round in table.rounds()
+        for _, same in groupby(table.rollouts(round), key=lambda row: row[1])
+    ]
+
+
+def _write_rollouts(groups: list[tuple[int, list[Rollout]]], target: Path, kind: Format, rows: Rows, best: bool) -> int:
+    if best:
+        scored = [(round, [r for r in rollouts if r.reward is not None]) for round, rollouts in groups]
+        groups = [(round, [max(found, key=lambda r: r.reward or 0.0)]) for round, found in scored if found]
+        if not groups:
+            raise ValueError("no rollout has a reward yet, so none is the best; leave best out")
+    all_have_messages = all(rollout.prompt.messages is not None for _, rollouts in groups for rollout in rollouts)
+    conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
+    return _write(
+        (rollout_row(rollout, round, conversational) for round, rollouts in groups for rollout in rollouts),
+        target,
+        kind,
+    )
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:

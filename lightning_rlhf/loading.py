@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class Step:
             others have passes must still run as many.
         num_global: pairs of the step on all ranks divided by the ranks. The loss of a rank is its sum over pairs
             divided by that number: the average over ranks, which DDP takes, is the mean over pairs.
+        everyone: pairs of the step on all ranks.
     """
 
     indices: list[int]
     passes: tuple[int, ...]
     num_idle: int
     num_global: float
+    everyone: tuple[int, ...] = field(default=(), compare=False)
 
 
 def epoch_order(count: int, key: Key) -> list[int]:
@@ -90,7 +92,7 @@ def plan(
         num_idle = num_passes - len(mine)
         mine += [[pairs[-1]]] * num_idle
         indices = [index for indices in mine for index in indices]
-        steps.append(Step(indices, tuple(map(len, mine)), num_idle, len(pairs) / world))
+        steps.append(Step(indices, tuple(map(len, mine)), num_idle, len(pairs) / world, tuple(pairs)))
     return steps
 
 

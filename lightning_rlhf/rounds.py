@@ -73,7 +73,7 @@ class RoundCollector:
     ) -> None:
         self.store, self.sampler, self.labeler, self.key = store, sampler, labeler, key
         self.label_attempts = label_attempts
-        self.progress: Progress = progress or _silent
+        self.progress: Progress = progress or silent
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
 
     def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
@@ -243,7 +243,8 @@ def refreshed(preferences: Sequence[Preference], engine: DecodeEngine | None) ->
 Progress = Callable[[str, int], AbstractContextManager[Any]]
 
 
-def _silent(description: str, total: int) -> AbstractContextManager[Any]:
+def silent(description: str, total: int) -> AbstractContextManager[Any]:
+    """Make a progress bar that shows nothing."""
     bar: AbstractContextManager[Any] = tqdm(total=total, desc=description, disable=True)
     return bar
 

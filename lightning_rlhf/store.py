@@ -100,7 +100,8 @@ class PreferenceStore:
         self.close()
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The open file, for tables of this package; one thread at a time."""
         if self._pid != os.getpid():  # before the mutex, which another thread may have held when we were forked
             raise RuntimeError(
                 f"ledger {self.path} was opened by process {self._pid}, and this is its fork {os.getpid()}; "
@@ -112,9 +113,9 @@ class PreferenceStore:
             yield self._connection
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, on the disk when the block ends; nothing of it is kept if the block raises."""
-        with self._reading() as db:
+        with self.reading() as db:
             if self.read_only:
                 raise RuntimeError(f"ledger {self.path} was opened with read_only=True; open it without to write")
             db.execute("BEGIN IMMEDIATE")
@@ -130,13 +131,13 @@ class PreferenceStore:
 
     def fingerprint(self) -> dict[str, Any] | None:
         """The settings that determine the draws, as stored; None if never set."""
-        with self._reading() as db:
+        with self.reading() as db:
             stored: dict[str, Any] | None = get_value(db, "fingerprint")
         return stored
 
     def set_fingerprint(self, d: dict[str, Any]) -> None:
         """Store the settings that determine the draws, in place of what was stored; plain JSON."""
-        with self._writing() as db:
+        with self.writing() as db:
             set_value(db, "fingerprint", d)
 
     def check_fingerprint(self, d: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ class PreferenceStore:
         if min(positions) < 0:
             raise ValueError(f"positions count from 0; got {min(positions)}")
         rows = [comparison_row(c, f"round {round}, position {p}") for c, p in zip(comparisons, positions, strict=True)]
-        with self._writing() as db:
+        with self.writing() as db:
             prompts = [find_or_add_prompt(db, c.prompt) for c in comparisons]
             stored = {
                 position: (identity, prompt)
@@ -229,7 +230,7 @@ class PreferenceStore:
             raise ValueError(f"got {len(labels)} labels for {len(ids)} comparisons; pass one per comparison, in order")
         now = time.time()
         rows = [attempt_row(identity, label, now) for identity, label in zip(ids, labels, strict=True)]
-        with self._writing() as db:
+        with self.writing() as db:
             for identity, label, row in zip(ids, labels, rows, strict=True):
                 known = db.execute(
                     "SELECT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
@@ -255,13 +256,13 @@ class PreferenceStore:
 
     def positions(self, round: int) -> list[int]:
         """The places of a round that are filled, ascending."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute("SELECT position FROM comparisons WHERE round = ? ORDER BY position", (round,)).fetchall()
         return [position for (position,) in rows]
 
     def attempts(self, round: int) -> dict[int, int]:
         """How often each comparison of a round was shown to the labeler, by id; those never shown are left out."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute(
                 "SELECT c.id, COUNT(*) FROM comparisons c JOIN attempts t ON t.comparison = c.id "
                 "WHERE c.round = ? GROUP BY c.id",
@@ -271,7 +272,7 @@ class PreferenceStore:
 
     def history(self, comparison: int) -> list[Label]:
         """Every label attempt of a comparison, given by its id, failed ones too, oldest first."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute(
                 "SELECT probability, status, cost, meta FROM attempts WHERE comparison = ? ORDER BY id", (comparison,)
             ).fetchall()
@@ -279,7 +280,7 @@ class PreferenceStore:
 
     def failed(self, round: int) -> dict[str, int]:
         """Count the comparisons of a round that were tried and have no label, by the status of the last attempt."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute(
                 "SELECT last.status, COUNT(*) FROM comparisons c "
                 "JOIN attempts last ON last.id = (SELECT MAX(id) FROM attempts WHERE comparison = c.id) "
@@ -302,7 +303,7 @@ class PreferenceStore:
     def walk(self, rounds: Iterable[int] | None = None) -> Iterator[tuple[int, int, Comparison, Label | None]]:
         """Yield round, position, comparison and label (None if it has none yet), in the order of `preferences`."""
         if rounds is None:
-            with self._reading() as db:
+            with self.reading() as db:
                 rounds = [r for (r,) in db.execute("SELECT DISTINCT round FROM comparisons ORDER BY round").fetchall()]
         for round in rounds:
             position = -1
@@ -315,7 +316,7 @@ class PreferenceStore:
         """Read one state of the ledger until the block ends, whatever its writer adds; for read-only stores."""
         if not self.read_only:
             raise RuntimeError(f"ledger {self.path} is open for writing; take snapshots with read_only=True")
-        with self._reading() as db:
+        with self.reading() as db:
             db.execute("BEGIN")
             try:
                 yield
@@ -323,7 +324,7 @@ class PreferenceStore:
                 db.execute("ROLLBACK")
 
     def _page(self, round: int, after: int, limit: int) -> list[tuple[int, int, Comparison, Label | None]]:
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute(SELECT_COMPARISONS, (round, after, limit)).fetchall()
         prompts: dict[int, Prompt] = {}
         return [decode(row, prompts) for row in rows]
@@ -341,7 +342,7 @@ class PreferenceStore:
             ValueError: if it was closed before with other ``info``.
         """
         text = json.dumps(info)
-        with self._writing() as db:
+        with self.writing() as db:
             stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
             if stored is None:
                 db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (round, text, time.time()))
@@ -350,18 +351,18 @@ class PreferenceStore:
 
     def round_info(self, round: int) -> dict[str, Any] | None:
         """What `close_round` was told about a round; None if it is not closed."""
-        with self._reading() as db:
+        with self.reading() as db:
             stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
         return None if stored is None else json.loads(stored[0])
 
     def rounds(self) -> list[int]:
         """The closed rounds, ascending."""
-        with self._reading() as db:
+        with self.reading() as db:
             return [r for (r,) in db.execute("SELECT round FROM rounds ORDER BY round")]
 
     def count_labels(self, before: int) -> int:
         """Number of labels with status ``"ok"`` in rounds before round ``before``."""
-        with self._reading() as db:
+        with self.reading() as db:
             query = (
                 "SELECT COUNT(*) FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
                 "WHERE c.round < ?"
@@ -370,7 +371,7 @@ class PreferenceStore:
 
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""
-        with self._reading() as db:
+        with self.reading() as db:
             mean = db.execute("SELECT AVG(passes) FROM comparisons").fetchone()[0]
         return math.nan if mean is None else float(mean)
 
@@ -390,7 +391,7 @@ class PreferenceStore:
         return self._total("cost")
 
     def _total(self, column: str) -> float:
-        with self._reading() as db:
+        with self.reading() as db:
             return float(db.execute(f"SELECT {column} FROM totals").fetchone()[0])
 
 

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_rlhf.store_rows import SCHEMA
+from lightning_rlhf.store_rows import ROLLOUT_SCHEMA, SCHEMA
 
 
 APPLICATION_ID = 0x524C4846  # "RLHF", in the header of the file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UPGRADES = {2: ROLLOUT_SCHEMA}
+"""Statements that make a ledger of the version before one of this version; they only add."""
 REMEDIES = {
     sqlite3.SQLITE_FULL: (errno.ENOSPC, "free some space and start again; every label written so far is kept"),
     sqlite3.SQLITE_IOERR: (
@@ -72,12 +74,17 @@ def check_is_ledger(db: sqlite3.Connection, path: Path) -> bool:
         if application or db.execute("SELECT 1 FROM sqlite_master").fetchone():
             raise ValueError(f"{path} is a SQLite file of another program, not a ledger; give the ledger another name")
         return False
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(
             f"ledger {path} has schema version {version}, this lightning_rlhf reads version {SCHEMA_VERSION}; "
             f"install the lightning_rlhf that wrote it, or a newer one"
         )
     return True
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """Version of the tables in the file."""
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def take_lease(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
@@ -117,6 +124,10 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         set_value(db, "run_id", str(uuid.uuid4()))
         set_value(db, "created", time.time())
+    for version in range(schema_version(db) + 1, SCHEMA_VERSION + 1):
+        for statement in UPGRADES[version]:
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {version}")
     set_value(db, "writer", {"pid": os.getpid(), "host": socket.gethostname()})
     db.execute("COMMIT")
     db.execute("PRAGMA journal_mode = WAL")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response
+from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response, Rollout
 
 
 def _response_columns(side: str) -> list[str]:
@@ -24,8 +24,10 @@ def _response_columns(side: str) -> list[str]:
 
 PROMPT_COLUMNS = ["prompt_index", "ids", "text", "messages", "recorded"]
 PROMPT_COLUMNS += _response_columns("chosen") + _response_columns("rejected")
+ROLLOUT_COLUMNS = ["temperature", "state_values", *_response_columns("response")]
 COMPARISON_COLUMNS = ["branch", "weight", "passes", "meta", *_response_columns("a"), *_response_columns("b")]
-_TYPES = {"ids": "BLOB", "logps": "BLOB", "index": "INTEGER", "weight": "REAL", "passes": "REAL"}
+_TYPES = dict.fromkeys(("ids", "logps", "values"), "BLOB") | dict.fromkeys(("weight", "passes", "temperature"), "REAL")
+_TYPES["index"] = "INTEGER"
 
 
 def _declare(columns: list[str]) -> str:
@@ -36,6 +38,16 @@ def _marks(count: int) -> str:
     return ", ".join("?" * count)
 
 
+ROLLOUT_SCHEMA = [
+    "CREATE TABLE rollouts (id INTEGER PRIMARY KEY, round INTEGER NOT NULL, position INTEGER NOT NULL, "
+    "sample INTEGER NOT NULL, prompt INTEGER NOT NULL REFERENCES prompts, "
+    f"{_declare(ROLLOUT_COLUMNS)}, UNIQUE (round, position, sample))",
+    "CREATE TABLE scores (rollout INTEGER PRIMARY KEY REFERENCES rollouts, reward REAL NOT NULL, std REAL, "
+    "time REAL NOT NULL)",
+    "CREATE TRIGGER scores_are_never_changed BEFORE UPDATE ON scores BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+    "CREATE TRIGGER scores_are_never_deleted BEFORE DELETE ON scores BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+]
+"""What version 2 of the schema added."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -53,9 +65,20 @@ SCHEMA = [
     # Kept up to date by add_labels in the same transaction, so that counting a million labels costs nothing.
     "CREATE TABLE totals (attempts INTEGER NOT NULL, labels INTEGER NOT NULL, cost REAL NOT NULL)",
     "INSERT INTO totals VALUES (0, 0, 0.0)",
+    *ROLLOUT_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"
+INSERT_ROLLOUT = (
+    f"INSERT INTO rollouts (round, position, sample, prompt, {', '.join(ROLLOUT_COLUMNS)}) "
+    f"VALUES ({_marks(4 + len(ROLLOUT_COLUMNS))})"
+)
+INSERT_SCORE = f"INSERT INTO scores VALUES ({_marks(4)})"
+SELECT_ROLLOUTS = (
+    f"SELECT r.id, r.position, r.{', r.'.join(ROLLOUT_COLUMNS)}, r.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
+    "s.reward, s.std FROM rollouts r JOIN prompts p ON p.id = r.prompt LEFT JOIN scores s ON s.rollout = r.id "
+    "WHERE r.round = ? ORDER BY r.position, r.sample"
+)
 INSERT_ATTEMPT = f"INSERT INTO attempts (comparison, status, probability, cost, meta, time) VALUES ({_marks(6)})"
 SELECT_COMPARISONS = (
     f"SELECT c.position, c.id, c.{', c.'.join(COMPARISON_COLUMNS)}, c.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
@@ -84,6 +107,29 @@ def attempt_row(comparison: int, label: Label, time: float) -> tuple[Any, ...]:
         _meta(label.meta, where),
         time,
     )
+
+
+def rollout_row(rollout: Rollout, where: str) -> tuple[Any, ...]:
+    """The `ROLLOUT_COLUMNS` of a rollout; ``where`` names it in errors."""
+    temperature = _finite(rollout.temperature, f"temperature of {where}")
+    return temperature, _pack(rollout.values, "d"), *_response_row(rollout.response, where)
+
+
+def score_row(rollout: int, reward: float, std: float | None, time: float) -> tuple[Any, ...]:
+    """The columns of a score; ``time`` in seconds since the epoch."""
+    where = f"rollout {rollout}"
+    spread = None if std is None else _finite(std, f"std of the reward of {where}")
+    return rollout, _finite(reward, f"reward of {where}"), spread, time
+
+
+def decode_rollout(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Rollout]:
+    """Read a row of `SELECT_ROLLOUTS`: id, position, rollout; ``prompts`` as in `decode`."""
+    identity, position, temperature, values = row[:4]
+    response, prompt, prompt_columns, (reward, std) = row[4:10], row[10], row[11:-2], row[-2:]
+    if prompt not in prompts:
+        prompts[prompt] = _to_prompt(prompt_columns)
+    drawn = _to_response(response)
+    return identity, position, Rollout(prompts[prompt], drawn, temperature, _unpack(values, "d"), reward, std)
 
 
 def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:

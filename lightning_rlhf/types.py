@@ -1,4 +1,4 @@
-"""The nouns that pass between the parts: prompt, response, comparison, label, preference.
+"""The nouns that pass between the parts: prompt, response, comparison, label, preference, rollout.
 
 The flow is *prompt -> sampler -> labeler -> store -> collate -> module -> loss -> callback*. Everything here is plain
 data: it pickles, it goes to JSON, and it knows neither Lightning nor any model. Token ids are what was sampled and are
@@ -46,12 +46,14 @@ class PromptRow:
         text: plain prompt, used as it stands.
         messages: conversational prompt, rendered with the chat template of the policy.
         pair: recorded completions, for preference rows.
+        completion: text of the one recorded completion, for supervised rows.
     """
 
     source: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     pair: RecordedPair | None = None
+    completion: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Prompt:
         messages: the conversation behind ``text``, when the row was conversational; labelers and rewards read it.
         pair: tokenised recorded pair (chosen, rejected), for offline preference rows.
         recorded: what the data row said about ``pair``.
+        completion: tokenised recorded completion, for supervised rows; ledgers do not keep it.
     """
 
     index: int
@@ -73,6 +76,7 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
     pair: tuple[Response, Response] | None = None
     recorded: RecordedPair | None = None
+    completion: Response | None = None
 
 
 @dataclass(frozen=True)
@@ -181,3 +185,25 @@ class Preference:
         """P(a preferred) in [0, 1]."""
         assert self.label.probability is not None
         return self.label.probability
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response that the policy drew to learn from, and what it earned.
+
+    Args:
+        prompt: the prompt.
+        response: the response. Its log-probabilities are those at ``temperature``: under the law that it was drawn
+            from, and under the reference at the same temperature.
+        temperature: softmax temperature of the draw, > 0.
+        values: V of the state before each token when it was drawn; None without a value model.
+        reward: what the reward function said, as it stands; None until it was asked.
+        std: how unsure the reward function was; None where it does not know.
+    """
+
+    prompt: Prompt
+    response: Response
+    temperature: float = 1.0
+    values: tuple[float, ...] | None = None
+    reward: float | None = None
+    std: float | None = None

@@ -300,7 +300,7 @@ def test_bad_rows_stop_before_a_model_is_loaded(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lightning_rlhf.modules.dpo.load_policy", fail)
+    monkeypatch.setattr("lightning_rlhf.modules.policy.load_policy", fail)
     with pytest.raises(ValueError, match=message):
         fit(
             *("--config", "dpo_offline", f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl"),

@@ -1,4 +1,4 @@
-"""Pure functions that estimate: KL from samples, the laws and weights of PILAF, exact laws for tests."""
+"""Pure functions that estimate: KL from samples, returns and advantages, weights of PILAF, exact laws for tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from lightning_rlhf.estimators.pilaf import (
     tilt_probability,
     vanilla_pair_weight,
     zz_from_deltas,
+)
+from lightning_rlhf.estimators.returns import (
+    gae,
+    group_relative,
+    kl_price,
+    leave_one_out,
+    objective_weights,
+    returns_to_go,
+    token_rewards,
+    whiten,
 )
 from lightning_rlhf.estimators.tabular import (
     TiltedLaws,
@@ -31,20 +41,28 @@ __all__ = [
     "cosh_delta",
     "differences",
     "expected_dpo_loss",
+    "gae",
+    "group_relative",
     "k1",
     "k2",
     "k3",
     "kl_per_sequence",
     "kl_per_token",
+    "kl_price",
+    "leave_one_out",
     "mix_logits",
     "objective_j",
+    "objective_weights",
     "pad_ragged",
     "pair_weight",
     "product_pair_law",
+    "returns_to_go",
     "tilt_probability",
     "tilted_laws",
     "tilted_pair_law",
+    "token_rewards",
     "tpilaf_pair_law",
     "vanilla_pair_weight",
+    "whiten",
     "zz_from_deltas",
 ]

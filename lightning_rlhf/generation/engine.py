@@ -228,6 +228,7 @@ def with_logps(
     prompts: Sequence[Prompt],
     responses: Sequence[Response],
     tokens_per_batch: int,
+    temperature: float = 1.0,
 ) -> list[Response]:
     """Fill in log-probabilities under a model where they are missing; consecutive equal prompts are computed once."""
     missing = [i for i, response in enumerate(responses) if getattr(response, name) is None]
@@ -235,7 +236,7 @@ def with_logps(
     for ids, members in groupby(missing, key=lambda i: prompts[i].ids):
         groups.append((ids, [responses[i].ids for i in members]))
     with evaluating(model.modules()):
-        scored = response_logps(model, groups, tokens_per_batch=tokens_per_batch)
+        scored = response_logps(model, groups, tokens_per_batch=tokens_per_batch, temperature=temperature)
     filled = list(responses)
     for i, logps in zip(missing, scored, strict=True):
         filled[i] = replace(filled[i], **{name: tuple(logps.tolist())})  # type: ignore[arg-type]

@@ -1,15 +1,18 @@
 """How a language model is asked for a judgement, and how its answer is read: what all AI labelers and rewards share."""
 
 from lightning_rlhf.judging.prompts import JudgePrompt, Sample, pair_prompt, rating_prompt
+from lightning_rlhf.judging.server import JudgeServer, ServerError
 from lightning_rlhf.judging.task import Exemplar, PairTask, RatingTask, Task, load_task, task_names
 
 
 __all__ = [
     "Exemplar",
     "JudgePrompt",
+    "JudgeServer",
     "PairTask",
     "RatingTask",
     "Sample",
+    "ServerError",
     "Task",
     "load_task",
     "pair_prompt",

@@ -4,6 +4,7 @@ from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.llm import LLMLabeler
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.labelers.reward import RewardLabeler
+from lightning_rlhf.labelers.server import ServerLabeler
 
 
-__all__ = ["AbstractLabeler", "LLMLabeler", "RecordedLabeler", "RewardLabeler"]
+__all__ = ["AbstractLabeler", "LLMLabeler", "RecordedLabeler", "RewardLabeler", "ServerLabeler"]

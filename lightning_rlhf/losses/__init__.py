@@ -12,6 +12,15 @@ from lightning_rlhf.losses.base import (
     SigmoidLoss,
     XPOLoss,
 )
+from lightning_rlhf.losses.policy_gradient import (
+    clipped_loss,
+    clipped_share,
+    clipped_value_loss,
+    kl_loss,
+    reinforce_loss,
+    response_weights,
+    value_loss,
+)
 from lightning_rlhf.losses.preference import (
     cdpo_loss,
     hinge_loss,
@@ -37,12 +46,19 @@ __all__ = [
     "bradley_terry_loss",
     "cdpo_loss",
     "centering_penalty",
+    "clipped_loss",
+    "clipped_share",
+    "clipped_value_loss",
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",
+    "kl_loss",
     "nuclear_norm_ratio",
+    "reinforce_loss",
+    "response_weights",
     "reward_accuracy",
     "robust_loss",
     "sigmoid_loss",
+    "value_loss",
     "xpo_bonus",
 ]

@@ -6,7 +6,7 @@ The score of a response is a linear function of the hidden state of its last tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -67,8 +67,46 @@ def head_outputs(
     Raises:
         ValueError: if a prompt or a response is empty, or a layout is asked of a model that cannot.
     """
+    found: dict[int, Tensor] = {}
+    for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
+        scores = _apply(head, _states(trunk, packed, packed.ends))
+        found |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
+    return torch.cat([found[i] for i in range(len(groups))]) if groups else torch.zeros(0, 1)
+
+
+def response_values(
+    trunk: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    groups: Sequence[Group],
+    *,
+    layout: Layout = "auto",
+    tokens_per_batch: int | None = None,
+) -> list[Tensor]:
+    """Value of the state before each response token: a head on the hidden states that predict the tokens.
+
+    Args:
+        trunk: as in `response_scores`, like the others.
+        head: maps [tokens, width] to [tokens, 1] or [tokens].
+        groups: prompts with their responses.
+        layout: see there.
+        tokens_per_batch: see there.
+
+    Returns:
+        One tensor [length] per response, group by group, in the order given; float32 at least.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
+        pieces = iter(packed.split(_apply(head, _states(trunk, packed, packed.predictors)).view(-1)))
+        found |= {i: [next(pieces) for _ in groups[i][1]] for i in batch}
+    return [values for i in range(len(groups)) for values in found[i]]
+
+
+def _batches(
+    trunk: nn.Module, groups: Sequence[Group], layout: Layout, tokens_per_batch: int | None
+) -> Iterator[tuple[list[int], PackedResponses]]:
+    """Numbers of the groups of each forward pass, and the groups in the layout that fits the trunk."""
     if not groups:
-        return torch.zeros(0, 1)
+        return
     layouts = _layouts(trunk)
     if layout == "auto":
         rows: RowLayout = "padded"
@@ -83,22 +121,22 @@ def head_outputs(
     batches = [list(range(len(groups)))]
     if tokens_per_batch is not None:
         batches = split_by_tokens(groups, tokens_per_batch, rows)
-    by_group: dict[int, Tensor] = {}
     for batch in batches:
-        packed = pack([groups[i] for i in batch], rows)
-        scores: Tensor = head(_last_states(trunk, packed))
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        by_group |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
-    return torch.cat([by_group[i] for i in range(len(groups))])
+        yield batch, pack([groups[i] for i in batch], rows)
 
 
-def _last_states(trunk: nn.Module, packed: PackedResponses) -> Tensor:
-    """Hidden state of the last token of each response, [responses, width]."""
+def _apply(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    scores = head(states)
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor) -> Tensor:
+    """Hidden states at flat indices into the rows, [places, width]."""
     base = base_model(trunk)
     packed = packed.to(embedding(base).device)
     with attending(base, packed):
         hidden = trunk(**model_inputs(base, packed), use_cache=False).last_hidden_state
-    return cast(Tensor, hidden.flatten(0, 1).index_select(0, packed.ends))
+    return cast(Tensor, hidden.flatten(0, 1).index_select(0, places.to(hidden.device)))
 
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, tuple[object, frozenset[RowLayout]]] = WeakKeyDictionary()
@@ -123,11 +161,13 @@ def _probe(trunk: nn.Module, weight: Tensor) -> frozenset[RowLayout]:
     if cannot_share(base) is None:
         candidates = ["packed"] if takes_no_mask(base) else ["packed", "shared"]
     with evaluating(trunk.modules()), torch.autocast(weight.device.type, enabled=False):
-        alone = torch.cat([_last_states(trunk, pack([(p, [r])], "padded")) for p, rs in groups for r in rs])
+        rows = [pack([(p, [r])], "padded") for p, rs in groups for r in rs]
+        alone = torch.cat([_states(trunk, row, row.ends) for row in rows])
         size = alone.double().abs().max().item()
         for layout in candidates:
             try:
-                states = _last_states(trunk, pack(groups, layout))
+                packed = pack(groups, layout)
+                states = _states(trunk, packed, packed.ends)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever third-party model code raises: this layout is not for it

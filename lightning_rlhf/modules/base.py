@@ -1,10 +1,10 @@
-"""What modules that learn from pairs share: steps of several passes, sync-free figures, AdamW, seeded dropout."""
+"""What all modules share: steps of several passes, sync-free figures, AdamW, seeded dropout."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from lightning_rlhf.collate import PreferenceBatch
+from lightning_rlhf.collate import PreferenceBatch, StepBatch
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
@@ -21,8 +21,8 @@ from lightning_rlhf.randomness import Key
 from lightning_rlhf.sums import RunningSums, logs_now
 
 
-class AbstractPreferenceModule(L.LightningModule, ABC):
-    """A model trained on batches of `PreferenceDataModule`, each an optimizer step that may take several passes.
+class AbstractStepModule(L.LightningModule, ABC):
+    """A model trained on batches of our DataModules, each an optimizer step that may take several passes.
 
     Implement `pass_outputs`. `training_step` returns ``loss`` and what the passes found, for callbacks.
 
@@ -33,7 +33,14 @@ class AbstractPreferenceModule(L.LightningModule, ABC):
         learning_rate: peak learning rate of AdamW, > 0.
         weight_decay: decoupled weight decay of AdamW, >= 0.
         warmup_steps: optimizer steps of linear warm-up; constant afterwards.
+
+    Attributes:
+        FREE_SETTINGS: arguments that change how fast a run is, but not what it draws and learns.
     """
+
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset(
+        {"tokens_per_batch", "gradient_checkpointing", "layout", "attn_implementation", "use_vllm"}
+    )
 
     def __init__(
         self,
@@ -77,21 +84,21 @@ class AbstractPreferenceModule(L.LightningModule, ABC):
         del index
 
     @abstractmethod
-    def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
+    def pass_outputs(self, batch: Any) -> dict[str, Any]:
         """Run one forward pass.
 
         Returns:
             ``loss``, the part of the pass in the loss of its step, with gradient; ``num_tokens``; and figures, one
-            number per pair that counts, detached.
+            number per item that counts, detached.
         """
 
     def sums_to_log(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the pairs of a step, logged as means over pairs under ``train/`` and their name; none here."""
+        """Sums over the items of a step, logged as means over items under ``train/`` and their name; none here."""
         del figures
         return {}
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the loss of the pairs of a step.
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss of the items of a step.
 
         All passes of the step but the last are run here, forward and backward; Lightning does the backward of the last.
         ``train/loss`` is logged as the mean over the steps since it was last logged.
@@ -104,20 +111,22 @@ class AbstractPreferenceModule(L.LightningModule, ABC):
         loss = sum((earlier["loss"] for earlier in outputs[:-1]), start=outputs[-1]["loss"])
         names = [name for name in outputs[0] if name not in ("loss", "num_tokens")]
         figures = {name: torch.cat([output[name] for output in outputs]) for name in names}
-        self._log_means(loss, figures, len(batch) - batch.num_idle)
-        return {"loss": loss, **figures, "num_tokens": sum(output["num_tokens"] for output in outputs)}
+        num_items = len(batch) - batch.num_idle
+        self._log_means(loss, figures, num_items)
+        num_tokens = sum(output["num_tokens"] for output in outputs)
+        return {"loss": loss, **figures, "num_items": num_items, "num_tokens": num_tokens}
 
-    def _log_means(self, loss: Tensor, figures: dict[str, Tensor], num_pairs: int) -> None:
-        self._sums.add({"loss": loss, "steps": 1.0, "pairs": float(num_pairs), **self.sums_to_log(figures)})
+    def _log_means(self, loss: Tensor, figures: dict[str, Tensor], num_items: int) -> None:
+        self._sums.add({"loss": loss, "steps": 1.0, "items": float(num_items), **self.sums_to_log(figures)})
         if not logs_now(self.trainer):
             return
         sums = self._sums.take(self.trainer)
-        steps, pairs = sums.pop("steps"), sums.pop("pairs")
+        steps, items = sums.pop("steps"), sums.pop("items")
         # on the CPU: the progress bar reads it at every refresh, and would wait for the device
         mean = torch.tensor(sums.pop("loss") / steps)
-        self.log("train/loss", mean, prog_bar=True, batch_size=num_pairs)
+        self.log("train/loss", mean, prog_bar=True, batch_size=num_items)
         for name, value in sums.items():
-            self.log(f"train/{name}", torch.tensor(value / pairs), batch_size=num_pairs)
+            self.log(f"train/{name}", torch.tensor(value / items), batch_size=num_items)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and empty the gradients at once: the passes of a step add up, and no round is drawn with them."""
@@ -129,16 +138,21 @@ class AbstractPreferenceModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, with linear warm-up."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = self.parameter_groups()
+        parameters = [parameter for group in groups for parameter in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
         optimizer._step_supports_amp_scaling = False
         warmup = max(self.warmup_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as groups of AdamW; one group here."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run continues as if it had not stopped."""
         del batch, batch_idx
         step = self.trainer.fit_loop.total_batch_idx
@@ -149,7 +163,7 @@ class AbstractPreferenceModule(L.LightningModule, ABC):
         """Mend a checkpoint that was saved at the end of an epoch, before Lightning restores it."""
         forget_finished_epoch(checkpoint)
 
-    def _accumulated(self, batch: PreferenceBatch) -> dict[str, Any]:
+    def _accumulated(self, batch: StepBatch) -> dict[str, Any]:
         """Forward and backward pass whose gradients wait for those of the step's last pass; what it found, detached.
 
         DDP reduces gradients in the backward pass that follows `training_step`, so that these stay on their rank.
@@ -159,6 +173,14 @@ class AbstractPreferenceModule(L.LightningModule, ABC):
         with torch.autocast(self.device.type, enabled=False):
             self.trainer.strategy.backward(outputs["loss"], None)
         return {**outputs, "loss": outputs["loss"].detach()}
+
+
+class AbstractPreferenceModule(AbstractStepModule):
+    """A model trained on batches of `PreferenceDataModule`; figures are one number per pair."""
+
+    @abstractmethod
+    def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
+        """Run one forward pass over pairs; see `AbstractStepModule.pass_outputs`."""
 
 
 # first part of key paths below the run seed; the DataModule has its own

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_rlhf.collate import PreferenceBatch
-from lightning_rlhf.generation.base import Decoding, Request
-from lightning_rlhf.generation.engine import DecodeEngine
-from lightning_rlhf.generation.vllm import VLLMEngine
 from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
-from lightning_rlhf.models.load import (
-    LoRA,
-    end_of_sequence_ids,
-    load_policy,
-    save_policy,
-)
+from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.logprobs import Layout, summed_logps
-from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
-from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
+from lightning_rlhf.models.reference import ReferenceRule
 from lightning_rlhf.modules.base import AbstractPreferenceModule
-from lightning_rlhf.randomness import Key
-from lightning_rlhf.rewards.base import checked_score
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.modules.policy import AbstractPolicyModule
 
 
-class DPOModule(AbstractPreferenceModule):
+class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
     """A causal LM trained on preferences by direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
 
     Args:
@@ -72,74 +59,27 @@ class DPOModule(AbstractPreferenceModule):
         use_vllm: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(policy, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
+        super().__init__(
+            policy,
+            lora,
+            reference,
+            ema_decay,
+            learning_rate,
+            weight_decay,
+            warmup_steps,
+            dtype,
+            attn_implementation,
+            gradient_checkpointing,
+            chat_template,
+            layout,
+            tokens_per_batch,
+            use_vllm,
+            trust_remote_code,
+        )
         if beta <= 0:
             raise ValueError(f"model.beta must be > 0; got {beta}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1); got {ema_decay}")
         self.loss = loss if loss is not None else SigmoidLoss()
-        self.beta = beta
-        self.lora = lora
-        self.reference_rule = reference
-        self.ema_decay = ema_decay
-        self.dtype_name = dtype
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.layout = layout
-        self.tokens_per_batch = tokens_per_batch
-        self.policy: Any = None
-        self.reference: AbstractReference | None = None
-        self.use_vllm = use_vllm
-        self._vllm: VLLMEngine | None = None
-        self._gathered = ExitStack()
-        # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
-        self.strict_loading = lora is None
-
-    def configure_model(self) -> None:
-        """Load policy and reference, once."""
-        if self.policy is not None:
-            return
-        self.policy = load_policy(
-            self.checkpoint,
-            lora=self.lora,
-            dtype=self.dtype_name,
-            attn_implementation=self.attn_implementation,
-            gradient_checkpointing=self.gradient_checkpointing,
-            trust_remote_code=self.trust_remote_code,
-        )
-        self.policy.to(self.trainer.strategy.root_device)
-        # before sharding: a reference of its own stays whole on every rank
-        self.reference = build_reference(self.policy, self.reference_rule)
-        if self.device_mesh is not None:
-            if self.lora is None and self.reference_rule != "fixed":
-                raise ValueError(
-                    f"reference={self.reference_rule} with full fine-tuning does not run on a sharded policy; use "
-                    f"LoRA, reference=fixed, or trainer/ddp"
-                )
-            shard(self.policy, self.device_mesh["data_parallel"])
-
-    def engine(self, decoding: Decoding) -> DecodeEngine | VLLMEngine:
-        """Make a decode engine over the current policy and reference; vLLM, which takes long to start, only once."""
-        if self._vllm is not None:
-            self._vllm.decoding = decoding
-            return self._vllm
-        engine = (VLLMEngine if self.use_vllm else DecodeEngine)(
-            self.policy,
-            self.reference,
-            self.tokenizer,
-            beta=self.beta,
-            decoding=decoding,
-            eos_ids=end_of_sequence_ids(self.policy, self.tokenizer),
-            tokens_per_batch=self.tokens_per_batch,
-        )
-        self._vllm = engine if isinstance(engine, VLLMEngine) else None
-        return engine
-
-    def start_round(self, index: int) -> None:
-        """Move the reference as the rule says; the DataModule calls this before it draws round ``index``."""
-        assert self.reference is not None
-        if self.reference_rule != "fixed" and self.reference.version < index:
-            self.reference.update(self.policy, self.reference_rule, self.ema_decay)
+        self.beta = self.engine_beta = beta
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them."""
@@ -149,58 +89,6 @@ class DPOModule(AbstractPreferenceModule):
                 "serve batches of PreferenceDataModule, or fill Response.reference_logps"
             )
         return super().training_step(batch, batch_idx)
-
-    def on_validation_epoch_start(self) -> None:
-        """Gather a sharded policy: ranks answer different numbers of prompts."""
-        self._gathered.enter_context(gathered(self.policy))
-
-    def on_validation_epoch_end(self) -> None:
-        """Shard it again."""
-        self._gathered.close()
-
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
-        """Answer held-out prompts and score the answers; the callbacks make reward, KL and J of them."""
-        del batch_idx
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        # the same random numbers at every validation: before and after differ by the policy alone
-        key = Key((datamodule.seed, _HELDOUT))
-        requests = [Request(prompt, key.fold(prompt.index)) for prompt in batch]
-        responses = self.engine(datamodule.decoding).generate(requests, reference_logps=True)
-        reward = datamodule.heldout_reward
-        return {
-            "prompts": batch,
-            "responses": responses,
-            "rewards": checked_score(reward, batch, responses) if reward is not None else None,
-        }
-
-    def predict_step(self, batch: list[int], batch_idx: int) -> None:
-        """Draw comparisons into the ledger without labels (``lightning-rlhf sample``)."""
-        del batch_idx
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        datamodule.sample_only(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, and the reference if it moves."""
-        assert self.reference is not None
-        # sharded weights are loaded by name: there the frozen ones must be present
-        if self.lora is not None and self.device_mesh is None:
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        if self.reference_rule != "fixed":
-            checkpoint["reference"] = self.reference.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore a reference that moved."""
-        super().on_load_checkpoint(checkpoint)
-        if "reference" in checkpoint:
-            assert self.reference is not None
-            self.reference.load_state_dict(checkpoint["reference"])
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the policy as a folder that ``AutoModelForCausalLM`` opens; every rank calls, rank zero writes."""
-        state = full_state_dict(self.policy)
-        if self.global_rank == 0:
-            save_policy(self.policy, self.tokenizer, folder, state_dict=state)
 
     def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
         """The part of one pass in the loss of its step, with gradient, and the figures that callbacks read."""
@@ -240,7 +128,3 @@ class DPOModule(AbstractPreferenceModule):
             weight=batch.weight.to(chosen),
         )
         return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
-
-
-# first part of key paths below the run seed; the base class and the DataModule have their own
-_HELDOUT = 101

@@ -1,17 +1,18 @@
 """Where prompts, and recorded pairs of completions, come from.
 
-A source parses its data into `PromptRow`, plain or conversational, with or without a pair; `tokenize_rows` turns rows
-into `Prompt`, the noun that samplers and labelers see. `DatasetPrompts` reads TRL's row formats from files, folders and
-the Hub, `HHPrompts` Human/Assistant transcripts, `LedgerPrompts` the pairs of another run, and `BuiltinPrompts` needs
-no data at all. `text_prompts` makes prompts of rows where no policy is involved. To plug in your own, subclass
-`AbstractPromptSource`. Rows that are left out on purpose are counted by reason; malformed rows raise an error that
-names them.
+A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
+rows into `Prompt`, the noun that samplers and labelers see. `DatasetPrompts` reads TRL's row formats from files,
+folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts,
+`LedgerPrompts` the pairs of another run, and `BuiltinPrompts` needs no data at all. `text_prompts` makes prompts of
+rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on
+purpose are counted by reason; malformed rows raise an error that names them.
 """
 
 from __future__ import annotations
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.builtin import BuiltinPrompts
+from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.hh import HHPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
@@ -23,6 +24,7 @@ __all__ = [
     "CHAT_TEMPLATES",
     "AbstractPromptSource",
     "BuiltinPrompts",
+    "DatasetCompletions",
     "DatasetPrompts",
     "HHPrompts",
     "LedgerPrompts",

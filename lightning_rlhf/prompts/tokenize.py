@@ -107,20 +107,19 @@ def tokenize_rows(
     completions = _completions(drafts, rows, renderer)
     for draft in drafts:
         prompt = draft
-        if draft.recorded is not None:
-            chosen, rejected = next(completions), next(completions)
-            if len(chosen) == 1 or len(rejected) == 1:  # nothing but EOS
-                counts[EMPTY] += 1
-                continue
-            pair = (
-                response(tokenizer, chosen, max_response_tokens),
-                response(tokenizer, rejected, max_response_tokens),
-            )
-            if pair[0].ids == pair[1].ids:  # they differ in what was cut off, or in white space that the template trims
+        answers = [next(completions) for _ in _answers(rows[draft.index])]
+        if any(len(ids) == 1 for ids in answers):  # nothing but EOS
+            counts[EMPTY] += 1
+            continue
+        recorded = [response(tokenizer, ids, max_response_tokens) for ids in answers]
+        if len(recorded) == 2:
+            if recorded[0].ids == recorded[1].ids:  # they differ in what was cut off, or in white space that is trimmed
                 counts[IDENTICAL] += 1
                 continue
-            counts[TRUNCATED_COMPLETION] += sum(one.finish_reason == "length" for one in pair)
-            prompt = replace(prompt, pair=pair)
+            prompt = replace(prompt, pair=(recorded[0], recorded[1]))
+        elif recorded:
+            prompt = replace(prompt, completion=recorded[0])
+        counts[TRUNCATED_COMPLETION] += sum(one.finish_reason == "length" for one in recorded)
 
         if len(draft.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
@@ -234,15 +233,21 @@ class _Renderer:
         return written[:end] if end >= 0 else written.rstrip()
 
 
+def _answers(row: PromptRow) -> tuple[str, ...]:
+    """Texts of the recorded completions of a row: a pair, one, or none."""
+    if row.pair is not None:
+        return row.pair.chosen, row.pair.rejected
+    return () if row.completion is None else (row.completion,)
+
+
 def _completions(drafts: Sequence[Prompt], rows: Sequence[PromptRow], renderer: _Renderer) -> Iterator[tuple[int, ...]]:
-    """Token ids of the chosen and the rejected completion of each recorded pair, in order."""
+    """Token ids of the recorded completions of the rows, in order, chosen before rejected."""
     texts, sources = [], []
     for draft in drafts:
-        if draft.recorded is not None:
-            source = rows[draft.index].source
-            for answer in (draft.recorded.chosen, draft.recorded.rejected):
-                texts.append(renderer.completion(draft.messages, draft.text, answer, source))
-                sources.append(source)
+        source = rows[draft.index].source
+        for answer in _answers(rows[draft.index]):
+            texts.append(renderer.completion(draft.messages, draft.text, answer, source))
+            sources.append(source)
     for ids, source in zip(encode_all(renderer.tokenizer, texts), sources, strict=True):
         yield until_eos(renderer.tokenizer, ids, source)
 

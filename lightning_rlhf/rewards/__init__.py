@@ -1,10 +1,12 @@
 """Rewards: (prompt, response) -> how good the response is. A plug-in folder: subclass `AbstractReward`."""
 
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_score
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output, checked_score
 from lightning_rlhf.rewards.combine import combine, disagreement, standardised
 from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
+from lightning_rlhf.rewards.server import ServerScoreReward
+from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 
 
 __all__ = [
@@ -13,6 +15,9 @@ __all__ = [
     "LexiconReward",
     "RewardModelReward",
     "RewardOutput",
+    "ServerScoreReward",
+    "UncertaintyPenalty",
+    "checked_output",
     "checked_score",
     "combine",
     "disagreement",

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -36,11 +37,34 @@ class AbstractReward(ABC):
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
-        """Score ``responses[i]`` as an answer to ``prompts[i]``."""
+        """Score ``responses[i]`` as an answer to ``prompts[i]``; the same whatever other answers there are."""
+
+    def observe(self, output: RewardOutput) -> None:
+        """Learn from a finished round of rollouts.
+
+        Called once per round, in order, with all scores of the round, on every rank alike (also when the round is read
+        back from the ledger after a restart). Held-out answers are not shown. The default learns nothing.
+        """
+        del output
+
+    def earned(self, output: RewardOutput) -> Tensor:
+        """What the responses of a round earn in training, [B], from all their scores; called after `observe`.
+
+        The ledger keeps the scores, and held-out answers are judged by them. The default takes them as they are.
+        """
+        return output.mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `observe` has learnt, as plain data for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        del state
 
 
-def checked_score(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
-    """Call a reward and check what came back; shape [B], float64.
+def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+    """Call a reward and check what came back; mean and std [B], float64 on the CPU.
 
     Raises:
         ValueError: if the reward returned another number of values than there are responses, or one that is not finite;
@@ -49,15 +73,22 @@ def checked_score(reward: AbstractReward, prompts: Sequence[Prompt], responses: 
     output = reward.score(prompts, responses)
     name = type(reward).__name__
     mean = output.mean.detach().double().cpu()
-    if mean.shape != (len(responses),):
-        raise ValueError(
-            f"{name}.score returned a mean of shape {tuple(mean.shape)} for {len(responses)} responses; "
-            f"return one number per response, in order"
-        )
-    for prompt, response, value in zip(prompts, responses, mean.tolist(), strict=True):
-        if not math.isfinite(value):
+    std = None if output.std is None else output.std.detach().double().cpu()
+    for what, values in (("mean", mean), ("std", std)):
+        if values is not None and values.shape != (len(responses),):
             raise ValueError(
-                f"{name}.score returned {value} for prompt {prompt.index}, response {response.text[:80]!r}; "
-                f"rewards must be finite: return a low number for an answer that cannot be scored"
+                f"{name}.score returned a {what} of shape {tuple(values.shape)} for {len(responses)} responses; "
+                f"return one number per response, in order"
             )
-    return mean
+        for prompt, response, value in zip(prompts, responses, [] if values is None else values.tolist(), strict=False):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{name}.score returned {value} for prompt {prompt.index}, response {response.text[:80]!r}; "
+                    f"rewards must be finite: return a low number for an answer that cannot be scored"
+                )
+    return RewardOutput(mean, std, output.members)
+
+
+def checked_score(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
+    """Call a reward and check what came back; shape [B], float64. Raises what `checked_output` raises."""
+    return checked_output(reward, prompts, responses).mean

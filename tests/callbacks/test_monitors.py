@@ -85,7 +85,7 @@ def test_round_costs_and_speeds(columns: dict[str, list[float]]) -> None:
 
 
 def test_speed_is_work_over_time_not_a_mean_of_speeds() -> None:
-    steps = [StepCost(pairs=2, tokens=100, seconds=1.0), StepCost(pairs=4, tokens=50, seconds=3.0)]
+    steps = [StepCost(items=2, tokens=100, seconds=1.0), StepCost(items=4, tokens=50, seconds=3.0)]
     assert rates(steps) == {"pairs_per_second": 1.5, "tokens_per_second": 37.5}
 
 

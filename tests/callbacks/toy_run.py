@@ -52,6 +52,8 @@ def preference(index: int, number: int) -> Preference:
 class ToyData(L.LightningDataModule):
     """Draws a round of four pairs per epoch, within the budget."""
 
+    UNIT = "pair"
+
     def __init__(self, held_out: int = 4, epochs_per_round: int | None = 1) -> None:
         super().__init__()
         self.held_out = held_out
@@ -117,6 +119,7 @@ class ToyModule(L.LightningModule):
             "chosen_logps": -pairs,
             "rejected_logps": -2 * pairs,
             "label": torch.ones_like(pairs),
+            "num_items": len(pairs),
             "num_tokens": 10 * len(pairs),
         }
 

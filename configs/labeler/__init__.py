@@ -1,0 +1,1 @@
+"""Overlays that exchange the labeler: ``--config dpo_online --config labeler/server``."""

@@ -1,0 +1,453 @@
+"""What the DataModules share: batches that are optimizer steps, and rounds drawn with the current policy.
+
+Lightning asks for the training loader anew in every epoch; that is the on-epoch hook. What an epoch trains on is read
+from the ledger, so that a killed run continues with what it had drawn and paid for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lightning_rlhf import ranks
+from lightning_rlhf.collate import StepBatch
+from lightning_rlhf.generation.base import Decoding
+from lightning_rlhf.loading import RankSampler, ResumableLoader, Step, epoch_order, group_by_length, plan
+from lightning_rlhf.models.sharding import gathered
+from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.types import Prompt
+
+
+DEFAULT_DECODING = Decoding()
+
+
+class AbstractStepDataModule(L.LightningDataModule, ABC):
+    """Serves batches that are optimizer steps, in one pass or in several, exactly resumable.
+
+    Implement `items`, `length` and `collate`.
+
+    Args:
+        prompts: where training rows come from.
+        heldout: rows for validation; no validation when not given.
+        decoding: length, temperature and batch of decoding.
+        items_per_batch: items per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
+        tokens_per_batch: most token positions of one forward and backward pass per process, >= 1; ``auto`` is 1024 on a
+            CPU and 8192 elsewhere; null makes one pass.
+        length_window: group items of about one length within windows of this many batches, >= 1.
+        max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
+        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
+        system_prompt: system turn put before conversational prompts.
+        seed: decides order and draws.
+
+    Attributes:
+        FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
+        ITEMS: the argument that ``items_per_batch`` comes from, for errors.
+        UNIT: what an item is, for progress bars and speeds.
+        RESPONSE_LIMIT: the argument that limits responses, for errors.
+    """
+
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "tokens_per_batch"})
+    ITEMS: ClassVar[str] = "items_per_batch"
+    UNIT: ClassVar[str] = "pair"
+    RESPONSE_LIMIT: ClassVar[str] = "decoding.max_new_tokens"
+
+    def __init__(
+        self,
+        prompts: AbstractPromptSource,
+        heldout: AbstractPromptSource | None,
+        decoding: Decoding,
+        items_per_batch: int,
+        tokens_per_batch: int | Literal["auto"] | None,
+        length_window: int,
+        max_prompt_tokens: int | None,
+        on_long_prompt: Literal["error", "drop", "truncate"],
+        system_prompt: str | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.trainer: L.Trainer
+        at_least_one(
+            **{self.ITEMS: items_per_batch},
+            tokens_per_batch=None if tokens_per_batch == "auto" else tokens_per_batch,
+            length_window=length_window,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        self.prompt_source, self.heldout_source = prompts, heldout
+        self.heldout_reward: AbstractReward | None = None
+        """Scores held-out answers."""
+        self.decoding = decoding
+        self.items_per_batch = items_per_batch
+        self.tokens_per_batch, self.length_window = tokens_per_batch, length_window
+        self.max_prompt_tokens, self.on_long_prompt, self.system_prompt = (
+            max_prompt_tokens,
+            on_long_prompt,
+            system_prompt,
+        )
+        self.seed = seed
+        self.fingerprint: dict[str, Any] = {}
+        """Settings that a continued run must share with the ledger; the command line fills it in."""
+        self.round: Any = None
+        """The newest round, for callbacks; None where there are no rounds."""
+        self.epochs_per_round: int | None = None
+        self.label_budget: int | None = None
+        """Most labels that may be bought in total; the last round is cut to it. The `LabelBudget` callback sets it."""
+        self._prompts: list[Prompt] = []
+        self._heldout: list[Prompt] = []
+        self._accumulate = 1
+
+    @abstractmethod
+    def items(self, epoch: int) -> Sequence[Any]:
+        """What an epoch trains on, equal on all ranks; asking twice draws nothing."""
+
+    @abstractmethod
+    def length(self, item: Any) -> int:
+        """Token positions of an item in a pass."""
+
+    @abstractmethod
+    def collate(self, items: Sequence[Any], step: Step) -> StepBatch:
+        """Make the batch of one rank in one optimizer step.
+
+        Args:
+            items: what this rank trains on, pass after pass.
+            step: passes and counts of the step.
+        """
+
+    def setup(self, stage: str) -> None:
+        """Read and check the rows, before any model is loaded."""
+        if stage == "fit":
+            # the hook that resamples: Lightning asks for the training loader anew in every epoch
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self._take_over_accumulation()
+        if not self._prompts:
+            self._prompts = self._load(self.prompt_source, "training")
+            if self.heldout_source is not None:
+                self._heldout = self._load(self.heldout_source, "held-out")
+
+    @property
+    def key(self) -> Key:
+        """Key of the run."""
+        return Key((self.seed,))
+
+    @property
+    def num_labels(self) -> int:
+        """Labels bought for the rounds up to the newest one; 0 where nothing is labelled. Every rank must ask."""
+        return 0
+
+    @property
+    def passes_per_pair(self) -> float:
+        """Model forward passes per token position and pair; NaN where no pairs are drawn. Every rank must ask."""
+        return float("nan")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Draw what is due and serve it; asking twice draws nothing."""
+        epoch = self.trainer.current_epoch
+        items = self.items(epoch)
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        lengths = [self.length(item) for item in items]
+        per_step = self.items_per_batch * self._accumulate
+        order = epoch_order(len(items), self.key.fold(_ORDER, epoch))
+        order = group_by_length(order, lengths, per_step, self.length_window, self.key.fold(_WINDOWS, epoch))
+        steps = plan(order, lengths, per_step, self._tokens_per_pass(), rank, world, min_passes=self._accumulate)
+        return ResumableLoader(
+            [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
+            sampler=RankSampler(list(range(len(steps))), rank, world),
+            collate_fn=self._collate,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Serve held-out prompts in batches of ``decoding.rows``."""
+        if not self._heldout:
+            return []
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        indices = list(range(rank, len(self._heldout), world))
+        sampler = RankSampler(indices, rank, world)
+        return DataLoader(self._heldout, batch_size=self.decoding.rows, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the numbers of a training batch; prompts are plain data and stay."""
+        del dataloader_idx
+        return batch.to(device) if isinstance(batch, StepBatch) else batch
+
+    def teardown(self, stage: str) -> None:
+        """Give the accumulation back to the Trainer."""
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
+
+    def _collate(self, items: list[tuple[list[Any], Step]]) -> StepBatch:
+        ((mine, step),) = items
+        return self.collate(mine, step)
+
+    def _load(self, source: AbstractPromptSource, what: str) -> list[Prompt]:
+        module: Any = self.trainer.lightning_module
+        rows = source.load()
+        window = module.context_window
+        limit = self.max_prompt_tokens
+        if limit is None:
+            limit = window - self.decoding.max_new_tokens if window is not None else 1_000_000
+            if limit < 1:
+                raise ValueError(
+                    f"responses of {self.decoding.max_new_tokens} tokens leave no room for a prompt in the policy's "
+                    f"window of {window} tokens; lower data.{self.RESPONSE_LIMIT}"
+                )
+        elif window is not None and limit + self.decoding.max_new_tokens > window:
+            raise ValueError(
+                f"data.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} {self.decoding.max_new_tokens} "
+                f"exceed the policy's window of {window} tokens together; lower one of them"
+            )
+        prompts, report = tokenize_rows(
+            rows,
+            module.tokenizer,
+            max_prompt_tokens=limit,
+            max_response_tokens=self.decoding.max_new_tokens,
+            on_long_prompt=self.on_long_prompt,
+            system_prompt=self.system_prompt,
+        )
+        counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
+        rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
+        return prompts
+
+    def _tokens_per_pass(self) -> int | None:
+        if self.tokens_per_batch == "auto":
+            return 1024 if self.trainer.strategy.root_device.type == "cpu" else 8192
+        return self.tokens_per_batch
+
+    def _take_over_accumulation(self) -> None:
+        """Serve the items of all accumulated batches as one: only then can the loss be the mean over them."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise ValueError(
+                    f"GradientAccumulationScheduler does not run with {type(self).__name__}, whose batches are "
+                    f"optimizer steps; set data.{self.ITEMS}, and data.tokens_per_batch to what fits into memory"
+                )
+        self._accumulate, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
+
+
+class AbstractRoundDataModule(AbstractStepDataModule):
+    """Draws what it serves in rounds, with the current policy, through the ledger.
+
+    Implement `buffer`, `draw_only` and `labels_before`.
+
+    Args:
+        prompts: where training prompts come from.
+        heldout: prompts for validation; no validation when not given.
+        decoding: length, temperature and batch of decoding.
+        prompts_per_round: prompts drawn per round; the whole data set when not given.
+        epochs_per_round: epochs that train on a round before the next one is drawn; null never draws again.
+        items_per_batch: as in `AbstractStepDataModule`, like what is not named here.
+        tokens_per_batch: see there.
+        length_window: see there.
+        max_prompt_tokens: see there.
+        on_long_prompt: see there.
+        system_prompt: see there.
+        ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
+        seed: decides prompt order, draws and labels.
+
+    Attributes:
+        DRAWN: what a round is made of, for messages.
+    """
+
+    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"ledger"}
+    DRAWN: ClassVar[str] = "comparisons"
+
+    def __init__(
+        self,
+        prompts: AbstractPromptSource,
+        heldout: AbstractPromptSource | None,
+        decoding: Decoding,
+        prompts_per_round: int | None,
+        epochs_per_round: int | None,
+        items_per_batch: int,
+        tokens_per_batch: int | Literal["auto"] | None,
+        length_window: int,
+        max_prompt_tokens: int | None,
+        on_long_prompt: Literal["error", "drop", "truncate"],
+        system_prompt: str | None,
+        ledger: str | None,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            prompts,
+            heldout,
+            decoding,
+            items_per_batch,
+            tokens_per_batch,
+            length_window,
+            max_prompt_tokens,
+            on_long_prompt,
+            system_prompt,
+            seed,
+        )
+        at_least_one(prompts_per_round=prompts_per_round, epochs_per_round=epochs_per_round)
+        self.prompts_per_round, self.epochs_per_round = prompts_per_round, epochs_per_round
+        self.ledger_path = ledger
+        self._observed = 0
+        self._store: PreferenceStore | None = None
+
+    @abstractmethod
+    def buffer(self, due: int) -> Sequence[Any]:
+        """Bring round ``due`` to its end unless that is done, and return what it trains on.
+
+        The policy is whole, and computes in the precision of training.
+        """
+
+    @abstractmethod
+    def draw_only(self, index: int) -> None:
+        """Draw a round into the ledger and buy no label; the policy is whole."""
+
+    @abstractmethod
+    def labels_before(self, store: PreferenceStore, index: int) -> int:
+        """Labels bought in rounds before ``index``; called on rank zero."""
+
+    @property
+    def labels_per_prompt(self) -> int:
+        """Labels that a prompt of a round costs."""
+        return 1
+
+    def setup(self, stage: str) -> None:
+        """Read and check the rows, before any model is loaded, and open the ledger."""
+        super().setup(stage)
+        if stage in ("fit", "predict"):
+            self._open_ledger()
+
+    @property
+    def num_labels(self) -> int:
+        """Labels bought for the rounds up to the newest one; every rank must ask."""
+        return self._labels_before(self.round.index + 1 if self.round is not None else 0)
+
+    @property
+    def ledger(self) -> Path:
+        """Path of the ledger."""
+        return Path(self.ledger_path or Path(self.trainer.default_root_dir) / "ledger.sqlite")
+
+    def items(self, epoch: int) -> Sequence[Any]:
+        """Draw the round that is due, once."""
+        due = self._due_round(epoch)
+        module: Any = self.trainer.lightning_module
+        # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
+        with gathered(module.policy), self.trainer.precision_plugin.forward_context():
+            items = self.buffer(due)
+        if not items:
+            raise RuntimeError(
+                f"round {due} has no labelled {self.UNIT} to train on "
+                f"(failed labels: {self.round.failed or 'none'}; label budget: {self.label_budget}); check the "
+                f"labeler, or raise the budget"
+            )
+        return items
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Serve the number of the one round that ``lightning-rlhf sample`` draws, to every rank."""
+        return DataLoader([0], sampler=RankSampler([0]), collate_fn=list)  # type: ignore[arg-type]
+
+    def sample_only(self, rounds: list[int]) -> None:
+        """Draw rounds into the ledger and buy no label."""
+        module: Any = self.trainer.lightning_module
+        with gathered(module.policy):
+            for index in rounds:
+                self.draw_only(index)
+
+    def teardown(self, stage: str) -> None:
+        """Close the ledger."""
+        super().teardown(stage)
+        if stage in ("fit", "predict") and self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps: which ledger, and how many rounds were learnt from. The rounds are in it."""
+        return {"run_id": self._store.run_id if self._store is not None else None, "observed": self._observed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another ledger than the one in the run folder.
+        """
+        if self._store is not None and state_dict["run_id"] != self._store.run_id:
+            raise ValueError(
+                f"the checkpoint belongs to ledger {state_dict['run_id']}, but {self.ledger} is "
+                f"{self._store.run_id}; put the run's own ledger back, or start over in an empty run folder"
+            )
+        self._observed = state_dict["observed"]
+
+    def _open_ledger(self) -> None:
+        if self._store is None and self.trainer.global_rank == 0:
+            self._store = PreferenceStore(self.ledger)
+            self._store.check_fingerprint({"seed": self.seed, **self.fingerprint})
+
+    def _due_round(self, epoch: int) -> int:
+        """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""
+        steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
+        epochs_over = self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0)
+        if steps_over or epochs_over:
+            epoch = max(epoch - 1, 0)
+        due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
+        budget = self.label_budget
+        while budget is not None and due > 0 and self._labels_before(due) >= budget:
+            due -= 1
+        return due
+
+    def _round_prompts(self, index: int) -> list[Prompt]:
+        """Prompts of a round: consecutive pieces of an endless stream of shuffled passes over the data set."""
+        total = len(self._prompts)
+        size = self.prompts_per_round or total
+        if self.label_budget is not None:
+            if self.label_budget % self.labels_per_prompt:
+                raise ValueError(
+                    f"a budget of {self.label_budget} labels is no multiple of the {self.labels_per_prompt} that a "
+                    f"prompt costs; take {self.label_budget // self.labels_per_prompt * self.labels_per_prompt}"
+                )
+            # not the labels in the ledger: after a restart it may hold later rounds already
+            left = self.label_budget - self._labels_before(index)
+            size = max(0, min(size, left // self.labels_per_prompt))
+        orders: dict[int, list[int]] = {}
+        prompts = []
+        start = index * (self.prompts_per_round or total)
+        for position in range(start, start + size):
+            passed, place = divmod(position, total)
+            if passed not in orders:
+                orders[passed] = epoch_order(total, self.key.fold(_PROMPTS, passed))
+            prompts.append(self._prompts[orders[passed][place]])
+        return prompts
+
+    def _labels_before(self, index: int) -> int:
+        return ranks.from_rank_zero(0 if self._store is None else self.labels_before(self._store, index))
+
+    def _engine(self) -> Any:
+        module: Any = self.trainer.lightning_module
+        return module.engine(self.decoding)
+
+    @contextmanager
+    def _progress(self, description: str, total: int) -> Iterator[Any]:
+        bar = self.trainer.progress_bar_callback
+        disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
+        with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
+            yield progress
+
+
+def at_least_one(**settings: int | None) -> None:
+    """Check settings by name; None is no limit.
+
+    Raises:
+        ValueError: naming the first that is below 1.
+    """
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be at least 1; got {value}")
+
+
+# key paths below the run seed; 1 and 2 are those of the round collectors
+_PROMPTS, _ORDER, _WINDOWS = 3, 4, 5

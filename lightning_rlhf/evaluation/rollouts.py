@@ -1,0 +1,71 @@
+"""What a round of rollouts looks like in numbers: rewards, KL, lengths, repetition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.estimators.kl import k1, k3
+from lightning_rlhf.evaluation.metrics import mean_with_error
+from lightning_rlhf.types import Rollout
+
+
+def repetition(ids: Sequence[int], n: int = 3) -> float:
+    """Share of the n-grams of a response that came before in it, in [0, 1); 0 for responses shorter than n + 1."""
+    count = len(ids) - n + 1
+    return 1.0 - len({tuple(ids[i : i + n]) for i in range(count)}) / count if count > 1 else 0.0
+
+
+def round_figures(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) -> dict[str, float]:
+    """Figures of a round, by the names they are logged under; NaN where there are none.
+
+    ``reward`` and ``reward_stderr``: what the reward said, and ``reward_std`` its spread over all responses;
+    ``earned``: the same after normalisation and penalties; ``uncertainty``: the std that the reward reports, if it
+    does. ``kl/k1`` (unbiased) and ``kl/k3`` (never negative, unbiased): nats per response, at the temperature of the
+    draw. ``length``: tokens; ``eos_rate``: share that ended by itself; ``repetition``: share of repeated trigrams;
+    ``length_reward_correlation``: how much reward goes with length. ``flat_groups``: share of prompts whose responses
+    all earn the same, from which RLOO and GRPO learn nothing; ``nats_per_token``: mean -log pi, an estimate of the
+    entropy.
+
+    Args:
+        groups: scored rollouts, prompt by prompt.
+        earned: what each earns in training, group by group.
+    """
+    rollouts = [rollout for group in groups for rollout in group]
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    lengths = torch.tensor([float(len(r.response.ids)) for r in rollouts], dtype=torch.float64)
+    mean, error = mean_with_error(rewards)
+    policy = torch.tensor([p for r in rollouts for p in r.response.policy_logps or ()], dtype=torch.float64)
+    reference = torch.tensor([q for r in rollouts for q in r.response.reference_logps or ()], dtype=torch.float64)
+    figures = {
+        "reward": mean,
+        "reward_stderr": error,
+        "reward_std": rewards.std().item() if len(rollouts) > 1 else math.nan,
+        "earned": sum(earned) / len(earned),
+        "kl/k1": k1(policy, reference).sum().item() / len(rollouts),
+        "kl/k3": k3(policy, reference).sum().item() / len(rollouts),
+        "length": lengths.mean().item(),
+        "eos_rate": sum(r.response.finish_reason == "eos" for r in rollouts) / len(rollouts),
+        "repetition": sum(repetition(r.response.ids) for r in rollouts) / len(rollouts),
+        "nats_per_token": -policy.mean().item(),
+        "length_reward_correlation": correlation(lengths, rewards),
+    }
+    start, flat = 0, 0
+    for group in groups:
+        flat += len(group) > 1 and len(set(earned[start : start + len(group)])) == 1
+        start += len(group)
+    figures["flat_groups"] = flat / len(groups)
+    stds = [r.std for r in rollouts if r.std is not None]
+    if stds:
+        figures["uncertainty"] = sum(stds) / len(stds)
+    return figures
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson correlation; NaN where either does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    spread = (x.square().sum() * y.square().sum()).sqrt().item()
+    return (x @ y).item() / spread if spread > 0 else math.nan

@@ -1,0 +1,563 @@
+"""A judge behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, hosted models; extra ``server``.
+
+Requests cost money or time, so a reply is on the disk before anything is made of it, and is never asked for again. A
+server that does not give log-probabilities is found out by one request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import hashlib
+import importlib
+import json
+import os
+import random
+import re
+import sqlite3
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from lightning_rlhf.judging.prompts import JudgePrompt
+from lightning_rlhf.judging.replies import (
+    Completion,
+    Reading,
+    UnreadableError,
+    completed,
+    parse_completion,
+    read_labels,
+)
+from lightning_rlhf.models.cache import cache_folder
+from lightning_rlhf.models.reference_cache import LogpsFile
+from lightning_rlhf.types import LabelStatus
+
+
+T = TypeVar("T")
+
+
+class ServerError(RuntimeError):
+    """The endpoint cannot be used as it is set up; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What requests took.
+
+    Args:
+        tokens_in: tokens of prompts.
+        tokens_out: tokens that were generated.
+        requests: requests that were answered.
+    """
+
+    tokens_in: int = 0
+    tokens_out: int = 0
+    requests: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out, self.requests + other.requests
+        )
+
+
+class UnansweredError(Exception):
+    """A request that ended without an answer.
+
+    Args:
+        status: what a label says of it.
+        fault: what happened, in words.
+        usage: what it took.
+    """
+
+    def __init__(self, status: LabelStatus, fault: str, usage: Usage | None = None) -> None:
+        super().__init__(fault)
+        self.status, self.fault, self.usage = status, fault, usage or Usage()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How one try of a request failed.
+
+    Args:
+        status: what a label says of it if there is no other try.
+        message: what happened, in words.
+        again: whether another try may help.
+        fatal: whether every other request would fail alike.
+        retry_after: seconds that the server asks to wait.
+    """
+
+    status: LabelStatus
+    message: str
+    again: bool = False
+    fatal: bool = False
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A reply as it came, and what it says."""
+
+    body: str
+    completion: Completion
+
+
+class JudgeServer:
+    """An OpenAI-compatible endpoint that judges, through the chat completions with log-probabilities.
+
+    **Journal.** Every usable reply is committed to a SQLite file before it counts. A run that is killed and started
+    again asks only for what was in flight; a second run with the same questions asks for nothing. Endpoint, model name
+    and the whole request are what finds a reply: give other weights another model name, or another journal.
+
+    **Tries.** What may pass is tried again, ``retries`` times: no answer within ``timeout``, no connection, HTTP 408,
+    409, 425, 429 and 5xx, and replies that are no chat completion. The wait before try n+1 is uniform between 0 and
+    0.5 * 2^n seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that, and a server that
+    asks for more than ``max_wait`` is not asked again. The client library does not retry by itself. A request keeps its
+    place among the ``concurrency`` while it waits, so that a server with too much to do gets less.
+
+    **Statuses.** ``rate_limited``: HTTP 429 to the end. ``timeout``: no answer, no connection, or HTTP 5xx to the end.
+    ``refused``: the model or a content filter refused. ``truncated``: the prompt is too long for the model, or the JSON
+    of the reply broke off. ``invalid``: anything else that is no answer. What would fail for all requests is an error
+    instead: a wrong key, model or address, an account without money, a server that gives no log-probabilities. To find
+    out, the first request is sent alone.
+
+    Args:
+        base_url: address of the API, e.g. ``http://127.0.0.1:8080/v1``.
+        model: name of the model on the server.
+        api_key_env: environment variable that holds the API key; a server without keys needs none. The key itself
+            belongs in no config: it is read when a request is sent, and written nowhere.
+        assistant_prefill: let the ending begin the answer, for servers that go on with a trailing turn of the assistant
+            (llama.cpp, vLLM, SGLang); by default it stands at the end of the user's turn.
+        top_logprobs: most probable tokens that are listed per place, >= 2; OpenAI gives 20 at most, some hosts 5.
+        concurrency: requests at the same time, >= 1.
+        timeout: seconds for one try, > 0.
+        retries: further tries of a request that failed, >= 0.
+        max_wait: longest wait between two tries in seconds, >= 0.
+        price_in: price of a million tokens of prompts, >= 0.
+        price_out: price of a million generated tokens, >= 0.
+        extra: further fields of every request, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``.
+        journal: SQLite file of the replies; ``judge_calls.sqlite`` in the cache folder when not given.
+
+    Raises:
+        ImportError: if the package ``openai`` is missing.
+        ValueError: if an option is out of range, the address holds a secret, or the variable of the key is not set.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key_env: str | None = None,
+        assistant_prefill: bool = False,
+        top_logprobs: int = 20,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 5,
+        max_wait: float = 60.0,
+        price_in: float = 0.0,
+        price_out: float = 0.0,
+        extra: dict[str, Any] | None = None,
+        journal: str | None = None,
+    ) -> None:
+        if top_logprobs < 2 or concurrency < 1 or retries < 0 or not timeout > 0 or not max_wait >= 0:
+            raise ValueError(
+                f"top_logprobs must be >= 2, concurrency >= 1, retries and max_wait >= 0, timeout > 0; got "
+                f"{top_logprobs}, {concurrency}, {retries}, {max_wait}, {timeout}"
+            )
+        if not price_in >= 0 or not price_out >= 0:
+            raise ValueError(f"prices are per million tokens and >= 0; got {price_in} and {price_out}")
+        _check_address(base_url)
+        _import_openai()
+        self.base_url, self.model, self.api_key_env = base_url.rstrip("/"), model, api_key_env
+        self.assistant_prefill, self.top_logprobs = assistant_prefill, top_logprobs
+        self.concurrency, self.timeout, self.retries, self.max_wait = concurrency, timeout, retries, max_wait
+        self.price_in, self.price_out = price_in, price_out
+        self.extra = dict(extra or {})
+        self.journal = Path(journal).expanduser() if journal else cache_folder() / "judge_calls.sqlite"
+        self._key()  # a variable that is not set is better known before a policy is trained
+        self.met = False
+        """Whether a request has been sent."""
+        self.gives_logprobs = False
+        """Whether a reply had log-probabilities."""
+        self._bought = Usage()
+        self._tries = self._from_journal = self._most_in_flight = 0
+        self._busy = self._wall = 0.0
+
+    def ask(self, chains: Sequence[Callable[[Session], Awaitable[T]]]) -> list[T]:
+        """Run chains of requests side by side and return their results, in order.
+
+        Args:
+            chains: each takes the session and awaits one answer after the other.
+
+        Raises:
+            ServerError: if the endpoint cannot be used as it is set up.
+            OSError: if the journal cannot be written.
+        """
+        if not chains:
+            return []
+        with _explained(self.journal):
+            LogpsFile(self.journal).put({b"": b"judge calls"})  # before any reply is paid for
+            return _run(self._ask(chains))
+
+    def cost(self, usage: Usage) -> float:
+        """Price of tokens, in the unit of ``price_in`` and ``price_out``."""
+        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
+
+    def report(self) -> dict[str, float]:
+        """What this process asked for so far.
+
+        ``requests`` answered, ``tries`` sent, ``from_journal`` answered without asking, ``tokens_in``, ``tokens_out``,
+        ``cost``; ``in_flight``, the mean number of requests at the server while it was asked, and ``most_in_flight``.
+        """
+        return {
+            "requests": float(self._bought.requests),
+            "tries": float(self._tries),
+            "from_journal": float(self._from_journal),
+            "tokens_in": float(self._bought.tokens_in),
+            "tokens_out": float(self._bought.tokens_out),
+            "cost": self.cost(self._bought),
+            "in_flight": self._busy / self._wall if self._wall else 0.0,
+            "most_in_flight": float(self._most_in_flight),
+        }
+
+    async def _ask(self, chains: Sequence[Callable[[Session], Awaitable[T]]]) -> list[T]:
+        start, busy = time.perf_counter(), self._busy
+        async with self._client() as client:
+            session = Session(self, client)
+            results: list[T] = []
+            while len(results) < len(chains) and not self.met:
+                results.append(await chains[len(results)](session))
+
+            async def awaited(chain: Callable[[Session], Awaitable[T]]) -> T:
+                return await chain(session)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(awaited(chain)) for chain in chains[len(results) :]]
+            except ExceptionGroup as errors:
+                # one error stops all; it may have come to several requests at once
+                raise errors.exceptions[0] from None
+        if self._busy > busy:
+            self._wall += time.perf_counter() - start
+        return results + [task.result() for task in tasks]
+
+    def _client(self) -> Any:
+        return _import_openai().AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self._key() or "none",
+            max_retries=0,
+            timeout=self.timeout,
+        )
+
+    def _key(self) -> str:
+        if self.api_key_env is None:
+            return ""
+        # what was given is never shown: it may be the key
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, in capital letters; "
+                "what was given is not shown here, because it may be the key itself: if so, take it out of the config"
+            )
+        key = os.environ.get(self.api_key_env, "")
+        if not key:
+            raise ValueError("the environment variable that api_key_env names is not set: export it, and start again")
+        return key
+
+    def _without_key(self, text: str) -> str:
+        key = self._key()
+        # what local servers are given instead, such as EMPTY, is no secret, and may be a word of the reply
+        return text.replace(key, "[API key]") if len(key) >= 8 else text
+
+
+class Session:
+    """One call of `JudgeServer.ask`: a connection pool, and what was asked through it.
+
+    Args:
+        server: whom to ask.
+        client: an ``openai.AsyncOpenAI``.
+    """
+
+    def __init__(self, server: JudgeServer, client: Any) -> None:
+        self.server, self._client = server, client
+        self._places = asyncio.Semaphore(server.concurrency)
+        self._journal = LogpsFile(server.journal)
+        self._asked: dict[bytes, asyncio.Task[Completion]] = {}
+        self._in_flight = 0
+
+    async def read(self, prompt: JudgePrompt, labels: Sequence[str]) -> tuple[Reading, Usage]:
+        """Ask for probabilities of labels behind a prompt.
+
+        Where a "1" may become "10" and the judge's own answer does not tell, servers with ``assistant_prefill`` are
+        asked once more behind the "1", if it has more than a thousandth of the labels' mass. Without, it stays open.
+
+        Raises:
+            UnansweredError: if there is no answer.
+            ServerError: if the endpoint cannot be used as it is set up.
+        """
+        completion = await self._send(self._reading_request(prompt, prompt.answer, labels))
+        reading, usage = read_labels(completion, labels), usage_of(completion)
+        for stem, probability in sorted(reading.open.items()):
+            if self.server.assistant_prefill and probability > NEGLIGIBLE * (reading.mass + probability):
+                later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                reading = completed(reading, stem, read_labels(later, labels, stem, probability))
+                usage += usage_of(later)
+        return reading, usage
+
+    async def write(
+        self, prompt: JudgePrompt, *, max_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> tuple[str, Usage]:
+        """Let the judge go on writing behind a prompt, such as a rationale.
+
+        Args:
+            prompt: what is continued.
+            max_tokens: longest text in tokens; a longer one is cut.
+            temperature: 0 asks for the most probable token at each step.
+            top_p: nucleus mass in (0, 1].
+            seed: names the text where it is random, to the server and in the journal.
+
+        Raises:
+            UnansweredError: if there is no answer.
+            ServerError: if the endpoint cannot be used as it is set up.
+        """
+        random_fields = {"top_p": top_p, "seed": seed & 0x7FFFFFFF} if temperature > 0 else {}
+        completion = await self._send(
+            self._request(prompt, prompt.answer, max_tokens=max_tokens, temperature=temperature, **random_fields)
+        )
+        text = completion.text
+        # servers that continue a turn repeat its beginning
+        if self.server.assistant_prefill and text.startswith(prompt.answer):
+            text = text[len(prompt.answer) :]
+        return text.strip(), usage_of(completion)
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def _reading_request(self, prompt: JudgePrompt, answer: str, labels: Sequence[str]) -> dict[str, Any]:
+        # a token has a character at least, and a space may come first
+        length = 1 + max(map(len, labels))
+        return self._request(
+            prompt, answer, max_tokens=length, temperature=0.0, logprobs=True, top_logprobs=self.server.top_logprobs
+        )
+
+    def _request(self, prompt: JudgePrompt, answer: str, **fields: Any) -> dict[str, Any]:
+        body = without_control_tokens(prompt.body)
+        answer = without_control_tokens(answer)
+        if self.server.assistant_prefill:
+            messages = [{"role": "user", "content": body}, {"role": "assistant", "content": answer}]
+            # vLLM and SGLang continue a turn when told so, llama.cpp always does
+            fields |= {"add_generation_prompt": False, "continue_final_message": True}
+        else:
+            messages = [{"role": "user", "content": f"{body}\n\n{answer}".rstrip()}]
+        return {"model": self.server.model, "messages": messages, **fields, **self.server.extra}
+
+    async def _send(self, request: dict[str, Any]) -> Completion:
+        """Answer a request, from the journal or the server; one that is asked for twice is sent once."""
+        name = hashlib.blake2b(
+            json.dumps([self.server.base_url, request], sort_keys=True).encode(), digest_size=16
+        ).digest()
+        if name not in self._asked:
+            self._asked[name] = asyncio.create_task(self._answer(name, request))
+        return await self._asked[name]
+
+    async def _answer(self, name: bytes, request: dict[str, Any]) -> Completion:
+        stored = self._journal.get([name])
+        if stored:
+            self.server._from_journal += 1
+            return _answered(parse_completion(stored[name].decode()))
+        async with self._places:
+            for attempt in range(self.server.retries + 1):
+                result = await self._try(request)
+                if isinstance(result, _Answer):
+                    self._journal.put({name: result.body.encode()})
+                    self._count(result.completion)
+                    return _answered(result.completion)
+                if result.fatal:
+                    raise ServerError(f"judge {self.server.model!r} at {self.server.base_url}: {result.message}")
+                wait = backoff(attempt, random.random(), self.server.max_wait, result.retry_after)
+                if not result.again or wait is None or attempt == self.server.retries:
+                    break
+                await asyncio.sleep(wait)
+        raise UnansweredError(result.status, result.message)
+
+    async def _try(self, request: dict[str, Any]) -> _Answer | Fault:
+        """Send a request once."""
+        server, openai = self.server, _import_openai()
+        self._in_flight += 1
+        server._tries += 1
+        server._most_in_flight = max(server._most_in_flight, self._in_flight)
+        start = time.perf_counter()
+        known = {"model": request["model"], "messages": request["messages"]}
+        others = {field: value for field, value in request.items() if field not in known}
+        try:
+            async with asyncio.timeout(server.timeout):
+                raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
+            body = server._without_key(raw.http_response.text)
+        except (TimeoutError, openai.APITimeoutError):
+            return Fault("timeout", f"no answer within {server.timeout:g} s", again=True)
+        except openai.APIStatusError as error:
+            message = server._without_key(str(error.message))[:300]
+            first = not (server.gives_logprobs if request.get("logprobs") else server.met)
+            return status_fault(error.status_code, message, str(error.code), error.response.headers, first)
+        except openai.APIConnectionError as error:
+            return Fault("timeout", f"no connection ({server._without_key(str(error.__cause__ or error))})", again=True)
+        finally:
+            self._in_flight -= 1
+            server._busy += time.perf_counter() - start
+            server.met = True
+        try:
+            completion = parse_completion(body)
+        except UnreadableError as error:
+            return Fault("truncated" if error.cut else "invalid", str(error), again=True)
+        if request.get("logprobs") and not completion.refusal:
+            if completion.places is None:
+                return Fault("invalid", NO_LOGPROBS, fatal=not server.gives_logprobs)
+            server.gives_logprobs = True
+        return _Answer(body, completion)
+
+    def _count(self, completion: Completion) -> None:
+        if completion.tokens_in is None and (self.server.price_in or self.server.price_out):
+            warnings.warn(
+                f"{self.server.base_url} does not say how many tokens a request took: costs are not counted",
+                stacklevel=2,
+            )
+        self.server._bought += usage_of(completion)
+
+
+NEGLIGIBLE = 1e-3
+"""Share of the labels' mass below which it does not matter how a "1" goes on."""
+
+NO_LOGPROBS = (
+    "it answers, but without log-probabilities (logprobs, top_logprobs), which labels are read from. `transformers "
+    "serve` and some hosts drop them silently: use a server or a model that gives them (vLLM, SGLang, llama.cpp), or "
+    "LLMLabeler for a model on this machine"
+)
+
+
+def usage_of(completion: Completion) -> Usage:
+    """Tokens of a completion; none where the server does not count."""
+    return Usage(completion.tokens_in or 0, completion.tokens_out or 0, 1)
+
+
+def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | None = None) -> float | None:
+    """Seconds to wait before the next try; None if the server asks for more than ``max_wait``.
+
+    Exponential with full jitter: uniform between 0 and 0.5 * 2^attempt s, and not more than ``max_wait``. What the
+    server asks for comes on top, so that requests which were turned away together do not come back together.
+
+    Args:
+        attempt: tries before this one, from 0.
+        uniform: a number drawn uniformly from [0, 1).
+        max_wait: longest wait in seconds.
+        retry_after: seconds that the server asks to wait, if it does.
+    """
+    jitter = uniform * min(0.5 * 2.0 ** min(attempt, 60), max_wait)
+    if retry_after is None:
+        return jitter
+    return None if retry_after > max_wait else retry_after + jitter
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's retry-after-ms."""
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    try:
+        seconds = float(milliseconds) / 1000 if milliseconds else float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if seconds == seconds else None
+
+
+def status_fault(code: int, message: str, error_code: str, headers: Mapping[str, str], first: bool) -> Fault:
+    """What an HTTP status other than 200 means.
+
+    Args:
+        code: the status.
+        message: what the server says.
+        error_code: its short name for that.
+        headers: of the reply.
+        first: whether no such request has been answered before: one that is not understood is a matter of the set-up.
+    """
+    text = f"HTTP {code}: {message}"
+    said = f"{message} {error_code}".lower()
+    if code == 429 and re.search(r"insufficient_quota|billing|credit", said):
+        return Fault("rate_limited", f"{text} (pay the account; what was answered is kept)", fatal=True)
+    if code in (408, 409, 425, 429) or code >= 500:
+        status: LabelStatus = "rate_limited" if code == 429 else "timeout"
+        return Fault(status, text, again=True, retry_after=retry_after(headers, time.time()))
+    if re.search(r"content.?filter|content.?policy|content management|moderation|flagged|safety", said):
+        return Fault("refused", text)
+    if code == 413 or re.search(
+        r"context.?(length|size|window)|maximum (context|model)|too (long|large|many tokens)", said
+    ):
+        return Fault("truncated", text)
+    if code in (401, 403):
+        return Fault(
+            "invalid", f"{text} (set api_key_env to the variable with a key that may use this model)", fatal=True
+        )
+    if code == 402:
+        return Fault("invalid", f"{text} (pay the account; what was answered is kept)", fatal=True)
+    if code in (404, 405):
+        return Fault("invalid", f"{text} (check model, and base_url, which ends in /v1 as a rule)", fatal=True)
+    remedy = " (the server does not take such requests: check top_logprobs, assistant_prefill and extra)"
+    return Fault("invalid", f"{text}{remedy if first else ''}", fatal=first)
+
+
+def without_control_tokens(text: str) -> str:
+    """Break what chat templates mean something by: servers read it as special tokens, wherever it stands.
+
+    ``<|im_end|>`` becomes ``< |im_end| >``, ``[/INST]`` becomes ``[ /INST]``, ``</s>`` becomes ``< /s>``.
+    """
+    text = re.sub("<(?=[|\uff5c])", "< ", text)  # DeepSeek's bar is wide
+    text = re.sub("(?<=[|\uff5c])>", " >", text)
+    text = re.sub(r"<(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn)>)", "< ", text)
+    return re.sub(r"\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])", "[ ", text)
+
+
+def _answered(completion: Completion) -> Completion:
+    if completion.refusal:
+        raise UnansweredError("refused", f"the judge refused: {completion.refusal[:200]}", usage_of(completion))
+    return completion
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, in a notebook too, where a loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def _check_address(base_url: str) -> None:
+    parts = urlsplit(base_url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("base_url must hold no user, password or query: keys belong in the variable api_key_env names")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"base_url must be like http://127.0.0.1:8080/v1; got {base_url!r}")
+
+
+def _import_openai() -> Any:
+    try:
+        return importlib.import_module("openai")
+    except ImportError as error:
+        raise ImportError(
+            "a judge on a server needs the package openai: `pip install 'lightning-rlhf[server]'`"
+        ) from error
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OSError(
+            f"cannot keep the replies of the judge in {path} ({error}): free some space, make the file writable, "
+            f"delete it if it is damaged, or set another journal; what is written is kept"
+        ) from error

@@ -1,0 +1,197 @@
+"""Labels by a language model behind an OpenAI-compatible endpoint (RLAIF vs. RLHF, arXiv 2309.00267, section 2.1)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, pair_prompt, sample_of
+from lightning_rlhf.judging.replies import Reading
+from lightning_rlhf.judging.server import JudgeServer, Session, UnansweredError, Usage
+from lightning_rlhf.judging.task import Style, load_task
+from lightning_rlhf.judging.verdicts import first_probability, preference
+from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.reward import comparison_key
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import Comparison, Label, LabelStatus
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What one chain of requests brought: one order, one rationale."""
+
+    usage: Usage
+    reading: Reading | None = None
+    rationale: str = ""
+    status: LabelStatus = "ok"
+    fault: str = ""
+
+
+class ServerLabeler(AbstractLabeler):
+    """A judge on a server reads both responses, in both orders; the likelihood of its answers says which is better.
+
+    P(a preferred) is the mean of two distributions over the labels, one per order, each normalised over the labels
+    (section 2.1.1), so that a judge which looks at positions only gives exactly 1/2. With a chain of thought two
+    requests per order and sample are made: one for a rationale, one that reads the labels behind it.
+
+    **Labels that are not listed.** A server lists the ``top_logprobs`` most probable tokens only. All spellings of a
+    label that are listed are summed. A label of which none is gets the most it can have, which is what the list leaves,
+    and not more than the least probable token listed: the verdict is never surer than what was seen. If what is listed
+    of both labels is less than ``min_mass``, there is no verdict.
+
+    ``meta`` of a label holds ``first_forward`` and ``first_reverse``, P(the label of the first response) with a and
+    with b shown first; ``mass``, the smaller probability, of the two orders, that the judge answers with a label;
+    ``rationale_forward`` and ``rationale_reverse``, the first ones; ``tokens_in``, ``tokens_out`` and ``requests``; and
+    ``fault`` where there is no verdict. The cost of a label is the price of its tokens when they were bought: a second
+    run finds them in the journal, pays nothing, and notes the same cost.
+
+    Statuses: those of `JudgeServer`; also ``invalid`` where the label mass is below ``min_mass``, and ``truncated``
+    where the responses alone are longer than ``max_prompt_chars``.
+
+    Args:
+        server: the endpoint.
+        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        style: ``base`` says what to do, ``detailed`` also what to look at.
+        shots: judged examples in the prompt, from those of the task, >= 0.
+        chain_of_thought: let the judge write a rationale before it answers.
+        samples: rationales per order, whose verdicts are averaged (self-consistency); >= 1, and 1 without a chain of
+            thought.
+        temperature: of the rationales; 0 takes the most probable token at each step.
+        top_p: nucleus of the rationales, in (0, 1].
+        max_rationale_tokens: longest rationale in tokens, >= 1.
+        min_mass: label mass below which there is no verdict, in [0, 1).
+        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
+        max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; unlimited when not
+            given. Set it to about three times the tokens that the server's context has room for.
+
+    Raises:
+        FileNotFoundError: if there is no such task.
+        ValueError: if an option is out of range, or the task does not compare responses.
+    """
+
+    def __init__(
+        self,
+        server: JudgeServer,
+        task: str = "helpful",
+        style: Style = "base",
+        shots: int = 0,
+        chain_of_thought: bool = False,
+        samples: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_rationale_tokens: int = 512,
+        min_mass: float = 0.05,
+        max_candidate_chars: int = 8000,
+        max_prompt_chars: int | None = None,
+    ) -> None:
+        if shots < 0 or samples < 1 or max_rationale_tokens < 1 or max_candidate_chars < 1:
+            raise ValueError(
+                f"shots must be >= 0, samples, max_rationale_tokens and max_candidate_chars >= 1; got {shots}, "
+                f"{samples}, {max_rationale_tokens}, {max_candidate_chars}"
+            )
+        if samples > 1 and (not chain_of_thought or temperature == 0):
+            raise ValueError(
+                "samples > 1 averages over rationales that differ: set chain_of_thought=true and a temperature > 0"
+            )
+        if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_mass < 1:
+            raise ValueError(
+                f"temperature must be >= 0, top_p in (0, 1], min_mass in [0, 1); got {temperature}, {top_p}, {min_mass}"
+            )
+        if max_prompt_chars is not None and max_prompt_chars < 1:
+            raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
+        self.server, self.task = server, load_task(task)
+        self.style, self.shots, self.chain_of_thought, self.samples = style, shots, chain_of_thought, samples
+        self.temperature, self.top_p, self.max_rationale_tokens = temperature, top_p, max_rationale_tokens
+        self.min_mass, self.max_candidate_chars, self.max_prompt_chars = min_mass, max_candidate_chars, max_prompt_chars
+        self.prompt(Sample("", ("", "")))  # a wrong style or number of exemplars is better known now
+
+    def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:
+        """What the judge is asked about a sample; with a rationale, or where none is wanted, it ends at the label."""
+        return pair_prompt(
+            self.task,
+            sample,
+            style=self.style,
+            shots=self.shots,
+            thinking=self.chain_of_thought,
+            rationale=rationale,
+            max_candidate_chars=self.max_candidate_chars,
+        )
+
+    def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
+        """Judge each comparison in both orders.
+
+        Raises:
+            ServerError: if the endpoint cannot be used as it is set up; what was answered before is in the journal.
+        """
+        chains, asked = [], []
+        for place, comparison in enumerate(comparisons):
+            sample = self._fitted(sample_of(comparison.prompt, comparison.a.text, comparison.b.text))
+            if sample is None:
+                continue
+            asked.append(place)
+            own = comparison_key(key, comparison)
+            for order, shown in enumerate((sample, replace(sample, candidates=sample.candidates[::-1]))):
+                for number in range(self.samples):
+                    chains.append(functools.partial(self._judge, shown, own.fold(order, number)))
+        judged = self.server.ask(chains)
+        per_pair = 2 * self.samples
+        too_long = Label(None, "truncated", 0.0, {"fault": "the responses alone are longer than max_prompt_chars"})
+        labels = [too_long] * len(comparisons)
+        for number, place in enumerate(asked):
+            labels[place] = self._verdict(judged[number * per_pair : (number + 1) * per_pair])
+        return labels
+
+    async def _judge(self, sample: Sample, key: Key, session: Session) -> _Judgement:
+        usage, rationale = Usage(), None
+        try:
+            if self.chain_of_thought:
+                rationale, usage = await session.write(
+                    self.prompt(sample),
+                    max_tokens=self.max_rationale_tokens,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    seed=key.seed(),
+                )
+            reading, used = await session.read(self.prompt(sample, rationale), self.task.asked_for_pairs().labels)
+        except UnansweredError as error:
+            return _Judgement(usage + error.usage, None, rationale or "", error.status, error.fault)
+        return _Judgement(usage + used, reading, rationale or "")
+
+    def _fitted(self, sample: Sample) -> Sample | None:
+        if self.max_prompt_chars is None:
+            return sample
+        most = self.max_prompt_chars
+        return fitted(sample, self.task.dialogue, lambda shown: len(self.prompt(shown, "").text) - most)
+
+    def _verdict(self, judged: Sequence[_Judgement]) -> Label:
+        """Label of a comparison, from the judgements with a first and then those with b first."""
+        usage = sum((each.usage for each in judged), Usage())
+        cost = self.server.cost(usage)
+        meta: dict[str, float | int | str] = {
+            "tokens_in": usage.tokens_in,
+            "tokens_out": usage.tokens_out,
+            "requests": usage.requests,
+        }
+        if self.chain_of_thought:
+            meta |= {"rationale_forward": judged[0].rationale, "rationale_reverse": judged[self.samples].rationale}
+        for each in judged:
+            if each.status != "ok":
+                return Label(None, each.status, cost, meta | {"fault": each.fault})
+        readings = [each.reading for each in judged if each.reading is not None]
+        masses = torch.tensor([reading.mass for reading in readings]).view(2, self.samples)
+        logps = torch.stack([reading.logps for reading in readings]).view(2, self.samples, 2)
+        forward, reverse = logps
+        mass = masses.mean(1).min().item()
+        meta |= {
+            "first_forward": first_probability(forward).mean().item(),
+            "first_reverse": first_probability(reverse).mean().item(),
+            "mass": mass,
+        }
+        if mass < self.min_mass:
+            fault = f"the judge answers with a label with a probability of {mass:.2g} only (min_mass={self.min_mass})"
+            return Label(None, "invalid", cost, meta | {"fault": fault})
+        probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean()
+        return Label(min(max(probability.item(), 0.0), 1.0), "ok", cost, meta)

@@ -1,0 +1,152 @@
+"""The score of a language model on a server as the reward: direct-RLAIF (arXiv 2309.00267, section 2.2.2)."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, rating_prompt, sample_of
+from lightning_rlhf.judging.replies import Reading
+from lightning_rlhf.judging.server import JudgeServer, ServerError, Session, UnansweredError
+from lightning_rlhf.judging.task import Style, load_task
+from lightning_rlhf.judging.verdicts import expected_value, spread, to_unit_range
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.types import LabelStatus, Prompt, Response
+
+
+class ServerScoreReward(AbstractReward):
+    """The expected score that a judge on a server gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
+
+    s = sum_i i P(i), with P normalised over the ten scores, and r = (2 s - 11) / 9. Scores that are not among the
+    ``top_logprobs`` are bounded by what the list leaves, as with `ServerLabeler`.
+
+    **"10" and "1".** Where "10" is one token, both are read from one list. Where it is "1" and "0", P("1") belongs to
+    both: if the judge's own answer is one of them the second token is listed, too; otherwise a server with
+    ``assistant_prefill`` is asked once more, behind the "1". Without, P("1") counts for neither, and a response for
+    which it is more than a twentieth of the scores' mass is ``invalid``: set ``assistant_prefill``, or use a task with
+    scores of one digit.
+
+    ``std`` of the output is the standard deviation of the judge's scores, on the scale of the reward.
+
+    Args:
+        server: the endpoint.
+        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
+        style: ``base`` says what to do, ``detailed`` also what to look at.
+        min_mass: probability of the scores below which a response is not scored, in [0, 1).
+        unscored: reward of a response that could not be scored, e.g. -1; an error when not given.
+        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
+        max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; unlimited when not
+            given.
+
+    Raises:
+        FileNotFoundError: if there is no such task.
+        ValueError: if an option is out of range, or the task does not ask this.
+    """
+
+    def __init__(
+        self,
+        server: JudgeServer,
+        task: str = "helpful",
+        question: Literal["score", "check"] = "score",
+        style: Style = "base",
+        min_mass: float = 0.05,
+        unscored: float | None = None,
+        max_candidate_chars: int = 8000,
+        max_prompt_chars: int | None = None,
+    ) -> None:
+        if not 0 <= min_mass < 1 or max_candidate_chars < 1 or (max_prompt_chars is not None and max_prompt_chars < 1):
+            raise ValueError(
+                f"min_mass must be in [0, 1), max_candidate_chars and max_prompt_chars >= 1; got {min_mass}, "
+                f"{max_candidate_chars}, {max_prompt_chars}"
+            )
+        self.server, self.task = server, load_task(task)
+        self.question: Literal["score", "check"] = question
+        self.style, self.min_mass, self.unscored = style, min_mass, unscored
+        self.max_candidate_chars, self.max_prompt_chars = max_candidate_chars, max_prompt_chars
+        self.prompt(Sample("", ("",)))  # a wrong style or question is better known now
+        self._count = self._failed = 0
+        self._mass = self._spread = 0.0
+
+    def prompt(self, sample: Sample) -> JudgePrompt:
+        """What the judge is asked about a sample."""
+        return rating_prompt(
+            self.task,
+            sample,
+            question=self.question,
+            style=self.style,
+            max_candidate_chars=self.max_candidate_chars,
+        )
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B].
+
+        Raises:
+            ServerError: if the endpoint cannot be used as it is set up, or a response could not be scored and
+                ``unscored`` is not given. What was answered is in the journal.
+        """
+        rating = self.task.asked_for_ratings(self.question)
+        samples = [self._fitted(sample_of(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
+        outcomes = self.server.ask([functools.partial(self._ask, sample) for sample in samples])
+        faults = [outcome for outcome in outcomes if not isinstance(outcome, Reading)]
+        if faults and self.unscored is None:
+            counts = ", ".join(f"{count} {status}" for status, count in Counter(s for s, _ in faults).items())
+            raise ServerError(
+                f"{len(faults)} of {len(outcomes)} responses could not be scored ({counts}), the first because: "
+                f"{faults[0][1]}. What was answered is kept: start again to ask for the rest, or set unscored to the "
+                f"reward of such responses"
+            )
+        scale = 2 / (max(rating.values) - min(rating.values))
+        mean, std = torch.zeros(len(outcomes)), torch.zeros(len(outcomes))
+        for i, outcome in enumerate(outcomes):
+            if isinstance(outcome, Reading):
+                deviation = spread(outcome.logps, rating.values)
+                mean[i] = to_unit_range(expected_value(outcome.logps, rating.values), rating.values)
+                std[i] = deviation * scale
+                self._count += 1
+                self._mass += outcome.mass
+                self._spread += deviation.item()
+            elif self.unscored is not None:
+                mean[i] = self.unscored
+                self._failed += 1
+        return RewardOutput(mean, std=std)
+
+    def report(self) -> dict[str, float]:
+        """Means over all calls: ``mass``, the probability that the judge answers with a score; ``spread``, the standard
+        deviation of its scores in the task's unit; the numbers of responses ``scored`` and ``failed``; and what
+        `JudgeServer.report` says."""
+        count = max(self._count, 1)
+        own = {"mass": self._mass / count, "spread": self._spread / count}
+        return own | {"scored": float(self._count), "failed": float(self._failed)} | self.server.report()
+
+    async def _ask(self, sample: Sample | None, session: Session) -> Reading | tuple[LabelStatus, str]:
+        if sample is None:
+            return "truncated", "the response alone is longer than max_prompt_chars"
+        try:
+            reading, _ = await session.read(self.prompt(sample), self.task.asked_for_ratings(self.question).labels)
+        except UnansweredError as error:
+            return error.status, error.fault
+        if reading.mass < self.min_mass:
+            fault = f"the judge answers with a score with a probability of {reading.mass:.2g} only"
+            return "invalid", f"{fault} (min_mass={self.min_mass})"
+        if (unclear := sum(reading.open.values())) > UNCLEAR * (reading.mass + unclear):
+            stems = ", ".join(map(repr, reading.open))
+            return "invalid", (
+                f"{stems} with a probability of {unclear:.2g} may be the beginning of another score: set "
+                f"assistant_prefill=true if the server can go on with an answer, or use a task with scores of one digit"
+            )
+        return reading
+
+    def _fitted(self, sample: Sample) -> Sample | None:
+        if self.max_prompt_chars is None:
+            return sample
+        most = self.max_prompt_chars
+        return fitted(sample, self.task.dialogue, lambda shown: len(self.prompt(shown).text) - most)
+
+
+UNCLEAR = 0.05
+"""Share of the scores' mass that may belong to one score or another."""
