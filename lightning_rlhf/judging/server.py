@@ -303,7 +303,10 @@ class Session:
         reading, usage = read_labels(completion, labels), usage_of(completion)
         for stem, probability in sorted(reading.open.items()):
             if self.server.assistant_prefill and probability > NEGLIGIBLE * (reading.mass + probability):
-                later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                try:
+                    later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                except UnansweredError as error:
+                    raise UnansweredError(error.status, error.fault, usage + error.usage) from None
                 reading = completed(reading, stem, read_labels(later, labels, stem, probability))
                 usage += usage_of(later)
         return reading, usage

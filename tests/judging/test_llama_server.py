@@ -172,26 +172,27 @@ def test_overlay_labels_a_round_on_the_server(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_JUDGE_KEY", "sk-very-secret-0123456789")
-    main(
-        [
-            *("fit", "--config", "dpo_online", "--config", "labeler/server", f"--model.policy={tiny_policy}"),
-            *(
-                "--trainer.accelerator=cpu",
-                "--trainer.devices=1",
-                "--trainer.max_steps=1",
-                "--trainer.precision=32-true",
-            ),
-            *("--trainer.enable_progress_bar=false", "--trainer.strategy=auto", "--data.decoding.max_new_tokens=4"),
-            *(
-                "--data.prompts_per_round=2",
-                "--data.pairs_per_batch=2",
-                "--data.prompts.limit=2",
-                "--data.heldout=null",
-            ),
-            *(f"--data.labeler.server.base_url={address}", "--data.labeler.server.journal=journal.sqlite"),
-            *("--data.labeler.server.api_key_env=MY_JUDGE_KEY", "--data.labeler.task=sentiment", "--run_dir=run"),
-        ]
-    )
+    command = [
+        *("fit", "--config", "dpo_online", "--config", "labeler/server", f"--model.policy={tiny_policy}"),
+        *(
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.max_steps=1",
+            "--trainer.precision=32-true",
+        ),
+        *("--trainer.enable_progress_bar=false", "--trainer.strategy=auto", "--data.decoding.max_new_tokens=4"),
+        *(
+            "--data.prompts_per_round=2",
+            "--data.pairs_per_batch=2",
+            "--data.prompts.limit=2",
+            "--data.heldout=null",
+        ),
+        *(f"--data.labeler.server.base_url={address}", "--data.labeler.server.journal=journal.sqlite"),
+        *("--data.labeler.server.api_key_env=MY_JUDGE_KEY", "--data.labeler.task=sentiment", "--run_dir=run"),
+    ]
+    main(command)
+    # the server moved nowhere, but how it is asked may change within a run
+    main([*command, "--data.labeler.server.concurrency=2", "--data.labeler.server.retries=1"])
     with PreferenceStore("run/ledger.sqlite", read_only=True) as store:
         labels = [preference.label for preference in store.preferences()]
     assert len(labels) == 2
