@@ -6,12 +6,19 @@ weights made whole: log-probabilities of likely tokens differ by some hundredths
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +207,45 @@ def test_overlay_labels_a_round_on_the_server(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files if os.environ["MY_JUDGE_KEY"].encode() in path.read_bytes()] == []
     assert any(b"MY_JUDGE_KEY" in path.read_bytes() for path in files)  # the name of the variable is in the config
+
+
+def test_a_killed_label_run_goes_on_against_the_real_server_and_asks_nothing_twice(
+    address: str, tmp_path: Path, faults: ModuleType
+) -> None:
+    def forward(_: int, request: dict[str, Any]) -> Any:
+        body = json.dumps(request).encode()
+        sent = urllib.request.Request(f"{address}/chat/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(sent, timeout=100) as reply:
+            return faults.Raw(reply.read().decode())
+
+    rows = [{"prompt": f"day {i}", "chosen": f"{i} is lovely!", "rejected": f"{i} is awful."} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with faults.FaultServer(forward) as counter:  # counts what passes to the server
+        command = [
+            *(sys.executable, "-m", "lightning_rlhf", "label", "--run_dir=run", "--chunk=2"),
+            *("--pairs=DatasetPrompts", "--pairs.path=rows.jsonl", "--labeler=ServerLabeler"),
+            *("--labeler.task=sentiment", "--labeler.server=lightning_rlhf.judging.JudgeServer"),
+            *(f"--labeler.server.base_url={counter.base_url}", "--labeler.server.model=smollm2"),
+            *("--labeler.server.journal=journal.sqlite", "--labeler.server.assistant_prefill=true"),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        killed = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while len(counter.requests) < 6:
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+        killed.wait()
+        done = subprocess.run(
+            [*command, "--labeler.server.concurrency=2"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        counts = counter.counts()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(counts) == 12
+    # a chunk is four requests, which were in flight at most
+    assert max(counts.values()) <= 2
+    assert sum(counts.values()) <= 12 + 4
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["labelled"] == 6
+    assert report["figures"]["position_pairs"] == 6
