@@ -249,16 +249,20 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
         free = part.FREE_SETTINGS if isinstance(part, AbstractStepModule | AbstractStepDataModule) else frozenset()
         settings[name]["init_args"] = {k: v for k, v in settings[name]["init_args"].items() if k not in free}
     settings["data"]["init_args"].get("decoding", {}).pop("rows", None)
+    settings["data"] = _without(settings["data"], FREE_OF_SERVERS)
     return {**settings, "seed_everything": config.get("seed_everything")}
 
 
 VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": EvaluationRun, "label": LabelRun}
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
+FREE_OF_SERVERS = {"base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"}
+"""Settings of a `JudgeServer` that may change within a run: where and how a model is asked, not which one and what."""
+
 FREE_OF_VERBS = {
+    *FREE_OF_SERVERS,
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
     *("limit", "device", "tokens_per_batch", "compile"),
-    *("api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"),  # of servers
 }
 """Settings of a verb, or of the objects it is given, that may change when it is called again."""
 
