@@ -219,9 +219,11 @@ class Judge(RewardLabeler):
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, tiny_policy: Path) -> None:
+def test_a_killed_evaluation_goes_on_where_it_was(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [
-        *(SCRIPT, "evaluate", "--prompts=BuiltinPrompts", "--prompts.split=heldout", "--prompts.limit=12"),
+        *("evaluate", "--prompts=BuiltinPrompts", "--prompts.split=heldout", "--prompts.limit=12"),
         *(f"--a={tiny_policy}", f"--b={tiny_policy}", "--decoding.max_new_tokens=5", "--decoding.rows=2", "--chunk=4"),
         *("--reward=plugins.Slow", "--labeler=plugins.Judge", "--labeler.reward=plugins.Letters", "--run_dir=run"),
     ]
@@ -229,13 +231,18 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, tiny_policy: P
     letters += "return RewardOutput(torch.tensor([float(len(r.text)) for r in responses]))\n"
 
     def start(folder: Path, die: str = "") -> int:
-        folder.mkdir(exist_ok=True)
-        (folder / "plugins.py").write_text(PLUGINS + letters)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DIE": die}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=200).returncode
+        return subprocess.run(
+            [SCRIPT, *command], cwd=folder, env=environment, capture_output=True, timeout=200
+        ).returncode
 
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert start(straight) == 0
+    for folder in (straight, killed):
+        folder.mkdir()
+        (folder / "plugins.py").write_text(PLUGINS + letters)
+    monkeypatch.chdir(straight)
+    monkeypatch.syspath_prepend(str(straight))
+    main(command)
     # the whole row of a torn line is drawn anew
     assert start(killed, "scoring") == -signal.SIGKILL
     with (killed / "run" / "answers_b.jsonl").open("rb+") as file:
