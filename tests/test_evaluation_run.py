@@ -117,24 +117,24 @@ def test_two_folders_answer_and_the_answers_are_their_own(tmp_path: Path, tiny_p
     labeler = RewardLabeler(Letters(), rule="soft")
 
     def run(name: str, a: Path | str, b: Path | str, **options: Any) -> dict[str, Any]:
-        source = BuiltinPrompts("heldout", limit=10)
+        source = BuiltinPrompts("heldout", limit=6)
         folder = str(tmp_path / name)
         return EvaluationRun(source, str(a), str(b), labeler, run_dir=folder, decoding=SHORT, **options).run()
 
     report = run("one", tiny_policy, other, reward=Letters())
-    assert report["wins"]["pairs"] == 10
+    assert report["wins"]["pairs"] == 6
     answers = read_lines(tmp_path / "one" / "answers_a.jsonl")
     assert all(1 <= row["tokens"] <= 8 for row in answers)
     # answers depend on policy, seed and prompt, not on what they are compared with or how many are decoded at once
     again = EvaluationRun(
-        BuiltinPrompts("heldout", limit=10),
+        BuiltinPrompts("heldout", limit=6),
         str(tiny_policy),
         reward=Letters(),
         run_dir=str(tmp_path / "two"),
         decoding=Decoding(max_new_tokens=8, rows=3),
     ).run()
     rerun = {row["index"]: row for row in read_lines(tmp_path / "two" / "answers_a.jsonl")}
-    assert [rerun[i] for i in range(10)] == sorted(answers, key=lambda row: row["index"])
+    assert [rerun[i] for i in range(6)] == sorted(answers, key=lambda row: row["index"])
     assert again["scores"]["A"] == report["scores"]["A"]
 
     # the answers of one run are recorded answers of the next
