@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+TIE = 1e-4
+"""Share by which two values must differ to be told apart."""
+
+
 def policy_weight(information: Tensor, sigma: Tensor) -> Tensor:
     """``I^-1 Sigma I^-1``, symmetric; shape [..., dimensions, dimensions].
 
@@ -44,10 +48,14 @@ def pair_values(features: Tensor, rewards: Tensor, weight: Tensor) -> Tensor:
 def best_pair(values: Tensor) -> tuple[Tensor, Tensor]:
     """The pair of greatest value, always two different candidates, the earlier one first; two tensors [...].
 
+    Values within a share `TIE` of the greatest are equal, and the first of them is taken: two equal candidates differ by
+    rounding, which depends on the batch they were computed in.
+
     Args:
         values: symmetric values of pairs; shape [..., pool, pool].
     """
     size = values.shape[-1]
     upper = torch.ones(size, size, dtype=torch.bool, device=values.device).triu(1)
-    index = values.masked_fill(~upper, -1.0).flatten(-2).argmax(-1)
+    flat = values.masked_fill(~upper, -1.0).flatten(-2)
+    index = (flat >= (1 - TIE) * flat.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
     return index // size, index % size
