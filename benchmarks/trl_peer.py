@@ -1,4 +1,4 @@
-"""Workers that run TRL on the same rows: DPO, reward model, online DPO."""
+"""Workers that run TRL on the same rows: DPO, reward model, online DPO, RLOO, GRPO."""
 
 from __future__ import annotations
 
@@ -133,5 +133,44 @@ def online(job: Job) -> dict[str, Any]:
     return timed(clock, job, tokens=tokens, loss=trainer.state.log_history[0]["loss"])
 
 
+def policy_gradient(job: Job) -> dict[str, Any]:
+    """`RLOOTrainer` or `GRPOTrainer` with a reward function that costs nothing; the batch counts responses."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    from benchmarks.harness import Rows
+
+    def count_e(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        del prompts
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return [text.count("e") / (len(text) + 1) for text in texts]
+
+    grpo = job.options["worker"] == "grpo"
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    total = job.batch // job.options["num_generations"] * (job.steps + job.skip)
+    prompts = [{"prompt": row.text or list(row.messages or ())} for row in Rows(job.data, total, tokenizer).load()]
+    config = settings(
+        job, max_completion_length=job.new_tokens, shuffle_dataset=False, model_init_kwargs={"dtype": "float32"}
+    )
+    del config["train_sampling_strategy"]
+    clock = Clock()
+    trainer = (GRPOTrainer if grpo else RLOOTrainer)(
+        model=job.model,
+        reward_funcs=count_e,
+        args=(GRPOConfig if grpo else RLOOConfig)(**config),
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        callbacks=[clocked(clock)],
+    )
+    trainer.train()
+    lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "loss" in entry]
+    timed_lengths = lengths[job.skip :]
+    return timed(clock, job, tokens=job.batch * sum(timed_lengths) / len(timed_lengths))
+
+
 if __name__ == "__main__":
-    work(sys.argv[2], {"dpo": dpo, "reward": reward, "online": online})
+    work(
+        sys.argv[2],
+        {"dpo": dpo, "reward": reward, "online": online, "rloo": policy_gradient, "grpo": policy_gradient},
+    )

@@ -126,7 +126,8 @@ class RolloutDataModule(AbstractRoundDataModule):
         if self.round is None or self.round.index != due:
             module: Any = self.trainer.lightning_module
             self.round = self._collect(due)
-            self._groups = module.credit(self.round.groups, self.round.rewards)
+            # the budget may have left no prompt
+            self._groups = module.credit(self.round.groups, self.round.rewards) if self.round.groups else []
         return self._groups
 
     def draw_only(self, index: int) -> None:

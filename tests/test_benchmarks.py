@@ -24,13 +24,14 @@ ROOT = Path(__file__).parents[1]
         ("reward_step", ["--peer", "trl"]),
         ("online_round", []),
         ("generation", []),
+        ("rl_step", []),
         ("judge", []),
     ],
 )
 def test_a_benchmark_prints_a_table_and_a_line_of_json(tmp_path: Path, name: str, options: list[str]) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--batch=2", "--steps=1", "--repeats=1", "--new-tokens=4"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--steps=1", "--repeats=1", "--new-tokens=4"]
     done = subprocess.run(
-        [*command, *options, f"--out={tmp_path / 'out.jsonl'}"],
+        [*command, *options, "--batch=4" if name == "rl_step" else "--batch=2", f"--out={tmp_path / 'out.jsonl'}"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

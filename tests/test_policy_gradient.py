@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from lightning_rlhf import Decoding, PolicyGradientModule, RolloutDataModule
 from lightning_rlhf.advantages import GAE, GRPO, RLOO, AbstractAdvantage, LearnedBaseline
 from lightning_rlhf.callbacks import LabelBudget, RolloutMonitor
+from lightning_rlhf.cli import main
 from lightning_rlhf.evaluation.rollouts import repetition, round_figures
 from lightning_rlhf.models.logprobs import response_logps
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.rewards import AbstractReward, RewardOutput, UncertaintyPenalty
+from lightning_rlhf.rewards import AbstractReward, LLMScoreReward, RewardOutput, UncertaintyPenalty
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Prompt, PromptRow, Response, Rollout
@@ -133,6 +134,25 @@ def test_credit_by_hand(tiny_policy: Path) -> None:
     (group,) = white.credit([[first, second]], [2.0, 1.0])
     assert sum(group.advantages) == pytest.approx(0.0, abs=1e-6)
     assert group.targets == pytest.approx((1.85, 1.9, 1.1))  # the value model learns what it learnt before
+
+
+def test_the_loss_is_that_of_response_tokens_alone(tmp_path: Path, tiny_policy: Path) -> None:
+    """By hand from all logits, row by row: prompts and filling carry nothing, and the value model reads states."""
+    kept = Steps()
+    options = {"beta": 0.2, "kl_placement": "loss_k2", "value_coefficient": 0.5, "aggregation": "sequence_mean"}
+    policy = module(tiny_policy, LearnedBaseline(), **options)
+    decoding = Decoding(max_new_tokens=5, rows=4, temperature=0.7)
+    trainer(tmp_path, kept, max_epochs=1).fit(policy, datamodule=data(prompts_per_batch=4, decoding=decoding))
+    start, losses = AutoModelForCausalLM.from_pretrained(tiny_policy), []
+    for rollout in kept.rounds[0].rollouts:
+        prompt, ids = rollout.prompt.ids, rollout.response.ids
+        with torch.no_grad():
+            logits = start(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        # the head of the value model begins at zero, and every token returns (1 - beta) R; policy and reference agree
+        returns = 0.8 * rollout.reward
+        losses.append((-logps * returns + 0.5 * returns**2).mean())
+    assert kept.outputs[0]["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +294,20 @@ def test_the_learned_baseline_learns_too(tmp_path: Path, tiny_policy: Path) -> N
     assert sum(errors[-3:]) < 0.7 * sum(errors[:3]) and last > 0
 
 
+def test_beta_follows_the_kl_by_hand(tiny_policy: Path) -> None:
+    def drawn(log_ratio: float) -> list[list[Rollout]]:
+        response = Response((1, 2), "", "eos", (-1.0, -1.0), (-1.0 - log_ratio, -1.0))
+        return [[Rollout(Prompt(0, (1,), "x"), response)]]
+
+    policy = module(tiny_policy, RLOO(), objective="penalty", beta=0.1, kl_target=2.0)
+    for kl, factor in ((2.2, 1.01), (8.0, 1.02), (2.0, 1.0), (-3.0, 0.98)):  # the error is cut to 20 %, the gain is 0.1
+        before = policy.kl_coefficient
+        policy.observe_round(drawn(kl))
+        assert policy.kl_coefficient == pytest.approx(before * factor)
+    assert policy.beta == policy.kl_coefficient  # what a nat costs, for the callbacks
+    assert module(tiny_policy, RLOO(), beta=0.05).beta == pytest.approx(1 / 19)
+
+
 def test_the_uncertainty_penalty_by_hand() -> None:
     class Given(AbstractReward):
         def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
@@ -367,3 +401,29 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             module(tiny_policy, RLOO(), **options)
+
+
+def test_a_frozen_copy_of_the_policy_judges_it(tmp_path: Path, tiny_judge: Path) -> None:
+    """The config of self-improvement; scores of the last round are those of the checkpoint that the run began with."""
+    main(
+        [
+            *("fit", "--config", "drlaif_self", f"--model.policy={tiny_judge}", "--data.reward.min_mass=0"),
+            *("--model.learning_rate=1e-2", "--model.warmup_steps=0", "--data.prompts_per_round=2"),
+            *("--data.decoding.max_new_tokens=4", "--data.heldout.limit=2", "--trainer.max_epochs=3"),
+            *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
+            f"--run_dir={tmp_path}",
+        ]
+    )
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    start = AutoModelForCausalLM.from_pretrained(tiny_judge)
+    assert max((p - q).abs().max().item() for p, q in zip(trained.parameters(), start.parameters(), strict=True)) > 1e-3
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        last = [rollout for _, _, rollout in RolloutTable(store).rollouts(2)]
+    expected = LLMScoreReward(str(tiny_judge), min_mass=0).score(
+        [rollout.prompt for rollout in last], [rollout.response for rollout in last]
+    )
+    assert [rollout.reward for rollout in last] == pytest.approx(expected.mean.tolist(), abs=1e-5)
+    assert expected.std is not None
+    assert [rollout.std for rollout in last] == pytest.approx(expected.std.tolist(), abs=1e-5)
+    assert all(-1 <= (rollout.reward or 0) <= 1 for rollout in last)
+    assert (tmp_path / "top_rollouts.md").exists() and (tmp_path / "summary.json").exists()

@@ -220,3 +220,29 @@ def test_rows_without_completions_are_refused(tmp_path: Path, tiny_policy: Path)
         trainer.fit(module, datamodule=CompletionDataModule(DatasetPrompts(str(path))))
     with pytest.raises(ValueError, match=r"training row 0 \('say 1'\) has no completion to imitate"):
         trainer.fit(module, datamodule=CompletionDataModule(DatasetPrompts(str(path)), max_completion_tokens=9))
+
+
+def test_a_teacher_is_imitated(tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Draw with one policy, export, fine-tune another: the commands of the page."""
+    small = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+    main(
+        [
+            *("sample", "--config", "rlhf", f"--model.policy={tiny_policy}", "--model.advantage=RLOO", *small),
+            *("--data.reward=LexiconReward", "--data.prompts_per_round=3", "--data.responses_per_prompt=2"),
+            *("--data.decoding.max_new_tokens=4", "--data.max_prompt_tokens=200", f"--run_dir={tmp_path / 'teacher'}"),
+            f"--out={tmp_path / 'rows.jsonl'}",
+        ]
+    )
+    assert "wrote 6 rollouts to" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len({row["prompt_index"] for row in rows}) == 3 and {row["reward"] for row in rows} == {None}
+    main(["export", f"--ledger={tmp_path / 'teacher' / 'ledger.sqlite'}", f"--out={tmp_path / 'again.jsonl'}"])
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    main(
+        [
+            *("fit", "--config", "sft", f"--model.policy={tiny_policy}", *small, "--trainer.max_steps=1"),
+            *(f"--data.prompts.path={tmp_path / 'rows.jsonl'}", "--data.max_completion_tokens=9"),
+            f"--run_dir={tmp_path / 'student'}",
+        ]
+    )
+    assert (tmp_path / "student" / "model" / "config.json").exists()

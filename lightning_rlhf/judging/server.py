@@ -115,8 +115,8 @@ class JudgeServer:
     and the whole request are what finds a reply: give other weights another model name, or another journal.
 
     **Tries.** What may pass is tried again, ``retries`` times: no answer within ``timeout``, no connection, HTTP 408,
-    409, 425, 429 and 5xx, and replies that are no chat completion. The wait before try n+1 is uniform between 0 and
-    0.5 * 2^n seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that, and a server that
+    409, 425, 429 and 5xx, and replies that are no chat completion. The wait before the n-th further try is uniform
+    between 0 and 0.5 * 2^(n-1) seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that, and a server that
     asks for more than ``max_wait`` is not asked again. The client library does not retry by itself. A request keeps its
     place among the ``concurrency`` while it waits, so that a server with too much to do gets less.
 
@@ -303,7 +303,10 @@ class Session:
         reading, usage = read_labels(completion, labels), usage_of(completion)
         for stem, probability in sorted(reading.open.items()):
             if self.server.assistant_prefill and probability > NEGLIGIBLE * (reading.mass + probability):
-                later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                try:
+                    later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                except UnansweredError as error:
+                    raise UnansweredError(error.status, error.fault, usage + error.usage) from None
                 reading = completed(reading, stem, read_labels(later, labels, stem, probability))
                 usage += usage_of(later)
         return reading, usage
@@ -369,19 +372,25 @@ class Session:
             self.server._from_journal += 1
             return _answered(parse_completion(stored[name].decode()))
         async with self._places:
-            for attempt in range(self.server.retries + 1):
-                result = await self._try(request)
-                if isinstance(result, _Answer):
-                    self._journal.put({name: result.body.encode()})
-                    self._count(result.completion)
-                    return _answered(result.completion)
-                if result.fatal:
-                    raise ServerError(f"judge {self.server.model!r} at {self.server.base_url}: {result.message}")
-                wait = backoff(attempt, random.random(), self.server.max_wait, result.retry_after)
-                if not result.again or wait is None or attempt == self.server.retries:
-                    break
-                await asyncio.sleep(wait)
-        raise UnansweredError(result.status, result.message)
+            answer = await self._insist(request)
+        self._journal.put({name: answer.body.encode()})
+        self._count(answer.completion)
+        return _answered(answer.completion)
+
+    async def _insist(self, request: dict[str, Any]) -> _Answer:
+        """Send a request until it is answered or there is no use."""
+        attempt = 0
+        while True:
+            result = await self._try(request)
+            if isinstance(result, _Answer):
+                return result
+            if result.fatal:
+                raise ServerError(f"judge {self.server.model!r} at {self.server.base_url}: {result.message}")
+            wait = backoff(attempt, random.random(), self.server.max_wait, result.retry_after)
+            if not result.again or wait is None or attempt == self.server.retries:
+                raise UnansweredError(result.status, result.message)
+            await asyncio.sleep(wait)
+            attempt += 1
 
     async def _try(self, request: dict[str, Any]) -> _Answer | Fault:
         """Send a request once."""
@@ -513,6 +522,7 @@ def without_control_tokens(text: str) -> str:
 
     ``<|im_end|>`` becomes ``< |im_end| >``, ``[/INST]`` becomes ``[ /INST]``, ``</s>`` becomes ``< /s>``.
     """
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as some data has it, cannot be sent
     text = re.sub("<(?=[|\uff5c])", "< ", text)  # DeepSeek's bar is wide
     text = re.sub("(?<=[|\uff5c])>", " >", text)
     text = re.sub(r"<(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn)>)", "< ", text)

@@ -69,7 +69,7 @@ def head_outputs(
     """
     found: dict[int, Tensor] = {}
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
-        scores = _apply(head, _states(trunk, packed, packed.ends))
+        scores = _single(head(_states(trunk, packed, packed.ends)))
         found |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
     return torch.cat([found[i] for i in range(len(groups))]) if groups else torch.zeros(0, 1)
 
@@ -85,8 +85,8 @@ def response_values(
     """Value of the state before each response token: a head on the hidden states that predict the tokens.
 
     Args:
-        trunk: as in `response_scores`, like the others.
-        head: maps [tokens, width] to [tokens, 1] or [tokens].
+        trunk: as in `head_outputs`, like the others.
+        head: maps [tokens, width] to [tokens, 1].
         groups: prompts with their responses.
         layout: see there.
         tokens_per_batch: see there.
@@ -96,7 +96,7 @@ def response_values(
     """
     found: dict[int, list[Tensor]] = {}
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
-        pieces = iter(packed.split(_apply(head, _states(trunk, packed, packed.predictors)).view(-1)))
+        pieces = iter(packed.split(_single(head(_states(trunk, packed, packed.predictors))).view(-1)))
         found |= {i: [next(pieces) for _ in groups[i][1]] for i in batch}
     return [values for i in range(len(groups)) for values in found[i]]
 
@@ -125,9 +125,9 @@ def _batches(
         yield batch, pack([groups[i] for i in batch], rows)
 
 
-def _apply(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    scores = head(states)
-    return scores if scores.dtype == torch.float64 else scores.float()
+def _single(outputs: Tensor) -> Tensor:
+    """In float32, unless it is float64."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor) -> Tensor:

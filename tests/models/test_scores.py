@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from lightning_rlhf.models.scores import response_scores
+from lightning_rlhf.models.scores import response_scores, response_values
 from lightning_rlhf.models.shared_prefix import Group
 
 
@@ -87,3 +87,20 @@ def test_a_recurrent_trunk_gets_rows_of_its_own() -> None:
     torch.testing.assert_close(response_scores(trunk, head, GROUPS), alone(trunk, head, GROUPS), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="cannot compute layout 'packed'"):
         response_scores(trunk, head, GROUPS, layout="packed")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_are_those_of_the_states_before_each_token(name: str) -> None:
+    torch.manual_seed(0)
+    trunk, head = MODELS[name]().double().eval(), nn.Linear(32, 1).double()
+    expected = []
+    for prompt, responses in GROUPS:
+        for response in responses:
+            hidden = trunk(input_ids=torch.tensor([[*prompt, *response]])).last_hidden_state[0]
+            # the first token is drawn at the end of the prompt, and nothing is drawn behind the last one
+            expected.append(head(hidden[len(prompt) - 1 : -1]).squeeze(1))
+    for layout, tokens in (("auto", None), ("padded", None), ("auto", 25)):
+        found = response_values(trunk, head, GROUPS, layout=layout, tokens_per_batch=tokens)
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
