@@ -6,6 +6,7 @@ by path; several merge from left to right, and a file may name its bases under `
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ from lightning_rlhf.export import export_comparisons, export_ledger
 from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
 from lightning_rlhf.modules.base import AbstractStepModule
+from lightning_rlhf.pipeline import Pipeline
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -177,7 +179,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: evaluate, export, label; each explains itself with --help."
+        parser.epilog = "Other verbs: evaluate, export, label, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -279,6 +281,20 @@ def run_verb(verb: str, args: list[str]) -> None:
     kind(**values).run(settings)
 
 
+def run_pipeline(args: list[str]) -> None:
+    """Run a pipeline file."""
+    description = inspect.cleandoc(Pipeline.__doc__ or "").partition("\n\nArgs:")[0]
+    parser = ArgumentParser(prog="lightning-rlhf run", description=description)
+    parser.add_argument("pipeline", type=str, help="The pipeline, a YAML file.")
+    parser.add_argument("--run_dir", type=str, default=None, help="Folder of all stages, in place of the file's.")
+    parser.add_argument("--set", nargs="*", type=str, default=[], help="Variables that differ: NAME=VALUE ...")
+    config = parser.parse_args(args)
+    changed = [entry.partition("=") for entry in config.set]
+    if not all(sign for _, sign, _ in changed):
+        parser.error(f"--set takes NAME=VALUE; got {' '.join(config.set)}")
+    Pipeline(config.pipeline, config.run_dir, {name: value for name, _, value in changed}).run()
+
+
 def _without(value: Any, names: set[str]) -> Any:
     """A tree of plain data without the branches of some names."""
     if isinstance(value, dict):
@@ -312,6 +328,9 @@ def main(args: list[str] | None = None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
+        return
+    if argv[:1] == ["run"]:
+        run_pipeline(argv[1:])
         return
     if argv and argv[0] in VERBS:
         run_verb(argv[0], argv[1:])

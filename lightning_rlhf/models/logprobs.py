@@ -193,7 +193,7 @@ def _forward(
     scored: list[TokenScores] = []
 
     def score(hidden: Tensor) -> Tensor:
-        rule = _logit_rule(base, temperature)
+        rule = logit_rule(base, temperature)
         scored.append(
             score_tokens(
                 choose(hidden), head.weight, packed.targets, bias=head.bias, rule=rule, tile=tile, statistics=statistics
@@ -272,7 +272,7 @@ def masks_by_layer(base: PreTrainedModel, mask: Callable[[int | None], Tensor]) 
     return mask(None if layer_types else window)
 
 
-def _logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
+def logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
     """What the model does to its logits behind the head; `_probe` verifies the guess."""
     config = base.config.get_text_config()
     # Cohere multiplies, Granite divides, Gemma caps

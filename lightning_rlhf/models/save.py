@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -147,3 +148,41 @@ def refuse_tied_targets(model: PeftModel) -> None:
             "LoRA targets an embedding that the model shares with its output head; adapting one of the two would untie "
             "them on merging: remove the embedding and the head from target_modules"
         )
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Load what `save_policy` wrote into a model that exists: all weights, or those of its adapter.
+
+    Args:
+        model: a model of the same shape; keeps its device and types.
+        folder: where `save_policy` wrote; for a PeftModel the adapter in it, or an adapter's own folder.
+
+    Raises:
+        FileNotFoundError: if the folder holds no such file.
+        ValueError: if names or shapes differ.
+    """
+    peft = isinstance(model, PeftModel)
+    if peft and (folder / "adapter").is_dir():
+        folder = folder / "adapter"
+    files = sorted(folder.glob("adapter_model.safetensors" if peft else "*.safetensors"))
+    if not files or (not peft and any(file.name == "adapter_model.safetensors" for file in files)):
+        kind = "an adapter (adapter_model.safetensors)" if peft else "a whole model (model.safetensors)"
+        raise FileNotFoundError(f"{str(folder)!r} holds no {kind}; name the model folder of a run with the same lora")
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if isinstance(model, PeftModel):
+        report = set_peft_model_state_dict(model, state)
+        missing, unexpected = [], list(report.unexpected_keys)
+        if len(state) != sum(".lora_" in name for name, _ in model.named_parameters()):
+            missing = ["as many adapter weights"]
+    else:
+        own = dict(model.state_dict())
+        wrong = [name for name, tensor in state.items() if name in own and own[name].shape != tensor.shape]
+        if wrong:
+            raise ValueError(f"{str(folder)!r} is a model of another shape, e.g. in {wrong[0]!r}")
+        report = model.load_state_dict(state, strict=False)
+        # a tied head is saved once
+        shared = {own[name].data_ptr() for name in own if name in state}
+        missing = [name for name in report.missing_keys if own[name].data_ptr() not in shared]
+        unexpected = list(report.unexpected_keys)
+    if missing or unexpected:
+        raise ValueError(f"{str(folder)!r} is another model: {(missing + unexpected)[0]!r} is in one of them only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss
 from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.logprobs import Layout, summed_logps
 from lightning_rlhf.models.reference import ReferenceRule
+from lightning_rlhf.models.save import load_weights
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 
@@ -36,6 +38,8 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
         tokens_per_batch: tokens of one forward pass when log-probabilities are scored without gradient.
         use_vllm: let vLLM (extra ``vllm``) draw responses; for samplers that need the policy alone.
+        start: folder of an earlier run's ``model`` to start from, while ``policy`` stays the reference: a model of the
+            same shape, or with ``lora`` an adapter of the same shape; starts from ``policy`` when not given.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
@@ -57,6 +61,7 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         layout: Layout = "auto",
         tokens_per_batch: int = 4096,
         use_vllm: bool = False,
+        start: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
@@ -80,6 +85,17 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
             raise ValueError(f"model.beta must be > 0; got {beta}")
         self.loss = loss if loss is not None else SigmoidLoss()
         self.beta = self.engine_beta = beta
+        self.start = start
+
+    def configure_model(self) -> None:
+        """Load policy and reference, and move the policy to where it starts."""
+        if self.policy is not None:
+            return
+        super().configure_model()
+        if self.start is not None:
+            if self.device_mesh is not None:
+                raise ValueError("model.start does not run on a sharded policy; use trainer/ddp, or no start")
+            load_weights(self.policy, Path(self.start))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them."""

@@ -7,6 +7,7 @@ from lightning_rlhf.samplers.hybrid import HybridSampler
 from lightning_rlhf.samplers.mixture import MixtureSampler
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.samplers.pilaf import PILAFSampler
+from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.vanilla import VanillaSampler
 from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
@@ -19,6 +20,7 @@ __all__ = [
     "MixtureSampler",
     "OfflineSampler",
     "PILAFSampler",
+    "PolicyWeightedSampler",
     "TPILAFSampler",
     "VanillaSampler",
     "WeightedVanillaSampler",

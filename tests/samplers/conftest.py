@@ -152,6 +152,12 @@ class ToyEngine(AbstractEngine):
         self.calls += 1
         return [self._draw(request) for request in requests]
 
+    def head_gradients(self, prompts: Sequence[Prompt], responses: Sequence[Response], dim: int) -> torch.Tensor:
+        """Gradients in the four logits, e - p: the tabular features of this world; dim is at least four."""
+        law = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        gradients = torch.stack([torch.eye(4)[response.ids[0]] - law for response in responses])
+        return torch.nn.functional.pad(gradients, (0, dim - 4))
+
     def _draw(self, request: Request) -> Response:
         policy = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
         reference = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()

@@ -16,6 +16,7 @@ from lightning_rlhf.samplers import (
     MixtureSampler,
     OfflineSampler,
     PILAFSampler,
+    PolicyWeightedSampler,
     TPILAFSampler,
     VanillaSampler,
     WeightedVanillaSampler,
@@ -30,6 +31,8 @@ SAMPLERS: dict[str, Callable[[], AbstractPairSampler]] = {
     "pilaf": PILAFSampler,
     "t_pilaf": TPILAFSampler,
     "weighted_vanilla": WeightedVanillaSampler,
+    "policy_weighted": lambda: PolicyWeightedSampler(n=4, dim=8),
+    "policy_weighted_tilted": lambda: PolicyWeightedSampler(n=4, dim=8, tilt=0.5),
     "offline": OfflineSampler,
     "mixture": lambda: MixtureSampler([VanillaSampler(), TPILAFSampler(), BestOfNSampler(n=2)]),
 }

@@ -1,0 +1,121 @@
+"""Gradients of log-likelihoods in the output head, one sketched vector per response: features for pair design."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_rlhf.models.head import LogitRule
+from lightning_rlhf.models.logprobs import (
+    attending,
+    base_model,
+    before_head,
+    choose_layout,
+    embedding,
+    logit_rule,
+    model_inputs,
+)
+from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.models.shared_prefix import Group, pack, split_by_tokens
+from lightning_rlhf.randomness import Key
+
+
+LOGITS_AT_ONCE = 2**25
+"""Logits held at a time, 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class HeadSketch:
+    """A random projection of gradients in the head, ``dim`` numbers instead of vocabulary times hidden size.
+
+    The gradient of log p(response) in the head is ``sum over tokens of (e - p) h'``, with the one-hot token e, the law
+    p it was predicted with and the hidden state h. Feature j is ``sum (u_j . (e - p)) (v_j . h)`` with random signs u
+    and v: inner products of features are those of whole gradients in expectation.
+
+    Args:
+        dim: length of a feature vector, >= 1.
+        seed: names the signs.
+    """
+
+    dim: int
+    seed: int = 0
+
+    def factors(self, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
+        """Projections u, [dim, vocabulary], and v, [dim, hidden]; float32 on the CPU."""
+        return _factors(self.dim, self.seed, vocabulary, hidden)
+
+
+@cache
+def _factors(dim: int, seed: int, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
+    generator = Key((seed, dim)).generator()
+    u = torch.randint(0, 2, (dim, vocabulary), generator=generator).float() * 2 - 1
+    v = torch.randint(0, 2, (dim, hidden), generator=generator).float() * 2 - 1
+    return u / dim**0.5, v
+
+
+def head_gradients(
+    model: nn.Module, groups: Sequence[Group], sketch: HeadSketch, *, tokens_per_batch: int | None = None
+) -> Tensor:
+    """Sketch the gradient of log p(response | prompt) in the output head; [responses, dim], float32 on the CPU.
+
+    One forward pass without gradient. Beside the pass it holds ``dim * (vocabulary + hidden size)`` numbers of the
+    sketch, and twice 128 MiB of logits at most.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel of one.
+        groups: prompts with their responses, as token ids; neither may be empty.
+        sketch: the projection.
+        tokens_per_batch: positions per forward pass at most; None puts everything in one.
+
+    Raises:
+        ValueError: if the output head is no linear layer.
+    """
+    base = base_model(model)
+    head: Any = base.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"head gradients need a linear output head; {type(base).__name__} has {type(head).__name__}")
+    if not groups:
+        return torch.zeros(0, sketch.dim)
+    layout = choose_layout(model, groups)
+    batches = [list(range(len(groups)))]
+    if tokens_per_batch is not None:
+        batches = split_by_tokens(groups, tokens_per_batch, layout)
+    device = embedding(base).device
+    u, v = (factor.to(device) for factor in sketch.factors(head.out_features, head.in_features))
+    found: dict[int, Tensor] = {}
+    for batch in batches:
+        packed = pack([groups[index] for index in batch], layout).to(device)
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor, predictors: Tensor = packed.predictors, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(hidden.flatten(0, 1).index_select(0, predictors))
+            return hidden[:1, :1]
+
+        with torch.no_grad(), evaluating(model.modules()), attending(base, packed), before_head(head, keep):
+            model(**model_inputs(base, packed), use_cache=False)
+            features = _token_features(kept[0], packed.targets, head, logit_rule(base, 1.0), u, v)
+        total = features.new_zeros(len(packed.response_lengths), sketch.dim).index_add_(0, packed.owners, features)
+        rows = iter(total.cpu().split([len(groups[index][1]) for index in batch]))
+        found |= {index: next(rows) for index in batch}
+    return torch.cat([found[index] for index in range(len(groups))])
+
+
+def _token_features(
+    hidden: Tensor, targets: Tensor, head: nn.Linear, rule: LogitRule, u: Tensor, v: Tensor
+) -> Tensor:
+    """Feature of each token, [tokens, dim]."""
+    parts = []
+    tile = max(1, LOGITS_AT_ONCE // head.out_features)
+    for states, tokens in zip(hidden.split(tile), targets.split(tile), strict=True):
+        logits = rule.apply(F.linear(states, head.weight, head.bias).float())
+        residual = -logits.softmax(-1)
+        residual.scatter_add_(1, tokens[:, None], torch.ones_like(residual[:, :1]))
+        residual = residual * rule.slope(logits)
+        parts.append((residual @ u.T) * (states.float() @ v.T))
+    return torch.cat(parts)

@@ -1,0 +1,187 @@
+"""A softmax world small enough to enumerate: exact objective, gradients, information, and labels from the oracle.
+
+Many worlds are computed at once: the first dimension of every tensor counts worlds, which are the seeds of a
+comparison. The policy is log-linear, ``pi_w(y|x) ∝ pi_ref(y|x) exp(w . phi(x, y) / beta)``, so that ``w . phi`` is its
+implicit reward up to a constant per prompt, and gaps of it have the gradient ``phi(a) - phi(b)`` whatever w is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.estimators.kl import categorical_kl
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.worlds.laws import PairLaw
+
+
+class Objective(NamedTuple):
+    """Mean reward, KL to the reference in nats, and J = reward - beta * KL, over prompts; each [worlds]."""
+
+    reward: Tensor
+    kl: Tensor
+    j: Tensor
+
+
+@dataclass(frozen=True)
+class TabularWorld:
+    """Prompts with a few responses each, an oracle, and a log-linear policy class.
+
+    Args:
+        features: phi(x, y); shape [worlds, prompts, responses, dimensions], float64.
+        log_reference: log pi_ref; shape [worlds, prompts, responses].
+        reward: r*(x, y), likewise.
+        beta: price of a nat of KL, and the DPO beta, > 0.
+    """
+
+    features: Tensor
+    log_reference: Tensor
+    reward: Tensor
+    beta: float
+
+    @classmethod
+    def draw(
+        cls,
+        seeds: list[int],
+        *,
+        num_prompts: int = 8,
+        num_responses: int = 16,
+        dim: int = 8,
+        beta: float = 0.1,
+        spread: float = 1.0,
+        misfit: float = 0.0,
+    ) -> TabularWorld:
+        """Draw one world per seed: Gaussian features, a reference of moderate entropy, an oracle in the policy class.
+
+        Args:
+            seeds: name the worlds.
+            num_prompts: prompts per world, >= 1.
+            num_responses: responses per prompt, >= 2.
+            dim: dimensions of the policy class, >= 1.
+            beta: price of a nat of KL, > 0.
+            spread: standard deviation of r* over the responses of the reference, > 0.
+            misfit: standard deviation, relative to ``spread``, of a part of r* that the policy class cannot express.
+
+        Raises:
+            ValueError: if a size, beta or spread is out of range.
+        """
+        if num_prompts < 1 or num_responses < 2 or dim < 1 or beta <= 0 or spread <= 0 or misfit < 0:
+            raise ValueError(
+                "a world needs num_prompts >= 1, num_responses >= 2, dim >= 1, beta > 0, spread > 0 and misfit >= 0; "
+                f"got {num_prompts}, {num_responses}, {dim}, {beta}, {spread} and {misfit}"
+            )
+        parts = []
+        for seed in seeds:
+            generator = Key((seed, _WORLD)).generator()
+            shape = (num_prompts, num_responses)
+            features = torch.randn(*shape, dim, generator=generator, dtype=torch.float64)
+            log_reference = torch.randn(shape, generator=generator, dtype=torch.float64).log_softmax(-1)
+            truth = torch.randn(dim, generator=generator, dtype=torch.float64)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            # the scale of the drawn truth is exact: spreads are then comparable between worlds
+            truth = truth * spread / deviation(features @ truth, log_reference)
+            parts.append((features, log_reference, features @ truth + misfit * spread * noise))
+        return cls(*(torch.stack(part) for part in zip(*parts, strict=True)), beta)
+
+    @property
+    def num_worlds(self) -> int:
+        """How many worlds there are."""
+        return self.features.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the policy class."""
+        return self.features.shape[-1]
+
+    def origin(self) -> Tensor:
+        """The parameters at which the policy is the reference; [worlds, dimensions]."""
+        return self.features.new_zeros(self.num_worlds, self.dim)
+
+    def log_policy(self, parameters: Tensor) -> Tensor:
+        """Log pi_w of every response; shape [worlds, prompts, responses].
+
+        Args:
+            parameters: w; shape [worlds, dimensions].
+        """
+        scores = torch.einsum("wxyd,wd->wxy", self.features, parameters)
+        return (self.log_reference + scores / self.beta).log_softmax(-1)
+
+    def objective(self, parameters: Tensor) -> Objective:
+        """Reward, KL and J of a policy, exactly."""
+        log_policy = self.log_policy(parameters)
+        reward = (log_policy.exp() * self.reward).sum(-1).mean(-1)
+        kl = categorical_kl(log_policy, self.log_reference).mean(-1)
+        return Objective(reward, kl, reward - self.beta * kl)
+
+    def best_j(self) -> Tensor:
+        """J of the best policy of all, in the class or not: ``beta log E_ref exp(r*/beta)``; [worlds]."""
+        return (self.beta * torch.logsumexp(self.log_reference + self.reward / self.beta, -1)).mean(-1)
+
+    def gradient_j(self, parameters: Tensor) -> Tensor:
+        """Gradient of J in w: ``(1/beta) E_x Cov_pi(r* - w . phi, phi)``; [worlds, dimensions]."""
+        policy = self.log_policy(parameters).exp()
+        error = self.reward - torch.einsum("wxyd,wd->wxy", self.features, parameters)
+        centred = error - (policy * error).sum(-1, keepdim=True)
+        return torch.einsum("wxy,wxy,wxyd->wd", policy, centred, self.features) / (self.beta * policy.shape[1])
+
+    def covariance(self, parameters: Tensor) -> Tensor:
+        """Sigma = E_x Cov_{y ~ pi}[phi], minus beta times the Hessian of J at the optimum; [worlds, dim, dim]."""
+        policy = self.log_policy(parameters).exp()
+        mean = torch.einsum("wxy,wxyd->wxd", policy, self.features)
+        second = torch.einsum("wxy,wxyd,wxye->wde", policy, self.features, self.features)
+        return (second - torch.einsum("wxd,wxe->wde", mean, mean)) / policy.shape[1]
+
+    def expected_gradient(self, parameters: Tensor, pairs: PairLaw) -> Tensor:
+        """Gradient in w of the population DPO loss under a pair law, labels in expectation; [worlds, dimensions].
+
+        Args:
+            parameters: w; shape [worlds, dimensions].
+            pairs: the pair law of every prompt.
+        """
+        delta = self.gaps(self.features @ parameters[:, None, :, None])
+        error = self.gaps(self.reward[..., None]).sigmoid() - delta.sigmoid()
+        mass = pairs.law * pairs.weight * error
+        # sum over a, b of mass[a, b] (phi_a - phi_b); mass is antisymmetric
+        return -2 * torch.einsum("wxab,wxad->wd", mass, self.features) / mass.shape[1]
+
+    def information(self, parameters: Tensor, pairs: PairLaw) -> Tensor:
+        """Fisher information per label, ``E sigma'(delta) dphi dphi'`` under the pair law; [worlds, dim, dim]."""
+        delta = self.gaps(self.features @ parameters[:, None, :, None])
+        mass = pairs.law * delta.sigmoid() * (-delta).sigmoid()
+        row = mass.sum(-1)
+        own = torch.einsum("wxa,wxad,wxae->wde", row, self.features, self.features)
+        cross = torch.einsum("wxab,wxad,wxbe->wde", mass, self.features, self.features)
+        return 2 * (own - cross) / mass.shape[1]
+
+    def asymptotic_gap(self, parameters: Tensor, pairs: PairLaw) -> Tensor:
+        """Limit of labels times E[J* - J] of the maximum-likelihood fit: ``tr(Sigma I^-1) / (2 beta)``; [worlds].
+
+        Args:
+            parameters: the true parameters.
+            pairs: the law that pairs are drawn from.
+        """
+        solved = torch.linalg.solve(self.information(parameters, pairs), self.covariance(parameters))
+        return solved.diagonal(dim1=-2, dim2=-1).sum(-1) / (2 * self.beta)
+
+    @staticmethod
+    def gaps(values: Tensor) -> Tensor:
+        """Differences of every two responses; [worlds, prompts, responses, responses].
+
+        Args:
+            values: one number per response; shape [worlds, prompts, responses, 1].
+        """
+        return values - values.transpose(-1, -2)
+
+
+def deviation(reward: Tensor, log_reference: Tensor) -> Tensor:
+    """Standard deviation of a reward over the responses of the reference, root mean square over prompts."""
+    reference = log_reference.exp()
+    mean = (reference * reward).sum(-1, keepdim=True)
+    return (reference * (reward - mean) ** 2).sum(-1).mean().sqrt()
+
+
+# first part of key paths below the seed of a world
+_WORLD = 0
