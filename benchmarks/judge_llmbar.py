@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_rlhf.evaluation.rates import wilson_interval
+from lightning_rlhf.evaluation.rates import two_sided_binomial_p, wilson_interval
 from lightning_rlhf.judging import JudgeServer
 from lightning_rlhf.labelers import ServerLabeler
 from lightning_rlhf.randomness import Key
@@ -40,6 +40,15 @@ def share(hits: Sequence[bool | float]) -> str:
     return f"{sum(hits) / len(hits):.3f} [{low:.3f}, {high:.3f}]"
 
 
+def paired(left: Sequence[float], right: Sequence[float]) -> str:
+    """On how many pairs one is right and the other is not, with the p-value of a fair coin (McNemar's exact test)."""
+    won, lost = (
+        sum(a > b for a, b in zip(left, right, strict=True)),
+        sum(a < b for a, b in zip(left, right, strict=True)),
+    )
+    return f"+{won} -{lost}, p = {two_sided_binomial_p(won, won + lost):.3f}"
+
+
 def right(probability: float, first_is_better: bool) -> float:
     """1 if a verdict names the better output, 1/2 for a tie."""
     return 0.5 if probability == 0.5 else float((probability > 0.5) == first_is_better)
@@ -49,12 +58,15 @@ def table(rows: Sequence[dict[str, str]], labels: Sequence[Label]) -> dict[str, 
     """Figures over the pairs that have a label."""
     found = [(str(r["label"]) == "1", x) for r, x in zip(rows, labels, strict=True) if x.status == "ok"]
     there = [right(x.meta["first_forward"], gold) for gold, x in found]
+    both = [right(x.probability or 0.0, gold) for gold, x in found]
     back = [right(1 - x.meta["first_reverse"], gold) for gold, x in found]
     return {
         "pairs": f"{len(found)} of {len(rows)}",
-        "accuracy, both orders": share([right(x.probability or 0.0, gold) for gold, x in found]),
+        "accuracy, both orders": share(both),
         "accuracy, order of the data": share(there),
+        "both beside order of the data": paired(both, there),
         "accuracy, the other order": share(back),
+        "both beside the other order": paired(both, back),
         "same position in both orders": share(
             [(x.meta["first_forward"] > 0.5) == (x.meta["first_reverse"] > 0.5) for _, x in found]
         ),
