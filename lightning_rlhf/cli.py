@@ -6,6 +6,7 @@ by path; several merge from left to right, and a file may name its bases under `
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ from lightning_rlhf.export import export_comparisons, export_ledger
 from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
 from lightning_rlhf.modules.base import AbstractStepModule
+from lightning_rlhf.pipeline import Pipeline
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -177,7 +179,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: evaluate, export, label; each explains itself with --help."
+        parser.epilog = "Other verbs: evaluate, export, label, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -247,16 +249,20 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
         free = part.FREE_SETTINGS if isinstance(part, AbstractStepModule | AbstractStepDataModule) else frozenset()
         settings[name]["init_args"] = {k: v for k, v in settings[name]["init_args"].items() if k not in free}
     settings["data"]["init_args"].get("decoding", {}).pop("rows", None)
+    settings["data"] = _without(settings["data"], FREE_OF_SERVERS)
     return {**settings, "seed_everything": config.get("seed_everything")}
 
 
 VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": EvaluationRun, "label": LabelRun}
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
+FREE_OF_SERVERS = {"base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"}
+"""Settings of a `JudgeServer` that may change within a run: where and how a model is asked, not which one and what."""
+
 FREE_OF_VERBS = {
+    *FREE_OF_SERVERS,
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
     *("limit", "device", "tokens_per_batch", "compile"),
-    *("api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"),  # of servers
 }
 """Settings of a verb, or of the objects it is given, that may change when it is called again."""
 
@@ -273,6 +279,20 @@ def run_verb(verb: str, args: list[str]) -> None:
     values = parser.instantiate(config).as_dict()
     values.pop("config")
     kind(**values).run(settings)
+
+
+def run_pipeline(args: list[str]) -> None:
+    """Run a pipeline file."""
+    description = inspect.cleandoc(Pipeline.__doc__ or "").partition("\n\nArgs:")[0]
+    parser = ArgumentParser(prog="lightning-rlhf run", description=description)
+    parser.add_argument("pipeline", type=str, help="The pipeline, a YAML file.")
+    parser.add_argument("--run_dir", type=str, default=None, help="Folder of all stages, in place of the file's.")
+    parser.add_argument("--set", nargs="*", type=str, default=[], help="Variables that differ: NAME=VALUE ...")
+    config = parser.parse_args(args)
+    changed = [entry.partition("=") for entry in config.set]
+    if not all(sign for _, sign, _ in changed):
+        parser.error(f"--set takes NAME=VALUE; got {' '.join(config.set)}")
+    Pipeline(config.pipeline, config.run_dir, {name: value for name, _, value in changed}).run()
 
 
 def _without(value: Any, names: set[str]) -> Any:
@@ -308,6 +328,9 @@ def main(args: list[str] | None = None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
+        return
+    if argv[:1] == ["run"]:
+        run_pipeline(argv[1:])
         return
     if argv and argv[0] in VERBS:
         run_verb(argv[0], argv[1:])

@@ -68,6 +68,7 @@ class EvaluationRun:
         harmless_above: also report the share of answers that score above this, as the harmless rate; 0 for scores in
             [-1, 1].
         pairs: preference rows on which the labeler's agreement with people is measured.
+        reference: a policy with A's vocabulary; the report then tells KL(A || reference) on A's answers.
         run_dir: folder for answers, verdicts and the report.
         decoding: length, temperature and batch of decoding.
         label_attempts: times that a pair is shown to the labeler until it is given up, >= 1; a later call may raise it.
@@ -89,6 +90,7 @@ class EvaluationRun:
         reward: AbstractReward | None = None,
         harmless_above: float | None = None,
         pairs: AbstractPromptSource | None = None,
+        reference: str | None = None,
         run_dir: str = "runs/evaluate",
         decoding: Decoding = DECODING,
         label_attempts: int = 1,
@@ -113,6 +115,9 @@ class EvaluationRun:
             raise ValueError("pairs are there to measure a labeler, and none is given: set labeler")
         if harmless_above is not None and reward is None:
             raise ValueError("the harmless rate is a share of scores: set reward")
+        if reference is not None and (a in RECORDED or is_file_of_answers(a)):
+            raise ValueError(f"reference: KL needs a model, and a={a!r} are recorded answers; drop it")
+        self.reference = reference
         self.source, self.names = prompts, {"A": a} if b is None else {"A": a, "B": b}
         self.labeler, self.reward, self.harmless_above, self.pairs = labeler, reward, harmless_above, pairs
         self.run_dir, self.label_attempts, self.chunk, self.seed = Path(run_dir), label_attempts, chunk, seed
@@ -155,6 +160,7 @@ class EvaluationRun:
                 "answers": {side: answer_figures(found) for side, found in answers.items()},
                 **(comparison_report(store, verdicts) if verdicts else {}),
                 **score_report(scores, answers, self.harmless_above),
+                **self._divergence(),
             }
             self._write_rows(prompts, answers, scores, verdicts)
         if self.pairs is not None and self.labeler is not None:
@@ -171,9 +177,17 @@ class EvaluationRun:
             return recorded_answers(name, rows, side)
         log = RowLog(self.run_dir / f"answers_{side.lower()}.jsonl")
         key = self.key.fold(_ANSWERS, int(side == "B"))
-        Answerer(key=key, **self._answerer).complete(name, rows, log, progress_bar)  # type: ignore[arg-type]
+        reference = self.reference if side == "A" else None
+        Answerer(key=key, reference=reference, **self._answerer).complete(name, rows, log, progress_bar)  # type: ignore[arg-type]
         held = log.read()
         return [from_row(held[index], side) for index in range(len(rows))]
+
+    def _divergence(self) -> dict[str, Any]:
+        """KL of A from the reference, nats per answer: the mean log-ratio of A's answers (k1)."""
+        if self.reference is None:
+            return {}
+        rows = RowLog(self.run_dir / "answers_a.jsonl").read().values()
+        return {"kl": _mean([row["log_ratio"] for row in rows])}
 
     def _scores(self, side: str, prompts: Sequence[Prompt], answers: Sequence[Response]) -> list[float]:
         """Rewards of the answers of a policy, from the run folder as far as they are there."""
@@ -402,6 +416,9 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         name = {"difference": "score A − B"}.get(key, f"score {key}")
         meaning = "paired" if key == "difference" else "mean over answers"
         rows.append((name, f"{score['mean']:.4g} ± {score['stderr']:.2g}", f"{meaning}, ± one standard error"))
+    if "kl" in report:
+        kl = report["kl"]
+        rows.append(("KL of A", f"{kl['mean']:.4g} ± {kl['stderr']:.2g}", "from the reference, nats per answer (k1)"))
     for side, answers in report["answers"].items():
         value = f"{answers['characters']:.0f} characters"
         cut = f"{100 * answers['cut_off']:.0f} % cut off, {100 * answers['empty']:.0f} % empty"
@@ -426,6 +443,9 @@ def evaluation_lines(report: Mapping[str, Any]) -> list[str]:
         found = {"difference": "A − B"}
         parts = [f"{found.get(k, k)} {s['mean']:.4g} ± {s['stderr']:.2g}" for k, s in report["scores"].items()]
         lines.append(f"score {', '.join(parts)}")
+    if "kl" in report:
+        kl = report["kl"]
+        lines.append(f"KL of A from the reference {kl['mean']:.4g} ± {kl['stderr']:.2g} nats per answer")
     return lines
 
 

@@ -19,6 +19,7 @@ import torch
 from lightning_rlhf.cli import config_names, main
 from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.losses import PairLogps, SigmoidLoss
+from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, FinishReason, Prompt, Response
 
@@ -124,6 +125,12 @@ def readers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def parse(arguments: Sequence[str]) -> None:
     """Parse a command as the command line does, run nothing, and fail with its message if it does not parse."""
+    if arguments[0] == "run":
+        changed = arguments[arguments.index("--set") + 1 :] if "--set" in arguments else []
+        variables = dict(entry.split("=", 1) for entry in changed)
+        for stage in Pipeline(str(ROOT / arguments[1]), overrides=variables).stages:
+            parse(stage.arguments)
+        return
     shows_something = any(re.search(r"^--help$|\.help(=|$)|^--print_config", argument) for argument in arguments)
     message = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(message), pytest.raises(SystemExit) as ended:

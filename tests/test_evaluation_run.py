@@ -117,24 +117,24 @@ def test_two_folders_answer_and_the_answers_are_their_own(tmp_path: Path, tiny_p
     labeler = RewardLabeler(Letters(), rule="soft")
 
     def run(name: str, a: Path | str, b: Path | str, **options: Any) -> dict[str, Any]:
-        source = BuiltinPrompts("heldout", limit=10)
+        source = BuiltinPrompts("heldout", limit=6)
         folder = str(tmp_path / name)
         return EvaluationRun(source, str(a), str(b), labeler, run_dir=folder, decoding=SHORT, **options).run()
 
     report = run("one", tiny_policy, other, reward=Letters())
-    assert report["wins"]["pairs"] == 10
+    assert report["wins"]["pairs"] == 6
     answers = read_lines(tmp_path / "one" / "answers_a.jsonl")
     assert all(1 <= row["tokens"] <= 8 for row in answers)
     # answers depend on policy, seed and prompt, not on what they are compared with or how many are decoded at once
     again = EvaluationRun(
-        BuiltinPrompts("heldout", limit=10),
+        BuiltinPrompts("heldout", limit=6),
         str(tiny_policy),
         reward=Letters(),
         run_dir=str(tmp_path / "two"),
         decoding=Decoding(max_new_tokens=8, rows=3),
     ).run()
     rerun = {row["index"]: row for row in read_lines(tmp_path / "two" / "answers_a.jsonl")}
-    assert [rerun[i] for i in range(10)] == sorted(answers, key=lambda row: row["index"])
+    assert [rerun[i] for i in range(6)] == sorted(answers, key=lambda row: row["index"])
     assert again["scores"]["A"] == report["scores"]["A"]
 
     # the answers of one run are recorded answers of the next
@@ -219,9 +219,11 @@ class Judge(RewardLabeler):
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, tiny_policy: Path) -> None:
+def test_a_killed_evaluation_goes_on_where_it_was(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [
-        *(SCRIPT, "evaluate", "--prompts=BuiltinPrompts", "--prompts.split=heldout", "--prompts.limit=12"),
+        *("evaluate", "--prompts=BuiltinPrompts", "--prompts.split=heldout", "--prompts.limit=12"),
         *(f"--a={tiny_policy}", f"--b={tiny_policy}", "--decoding.max_new_tokens=5", "--decoding.rows=2", "--chunk=4"),
         *("--reward=plugins.Slow", "--labeler=plugins.Judge", "--labeler.reward=plugins.Letters", "--run_dir=run"),
     ]
@@ -229,13 +231,18 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, tiny_policy: P
     letters += "return RewardOutput(torch.tensor([float(len(r.text)) for r in responses]))\n"
 
     def start(folder: Path, die: str = "") -> int:
-        folder.mkdir(exist_ok=True)
-        (folder / "plugins.py").write_text(PLUGINS + letters)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DIE": die}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=200).returncode
+        return subprocess.run(
+            [SCRIPT, *command], cwd=folder, env=environment, capture_output=True, timeout=200
+        ).returncode
 
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert start(straight) == 0
+    for folder in (straight, killed):
+        folder.mkdir()
+        (folder / "plugins.py").write_text(PLUGINS + letters)
+    monkeypatch.chdir(straight)
+    monkeypatch.syspath_prepend(str(straight))
+    main(command)
     # the whole row of a torn line is drawn anew
     assert start(killed, "scoring") == -signal.SIGKILL
     with (killed / "run" / "answers_b.jsonl").open("rb+") as file:

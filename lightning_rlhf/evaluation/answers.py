@@ -24,6 +24,7 @@ from lightning_rlhf.models.load import (
     load_tokenizer,
     resolve_checkpoint,
 )
+from lightning_rlhf.models.reference import FrozenCopyReference
 from lightning_rlhf.prompts.dataset import parse_completion, parse_prompt
 from lightning_rlhf.prompts.files import SUFFIXES, read_rows
 from lightning_rlhf.prompts.text import text_response
@@ -71,8 +72,12 @@ class RowLog:
 
 
 def to_row(index: int, row: PromptRow, response: Response) -> dict[str, Any]:
-    """The row of an answer in a log; a file of such rows is one of recorded answers."""
-    return {
+    """The row of an answer in a log; a file of such rows is one of recorded answers.
+
+    ``log_ratio`` is log pi - log pi_ref of the answer in nats, where there is a reference.
+    """
+    ratio = {} if response.reference_logps is None else {"log_ratio": response.log_ratio()}
+    return ratio | {
         "index": index,
         "prompt": row.text if row.messages is None else list(row.messages),
         "response": response.text,
@@ -98,6 +103,7 @@ class Answerer:
         chat_template: Jinja chat template, a file with one, or a name in ``CHAT_TEMPLATES``.
         on_long_prompt: ``error`` stops, ``truncate`` keeps the end of the prompt.
         trust_remote_code: run code that comes with the checkpoint.
+        reference: policy whose log-probabilities of the answers are noted too; it must have the same vocabulary.
     """
 
     def __init__(
@@ -110,8 +116,9 @@ class Answerer:
         chat_template: str | None = None,
         on_long_prompt: Literal["error", "truncate"] = "error",
         trust_remote_code: bool = False,
+        reference: str | None = None,
     ) -> None:
-        self.decoding, self.key, self.dtype = decoding, key, dtype
+        self.decoding, self.key, self.dtype, self.reference = decoding, key, dtype, reference
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.chat_template = CHAT_TEMPLATES.get(chat_template or "", chat_template)
         self.on_long_prompt: Literal["error", "truncate"] = on_long_prompt
@@ -140,10 +147,7 @@ class Answerer:
         if not missing:
             return
         tokenizer = load_tokenizer(checkpoint, self.chat_template, self.trust_remote_code)
-        loaded = load_policy(checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        # the engine puts it into eval mode
-        model = cast(PreTrainedModel, loaded).requires_grad_(False)
-        model.to(torch.device(self.device))  # type: ignore[arg-type]
+        model = self._load(checkpoint)
         window = context_window(model)
         prompts, _ = tokenize_rows(
             [replace(row, pair=None) for row in rows],
@@ -154,7 +158,7 @@ class Answerer:
         )
         engine = DecodeEngine(
             model,
-            None,
+            None if self.reference is None else FrozenCopyReference(self._load(self.reference)),
             tokenizer,
             beta=1.0,
             decoding=self.decoding,
@@ -162,9 +166,17 @@ class Answerer:
         )
         with progress(f"{checkpoint}: answering", len(missing)) as bar, torch.inference_mode():
             for part in in_chunks(missing, 4 * self.decoding.rows):
-                drawn = engine.generate([Request(prompts[i], self.key.fold(i)) for i in part])
+                requests = [Request(prompts[i], self.key.fold(i)) for i in part]
+                drawn = engine.generate(requests, reference_logps=self.reference is not None)
                 log.append([to_row(i, rows[i], response) for i, response in zip(part, drawn, strict=True)])
                 bar.update(len(part))
+
+    def _load(self, checkpoint: str) -> PreTrainedModel:
+        loaded = load_policy(checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        # the engine puts it into eval mode
+        model = cast(PreTrainedModel, loaded).requires_grad_(False)
+        model.to(torch.device(self.device))  # type: ignore[arg-type]
+        return model
 
 
 def in_chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

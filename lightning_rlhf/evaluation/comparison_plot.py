@@ -71,7 +71,7 @@ def evaluation_figure(rates: Sequence[Bar], scores: Sequence[Bar], title: str) -
 def _draw(axes: Any, bars: Sequence[Bar]) -> None:
     for place, bar in enumerate(bars):
         known = not (math.isnan(bar.low) or math.isnan(bar.high))
-        error = [[bar.value - bar.low], [bar.high - bar.value]] if known else None
+        error = [[max(bar.value - bar.low, 0.0)], [max(bar.high - bar.value, 0.0)]] if known else None
         axes.errorbar(bar.value, place, xerr=error, fmt="o", color="tab:purple", ecolor="0.55", capsize=3, markersize=6)
         interval = f" [{bar.low:.3g}, {bar.high:.3g}]" if known else ""
         axes.annotate(

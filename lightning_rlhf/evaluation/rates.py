@@ -33,8 +33,8 @@ def wilson_interval(successes: float, count: float, z: float = Z95) -> tuple[flo
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    # rounding alone must not lift the bound off a share of exactly 0 or 1
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+    # rounding alone must not lift a bound over a share of exactly 0 or 1
+    return min(max((middle - half) / scale, 0.0), share), max(min((middle + half) / scale, 1.0), share)
 
 
 def two_sided_binomial_p(successes: int, count: int) -> float:

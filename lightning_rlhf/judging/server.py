@@ -115,8 +115,8 @@ class JudgeServer:
     and the whole request are what finds a reply: give other weights another model name, or another journal.
 
     **Tries.** What may pass is tried again, ``retries`` times: no answer within ``timeout``, no connection, HTTP 408,
-    409, 425, 429 and 5xx, and replies that are no chat completion. The wait before try n+1 is uniform between 0 and
-    0.5 * 2^n seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that, and a server that
+    409, 425, 429 and 5xx, and replies that are no chat completion. The wait before the n-th further try is uniform
+    between 0 and 0.5 * 2^(n-1) seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that, and a server that
     asks for more than ``max_wait`` is not asked again. The client library does not retry by itself. A request keeps its
     place among the ``concurrency`` while it waits, so that a server with too much to do gets less.
 
@@ -303,7 +303,10 @@ class Session:
         reading, usage = read_labels(completion, labels), usage_of(completion)
         for stem, probability in sorted(reading.open.items()):
             if self.server.assistant_prefill and probability > NEGLIGIBLE * (reading.mass + probability):
-                later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                try:
+                    later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                except UnansweredError as error:
+                    raise UnansweredError(error.status, error.fault, usage + error.usage) from None
                 reading = completed(reading, stem, read_labels(later, labels, stem, probability))
                 usage += usage_of(later)
         return reading, usage

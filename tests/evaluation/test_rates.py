@@ -17,6 +17,11 @@ def test_wilson_interval_is_scipys(successes: int, count: int) -> None:
     assert wilson_interval(successes, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+def test_a_share_lies_in_its_interval_whatever_rounding_does() -> None:
+    for count in range(1, 200):
+        assert wilson_interval(0, count)[0] == 0.0 and wilson_interval(count, count)[1] == 1.0
+
+
 def test_wilson_interval_of_the_paper_is_about_a_point_and_a_half() -> None:
     low, high = wilson_interval(0.78 * 3000, 3000)
     assert (high - low) / 2 == pytest.approx(0.0148, abs=2e-4)
