@@ -116,9 +116,9 @@ class JudgeServer:
 
     **Tries.** What may pass is tried again, ``retries`` times: no answer within ``timeout``, no connection, HTTP 408,
     409, 425, 429 and 5xx, and replies that are no chat completion. The wait before the n-th further try is uniform
-    between 0 and 0.5 * 2^(n-1) seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that, and a server that
-    asks for more than ``max_wait`` is not asked again. The client library does not retry by itself. A request keeps its
-    place among the ``concurrency`` while it waits, so that a server with too much to do gets less.
+    between 0 and 0.5 * 2^(n-1) seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that,
+    and a server that asks for more than ``max_wait`` is not asked again. The client library does not retry by itself. A
+    request keeps its place among the ``concurrency`` while it waits, so that a server with too much to do gets less.
 
     **Statuses.** ``rate_limited``: HTTP 429 to the end. ``timeout``: no answer, no connection, or HTTP 5xx to the end.
     ``refused``: the model or a content filter refused. ``truncated``: the prompt is too long for the model, or the JSON
