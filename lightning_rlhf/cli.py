@@ -256,8 +256,10 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
 VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": EvaluationRun, "label": LabelRun}
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
-FREE_OF_SERVERS = {"base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal"}
-"""Settings of a `JudgeServer` that may change within a run: where and how a model is asked, not which one and what."""
+FREE_OF_SERVERS = {
+    *("base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal", "price_in", "price_out")
+}
+"""Settings of a `JudgeServer` that may change within a run: where, how and at what price a model is asked."""
 
 FREE_OF_VERBS = {
     *FREE_OF_SERVERS,

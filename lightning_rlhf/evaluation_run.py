@@ -14,6 +14,7 @@ from lightning_rlhf.evaluation.answers import (
     Answerer,
     RowLog,
     from_row,
+    identified,
     identity,
     in_chunks,
     is_file_of_answers,
@@ -117,6 +118,11 @@ class EvaluationRun:
             raise ValueError("the harmless rate is a share of scores: set reward")
         if reference is not None and (a in RECORDED or is_file_of_answers(a)):
             raise ValueError(f"reference: KL needs a model, and a={a!r} are recorded answers; drop it")
+        if reference is not None and (decoding.temperature != 1.0 or decoding.top_p != 1.0):
+            raise ValueError(
+                f"reference: the KL is that of the policy itself, and answers drawn with decoding.temperature="
+                f"{decoding.temperature}, top_p={decoding.top_p} are another law's; set both to 1, or drop reference"
+            )
         self.reference = reference
         self.source, self.names = prompts, {"A": a} if b is None else {"A": a, "B": b}
         self.labeler, self.reward, self.harmless_above, self.pairs = labeler, reward, harmless_above, pairs
@@ -150,6 +156,7 @@ class EvaluationRun:
             drawn = {k: v for k, v in vars(self.decoding).items() if k not in ("rows", "compile")}
             mine = {"verb": "evaluate", "seed": self.seed, "policies": policies, "drawn": drawn}
             others = {k: v for k, v in (settings or {}).items() if k not in ("a", "b", "decoding", "harmless_above")}
+            others = identified(others)
             store.check_fingerprint({**mine, "prompts_digest": Key(_bytes(prompts)).seed(), **others})
             answers = {side: self._answers(side, rows) for side in self.names}
             scores = {side: self._scores(side, prompts, answers[side]) for side in self.names if self.reward}

@@ -37,6 +37,7 @@ class Stage:
         configs: named configs or files, from left to right.
         options: settings on top of them, by path.
         folder: its run folder.
+        needs: names of the earlier stages that its options name.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stage:
     configs: tuple[str, ...]
     options: dict[str, Any]
     folder: Path
+    needs: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
@@ -125,9 +127,10 @@ class Pipeline:
             return None
         evaluations = {}
         for policy in self.report.policies:
-            folder = next(stage.folder for stage in self.stages if stage.name == policy)
+            folder = self._stage_named(policy).folder
             options = {"a": str(folder / "model"), "b": self.report.baseline, "reference": self.report.baseline}
-            stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, self.folder / "report" / policy)
+            where = self.folder / "report" / policy
+            stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, where, (policy,))
             self._run(stage, f"evaluating {policy}")
             evaluations[policy] = json.loads((stage.folder / "report.json").read_text(encoding="utf-8"))
         table = [row_of(self._stage_named(name), found, self.report.beta) for name, found in evaluations.items()]
@@ -139,14 +142,15 @@ class Pipeline:
         return result
 
     def _run(self, stage: Stage, number: str) -> None:
-        digest = hashlib.sha256(json.dumps(stage.arguments).encode()).hexdigest()
+        digest = self._digest(stage)
         marker = stage.folder / DONE
         if marker.exists():
             held = json.loads(marker.read_text(encoding="utf-8"))
             if held["digest"] != digest:
                 raise ValueError(
-                    f"stage {stage.name!r} was done with other settings: lightning-rlhf {' '.join(held['arguments'])}; "
-                    f"delete {stage.folder} and the stages that build on it, or give another run_dir"
+                    f"stage {stage.name!r} was done with other settings, or on an earlier run of a stage before it: "
+                    f"lightning-rlhf {' '.join(held['arguments'])}; delete {stage.folder} and the stages that build on "
+                    f"it, or give another run_dir"
                 )
             print(f"{stage.name} ({number}): done", flush=True)
             return
@@ -156,8 +160,16 @@ class Pipeline:
         status = subprocess.run([sys.executable, "-m", "lightning_rlhf", *stage.arguments], check=False).returncode
         if status:
             raise SystemExit(f"stage {stage.name!r} ended with status {status}; the same command goes on from there")
-        held = {"digest": digest, "arguments": stage.arguments, "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - start
+        held = {"digest": digest, "arguments": stage.arguments, "seconds": seconds, "finished": time.time()}
         write_whole(marker, json.dumps(held, indent=2) + "\n")
+
+    def _digest(self, stage: Stage) -> str:
+        """What a stage depends on: its command, the content of its config files, and the runs that it builds on."""
+        files = {c: Path(c).read_text(encoding="utf-8") for c in stage.configs if Path(c).is_file()}
+        markers = [self._stage_named(name).folder / DONE for name in stage.needs]
+        runs = [json.loads(marker.read_text(encoding="utf-8"))["finished"] for marker in markers]
+        return hashlib.sha256(json.dumps([stage.arguments, files, runs]).encode()).hexdigest()
 
     def _stage_named(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -180,7 +192,9 @@ class Pipeline:
         folder = self.folder / f"{number + 1:02d}-{name}"
         known = {**names, "folder": str(folder)}
         filled = {key: _filled(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
-        return Stage(name, verb, tuple(configs), filled, folder)
+        mentioned = set(_REFERENCE.findall(json.dumps(options)))
+        needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
+        return Stage(name, verb, tuple(configs), filled, folder, needs)
 
     def _report(self, raw: Any, path: str, names: Mapping[str, Any]) -> Report | None:
         if raw is None:

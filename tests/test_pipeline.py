@@ -236,6 +236,32 @@ def test_settings_are_filled_in(tmp_path: Path) -> None:
         Pipeline(path, overrides={"m": "4"})
 
 
+def test_what_is_done_is_known_by_its_config_files_and_by_the_runs_it_builds_on(folder: Path) -> None:
+    (folder / "pairs.jsonl").write_text('{"prompt": "Q", "chosen": "yes", "rejected": "no"}\n')
+    (folder / "mine.yaml").write_text("chunk: 2\n")
+    label = {"pairs": "DatasetPrompts", "labeler": "judges.Longer"}
+    first = {**label, "pairs.path": "pairs.jsonl", "out": "${folder}/rows.jsonl"}
+    second = {**label, "pairs.path": "${one}/rows.jsonl"}
+    stages = [
+        {"name": "one", "verb": "label", "config": "mine.yaml", "options": first},
+        {"name": "two", "verb": "label", "options": second},
+    ]
+    pipeline = Pipeline(write(folder / "p.yaml", {"stages": stages}))
+    one, two = (stage.folder / "done.json" for stage in pipeline.stages)
+    for marker in (one, two):
+        marker.parent.mkdir(parents=True)
+    done = {"arguments": [], "seconds": 1.0, "finished": 1.0}
+    one.write_text(json.dumps({**done, "digest": pipeline._digest(pipeline.stages[0])}))
+    two.write_text(json.dumps({**done, "digest": pipeline._digest(pipeline.stages[1])}))
+    pipeline.run()  # nothing is left to do
+    one.write_text(json.dumps({**json.loads(one.read_text()), "finished": 2.0}))
+    with pytest.raises(ValueError, match="stage 'two' was done with other settings, or on an earlier run"):
+        pipeline.run()
+    (folder / "mine.yaml").write_text("chunk: 3\n")
+    with pytest.raises(ValueError, match="stage 'one' was done with other settings"):
+        pipeline.run()
+
+
 def test_the_example_is_a_pipeline() -> None:
     pipeline = Pipeline(str(ROOT / "examples" / "rlaif_pipeline.yaml"))
     assert [stage.name for stage in pipeline.stages] == ["sft", "pairs", "labels", "reward_model", "rlaif", "drlaif"]

@@ -117,6 +117,19 @@ def test_it_reads_texts_not_the_ids_of_the_policy(trained: Path) -> None:
     assert abs(cut - third) > 1e-4  # no EOS behind an answer that was cut off
 
 
+def test_a_long_prompt_is_cut_by_its_own_answer_alone(trained: Path) -> None:
+    reward = RewardModelReward(str(trained / "model"))  # its window has 256 bytes
+    long, short = Prompt(0, (1,), "p" * 240), Prompt(1, (1,), "q" * 100)
+    answers = [Response((1,), "x" * length, "eos") for length in (30, 200)]
+    together = reward.score([long, short], answers).mean
+    alone = torch.cat([reward.score([p], [a]).mean for p, a in zip((long, short), answers, strict=True)])
+    torch.testing.assert_close(together, alone)
+    cut = Prompt(0, (1,), "p" * (256 - 31))  # the end of text is a token too
+    torch.testing.assert_close(reward.score([cut], answers[:1]).mean, alone[:1])
+    with pytest.raises(ValueError, match="prompt 1: the response has 301 tokens, and the window"):
+        reward.score([long, short], [answers[0], Response((1,), "y" * 300, "eos")])
+
+
 def test_answers_are_written_as_training_rows_are(tiny_policy: Path) -> None:
     """What the reward reads of a drawn answer is, id by id, what it was trained on."""
     tokenizer = load_tokenizer(str(tiny_policy))
@@ -128,10 +141,8 @@ def test_answers_are_written_as_training_rows_are(tiny_policy: Path) -> None:
     prompts, _ = tokenize_rows(rows, tokenizer, max_prompt_tokens=99, max_response_tokens=99)
     for prompt in prompts:
         assert prompt.pair is not None
-        (found,) = encode_answers([prompt], [prompt.pair[0]], tokenizer, max_prompt_tokens=99)
+        (found,) = encode_answers([prompt], [prompt.pair[0]], tokenizer)
         assert found == (prompt.ids, prompt.pair[0].ids)
-        ((shortened, _),) = encode_answers([prompt], [prompt.pair[0]], tokenizer, max_prompt_tokens=3)
-        assert shortened == prompt.ids[-3:]
 
 
 def data(folder: Path, **options: Any) -> PreferenceDataModule:

@@ -244,3 +244,14 @@ def identity(name: str) -> str:
         raise FileNotFoundError(f"{name}: no such file, or a folder without safetensors")
     digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
     return f"{name} {digest[:16]}"
+
+
+def identified(settings: Any) -> Any:
+    """Settings in which folders of models are named with their content, for judges and rewards are models too."""
+    if isinstance(settings, dict):
+        return {name: identified(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [identified(value) for value in settings]
+    if isinstance(settings, str) and any(Path(settings).expanduser().glob("*.safetensors")):
+        return identity(settings)
+    return settings

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import sqlite3
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ from lightning_rlhf.prompts.tokenize import leading_special_ids
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt
 
+
+T = TypeVar("T")
 
 VARIABLE = "LIGHTNING_RLHF_JUDGE_CACHE"
 GREEDY = 1e-4
@@ -204,17 +208,29 @@ class LocalJudge:
     def _cached(self, prefixes: Sequence[Ids], spelling: LabelSpelling) -> Tensor:
         keys = [_key(prefix, spelling) for prefix in prefixes]
         file = self._file
-        known = file.get(keys) if file is not None else {}
+        known = {} if file is None else self._forgiving(file.get, keys) or {}
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
             with torch.autocast(self.device.partition(":")[0], enabled=False):
                 fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
             values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
             if file is not None:
-                file.put(values)
+                self._forgiving(file.put, values)
             known |= values
         rows = np.stack([np.frombuffer(known[key], "<f4") for key in keys])
         return torch.from_numpy(rows.copy())
+
+    def _forgiving(self, call: Callable[[Any], T], argument: Any) -> T | None:
+        """Turn a failure of the disk into a warning: what the cache would save is not worth a run."""
+        try:
+            return call(argument)
+        except (sqlite3.Error, OSError) as error:
+            warnings.warn(
+                f"the judge's log-probabilities are not kept ({error}): delete the file if it is damaged, or set "
+                f"{VARIABLE} to another folder or to 'off'",
+                stacklevel=4,
+            )
+            return None
 
     def _read(self, texts: Sequence[Ids], targets: Sequence[int]) -> Tensor:
         return next_token_logps(self.model, texts, targets, tokens_per_batch=self.tokens_per_batch)

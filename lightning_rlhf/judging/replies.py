@@ -176,6 +176,8 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         ended = probability if plain(written) in found else 0.0  # a label that nothing continues
         for token, share in place.listed.items():
             text, here = plain(written + token), probability * share
+            if written and text == plain(written):
+                continue  # an end of text that is spelt with nothing: `ended` holds it
             begins = any(name != text and name.startswith(text) for name in names)
             if _continues(plain(written), token):
                 ended -= here

@@ -184,6 +184,8 @@ class JudgeServer:
         """Whether a request has been sent."""
         self.gives_logprobs = False
         """Whether a reply had log-probabilities."""
+        self.worked_before = False
+        """Whether one had them in this process or in an earlier one with the same journal."""
         self._bought = Usage()
         self._tries = self._from_journal = self._most_in_flight = 0
         self._busy = self._wall = 0.0
@@ -234,17 +236,19 @@ class JudgeServer:
                 results.append(await chains[len(results)](session))
 
             async def awaited(chain: Callable[[Session], Awaitable[T]]) -> T:
-                return await chain(session)
+                try:
+                    return await chain(session)
+                except Exception as error:
+                    session.stopped = session.stopped or error
+                    raise
 
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(awaited(chain)) for chain in chains[len(results) :]]
-            except ExceptionGroup as errors:
-                # one error stops all; it may have come to several requests at once
-                raise errors.exceptions[0] from None
+            # an error stops what has not been sent; what the server is working on is paid for, and kept
+            found = await asyncio.gather(*map(awaited, chains[len(results) :]), return_exceptions=True)
+            if session.stopped is not None:
+                raise session.stopped
         if self._busy > busy:
             self._wall += time.perf_counter() - start
-        return results + [task.result() for task in tasks]
+        return results + [result for result in found if not isinstance(result, BaseException)]
 
     def _client(self) -> Any:
         return _import_openai().AsyncOpenAI(
@@ -263,9 +267,14 @@ class JudgeServer:
                 "api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, in capital letters; "
                 "what was given is not shown here, because it may be the key itself: if so, take it out of the config"
             )
-        key = os.environ.get(self.api_key_env, "")
+        key = os.environ.get(self.api_key_env, "").strip()  # files with secrets end in a line feed
         if not key:
             raise ValueError("the environment variable that api_key_env names is not set: export it, and start again")
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError(
+                "the environment variable that api_key_env names holds no key: it has spaces, line feeds or letters "
+                "that no header can carry; export the key alone, and start again"
+            )
         return key
 
     def _without_key(self, text: str) -> str:
@@ -288,6 +297,10 @@ class Session:
         self._journal = LogpsFile(server.journal)
         self._asked: dict[bytes, asyncio.Task[Completion]] = {}
         self._in_flight = 0
+        self.stopped: Exception | None = None
+        """The error after which nothing more is sent."""
+        self._works = _digest("works", server.base_url, server.model)
+        server.worked_before = server.worked_before or bool(self._journal.get([self._works]))
 
     async def read(self, prompt: JudgePrompt, labels: Sequence[str]) -> tuple[Reading, Usage]:
         """Ask for probabilities of labels behind a prompt.
@@ -359,9 +372,7 @@ class Session:
 
     async def _send(self, request: dict[str, Any]) -> Completion:
         """Answer a request, from the journal or the server; one that is asked for twice is sent once."""
-        name = hashlib.blake2b(
-            json.dumps([self.server.base_url, request], sort_keys=True).encode(), digest_size=16
-        ).digest()
+        name = _digest(self.server.base_url, request)
         if name not in self._asked:
             self._asked[name] = asyncio.create_task(self._answer(name, request))
         return await self._asked[name]
@@ -373,7 +384,9 @@ class Session:
             return _answered(parse_completion(stored[name].decode()))
         async with self._places:
             answer = await self._insist(request)
-        self._journal.put({name: answer.body.encode()})
+        works = {self._works: b"1"} if self.server.gives_logprobs and not self.server.worked_before else {}
+        self.server.worked_before = self.server.worked_before or self.server.gives_logprobs
+        self._journal.put({name: answer.body.encode(), **works})
         self._count(answer.completion)
         return _answered(answer.completion)
 
@@ -381,6 +394,8 @@ class Session:
         """Send a request until it is answered or there is no use."""
         attempt = 0
         while True:
+            if self.stopped is not None:
+                raise self.stopped
             result = await self._try(request)
             if isinstance(result, _Answer):
                 return result
@@ -409,7 +424,8 @@ class Session:
             return Fault("timeout", f"no answer within {server.timeout:g} s", again=True)
         except openai.APIStatusError as error:
             message = server._without_key(str(error.message))[:300]
-            first = not (server.gives_logprobs if request.get("logprobs") else server.met)
+            known_to_work = server.gives_logprobs if request.get("logprobs") else server.met
+            first = not (known_to_work or server.worked_before)
             return status_fault(error.status_code, message, str(error.code), error.response.headers, first)
         except openai.APIConnectionError as error:
             return Fault("timeout", f"no connection ({server._without_key(str(error.__cause__ or error))})", again=True)
@@ -494,18 +510,21 @@ def status_fault(code: int, message: str, error_code: str, headers: Mapping[str,
     """
     text = f"HTTP {code}: {message}"
     said = f"{message} {error_code}".lower()
-    if code == 429 and re.search(r"insufficient_quota|billing|credit", said):
+    asked_to_wait = retry_after(headers, time.time())
+    # some hosts speak of billing when they mean a minute: whoever says when to come back means that
+    soon = asked_to_wait is not None or re.search(r"(retry|try again) in|per minute", said)
+    if code == 429 and ("insufficient_quota" in said or (not soon and re.search(r"billing|credit", said))):
         return Fault("rate_limited", f"{text} (pay the account; what was answered is kept)", fatal=True)
     if code in (408, 409, 425, 429) or code >= 500:
         status: LabelStatus = "rate_limited" if code == 429 else "timeout"
-        return Fault(status, text, again=True, retry_after=retry_after(headers, time.time()))
+        return Fault(status, text, again=True, retry_after=asked_to_wait)
     if re.search(r"content.?filter|content.?policy|content management|moderation|flagged|safety", said):
         return Fault("refused", text)
     if code == 413 or re.search(
         r"context.?(length|size|window)|maximum (context|model)|too (long|large|many tokens)", said
     ):
         return Fault("truncated", text)
-    if code in (401, 403):
+    if code == 401 or (code == 403 and first):  # later, a firewall has taken offence at one text
         return Fault(
             "invalid", f"{text} (set api_key_env to the variable with a key that may use this model)", fatal=True
         )
@@ -529,6 +548,10 @@ def without_control_tokens(text: str) -> str:
     return re.sub(r"\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])", "[ ", text)
 
 
+def _digest(*parts: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).digest()
+
+
 def _answered(completion: Completion) -> Completion:
     if completion.refusal:
         raise UnansweredError("refused", f"the judge refused: {completion.refusal[:200]}", usage_of(completion))
@@ -547,7 +570,7 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _check_address(base_url: str) -> None:
     parts = urlsplit(base_url)
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if "@" in base_url or parts.query or parts.fragment:
         raise ValueError("base_url must hold no user, password or query: keys belong in the variable api_key_env names")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"base_url must be like http://127.0.0.1:8080/v1; got {base_url!r}")

@@ -151,6 +151,8 @@ class Scorer(nn.Module):
         ensembles the folder holds ``backbone/`` and ``adapters/``, or ``members/``, which transformers and peft open.
         """
         adapted = self._adapted[0]
+        for name in ("reward_mean", "reward_std"):
+            vars(self.config).pop(name, None)  # of the checkpoint that this one was trained from
         if self.size == 1 and self.means is not None and self.stds is not None:
             self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
         with whole_folder(folder) as scratch:

@@ -140,18 +140,16 @@ def encode_answers(
     responses: Sequence[Response],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_prompt_tokens: int,
     chat_template: str | None = None,
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Token ids of prompts and answers under another tokenizer than the one they were made with, from their texts.
 
-    By the rules above; a long prompt loses its beginning, and an answer that was cut off gets no EOS.
+    By the rules above; an answer that was cut off gets no EOS.
 
     Args:
         prompts: the prompt of each answer.
         responses: the answers.
         tokenizer: the other tokenizer.
-        max_prompt_tokens: longest prompt in tokens, >= 1.
         chat_template: Jinja chat template to use instead of the tokenizer's own, or the name "human_assistant".
     """
     renderer = _Renderer(tokenizer, None, CHAT_TEMPLATES.get(chat_template or "", chat_template))
@@ -166,8 +164,6 @@ def encode_answers(
     encoded = zip(prompts, responses, encode_all(tokenizer, texts), encode_all(tokenizer, answers), strict=True)
     for prompt, answer, bare, written in encoded:
         ids = bare if prompt.messages is not None else leading + bare
-        if len(ids) > max_prompt_tokens:
-            ids = truncate_left(ids, max_prompt_tokens, tokenizer.bos_token_id)
         ended = until_eos(tokenizer, written, f"prompt {prompt.index}")
         cut = answer.finish_reason == "length" and len(ended) > 1
         pairs.append((ids, ended[:-1] if cut else ended))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.scorer import Scorer, open_scorer
-from lightning_rlhf.prompts.tokenize import encode_answers
+from lightning_rlhf.prompts.tokenize import encode_answers, truncate_left
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.rewards.combine import CombineRule, check_rule, combine, disagreement, standardised
 from lightning_rlhf.types import Prompt, Response
@@ -68,11 +68,18 @@ class RewardModelReward(AbstractReward):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B]."""
         scorer, tokenizer = self._load()
-        longest_answer = max((len(r.text) for r in responses), default=0)
+        pairs = encode_answers(prompts, responses, tokenizer, chat_template=self.chat_template)
         window = context_window(scorer.config)
-        # a token has a character at least
-        limit = 1_000_000 if window is None else max(window // 2, window - longest_answer - 1)
-        pairs = encode_answers(prompts, responses, tokenizer, max_prompt_tokens=limit, chat_template=self.chat_template)
+        if window is not None:
+            # each by itself: a score must not depend on what else is scored
+            for index, (prompt, answer) in enumerate(pairs):
+                if len(answer) >= window:
+                    raise ValueError(
+                        f"prompt {prompts[index].index}: the response has {len(answer)} tokens, and the window of the "
+                        f"reward model {self.path!r} is {window}: lower max_new_tokens, or use a model with a longer window"
+                    )
+                if len(prompt) + len(answer) > window:
+                    pairs[index] = truncate_left(prompt, window - len(answer), tokenizer.bos_token_id), answer
         groups = [(ids, [answer for _, answer in same]) for ids, same in groupby(pairs, key=lambda pair: pair[0])]
         with evaluating(scorer.modules()):
             members = scorer.scores(groups, tokens_per_batch=self.tokens_per_batch).float().cpu()

@@ -104,6 +104,18 @@ def test_a_one_behind_which_the_judge_stopped_is_a_label() -> None:
     assert read_labels(answer(Place("1", {"1": 0.9, "2": 0.1})), TEN).open == pytest.approx({"1": 0.9})
 
 
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+def test_an_end_of_text_that_is_spelt_with_nothing_counts_once(end: str) -> None:
+    places = (Place("1", {"1": 0.6, "8": 0.3}), Place(end, {end: 0.9, "0": 0.08}))
+    found = dict(zip(TEN, read_labels(answer(*places, stopped=True), TEN).found, strict=True))
+    assert found["1"] == pytest.approx(0.6 * (1 - 0.08))
+    assert found["10"] == pytest.approx(0.6 * 0.08)
+    # listed, but not what was chosen
+    places = (places[0], Place("\n", {"\n": 0.5, end: 0.4, "0": 0.08}))
+    found = dict(zip(TEN, read_labels(answer(*places), TEN).found, strict=True))
+    assert found["1"] == pytest.approx(0.6 * (1 - 0.08))
+
+
 def test_a_second_read_behind_the_one_closes_it() -> None:
     reading = read_labels(answer(Place("9", {"9": 0.7, "1": 0.3})), TEN)
     later = read_labels(answer(Place("0", {"0": 0.8, "2": 0.1, ".": 0.1})), TEN, "1", reading.open["1"])

@@ -497,6 +497,43 @@ def test_a_killed_process_asks_again_only_for_what_was_in_flight(tmp_path: Path,
     assert json.loads(done.stdout)[1] == pytest.approx([8 / 9] * 20)
 
 
+def test_one_text_that_a_server_does_not_take_does_not_stop_a_later_process(faults: ModuleType, make: Make) -> None:
+    for code in (400, 403):
+        with faults.FaultServer(failing(faults, faults.Raw(error("odd letters"), code))) as endpoint:
+            pairs = [pair(0), pair(1, "bad", "worse"), pair(2)]
+            statuses = [label.status for label in ServerLabeler(make(endpoint)).label(pairs, KEY)]
+            assert statuses == ["ok", "invalid", "ok"]
+            # another process with the same journal, which is asked for the one that failed only
+            assert [x.status for x in ServerLabeler(make(endpoint)).label(pairs[1:2], KEY)] == ["invalid"]
+
+
+def test_a_limit_per_minute_that_speaks_of_billing_is_waited_for(faults: ModuleType, make: Make) -> None:
+    busy = faults.Raw(error("You exceeded your quota, please check your billing. Please retry in 0s."), 429)
+    with faults.FaultServer(lambda n, r: faults.judge(r) if n else busy) as endpoint:
+        assert [x.status for x in ServerLabeler(make(endpoint)).label([pair(0)], KEY)] == ["ok"]
+
+
+def test_what_the_server_works_on_when_the_money_is_gone_is_kept(faults: ModuleType, make: Make) -> None:
+    sent = threading.Event()
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        if "bad" in request["messages"][0]["content"]:
+            sent.wait(10)
+            return faults.Raw(error("pay"), 402)
+        if number:
+            sent.set()
+            return faults.Raw(faults.judge(request), delay=0.5)  # answered after the other has failed
+        return faults.judge(request)
+
+    with faults.FaultServer(answer) as endpoint:
+        labeler = ServerLabeler(make(endpoint, concurrency=4))
+        with pytest.raises(ServerError, match="pay the account"):
+            labeler.label([pair(0), pair(1, "bad", "worse"), pair(2)], KEY)
+        before = len(endpoint.requests)
+        assert [x.status for x in labeler.label([pair(0), pair(2)], KEY)] == ["ok", "ok"]
+        assert len(endpoint.requests) == before
+
+
 # ---- secrets and set-up ------------------------------------------------------------------------------------------
 
 SECRET = "sk-very-secret-0123456789"
@@ -549,6 +586,7 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(monkeypatch: pytes
         {"base_url": "http://127.0.0.1/v1", "api_key_env": SECRET},
         {"base_url": f"http://user:{SECRET}@127.0.0.1/v1"},
         {"base_url": f"http://127.0.0.1/v1?key={SECRET}"},
+        {"base_url": f"user:{SECRET}@127.0.0.1/v1"},
     ):
         with pytest.raises(ValueError, match=r"api_key_env") as caught:
             JudgeServer(model="m", **options)
@@ -556,6 +594,20 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(monkeypatch: pytes
     monkeypatch.delenv("MY_JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match="is not set"):
         JudgeServer("http://127.0.0.1/v1", "m", api_key_env="MY_JUDGE_KEY")
+    monkeypatch.setenv("MY_JUDGE_KEY", f"{SECRET}\nmore")
+    with pytest.raises(ValueError, match="holds no key") as caught:
+        JudgeServer("http://127.0.0.1/v1", "m", api_key_env="MY_JUDGE_KEY")
+    assert SECRET not in str(caught.value)
+
+
+def test_the_line_feed_at_the_end_of_a_file_is_no_part_of_the_key(
+    faults: ModuleType, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", f"{SECRET}\n")
+    with faults.FaultServer() as endpoint:
+        (label,) = ServerLabeler(make(endpoint, api_key_env="MY_JUDGE_KEY")).label([pair(0)], KEY)
+    assert label.status == "ok"
+    assert endpoint.headers[0]["authorization"] == f"Bearer {SECRET}"
 
 
 def test_without_a_key_of_ours_the_one_in_the_environment_is_not_sent(
