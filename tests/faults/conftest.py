@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -145,23 +143,3 @@ def make_runs(tmp_path: Path, tiny_policy: Path) -> Callable[[str], Runs]:
         return Runs(tmp_path / name, tiny_policy)
 
     return make
-
-
-def wait_for(path: Path, seconds: float = 120) -> None:
-    """Wait until a file is there."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} never came"
-        time.sleep(0.05)
-
-
-def alive(process_id: int) -> bool:
-    """Whether a process runs, zombies left out."""
-    try:
-        os.kill(process_id, 0)
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, ProcessLookupError):
-        return False
-
-
-__all__ = ["Runs", "alive", "signal", "wait_for"]

@@ -81,7 +81,7 @@ def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> No
             [
                 *("fit", "--config", "sft", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
                 *("--trainer.logger=false", "--trainer.callbacks=null", f"--model.policy={tiny_policy}"),
-                *("--data.heldout=null", "--data.prompts.path=rows.jsonl", "--run_dir=sft"),
+                *("--data.heldout=null", "--data.prompts.path=rows.jsonl", "--data.max_completion_tokens=8", "--run_dir=sft"),
                 *options,
             ]
         )

@@ -28,8 +28,8 @@ def test_sigterm_writes_a_checkpoint_and_nothing_is_done_or_bought_twice(make_ru
     assert "Traceback" not in said
     assert (stopped.folder / "run" / "checkpoints" / "last.ckpt").resolve().name == "epoch=1-step=3.ckpt"
 
-    # two steps a round; the second chunk of labels of round 2, after step 4, which no regular checkpoint keeps
-    status, said = stopped.run(rare, fault="label2=term")
+    # two steps a round; the first chunk of labels of round 2, after step 4, which no regular checkpoint keeps
+    status, said = stopped.run(rare, fault="label1=term")
     assert status == 143, said
     assert "stopped by SIGTERM after step 4: checkpoint" in said
 
@@ -44,7 +44,7 @@ def test_sigterm_writes_a_checkpoint_and_nothing_is_done_or_bought_twice(make_ru
 
 @pytest.mark.slow
 def test_sigterm_in_the_first_round_leaves_the_ledger(runs: Any) -> None:
-    status, said = runs.run(fault="label2=term")
+    status, said = runs.run(fault="label1=term")
     assert status == 143, said
     assert "stopped by SIGTERM; the same command goes on from there" in said
     assert not (runs.folder / "run" / "checkpoints").exists()
