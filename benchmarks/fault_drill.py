@@ -10,9 +10,7 @@ bitwise those of a run that nobody disturbed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import os
 import random
 import signal
@@ -21,10 +19,8 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,68 +31,6 @@ ROOT = Path(__file__).parents[1]
 CONCURRENCY = 4
 PAIRS = 8
 """Pairs of a round."""
-
-
-# ---- the judge -----------------------------------------------------------------------------------------------------
-
-
-def verdict(body: bytes) -> bytes:
-    """The reply to a request, which the request alone decides."""
-    share = int.from_bytes(hashlib.sha256(body).digest()[:4], "big") / 2**32
-    first = 0.05 + 0.9 * share
-    tokens = [{"token": "1", "logprob": math.log(first)}, {"token": "2", "logprob": math.log(1 - first)}]
-    place = {**tokens[0], "top_logprobs": tokens}
-    choice = {"message": {"role": "assistant", "content": "1"}, "finish_reason": "stop", "logprobs": {"content": [place]}}
-    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 1}}).encode()
-
-
-def serve(port: int, log: Path, seed: int) -> None:
-    """Answer on a port until killed; every reply that is sent whole is a line of the log."""
-    luck, lock, asked = random.Random(seed), threading.Lock(), Counter[str]()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            name = hashlib.sha256(body).hexdigest()
-            with lock:
-                asked[name] += 1
-                # two faults in a row at most: the labeler asks more often than that
-                fault = luck.random() if asked[name] % 3 else 1.0
-                delay = luck.uniform(0, 0.15)
-            time.sleep(delay)
-            if fault < 0.08:
-                self.connection.close()
-                return
-            code, reply = 200, verdict(body)
-            if fault < 0.16:
-                code, reply = 500, b"{}"
-            elif fault < 0.24:
-                code, reply = 429, b"{}"
-            elif fault < 0.32:
-                reply = reply[: len(reply) // 2]
-            elif fault < 0.36:
-                reply = b"<html>busy</html>"
-            else:
-                with lock, log.open("a") as file:
-                    print(name, file=file, flush=True)
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    class Server(ThreadingHTTPServer):
-        allow_reuse_address = True
-
-        def handle_error(self, *_: Any) -> None:
-            return  # clients die here
-
-    Server(("127.0.0.1", port), Handler).serve_forever()
 
 
 # ---- the run and its supervisor ------------------------------------------------------------------------------------
@@ -144,8 +78,8 @@ class Scene:
             *("--model.warmup_steps=0", f"--data.prompts_per_round={PAIRS}", "--data.pairs_per_batch=4"),
             *("--data.decoding.max_new_tokens=8", "--data.decoding.rows=8", "--data.max_prompt_tokens=400"),
             *(f"--data.labeler.server.base_url=http://127.0.0.1:{self.port}/v1", "--data.labeler.server.model=judge"),
-            *(f"--data.labeler.server.concurrency={CONCURRENCY}", "--data.labeler.server.retries=12"),
-            *("--data.labeler.server.max_wait=2", "--data.labeler.server.journal=journal.sqlite"),
+            *(f"--data.labeler.server.concurrency={CONCURRENCY}", "--data.labeler.server.retries=40"),
+            *("--data.labeler.server.max_wait=0.2", "--data.labeler.server.journal=journal.sqlite"),
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with (self.folder / "output.txt").open("ab") as output:
@@ -213,9 +147,9 @@ class Scene:
         self.judge.wait()
 
     def _start_judge(self) -> subprocess.Popen[bytes]:
-        arguments = ["--judge", str(self.port), str(self.folder / "judge.log"), str(self.luck.randrange(1 << 30))]
-        command = [sys.executable, "-m", "benchmarks.fault_drill", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        arguments = [str(self.port), str(self.folder / "judge.log"), str(self.luck.randrange(1 << 30))]
+        # by path: it imports nothing of ours, and is there at once
+        return subprocess.Popen([sys.executable, str(Path(__file__).with_name("fault_judge.py")), *arguments])
 
     def _writer(self) -> Any:
         """Who signed the ledger last."""
@@ -303,7 +237,9 @@ def drill(folder: Path, *, kills: int, minutes: float, rounds: int, processes: i
         if not ended:
             status = scene.start().wait()
             if status:
-                faults.append(f"the last start ended with status {status}: {(scene.folder / 'output.txt').read_text()[-2000:]}")
+                faults.append(
+                    f"the last start ended with status {status}: {(scene.folder / 'output.txt').read_text()[-2000:]}"
+                )
         if undisturbed.start().wait():
             faults.append(f"the undisturbed run failed: {(undisturbed.folder / 'output.txt').read_text()[-2000:]}")
     finally:
@@ -364,9 +300,6 @@ def tiny_model(folder: Path) -> Path:
 
 def main() -> None:
     """Run the drill, print what happened, and fail if something was wrong."""
-    if sys.argv[1:2] == ["--judge"]:
-        serve(int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
-        return
     options = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -386,7 +319,11 @@ def main() -> None:
             seed=chosen.seed,
         )
     settings = {name: value for name, value in vars(chosen).items() if name != "minutes"}
-    print(json.dumps({"benchmark": "fault_drill", **settings, "machine": machine(), "date": time.strftime("%Y-%m-%d"), **found}))
+    print(
+        json.dumps(
+            {"benchmark": "fault_drill", **settings, "machine": machine(), "date": time.strftime("%Y-%m-%d"), **found}
+        )
+    )
     if found["faults"]:
         sys.exit("the drill found: " + "; ".join(found["faults"]))
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = """
-import os, signal, time
+import os, resource, signal, time
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ def at(moment):
         os.kill(os.getpid(), signal.SIGTERM)
     elif deed.startswith("sleep"):
         time.sleep(float(deed[5:]))
+    elif deed.startswith("limit"):  # no file may grow beyond so many bytes from now on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(deed[5:]),) * 2)
     elif deed == "raise":
         raise ConnectionError("the judge is gone")
     elif deed == "die":
@@ -95,14 +97,9 @@ class Runs:
         self.folder, self.policy = folder, policy
         (folder / "plugins.py").write_text(PLUGINS)
 
-    def start(
-        self, *options: str, fault: str = "", launcher: Sequence[str] = (), before: str = ""
-    ) -> subprocess.Popen[str]:
-        """Start a run; ``before`` is Python that the process runs first."""
+    def start(self, *options: str, fault: str = "", launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start a run; ``fault`` is ``MOMENT=DEED`` of the plug-ins."""
         command = ["-m", "lightning_rlhf", *OPTIONS]
-        if before:
-            code = f"import runpy, sys\n{before}\nsys.argv = ['lightning-rlhf', *sys.argv[1:]]\n"
-            command = ["-c", code + "runpy.run_module('lightning_rlhf', run_name='__main__')", *OPTIONS]
         return subprocess.Popen(
             [sys.executable, *launcher, *command, f"--model.policy={self.policy}", "--run_dir=run", *options],
             cwd=self.folder,
@@ -118,9 +115,9 @@ class Runs:
             text=True,
         )
 
-    def run(self, *options: str, fault: str = "", launcher: Sequence[str] = (), before: str = "") -> tuple[int, str]:
+    def run(self, *options: str, fault: str = "", launcher: Sequence[str] = ()) -> tuple[int, str]:
         """Run to the end; returns the exit status and all that was printed."""
-        process = self.start(*options, fault=fault, launcher=launcher, before=before)
+        process = self.start(*options, fault=fault, launcher=launcher)
         try:
             out, err = process.communicate(timeout=240)
         finally:

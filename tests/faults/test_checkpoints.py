@@ -12,6 +12,7 @@ import pytest
 
 from lightning_rlhf.checkpoints import check_writable, checked, damage, explained, history
 from lightning_rlhf.cli import main
+from lightning_rlhf.store import PreferenceStore
 
 
 def fit(folder: Path, policy: Path, *options: str) -> None:
@@ -81,7 +82,12 @@ def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> No
             [
                 *("fit", "--config", "sft", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
                 *("--trainer.logger=false", "--trainer.callbacks=null", f"--model.policy={tiny_policy}"),
-                *("--data.heldout=null", "--data.prompts.path=rows.jsonl", "--data.max_completion_tokens=8", "--run_dir=sft"),
+                *(
+                    "--data.heldout=null",
+                    "--data.prompts.path=rows.jsonl",
+                    "--data.max_completion_tokens=8",
+                    "--run_dir=sft",
+                ),
                 *options,
             ]
         )
@@ -96,18 +102,22 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(runs: Any) -> None:
     """A file-size limit stops the write in its middle, as a full disk does."""
     status, said = runs.run("--trainer.max_epochs=1")
     assert status == 0, said
-    size = (runs.folder / "run" / "checkpoints" / "last.ckpt").stat().st_size
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)"
-    # the ledger is smaller than a checkpoint here
-    status, said = runs.run("--trainer.max_epochs=2", "--trainer.logger=false", before=limit)
+    half = (runs.folder / "run" / "checkpoints" / "last.ckpt").stat().st_size // 2
+    status, said = runs.run("--trainer.max_epochs=2", fault=f"step4=limit{half}")
     assert status == 1, said
     assert "raise the limit (ulimit -f)" in said
     assert "what was written before is kept" in said
-    names = [path.name for path in (runs.folder / "run" / "checkpoints").iterdir()]
-    assert sorted(names) == ["epoch=0-step=2.ckpt", "last.ckpt"]
-    status, said = runs.run("--trainer.max_epochs=2")
+    checkpoints = runs.folder / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["epoch=0-step=2.ckpt", "last.ckpt"]
+    assert damage(checkpoints / "last.ckpt") is None
+
+    status, said = runs.run("--trainer.max_epochs=3", fault=f"label1=limit{half}")
+    assert status == 1, said
+    assert "cannot use the ledger (disk I/O error): check the disk and its quota" in said
+    status, said = runs.run("--trainer.max_epochs=3")
     assert status == 0, said
-    assert len((runs.folder / "bought.txt").read_text().split()) == 16
+    with PreferenceStore(runs.folder / "run" / "ledger.sqlite", read_only=True) as store:
+        assert store.num_labels == 24
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
