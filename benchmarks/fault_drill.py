@@ -1,10 +1,10 @@
 """Kill a training run and its judge again and again, at random moments, and check that nothing was lost.
 
-A supervisor starts a run of online DPO in processes of its own. Its labels come from a server on this machine that fails
-in every way that passes (HTTP 500 and 429, garbage, connections that break off), and dies too. After the last kill the
-same command runs to its end. Then: no label that was seen in the ledger is missing, no pair has two, what was paid twice
-is no more than what was in flight, the ledger passes SQLite's check, no process was left behind, and the weights are
-bitwise those of a run that nobody disturbed.
+A supervisor starts a run of online DPO in processes of its own. Its labels come from a server on this machine that
+fails in every way that passes (HTTP 500 and 429, garbage, connections that break off), and dies too. After the last
+kill the same command runs to its end. Then: no label that was seen in the ledger is missing, no pair has two, what was
+paid twice is no more than what was in flight, the ledger passes SQLite's check, no process was left behind, and the
+weights are bitwise those of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -128,6 +128,10 @@ class Scene:
                 return {}
         return {(round_, position): probability for round_, position, probability in rows}
 
+    def said(self) -> str:
+        """The end of what the run printed."""
+        return (self.folder / "output.txt").read_text()[-2000:]
+
     def paid(self) -> Counter[str]:
         """How often each request was answered."""
         log = self.folder / "judge.log"
@@ -237,11 +241,9 @@ def drill(folder: Path, *, kills: int, minutes: float, rounds: int, processes: i
         if not ended:
             status = scene.start().wait()
             if status:
-                faults.append(
-                    f"the last start ended with status {status}: {(scene.folder / 'output.txt').read_text()[-2000:]}"
-                )
+                faults.append(f"the last start ended with status {status}: {scene.said()}")
         if undisturbed.start().wait():
-            faults.append(f"the undisturbed run failed: {(undisturbed.folder / 'output.txt').read_text()[-2000:]}")
+            faults.append(f"the undisturbed run failed: {undisturbed.said()}")
     finally:
         scene.close()
         undisturbed.close()
@@ -309,6 +311,7 @@ def main() -> None:
     options.add_argument("--processes", type=int, default=1, help="ranks of the run")
     options.add_argument("--seed", type=int, default=0, help="decides moments and victims")
     chosen = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the judges along
     with tempfile.TemporaryDirectory() as folder:
         found = drill(
             Path(folder),

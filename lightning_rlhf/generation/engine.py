@@ -72,7 +72,7 @@ class DecodeEngine(AbstractEngine):
         self.decoding = decoding
         self.eos_ids = frozenset(eos_ids)
         self.rows, self.tokens_per_batch = decoding.rows, tokens_per_batch
-        """Rows decoded together, and tokens of a forward pass, as memory allows: less than was asked for if it ran out."""
+        """Rows decoded together and tokens of a forward pass, less than was asked for where memory ran out."""
         fitting = _FITTING.get(base_model(policy))
         if fitting is not None:
             self.rows, self.tokens_per_batch = min(self.rows, fitting[0]), min(self.tokens_per_batch, fitting[1])

@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_continues(
         with pytest.raises(ValueError, match=r"is damaged: .*--ckpt_path=.*epoch=1-step=4\.ckpt"):
             fit(folder, tiny_policy, "--trainer.max_epochs=4")
     fit(folder, tiny_policy, "--trainer.max_epochs=4", f"--ckpt_path={last.parent / names[1]}")
-    assert [path.name for path in history(last.parent)][0] == "epoch=3-step=8.ckpt"
+    assert history(last.parent)[0].name == "epoch=3-step=8.ckpt"
     assert damage(last) is None
 
 

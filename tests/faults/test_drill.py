@@ -1,4 +1,4 @@
-"""A short drill: a run and its judge, killed at random moments, lose nothing; `benchmarks.fault_drill` is the long one."""
+"""A short drill: a run and its judge, killed at random moments, lose nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes: a judge slower than the process group's patience, errors that end all ranks, and launchers that die."""
+"""Two processes: a judge slower than the process group allows, errors that end all ranks, launchers that die."""
 
 from __future__ import annotations
 
