@@ -52,6 +52,7 @@ from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.pipeline import Pipeline
+from lightning_rlhf.plan import plan
 from lightning_rlhf.run_record import RunRecord, check_settings
 
 
@@ -183,7 +184,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: evaluate, export, label, run; each explains itself with --help."
+        parser.epilog = "Other verbs: evaluate, export, label, plan, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -349,6 +350,9 @@ def main(args: list[str] | None = None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
+        return
+    if argv[:1] == ["plan"]:
+        print(auto_cli(plan, args=argv[1:], as_positional=False))
         return
     if argv[:1] == ["run"]:
         run_pipeline(argv[1:])
