@@ -97,8 +97,15 @@ class NamedConfig(ActionConfigFile):
     def _merge(self, parser: Any, cfg: Any, path: Path, option: str | None, above: tuple[Path, ...]) -> None:
         if path in above:
             raise TypeError(f"config {path} names itself among its defaults")
-        content = yaml.safe_load(path.read_text()) or {}
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise TypeError(f"config {path} is no YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
         bases = content.pop("defaults", None)
+        if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
         if bases is None:
             # by path, so that files it names are looked up beside it
             super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ from lightning_rlhf.store_file import (
     explained,
     get_value,
     prepare_for_writing,
+    readable,
     set_value,
     take_lease,
 )
@@ -325,7 +326,8 @@ class PreferenceStore:
         with self.reading() as db:
             rows = db.execute(SELECT_COMPARISONS, (round, after, limit)).fetchall()
         prompts: dict[int, Prompt] = {}
-        return [decode(row, prompts) for row in rows]
+        with readable(self.path, f"round {round}"):
+            return [decode(row, prompts) for row in rows]
 
     # -- rounds and totals --------------------------------------------------------------------------------------------
 
