@@ -11,6 +11,7 @@ from lightning_rlhf.callbacks.final import FinalValidation
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
 from lightning_rlhf.callbacks.loss import LossSummary
+from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.pairs import PairSummary
 from lightning_rlhf.callbacks.progress import ProgressBar
 from lightning_rlhf.callbacks.reward import RewardMonitor
@@ -27,6 +28,7 @@ __all__ = [
     "KLMonitor",
     "LabelBudget",
     "LossSummary",
+    "NonFiniteGuard",
     "PairSummary",
     "ProgressBar",
     "RewardMonitor",

@@ -162,7 +162,7 @@ class HeldOut:
 
     def gather(self) -> list[HeldOutRow]:
         """All rows of all ranks, each once, in the order of their keys; every rank must call this."""
-        rows = {row.key: row for row in ranks.interleave(self._rows)}
+        rows = {row.key: row for row in ranks.interleave(lambda: self._rows)}
         return [rows[key] for key in sorted(rows)]
 
 

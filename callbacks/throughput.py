@@ -81,7 +81,7 @@ class Throughput(Callback):
         drawn = preference_source(trainer).round
         if drawn is not None:
             # Labels are bought on rank zero, and only its round knows of them.
-            log_known(pl_module, ranks.from_rank_zero(round_costs(drawn)))
+            log_known(pl_module, ranks.from_rank_zero(lambda: round_costs(drawn)))
 
 
 def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:

@@ -27,7 +27,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -42,7 +42,9 @@ import lightning_rlhf.modules
 import lightning_rlhf.prompts
 import lightning_rlhf.rewards
 import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
+from lightning_rlhf import ranks
 from lightning_rlhf.callbacks import ProgressBar
+from lightning_rlhf.checkpoints import NotedSignals, RunCheckpoint, StopOnSignal, check_writable, checked, meta
 from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStepDataModule
 from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
@@ -50,6 +52,8 @@ from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.pipeline import Pipeline
+from lightning_rlhf.plan import plan
+from lightning_rlhf.run_record import RunRecord, check_settings
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -93,8 +97,15 @@ class NamedConfig(ActionConfigFile):
     def _merge(self, parser: Any, cfg: Any, path: Path, option: str | None, above: tuple[Path, ...]) -> None:
         if path in above:
             raise TypeError(f"config {path} names itself among its defaults")
-        content = yaml.safe_load(path.read_text()) or {}
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise TypeError(f"config {path} is no YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
         bases = content.pop("defaults", None)
+        if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
         if bases is None:
             # by path, so that files it names are looked up beside it
             super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
@@ -127,6 +138,7 @@ class RLHFTrainer(L.Trainer):
             precision, reason = choose_precision(device_type, bf16_instructions(device_type))
             rank_zero_info(f"precision: {precision}, {reason}")
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
+        self._signal_connector = NotedSignals(self)
 
     def sample(
         self,
@@ -179,7 +191,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: evaluate, export, label, run; each explains itself with --help."
+        parser.epilog = "Other verbs: evaluate, export, label, plan, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -221,25 +233,40 @@ class RLHFCLI(LightningCLI):
         keeps_checkpoints = self._get(self.config_init, "trainer.enable_checkpointing") is not False
         if keeps_checkpoints and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             every = self._get(self.config_init, "checkpoint_every")
-            checkpoint = ModelCheckpoint(
-                self.run_dir / "checkpoints", save_last=True, every_n_epochs=every, save_on_train_epoch_end=True
-            )
+            checkpoint = RunCheckpoint(self.run_dir / "checkpoints", every_n_epochs=every)
             callbacks = [*callbacks, checkpoint]
+        own = [callback for callback in callbacks if isinstance(callback, RunCheckpoint)]
+        callbacks = [*callbacks, StopOnSignal(own[0].save_now if own else None)]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
         """Continue a run that was stopped, or measure the policy once before training."""
-        self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
+        settings = self.config[self.subcommand]
+        self.datamodule.fingerprint = fingerprint(settings, self.model, self.datamodule)
+        check_writable(self.run_dir)
+        record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
+        self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if self.config_init.fit.ckpt_path is None and last.exists():
             print(f"continuing from {last}; use another --run_dir to start afresh")
             self.config_init.fit.ckpt_path = str(last)
-        elif self.config_init.fit.ckpt_path is None and self.datamodule.heldout_source is not None:
+        continued = self.config_init.fit.ckpt_path
+        if continued in LIGHTNINGS_CHECKPOINTS or "://" in str(continued):
+            return
+        if continued is not None:
+            path = Path(continued)
+            checked(path)
+            check_settings(meta(path), path, self.datamodule.fingerprint)
+        elif self.datamodule.heldout_source is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def before_sample(self) -> None:
         """Tie the ledger to the settings."""
         self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
+
+
+LIGHTNINGS_CHECKPOINTS = ("best", "hpc", "last", "registry")
+"""Values of ``--ckpt_path`` that Lightning itself resolves."""
 
 
 def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
@@ -323,6 +350,8 @@ def hush() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     hush()
+    if ranks.is_worker():
+        ranks.end_with_parent()
     argv = sys.argv[1:] if args is None else args
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``
@@ -330,6 +359,9 @@ def main(args: list[str] | None = None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
+        return
+    if argv[:1] == ["plan"]:
+        print(auto_cli(plan, args=argv[1:], as_positional=False))
         return
     if argv[:1] == ["run"]:
         run_pipeline(argv[1:])

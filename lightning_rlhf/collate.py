@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol, Self, runtime_checkable
@@ -64,6 +64,7 @@ class PreferenceBatch:
         passes: number of pairs in each forward and backward pass of the step; one pass over all when not given.
         num_idle: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
             passes must still run as many.
+        names: what each pair is called in messages; empty where nobody asked.
     """
 
     prompts: list[Ids]
@@ -80,6 +81,7 @@ class PreferenceBatch:
     num_global: float | None = None
     passes: tuple[int, ...] | None = None
     num_idle: int = 0
+    names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -175,6 +177,7 @@ class ResponseBatch:
         num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
         passes: number of prompts in each pass; one pass when not given.
         num_idle: prompts at the end that count for nothing.
+        names: what each prompt is called in messages; empty where nobody asked.
     """
 
     prompts: list[Ids]
@@ -187,6 +190,7 @@ class ResponseBatch:
     num_global: float | None = None
     passes: tuple[int, ...] | None = None
     num_idle: int = 0
+    names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -211,6 +215,7 @@ class ResponseBatch:
                 replace(
                     self,
                     prompts=self.prompts[start:end],
+                    names=self.names[start:end],
                     responses=self.responses[start:end],
                     numbers=self.numbers[:, first:last],
                     weight=self.weight[start:end],
@@ -253,6 +258,7 @@ def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_len
         rows[4] += group.targets or [math.nan] * len(group.advantages)
     return ResponseBatch(
         prompts=[group.rollouts[0].prompt.ids for group in groups],
+        names=[_where(group.rollouts[0].prompt) for group in groups],
         responses=[tuple(rollout.response.ids for rollout in group.rollouts) for group in groups],
         numbers=_float64(rows),
         weight=torch.ones(len(groups), dtype=torch.float64),
@@ -274,6 +280,7 @@ def collate_completions(prompts: Sequence[Prompt], mean_length: float, max_lengt
     assert len(completions) == len(prompts)
     return ResponseBatch(
         prompts=[prompt.ids for prompt in prompts],
+        names=[_where(prompt) for prompt in prompts],
         responses=[(ids,) for ids in completions],
         numbers=torch.zeros(0, sum(map(len, completions)), dtype=torch.float64),
         weight=torch.ones(len(prompts), dtype=torch.float64),
@@ -316,6 +323,7 @@ def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
         sampling_rejected_logps=_float64([_total(r.policy_logps) for r in rejected]),
         chosen_from_reference=torch.tensor([r.source == "reference" for r in chosen]),
         rejected_from_reference=torch.tensor([r.source == "reference" for r in rejected]),
+        names=[f"round {p.round}, {_where(p.comparison.prompt)}" for p in preferences],
     )
 
 

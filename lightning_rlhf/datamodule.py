@@ -101,7 +101,7 @@ class PreferenceDataModule(AbstractRoundDataModule):
     @property
     def passes_per_pair(self) -> float:
         """Model forward passes per token position and pair, counted over all pairs drawn; every rank must ask."""
-        return ranks.from_rank_zero(self._store.mean_passes() if self._store is not None else None)
+        return ranks.from_rank_zero(lambda: self._store.mean_passes() if self._store is not None else float("nan"))
 
     def length(self, item: Preference) -> int:
         """Token positions of a pair, its prompt counted once."""

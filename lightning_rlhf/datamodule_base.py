@@ -424,7 +424,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         return prompts
 
     def _labels_before(self, index: int) -> int:
-        return ranks.from_rank_zero(0 if self._store is None else self.labels_before(self._store, index))
+        return ranks.from_rank_zero(lambda: 0 if self._store is None else self.labels_before(self._store, index))
 
     def _engine(self) -> Any:
         module: Any = self.trainer.lightning_module

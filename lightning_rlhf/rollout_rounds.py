@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import torch
 
-from lightning_rlhf import ranks
+from lightning_rlhf import ranks, stopping
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.rollouts import RolloutDrawer
 from lightning_rlhf.randomness import Key
@@ -91,22 +92,21 @@ class RolloutCollector:
             chunk: prompts that are drawn, stored and scored together, >= 1.
         """
         result = RolloutRound(index, [])
-        if not ranks.from_rank_zero(self.table is not None and self.table.store.round_info(index) is not None):
+        if not ranks.from_rank_zero(lambda: self._rollouts.store.round_info(index) is not None):
             start = time.perf_counter()
             self.sample(index, prompts, drawer, chunk)
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
-            if self.table is not None:
-                result.labels_bought = self._score(index, chunk * self.responses_per_prompt)
-                self.table.store.close_round(index, {"prompts": len(prompts)})
+            bought = ranks.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
+            result.labels_bought = bought if self.table is not None else 0
             result.labelling_seconds = time.perf_counter() - start
-        rows = ranks.from_rank_zero(None if self.table is None else self.table.rollouts(index))
+        rows = ranks.from_rank_zero(lambda: self._rollouts.rollouts(index))
         result.groups = [[row[2] for row in same] for _, same in groupby(rows, key=lambda row: row[1])]
         return result
 
     def sample(self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int) -> None:
         """Draw the rollouts of a round that the ledger does not hold yet."""
-        held = set(ranks.from_rank_zero(None if self.table is None else self.table.positions(index)))
+        held = set(ranks.from_rank_zero(lambda: self._rollouts.positions(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
             return
@@ -115,17 +115,28 @@ class RolloutCollector:
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(_SAMPLING, index, repeat)
                 mine = [prompts[position] for position in positions[ranks.rank() :: ranks.world_size()]]
-                requests = [
-                    Request(prompt, key.fold(prompt.index, sample))
-                    for prompt in mine
-                    for sample in range(self.responses_per_prompt)
-                ]
-                drawn = drawer.draw(requests)
-                size = self.responses_per_prompt
-                groups = ranks.interleave([drawn[i : i + size] for i in range(0, len(drawn), size)])
-                if self.table is not None:
-                    self.table.add(index, groups, positions)
+                groups = ranks.interleave(partial(self._draw, mine, drawer, key))
+                ranks.from_rank_zero(partial(self._keep, index, groups, positions))
                 bar.update(len(positions))
+
+    @property
+    def _rollouts(self) -> RolloutTable:
+        assert self.table is not None  # asked on rank zero
+        return self.table
+
+    def _draw(self, prompts: Sequence[Prompt], drawer: RolloutDrawer, key: Key) -> list[list[Rollout]]:
+        stopping.check()
+        size = self.responses_per_prompt
+        drawn = drawer.draw([Request(p, key.fold(p.index, sample)) for p in prompts for sample in range(size)])
+        return [drawn[i : i + size] for i in range(0, len(drawn), size)]
+
+    def _keep(self, index: int, groups: Sequence[Sequence[Rollout]], positions: Sequence[int]) -> None:
+        self._rollouts.add(index, groups, positions)
+
+    def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
+        bought = self._score(index, chunk * self.responses_per_prompt)
+        self._rollouts.store.close_round(index, {"prompts": num_prompts})
+        return bought
 
     def _score(self, index: int, chunk: int) -> int:
         """Buy the scores that are missing, chunk by chunk in the order of the round; returns how many."""
@@ -136,6 +147,7 @@ class RolloutCollector:
             return 0
         with self.progress(f"round {index}: scoring", len(missing)) as bar:
             for start in range(0, len(missing), chunk):
+                stopping.check()
                 part = missing[start : start + chunk]
                 rollouts = [rollout for _, rollout in part]
                 output = checked_output(self.reward, [r.prompt for r in rollouts], [r.response for r in rollouts])

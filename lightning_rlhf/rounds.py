@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lightning_rlhf import ranks
+from lightning_rlhf import ranks, stopping
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.models.reference_cache import ReferenceCache
@@ -86,22 +87,20 @@ class RoundCollector:
             chunk: prompts that are drawn, stored and labelled together, >= 1.
         """
         result = Round(index, [])
-        if not ranks.from_rank_zero(self.store is not None and self.store.round_info(index) is not None):
+        if not ranks.from_rank_zero(lambda: self._ledger.round_info(index) is not None):
             start = time.perf_counter()
             self.sample(index, prompts, engine, chunk)
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
-            if self.store is not None:
-                result.labels_bought = self.label(index, chunk)
-                self.store.close_round(index, {"prompts": len(prompts), "failed": self.store.failed(index)})
+            bought = ranks.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
+            result.labels_bought = bought if self.store is not None else 0
             result.labelling_seconds = time.perf_counter() - start
-        read = ranks.from_rank_zero(self._read(index) if self.store is not None else None)
-        result.preferences, result.comparisons, result.failed = read
+        result.preferences, result.comparisons, result.failed = ranks.from_rank_zero(lambda: self._read(index))
         return result
 
     def sample(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> None:
         """Draw the comparisons of a round that the ledger does not hold yet."""
-        held = set(ranks.from_rank_zero(None if self.store is None else self.store.positions(index)))
+        held = set(ranks.from_rank_zero(lambda: self._ledger.positions(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
             return
@@ -117,18 +116,27 @@ class RoundCollector:
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(_SAMPLING, index, repeat)
                 mine = [prompts[position] for position in positions[ranks.rank() :: ranks.world_size()]]
-                drawn = list(self.sampler.sample(mine, engine, key)) if mine else []  # type: ignore[arg-type]
-                if len(drawn) != len(mine):
-                    raise ValueError(
-                        f"{type(self.sampler).__name__}.sample returned {len(drawn)} comparisons for {len(mine)} "
-                        f"prompts; return one per prompt, in order"
-                    )
-                if engine is not None:
-                    drawn = with_reference_logps(drawn, engine, self.reference_cache)
-                everyone = ranks.interleave(drawn)
-                if self.store is not None:
-                    self.store.add_comparisons(index, everyone, positions)
+                everyone = ranks.interleave(partial(self._draw, mine, engine, key))
+                ranks.from_rank_zero(partial(self._keep, index, everyone, positions))
                 bar.update(len(positions))
+
+    def _draw(self, prompts: Sequence[Prompt], engine: DecodeEngine | None, key: Key) -> list[Comparison]:
+        stopping.check()
+        drawn = list(self.sampler.sample(prompts, engine, key)) if prompts else []  # type: ignore[arg-type]
+        if len(drawn) != len(prompts):
+            raise ValueError(
+                f"{type(self.sampler).__name__}.sample returned {len(drawn)} comparisons for {len(prompts)} prompts; "
+                f"return one per prompt, in order"
+            )
+        return drawn if engine is None else with_reference_logps(drawn, engine, self.reference_cache)
+
+    def _keep(self, index: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> None:
+        self._ledger.add_comparisons(index, comparisons, positions)
+
+    def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
+        bought = self.label(index, chunk)
+        self._ledger.close_round(index, {"prompts": num_prompts, "failed": self._ledger.failed(index)})
+        return bought
 
     def label(self, index: int, chunk: int) -> int:
         """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many."""
@@ -144,6 +152,7 @@ class RoundCollector:
                 continue
             with self.progress(f"round {index}: labelling", len(open_)) as bar:
                 for start in range(0, len(open_), chunk):
+                    stopping.check()
                     part = open_[start : start + chunk]
                     labels = list(self.labeler.label([comparison for _, comparison in part], key.fold(attempt)))
                     if len(labels) != len(part):
@@ -156,11 +165,15 @@ class RoundCollector:
                     bar.update(len(part))
         return bought
 
+    @property
+    def _ledger(self) -> PreferenceStore:
+        assert self.store is not None  # asked on rank zero
+        return self.store
+
     def _read(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
-        assert self.store is not None
-        rows = self.store.comparisons(index)
+        rows = self._ledger.comparisons(index)
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
-        return preferences, [comparison for _, comparison, _ in rows], self.store.failed(index)
+        return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
 
 
 def chunks_without_repeats(

@@ -25,6 +25,7 @@ from lightning_rlhf.store_file import (
     explained,
     get_value,
     prepare_for_writing,
+    readable,
     set_value,
     take_lease,
 )
@@ -150,10 +151,8 @@ class PreferenceStore:
         if stored is None:
             self.set_fingerprint(d)
             return
-        then, now = _flatten(stored), _flatten(json.loads(json.dumps(d)))
-        keys = [key for key in {**then, **now} if key not in then or key not in now or then[key] != now[key]]
-        if keys:
-            lines = [f"  {key}: {_shown(then, key)} in the ledger, {_shown(now, key)} now" for key in sorted(keys)]
+        lines = differences(stored, json.loads(json.dumps(d)), "in the ledger")
+        if lines:
             raise ValueError(
                 f"the settings differ from those that the run in {self.path} was started with:\n"
                 + "\n".join(lines)
@@ -327,7 +326,8 @@ class PreferenceStore:
         with self.reading() as db:
             rows = db.execute(SELECT_COMPARISONS, (round, after, limit)).fetchall()
         prompts: dict[int, Prompt] = {}
-        return [decode(row, prompts) for row in rows]
+        with readable(self.path, f"round {round}"):
+            return [decode(row, prompts) for row in rows]
 
     # -- rounds and totals --------------------------------------------------------------------------------------------
 
@@ -393,6 +393,19 @@ class PreferenceStore:
     def _total(self, column: str) -> float:
         with self.reading() as db:
             return float(db.execute(f"SELECT {column} FROM totals").fetchone()[0])
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+    """One line per setting that differs between two trees of plain data, with both values.
+
+    Args:
+        then: what is stored.
+        now: what is asked for.
+        where: says in a line where the stored value lies.
+    """
+    old, new = _flatten(then), _flatten(now)
+    keys = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
+    return [f"  {key}: {_shown(old, key)} {where}, {_shown(new, key)} now" for key in sorted(keys)]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sqlite3
+import struct
 import time
 import uuid
 from collections.abc import Iterator
@@ -40,7 +41,10 @@ REMEDIES = {
 def get_value(db: sqlite3.Connection, key: str) -> Any:
     """Something the run remembers under ``key``; None if it remembers nothing."""
     row = db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-    return None if row is None else json.loads(row[0])
+    try:
+        return None if row is None else json.loads(row[0])
+    except (ValueError, TypeError) as error:
+        raise sqlite3.DatabaseError(f"what it remembers under {key!r} is no JSON") from error
 
 
 def set_value(db: sqlite3.Connection, key: str, value: Any) -> None:
@@ -140,12 +144,28 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
 
 
 @contextmanager
+def readable(path: Path, where: str) -> Iterator[None]:
+    """Turn what goes wrong with the cells of a row into an error that names the ledger and the place."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        raise ValueError(
+            f"ledger {path} is damaged: {where} holds what no run has written ({type(error).__name__}: {error}); "
+            f"restore a copy"
+        ) from error
+
+
+@contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn SQLite's short messages into errors that name the file and the remedy."""
     try:
         yield
+    except UnicodeDecodeError as error:  # of SQLite's message, which quotes the file
+        raise ValueError(f"ledger {path} is damaged: its schema is no text; restore a copy") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is the primary one
+        if code in (0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT) and not isinstance(error, sqlite3.ProgrammingError):
+            raise ValueError(f"ledger {path} is damaged ({error}); restore a copy") from error
         if code == sqlite3.SQLITE_NOTADB:
             raise ValueError(f"{path} is not a ledger (not a SQLite file); give the ledger another name") from error
         if code == sqlite3.SQLITE_CORRUPT:

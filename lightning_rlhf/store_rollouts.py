@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.store_file import schema_version
+from lightning_rlhf.store_file import readable, schema_version
 from lightning_rlhf.store_rows import (
     INSERT_ROLLOUT,
     INSERT_SCORE,
@@ -100,7 +100,8 @@ class RolloutTable:
         with self.store.reading() as db:
             rows = db.execute(SELECT_ROLLOUTS, (round,)).fetchall() if schema_version(db) >= 2 else []
         prompts: dict[int, Prompt] = {}
-        return [decode_rollout(row, prompts) for row in rows]
+        with readable(self.store.path, f"round {round}"):
+            return [decode_rollout(row, prompts) for row in rows]
 
     def positions(self, round: int) -> list[int]:
         """The places of a round that are filled, ascending."""

@@ -161,18 +161,28 @@ def decode(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Co
     if prompt not in prompts:
         prompts[prompt] = _to_prompt(prompt_columns)
     pair = (_to_response(a), _to_response(b))
-    comparison = Comparison(prompts[prompt], *pair, branch, weight, passes, json.loads(meta))
+    if not isinstance(weight, float) or not isinstance(passes, float) or not isinstance(branch, str):
+        raise TypeError(f"a comparison has weight {weight!r}, passes {passes!r} and branch {branch!r}")
+    known = json.loads(meta)
+    if not isinstance(known, dict):
+        raise TypeError(f"a comparison has the meta {meta!r}")
+    comparison = Comparison(prompts[prompt], *pair, branch, weight, passes, known)
     label = None if probability is None else Label(probability, "ok", cost, json.loads(label_meta))
     return position, identity, comparison, label
 
 
 def _to_prompt(row: Sequence[Any]) -> Prompt:
     index, ids, text, messages, recorded, *responses = row
+    if not isinstance(index, int) or not isinstance(text, str):
+        raise TypeError(f"a prompt has number {index!r} and text {text!r}")
+    turns = None if messages is None else json.loads(messages)
+    if turns is not None and not (isinstance(turns, list) and turns and all(map(_is_turn, turns))):
+        raise TypeError(f"a prompt has the messages {messages!r}")
     return Prompt(
         index=index,
         ids=_unpack(ids, "i") or (),
         text=text,
-        messages=None if messages is None else tuple(json.loads(messages)),
+        messages=None if turns is None else tuple(turns),
         pair=None if responses[0] is None else (_to_response(responses[:6]), _to_response(responses[6:])),
         recorded=None if recorded is None else RecordedPair(**json.loads(recorded)),
     )
@@ -188,11 +198,17 @@ def _response_row(response: Response | None, where: str) -> tuple[Any, ...]:
 
 def _to_response(row: Sequence[Any]) -> Response:
     ids, text, finish_reason, policy, reference, source = row
+    if not isinstance(text, str) or finish_reason not in ("eos", "length"):
+        raise TypeError(f"a response has text {text!r} and finish reason {finish_reason!r}")
     return Response(_unpack(ids, "i") or (), text, finish_reason, _unpack(policy, "d"), _unpack(reference, "d"), source)
 
 
 def _pack(values: Sequence[float] | None, kind: str) -> bytes | None:
     return None if values is None else struct.pack(f"<{len(values)}{kind}", *values)
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def _unpack(blob: bytes | None, kind: str) -> tuple[Any, ...] | None:

@@ -7,12 +7,15 @@ needs.
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.lanes import AbstractLanes, Lane, Name, Row, lanes_for
 from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
-from lightning_rlhf.models.logprobs import response_logps
+from lightning_rlhf.models.logprobs import base_model, response_logps
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import AbstractReference, AdapterOffReference
 from lightning_rlhf.types import FinishReason, Prompt, Response
@@ -68,7 +71,11 @@ class DecodeEngine(AbstractEngine):
         self.beta = beta
         self.decoding = decoding
         self.eos_ids = frozenset(eos_ids)
-        self.tokens_per_batch = tokens_per_batch
+        self.rows, self.tokens_per_batch = decoding.rows, tokens_per_batch
+        """Rows decoded together and tokens of a forward pass, less than was asked for where memory ran out."""
+        fitting = _FITTING.get(base_model(policy))
+        if fitting is not None:
+            self.rows, self.tokens_per_batch = min(self.rows, fitting[0]), min(self.tokens_per_batch, fitting[1])
         self.on_tokens: Callable[[int], None] | None = None
         """Called after each decoding step with the number of tokens it drew; moves progress bars."""
         if reference is not None:
@@ -95,11 +102,47 @@ class DecodeEngine(AbstractEngine):
         # memory is short, it is short at once
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt.ids), requests[i].prompt.ids))
         with evaluating(self.policy.modules()):
-            done = {id(row.request): self._response(row) for row in self._decode([requests[i] for i in order])}
+            ordered = [requests[i] for i in order]
+            done = {id(row.request): self._response(row) for row in self._decode_within_memory(ordered)}
             result = [done[id(request)] for request in requests]
             if reference_logps:
                 result = self._score_missing(requests, result)
         return result
+
+    def _decode_within_memory(self, requests: Sequence[Request]) -> Iterator[Row]:
+        """`_decode`; where memory runs out, what is not done is decoded again with half as many rows.
+
+        Raises:
+            MemoryError: if there is too little memory for one row.
+        """
+        waiting = list(requests)
+        while True:
+            ended: set[int] = set()
+            try:
+                for row in self._decode(waiting):
+                    ended.add(id(row.request))
+                    yield row
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # here, where the caches that the error held on to are gone
+            free_memory()
+            waiting = [request for request in waiting if id(request) not in ended]
+            if self.rows == 1 and self.tokens_per_batch <= SMALLEST_PASS:
+                raise MemoryError(
+                    f"there is too little memory to decode a single response ({reason}): lower "
+                    f"data.decoding.max_new_tokens or data.max_prompt_tokens, or use a smaller model"
+                )
+            self.rows = max(self.rows // 2, 1)
+            self.tokens_per_batch = max(self.tokens_per_batch // 2, SMALLEST_PASS)
+            _FITTING[base_model(self.policy)] = (self.rows, self.tokens_per_batch)
+            warnings.warn(
+                f"memory ran out while {self.decoding.rows} responses were decoded together ({reason}); from now on "
+                f"{self.rows} are. Responses stay what they are. Set data.decoding.rows={self.rows} to begin with that",
+                stacklevel=2,
+            )
 
     def _decode(self, requests: Sequence[Request]) -> Iterator[Row]:
         """Decode in the order given, yielding rows as they end; a row that ends makes room for the next."""
@@ -107,12 +150,12 @@ class DecodeEngine(AbstractEngine):
         waiting = deque(Row(request, request.key.uniforms(limit).tolist()) for request in requests)
         active: list[Row] = []
         # prompts are prefilled together: a few at a time would waste the forward pass
-        refill_from = max(1, self.decoding.rows // REFILL)
+        refill_from = max(1, self.rows // REFILL)
         with self._all_lanes({name for row in waiting for name in row.names}) as by_name:
             every = list(dict.fromkeys(by_name.values()))
             while waiting or active:
-                if waiting and (not active or self.decoding.rows - len(active) >= min(refill_from, len(waiting))):
-                    new = [waiting.popleft() for _ in range(min(self.decoding.rows - len(active), len(waiting)))]
+                if waiting and (not active or self.rows - len(active) >= min(refill_from, len(waiting))):
+                    new = [waiting.popleft() for _ in range(min(self.rows - len(active), len(waiting)))]
                     active += new
                     for lanes in every:
                         added = [Lane(row, n) for row in new for n in row.names if by_name[n] is lanes]
@@ -249,6 +292,26 @@ def with_logps(
     for i, logps in zip(missing, scored, strict=True):
         filled[i] = replace(filled[i], **{name: tuple(logps.tolist())})  # type: ignore[arg-type]
     return filled
+
+
+SMALLEST_PASS = 256
+"""Tokens of a forward pass that memory must allow."""
+
+_FITTING: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()
+"""Rows and tokens that fitted into memory, by policy; every round makes an engine of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on a CPU."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -61,6 +61,8 @@ class AbstractStepModule(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self._sums = RunningSums()
+        self.step_figures: dict[str, Tensor] = {}
+        """Loss of the newest training step and what its passes found, detached, before the optimizer steps."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,6 +114,7 @@ class AbstractStepModule(L.LightningModule, ABC):
         names = [name for name in outputs[0] if name not in ("loss", "num_tokens")]
         figures = {name: torch.cat([output[name] for output in outputs]) for name in names}
         num_items = len(batch) - batch.num_idle
+        self.step_figures = {"loss": loss.detach(), **figures}
         self._log_means(loss, figures, num_items)
         num_tokens = sum(output["num_tokens"] for output in outputs)
         return {"loss": loss, **figures, "num_items": num_items, "num_tokens": num_tokens}

@@ -1,0 +1,112 @@
+"""A loss or gradient that is no number must not reach the weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_rlhf import ranks
+
+
+class NonFiniteGuard(Callback):
+    """Checks every optimizer step, before it is taken, for a loss or gradient that is NaN or infinite.
+
+    The pairs (rollouts, rows) whose figures are not finite are named by round and prompt; where the loss is finite and
+    its gradient is not, all those of the step are. The weights and the state of the optimizer stay as they were. On a
+    GPU the check waits for the backward pass, once per step.
+
+    Args:
+        action: ``stop`` ends the run with an error, ``skip`` drops the step, warns and goes on.
+        most_in_a_row: with ``skip``, steps in a row that may be dropped until the run ends all the same, >= 1.
+    """
+
+    def __init__(self, action: Literal["stop", "skip"] = "stop", most_in_a_row: int = 10) -> None:
+        if action not in ("stop", "skip"):
+            raise ValueError(f"NonFiniteGuard.action must be stop or skip; got {action!r}")
+        if most_in_a_row < 1:
+            raise ValueError(f"NonFiniteGuard.most_in_a_row must be at least 1; got {most_in_a_row}")
+        self.action, self.most_in_a_row = action, most_in_a_row
+        self.skipped = 0
+        """Steps dropped so far."""
+        self._in_a_row = 0
+        self._batch: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch, for its names."""
+        self._batch = batch
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at loss and gradient; forget the gradient if it is unusable."""
+        figures = cast(dict[str, Any], cast(Any, pl_module).step_figures)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(torch.isfinite(figures["loss"]) & all_finite(gradients))
+        if not ranks.any_rank(not finite):
+            self._in_a_row = 0
+            return
+        # on every rank alike: without gradients the optimizer changes neither weights nor its own state
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self._in_a_row += 1
+        names = list(self._batch.names)
+        found = ranks.interleave(lambda: offenders(names, figures))
+        suspects = found or ranks.interleave(lambda: names)
+        message = (
+            f"the loss or its gradient is not finite in step {trainer.global_step}; "
+            + ("by their figures, it is " if found else "the figures are finite, so it is one of ")
+            + ", ".join(dict.fromkeys(suspects))
+        )
+        if self.action == "stop" or self._in_a_row >= self.most_in_a_row:
+            raise FloatingPointError(
+                f"{message}. The weights are those before the step. Look at these responses in the ledger; lower "
+                f"model.learning_rate, use float32 or bfloat16 in place of float16"
+                + (", or drop such steps with NonFiniteGuard.action=skip" if self.action == "stop" else "")
+                + (f". {self._in_a_row} steps in a row were like this" if self._in_a_row > 1 else "")
+            )
+        rank_zero_warn(f"{message}. The step is dropped, the {self.skipped}. of this run", stacklevel=2)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log how many steps were dropped, once one was."""
+        self._batch = None
+        if self.skipped:
+            pl_module.log("train/skipped_steps", float(self.skipped), on_step=True, on_epoch=False, batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were dropped."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all numbers of some tensors are finite, as one number on their device; nothing is fetched.
+
+    Sharded tensors are looked at where they lie: the part of this rank.
+    """
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    norms = list(torch._foreach_norm(local, float("inf"))) if local else []
+    if not norms:
+        return torch.tensor(True)
+    device = norms[0].device
+    return torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all()
+
+
+def offenders(names: list[str], figures: dict[str, Any]) -> list[str]:
+    """Names of the items with a figure that is not finite.
+
+    Args:
+        names: of the items of a step, idle ones at the end.
+        figures: what the passes of the step found, one number per item that counts.
+    """
+    bad: set[int] = set()
+    for value in figures.values():
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value) <= len(names):
+            bad.update((~value.isfinite()).nonzero().flatten().tolist())
+    return [names[i] for i in sorted(bad)]

@@ -1,0 +1,261 @@
+"""The checkpoints of a run folder: written whole or not at all, checked before they are continued from.
+
+`RunCheckpoint` writes them, `StopOnSignal` writes one when the run is asked to end, `checked` reads what the command
+line is about to continue from, and `continued_settings` what it was trained with.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_rlhf import ranks, stopping
+
+
+KEPT = 2
+"""Checkpoints that stay: the newest, and the one before it in case that the newest turns out damaged."""
+META = "meta.pt"
+"""What a sharded checkpoint holds beside its shards; written last."""
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space, or name another disk as --run_dir",
+    errno.EDQUOT: "the disk quota is used up: free some space, or name another disk as --run_dir",
+    errno.EFBIG: "files may not become that large here: raise the limit (ulimit -f), or name another disk as --run_dir",
+    errno.EROFS: "the file system is read-only: name another --run_dir, or mount it writable",
+    errno.EACCES: "this user may not write there: change the permissions, or name another --run_dir",
+    errno.EPERM: "this user may not write there: change the permissions, or name another --run_dir",
+    errno.EIO: "the disk reports an error: check it, and name another --run_dir",
+}
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the two newest checkpoints, and ``last.ckpt``, a link to the newest.
+
+    A checkpoint has its name only when it is complete, and ``last.ckpt`` is moved to it afterwards, in one step: a run
+    that is killed while it writes continues from the checkpoint before. Lightning's own callback would write each
+    checkpoint twice.
+
+    Args:
+        folder: where they lie.
+        every_n_epochs: epochs between them, >= 1.
+    """
+
+    def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
+        super().__init__(folder, save_last="link", every_n_epochs=every_n_epochs, save_on_train_epoch_end=True)
+
+    def save_now(self, trainer: L.Trainer) -> Path:
+        """Write a checkpoint between the regular ones, and return it; every rank calls."""
+        if self._last_global_step_saved == trainer.global_step and self.best_model_path:
+            return Path(self.best_model_path)
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+        return Path(self.best_model_path)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        with explained(Path(filepath)):
+            super()._save_checkpoint(trainer, filepath)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        del filepath  # Lightning's choice: the one before
+        for path in history(Path(str(self.dirpath)))[KEPT:]:
+            super()._remove_checkpoint(trainer, str(path))
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero:
+            target, link = Path(filepath), Path(linkpath)
+            with explained(link):
+                for path in [target, *target.rglob("*")] if target.is_dir() else [target]:
+                    _sync(path)
+                if link.is_dir() and not link.is_symlink():
+                    shutil.rmtree(link)
+                fresh = link.with_name(f".{link.name}.{os.getpid()}")
+                fresh.unlink(missing_ok=True)
+                fresh.symlink_to(os.path.relpath(target, link.parent))
+                os.replace(fresh, link)
+                _sync(link.parent)
+        trainer.strategy.barrier()
+
+
+class NotedSignals(_SignalConnector):
+    """Lightning's signal handling, but SIGTERM is only noted while a run trains.
+
+    Lightning's own handler runs collectives wherever the signal finds a rank, and waits for ranks that are elsewhere.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Register Lightning's handlers, and ours in place of that for SIGTERM; `teardown` takes them away."""
+        super().register_signal_handlers()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            stopping.listen()
+
+
+class StopOnSignal(L.Callback):
+    """Ends the run in good order on SIGTERM: a checkpoint, a line that says so, and exit status 143.
+
+    It acts after the training step that is going on, or the chunk of a round that is being drawn or labelled; what is
+    drawn and labelled so far is in the ledger. Put it last among the callbacks.
+
+    Args:
+        save: writes the checkpoint and returns its path; None where the run keeps none.
+    """
+
+    def __init__(self, save: Callable[[L.Trainer], Path] | None) -> None:
+        self.save = save
+        self._drawing = False
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the round is drawn."""
+        self._drawing = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the run here if some rank was asked to."""
+        if ranks.any_rank(stopping.asked()):
+            self._end(trainer)
+            raise stopping.Stopped
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that what follows is the next round."""
+        self._drawing = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Keep what was learnt before the round that was being drawn."""
+        if not isinstance(exception, stopping.Stopped) or self._told:
+            return
+        if self._drawing:
+            self._end(trainer)
+        elif trainer.is_global_zero:
+            print("stopped by SIGTERM; the same command goes on from there", flush=True)
+
+    _told = False
+
+    def _end(self, trainer: L.Trainer) -> None:
+        self._told = True
+        where = "nothing was saved, since the run keeps no checkpoints"
+        if self.save is not None:
+            where = f"checkpoint {self.save(trainer)}; the same command goes on from there"
+        if trainer.is_global_zero:
+            print(f"stopped by SIGTERM after step {trainer.global_step}: {where}", flush=True)
+
+
+def history(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, the newest first; ``last.ckpt`` is not among them."""
+    found = []
+    for path in folder.glob("epoch=*-step=*.ckpt"):
+        match = re.fullmatch(r"epoch=(\d+)-step=(\d+)(?:-v(\d+))?\.ckpt", path.name)
+        if match is not None:
+            found.append((int(match[2]), int(match[1]), int(match[3] or 0), path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it can be read to its end."""
+    if not checkpoint.exists():
+        return "it does not exist"
+    try:
+        if checkpoint.is_dir():
+            if not (checkpoint / META).is_file() or not (checkpoint / ".metadata").is_file():
+                return "it is incomplete: the run ended while it was written"
+            meta(checkpoint)
+            return None
+        with zipfile.ZipFile(checkpoint) as archive:
+            broken = archive.testzip()
+            return None if broken is None else f"its part {broken} is not what was written"
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        return f"it cannot be read ({error})"
+
+
+def checked(checkpoint: Path) -> None:
+    """Refuse a damaged checkpoint before anything is loaded, and name the one before.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    wrong = damage(checkpoint)
+    if wrong is None:
+        return
+    itself = checkpoint.resolve()
+    for path in history(checkpoint.parent):
+        if path.resolve() != itself and damage(path) is None:
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged: {wrong}. The one before is whole: continue from it with "
+                f"--ckpt_path={path}; nothing is labelled twice, the steps since are done again"
+            )
+    raise ValueError(
+        f"checkpoint {checkpoint} is damaged: {wrong}, and there is no other one. Restore a copy; or delete "
+        f"{checkpoint.parent} to train from the start on the labels that the ledger holds"
+    )
+
+
+def meta(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors are mapped, not read.
+
+    Only plain data and tensors are ever unpickled.
+    """
+    if checkpoint.is_dir():
+        found = torch.load(checkpoint / META, map_location="cpu", weights_only=True)
+    else:
+        found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(found, dict):
+        raise ValueError(f"{checkpoint} holds no checkpoint but a {type(found).__name__}")
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and write into it.
+
+    Raises:
+        OSError: naming the folder and the remedy.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn errors of writing into errors that name the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES or "; " in str(error.strerror):
+            raise
+        kept = "; what was written before is kept, and the same command goes on from it"
+        message = f"{error.strerror}: {REMEDIES[error.errno]}{kept}"
+        raise type(error)(error.errno, message, str(path)) from error
+    except RuntimeError as error:
+        # torch's own writer, of sharded checkpoints, says no more than this
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise OSError(
+            errno.EIO,
+            f"the checkpoint could not be written ({str(error).splitlines()[0]}): check that the disk has room, and "
+            f"start again; the checkpoint before is kept",
+            str(path),
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk before the link points to it."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

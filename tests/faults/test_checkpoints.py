@@ -1,0 +1,137 @@
+"""Checkpoints that are damaged, of another config, or cannot be written: refused, with what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_rlhf.checkpoints import check_writable, checked, damage, explained, history
+from lightning_rlhf.cli import main
+from lightning_rlhf.store import PreferenceStore
+
+
+def fit(folder: Path, policy: Path, *options: str) -> None:
+    main(
+        [
+            *("fit", "--config", "dpo_offline", "--trainer.accelerator=cpu", "--trainer.precision=32-true"),
+            *("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.callbacks=null"),
+            *(f"--model.policy={policy}", "--data.heldout=null", f"--data.prompts.path={folder / 'rows.jsonl'}"),
+            *("--data.pairs_per_batch=1", "--data.decoding.max_new_tokens=8", f"--run_dir={folder / 'run'}"),
+            *options,
+        ]
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_continues(
+    folder: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(folder, tiny_policy, "--trainer.max_epochs=3")
+    last = folder / "run" / "checkpoints" / "last.ckpt"
+    names = [path.name for path in history(last.parent)]
+    assert names == ["epoch=2-step=6.ckpt", "epoch=1-step=4.ckpt"]
+    assert last.resolve().name == names[0]
+
+    whole = last.read_bytes()
+    middle = len(whole) // 2
+    for broken in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], b""):
+        last.resolve().write_bytes(broken)
+        with pytest.raises(ValueError, match=r"is damaged: .*--ckpt_path=.*epoch=1-step=4\.ckpt"):
+            fit(folder, tiny_policy, "--trainer.max_epochs=4")
+    fit(folder, tiny_policy, "--trainer.max_epochs=4", f"--ckpt_path={last.parent / names[1]}")
+    assert history(last.parent)[0].name == "epoch=3-step=8.ckpt"
+    assert damage(last) is None
+
+
+def test_without_another_checkpoint_the_message_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"there is no other one. Restore a copy; or delete .*labels that the ledger"):
+        checked(tmp_path / "last.ckpt")
+    sharded = tmp_path / "epoch=0-step=2.ckpt"
+    sharded.mkdir()
+    assert damage(sharded) == "it is incomplete: the run ended while it was written"
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(folder: Path, tiny_policy: Path) -> None:
+    fit(folder, tiny_policy, "--trainer.max_epochs=1")
+    other = ["--trainer.max_epochs=2", "--model.beta=0.5", f"--ckpt_path={folder / 'run/checkpoints/last.ckpt'}"]
+    with pytest.raises(ValueError, match=r"model\.init_args\.beta: 0\.1 in the checkpoint, 0\.5 now"):
+        fit(folder, tiny_policy, *other, f"--run_dir={folder / 'other'}")
+    # how fast a run is may change, and how long it is
+    fit(folder, tiny_policy, "--trainer.max_epochs=2", "--data.tokens_per_batch=64")
+
+
+def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> None:
+    """They have no ledger that would notice."""
+    (folder / "rows.jsonl").write_text('{"prompt": "a?", "completion": "b"}\n')
+
+    def sft(*options: str) -> None:
+        main(
+            [
+                *("fit", "--config", "sft", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+                *("--trainer.logger=false", "--trainer.callbacks=null", f"--model.policy={tiny_policy}"),
+                *(
+                    "--data.heldout=null",
+                    "--data.prompts.path=rows.jsonl",
+                    "--data.max_completion_tokens=8",
+                    "--run_dir=sft",
+                ),
+                *options,
+            ]
+        )
+
+    sft("--trainer.max_epochs=1", "--model.learning_rate=1e-4")
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.0001 in the checkpoint, 0\.001 now"):
+        sft("--trainer.max_epochs=2", "--model.learning_rate=1e-3")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_nothing_that_was_written(runs: Any) -> None:
+    """A file-size limit stops the write in its middle, as a full disk does."""
+    status, said = runs.run("--trainer.max_epochs=1")
+    assert status == 0, said
+    half = (runs.folder / "run" / "checkpoints" / "last.ckpt").stat().st_size // 2
+    status, said = runs.run("--trainer.max_epochs=2", fault=f"step4=limit{half}")
+    assert status == 1, said
+    assert "raise the limit (ulimit -f)" in said
+    assert "what was written before is kept" in said
+    checkpoints = runs.folder / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["epoch=0-step=2.ckpt", "last.ckpt"]
+    assert damage(checkpoints / "last.ckpt") is None
+
+    status, said = runs.run("--trainer.max_epochs=3", fault=f"label1=limit{half}")
+    assert status == 1, said
+    assert "cannot use the ledger (disk I/O error): check the disk and its quota" in said
+    status, said = runs.run("--trainer.max_epochs=3")
+    assert status == 0, said
+    with PreferenceStore(runs.folder / "run" / "ledger.sqlite", read_only=True) as store:
+        assert store.num_labels == 24
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_errors_of_writing_name_path_and_remedy(number: int) -> None:
+    with pytest.raises(OSError, match=r"--run_dir.*/somewhere") as caught, explained(Path("/somewhere")):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number
+    with pytest.raises(OSError, match="disk has room"), explained(Path("/x")):
+        raise RuntimeError("[enforce fail at inline_container.cc:659] PytorchStreamWriter failed writing file data/0")
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        check_writable(tmp_path / "file" / "run")
+    check_writable(tmp_path / "fresh" / "run")
+    assert list((tmp_path / "fresh" / "run").iterdir()) == []

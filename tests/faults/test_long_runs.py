@@ -1,0 +1,41 @@
+"""A run of many rounds needs no more memory than one of few, and its folder says what made it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+
+MEMORY = """
+import os
+from lightning.pytorch import Callback
+
+class Memory(Callback):
+    def on_train_epoch_end(self, trainer, module):
+        pages = int(open("/proc/self/statm").read().split()[1])
+        with open("memory.txt", "a") as file:
+            print(pages * os.sysconf("SC_PAGE_SIZE"), file=file)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_rounds_and_the_folder_describes_the_run(runs: Any) -> None:
+    (runs.folder / "memory.py").write_text(MEMORY)
+    status, said = runs.run(
+        *("--trainer.max_epochs=60", "--trainer.callbacks=memory.Memory", "--checkpoint_every=20"),
+        *("--data.prompts_per_round=4", "--data.replay=last"),
+    )
+    assert status == 0, said
+    used = [int(line) for line in (runs.folder / "memory.txt").read_text().split()]
+    assert len(used) == 60
+    # a round's rows and tensors are a few hundred kB: kept, they would be more than this
+    assert max(used[40:]) - max(used[10:20]) < 8 * 2**20
+    (start,) = json.loads((runs.folder / "run" / "run.json").read_text())["starts"]
+    assert "--trainer.max_epochs=60" in start["command"]
+    assert start["config"]["data"]["init_args"]["prompts_per_round"] == 4
+    assert start["git"]["lightning_rlhf"] is None or len(start["git"]["lightning_rlhf"]["commit"]) == 40
+    weights = [entry for entry in start["data"] if entry["path"].endswith(".safetensors")]
+    assert len(weights) == 1
+    assert len(weights[0]["sha256"]) == 64

@@ -1,0 +1,53 @@
+"""SIGTERM ends a run in good order, and the same command ends with the weights of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_sigterm_writes_a_checkpoint_and_nothing_is_done_or_bought_twice(make_runs: Callable[[str], Any]) -> None:
+    straight, stopped = make_runs("straight"), make_runs("stopped")
+    status, said = straight.run()
+    assert status == 0, said
+
+    rare = "--checkpoint_every=100"  # what is there was written on the signal
+    status, said = stopped.run(rare, fault="step3=term")
+    assert status == 143, said
+    assert "stopped by SIGTERM after step 3: checkpoint" in said
+    assert "Traceback" not in said
+    assert (stopped.folder / "run" / "checkpoints" / "last.ckpt").resolve().name == "epoch=1-step=3.ckpt"
+
+    # two steps a round; the first chunk of labels of round 2, after step 4, which no regular checkpoint keeps
+    status, said = stopped.run(rare, fault="label1=term")
+    assert status == 143, said
+    assert "stopped by SIGTERM after step 4: checkpoint" in said
+
+    status, said = stopped.run()
+    assert status == 0, said
+    expected, got = weights(straight.folder), weights(stopped.folder)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    bought = Counter((stopped.folder / "bought.txt").read_text().split())
+    assert bought == Counter((straight.folder / "bought.txt").read_text().split())
+    assert sum(bought.values()) == 24
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_first_round_leaves_the_ledger(runs: Any) -> None:
+    status, said = runs.run(fault="label1=term")
+    assert status == 143, said
+    assert "stopped by SIGTERM; the same command goes on from there" in said
+    assert not (runs.folder / "run" / "checkpoints").exists()
+    status, said = runs.run("--trainer.max_epochs=1")
+    assert status == 0, said
+    assert len((runs.folder / "bought.txt").read_text().split()) == 8
