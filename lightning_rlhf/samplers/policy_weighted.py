@@ -103,6 +103,8 @@ class PolicyWeightedSampler(AbstractPairSampler):
         ``meta`` holds ``"delta"``, the value of the pair over the mean of its pool as ``"gain"``, and the gradients of
         the pool, from which `observe` learns: base64 of float16, times ``"pool_scale"``.
         """
+        if not prompts:
+            return []
         requests = [self._request(prompt, key, i) for prompt in prompts for i in range(self.n)]
         drawn = engine.generate(requests, reference_logps=True)
         everyone = [prompt for prompt in prompts for _ in range(self.n)]
