@@ -47,21 +47,40 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
         axes.scatter(kl[shown], reward[shown], s=20, color=colour, alpha=shade, linewidth=0, zorder=2)
         axes.scatter(kl[-1:], reward[-1:], s=60, color=colour, edgecolor="black", linewidth=0.8, zorder=3)
 
-    figure = panels(grid, title, draw, "KL to the reference [nats per response]", "reward [oracle's unit]")
+    def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
+        if all(curve.points[0].kl > 1e-3 for curves in arms.values() for curve in curves):
+            return
+        # the way from the reference is long and about the same for all: the panel shows the last nine tenths
+        late = [(labels > labels[-1] / 10) for labels, _ in (mean_path(curves, "kl") for curves in arms.values())]
+        for figure, limit in (("kl", axes.set_xlim), ("reward", axes.set_ylim)):
+            paths = [mean_path(curves, figure)[1] for curves in arms.values()]
+            values = np.concatenate([path[kept] for path, kept in zip(paths, late, strict=True)])
+            room = max(float(np.ptp(values)), 1e-9)
+            limit(values.min() - 0.08 * room, values.max() + 0.08 * room)
+
+    figure = panels(grid, title, draw, "KL to the reference [nats per response]", "reward [oracle's unit]", crop)
     figure.text(0.99, 0.005, "dots darken with labels; ringed: end of the run", ha="right", fontsize="x-small", color="0.35")
     return figure
 
 
 def plot_labels(grid: Grid, path: Path, title: str) -> None:
-    """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`."""
+    """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
+
+    Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed, mean
+    over arms, is taken out of the intervals.
+    """
     label_figure(grid, title).savefig(path, dpi=140)
 
 
 def label_figure(grid: Grid, title: str) -> Figure:
     """Draw the figure of `plot_labels` without saving it."""
 
+    ease = {setting: seed_effects(arms) for setting, arms in grid.items()}
+
     def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
         labels, j = j_grid(curves)
+        effects = ease[curves[0].setting]
+        j = j - np.array([[effects[curve.seed]] for curve in curves])
         mean = j.mean(0)
         axes.plot(labels, mean, color=colour, linewidth=1.6, zorder=3)
         if len(j) > 1:
@@ -77,7 +96,7 @@ def label_figure(grid: Grid, title: str) -> Figure:
         axes.set_ylim(floor - 0.35 * room, top + 0.1 * room)
 
     figure = panels(grid, title, draw, "labels", "J = reward − β KL", crop)
-    figure.text(0.99, 0.005, "bands: 95 % intervals over seeds", ha="right", fontsize="x-small", color="0.35")
+    figure.text(0.99, 0.005, "bands: 95 % intervals over seeds, without what arms of a seed share", ha="right", fontsize="x-small", color="0.35")
     return figure
 
 
@@ -156,6 +175,17 @@ def panels(
     )
     figure.text(0.01, 1 - 0.08 / height, title, ha="left", va="top", fontsize="large")
     return figure
+
+
+def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
+    """How much higher than others the runs of a seed end, mean over arms; zero on average over the seeds."""
+    ends: dict[int, list[float]] = {}
+    for curves in arms.values():
+        for curve in curves:
+            ends.setdefault(curve.seed, []).append(curve.last.j)
+    means = {seed: sum(values) / len(values) for seed, values in ends.items()}
+    overall = sum(means.values()) / len(means)
+    return {seed: mean - overall for seed, mean in means.items()}
 
 
 def mean_path(curves: Sequence[Curve], figure: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

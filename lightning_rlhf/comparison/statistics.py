@@ -102,7 +102,8 @@ def label_share(curves: Sequence[Curve], baseline: Sequence[Curve], resamples: i
     """Labels with which an arm's mean J reaches the baseline's final mean J, as a share of the baseline's.
 
     The interval is the bootstrap's, over seeds: both arms are resampled together. A share is infinite where the arm
-    never gets there. The baseline may itself be there before it ends, if its J falls again; it counts in full.
+    never gets there, and NaN where the baseline ends no higher than it began. The baseline may itself be there before it
+    ends, if its J falls again; it counts in full.
 
     Args:
         curves: runs of an arm in one setting.
@@ -116,6 +117,8 @@ def label_share(curves: Sequence[Curve], baseline: Sequence[Curve], resamples: i
     labels, j = j_grid([curve for curve, _ in pairs])
     all_labels, baseline_j = j_grid([curve for _, curve in pairs])
     final, total = baseline_j[:, -1], float(all_labels[-1])
+    if final.mean() <= baseline_j[:, 0].mean():
+        return Interval(math.nan)
 
     def share(rows: NDArray[np.int64]) -> float:
         return labels_to_reach(labels, j[rows].mean(0), float(final[rows].mean())) / total

@@ -54,7 +54,7 @@ class TabularSetting:
     misfit: float = 0.0
     budget: int = 4096
     pairs: int = 16
-    learning_rate: float = 0.05
+    learning_rate: float = 0.025
 
 
 class TabularExperiment(AbstractExperiment):

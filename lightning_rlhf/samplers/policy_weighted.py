@@ -93,9 +93,13 @@ class PolicyWeightedSampler(AbstractPairSampler):
     def regularised_information(self) -> Tensor:
         """I with the prior and the share of the coming round, positive definite.
 
-        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small.
+        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small. The prior
+        has as much in all directions together as `ridge` such pairs, but evenly spread: a direction that the policy never
+        varies in is then left alone, since nothing of J depends on it.
         """
-        return self.information + (self.ridge + self.ahead * self._round_size) * self.sigma / 2
+        sigma = self.sigma
+        prior = self.ridge * sigma.diagonal().mean() * torch.eye(self.dim, dtype=torch.float64)
+        return self.information + (prior + self.ahead * self._round_size * sigma) / 2
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
         """Draw a pool per prompt and keep one pair; branch ``"policy_weighted"``.
