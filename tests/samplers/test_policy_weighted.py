@@ -88,8 +88,8 @@ def test_sampler_chooses_the_v_optimal_pair_of_its_pool(toy_engine: Any) -> None
             # implicit rewards of this engine, by outcome
             rewards = {i: toy_engine.beta * math.log((i + 1) / (4 - i)) for i in range(4)}
             for a, b in combinations(pool, 2):
-                # float16 blurs the features by 0.05 %
-                tokens = [int((toy_engine.head_gradients([], [comparison.a], 4)[0] * 0 + v).argmax()) for v in (a, b)]
+                # float16 blurs the features by 0.05 %; the outcome is where one-hot minus law is greatest
+                tokens = [int(candidate.argmax()) for candidate in (a, b)]
                 slope = 1 / (2 * math.cosh((rewards[tokens[0]] - rewards[tokens[1]]) / 2)) ** 2
                 assert slope * float((a - b) @ weight @ (a - b)) <= value * 1.02 + 1e-12
         sampler.observe(drawn)
@@ -117,10 +117,10 @@ def test_information_is_positive_definite_grows_and_is_the_sum_over_pairs(toy_en
 def test_sigma_is_the_covariance_of_gradients_under_the_policy(toy_engine: Any) -> None:
     sampler = PolicyWeightedSampler(n=6, dim=4, decay=1.0)
     for index in range(6):
-        sampler.observe(sampler.sample(prompts(400), toy_engine, Key((2, index))))
+        sampler.observe(sampler.sample(prompts(200), toy_engine, Key((2, index))))
     law = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     exact = toy_engine.beta**2 * (torch.diag(law) - torch.outer(law, law))
-    torch.testing.assert_close(sampler.sigma, exact, atol=0.003, rtol=0)
+    torch.testing.assert_close(sampler.sigma, exact, atol=0.005, rtol=0)
 
 
 def test_state_survives_a_checkpoint_and_later_rounds_are_the_same(toy_engine: Any) -> None:
@@ -181,7 +181,7 @@ def test_sketch_keeps_inner_products_in_expectation() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(6, 4, generator=generator) for _ in range(2))
     products = []
-    for seed in range(200):
+    for seed in range(100):
         u, v = HeadSketch(dim=64, seed=seed).factors(6, 4)
         a, b = (((u @ gradient) * v).sum(1) for gradient in (first, second))
         products.append(float(a @ b))

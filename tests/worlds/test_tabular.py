@@ -157,12 +157,12 @@ def test_runs_of_a_seed_do_not_depend_on_the_other_seeds() -> None:
 def test_online_learning_approaches_the_best_policy_and_all_arms_start_alike() -> None:
     seeds = list(range(6))
     world = TabularWorld.draw(seeds, beta=0.5, spread=2.0)
-    traces = {n: online(world, LawArm(SAMPLERS[n]), seeds, steps=200) for n in ("Vanilla", "PILAF", "Weighted Vanilla")}
+    traces = {n: online(world, LawArm(SAMPLERS[n]), seeds, steps=120, evaluate_every=60) for n in ("Vanilla", "PILAF")}
     for trace in traces.values():
         gaps = [float((world.best_j() - found.j).mean()) for found in trace.objectives]
-        assert gaps[-1] < 0.03 * gaps[0]
+        assert gaps[-1] < 0.1 * gaps[0]
         torch.testing.assert_close(trace.objectives[0].j, traces["Vanilla"].objectives[0].j)
-        assert trace.labels[-1] == 200 * 16
+        assert trace.labels[-1] == 120 * 16
 
 
 def test_an_overfitted_start_is_far_and_poor() -> None:
@@ -170,18 +170,18 @@ def test_an_overfitted_start_is_far_and_poor() -> None:
     world = TabularWorld.draw(seeds, beta=0.5, spread=2.0)
     start = overfitted_start(world, seeds, pairs=12)
     fitted = world.objective(start)
-    optimum = online(world, LawArm(vanilla), seeds, steps=200).objectives[-1]
+    optimum = online(world, LawArm(vanilla), seeds, steps=120).objectives[-1]
     assert bool((fitted.kl.mean() > optimum.kl.mean()) & (fitted.j.mean() < optimum.j.mean()))
 
 
 def test_the_chosen_pair_of_a_pool_teaches_more_than_a_random_one() -> None:
     """Policy-weighted choice ends nearer to the optimum than the first two draws of the same pools, in every regime."""
-    seeds = list(range(30))
+    seeds = list(range(20))
     for beta, spread in ((0.1, 2.0), (0.5, 2.0), (1.0, 4.0)):
         world = TabularWorld.draw(seeds, beta=beta, spread=spread)
         losses = {}
         for chooses in (True, False):
-            trace = iterative(world, PoolArm(8, chooses=chooses), seeds, rounds=5)
+            trace = iterative(world, PoolArm(8, chooses=chooses), seeds, rounds=4)
             losses[chooses] = float((world.best_j() - trace.objectives[-1].j).mean())
         assert losses[True] < 0.8 * losses[False]
 
