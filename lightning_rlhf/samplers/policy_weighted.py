@@ -40,7 +40,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         dim: numbers per gradient, >= 1.
         tilt: draw half of the pool from pi+ and half from pi- of PILAF with this strength, > 0; omit it to draw all of
             it from the policy. Sigma is then that of the tilted pool.
-        ridge: prior information, in pairs of the policy, > 0.
+        ridge: prior information, in pairs of the policy, > 0; large where a policy has more to learn than labels can say.
         ahead: share of the information of a round that is counted before it is drawn, in [0, 1]: without it all prompts
             of a long round chase the same direction.
         decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I forgets nothing.
@@ -56,7 +56,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         n: int = 8,
         dim: int = 64,
         tilt: float | None = None,
-        ridge: float = 1.0,
+        ridge: float = 100.0,
         ahead: float = 0.5,
         decay: float = 0.9,
     ) -> None:
