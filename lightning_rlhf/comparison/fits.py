@@ -71,7 +71,9 @@ class FitExperiment(AbstractExperiment):
             for name, setting in self.settings.items():
                 start = f"{slug(name)}/start/{seed}"
                 if setting.start is not None:
-                    jobs.append(Job(start, {"setting": name, "arm": None, "seed": seed, "args": self._start_args(name)}))
+                    jobs.append(
+                        Job(start, {"setting": name, "arm": None, "seed": seed, "args": self._start_args(name)})
+                    )
                 for arm in self.arms:
                     identity = {"setting": name, "arm": arm, "seed": seed, "args": self._arm_args(name, arm)}
                     after = () if setting.start is None else (start,)

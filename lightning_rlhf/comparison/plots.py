@@ -59,7 +59,9 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
             limit(values.min() - 0.08 * room, values.max() + 0.08 * room)
 
     figure = panels(grid, title, draw, "KL to the reference [nats per response]", "reward [oracle's unit]", crop)
-    figure.text(0.99, 0.005, "dots darken with labels; ringed: end of the run", ha="right", fontsize="x-small", color="0.35")
+    figure.text(
+        0.99, 0.005, "dots darken with labels; ringed: end of the run", ha="right", fontsize="x-small", color="0.35"
+    )
     return figure
 
 
@@ -96,7 +98,14 @@ def label_figure(grid: Grid, title: str) -> Figure:
         axes.set_ylim(floor - 0.35 * room, top + 0.1 * room)
 
     figure = panels(grid, title, draw, "labels", "J = reward − β KL", crop)
-    figure.text(0.99, 0.005, "bands: 95 % intervals over seeds, without what arms of a seed share", ha="right", fontsize="x-small", color="0.35")
+    figure.text(
+        0.99,
+        0.005,
+        "bands: 95 % intervals over seeds, without what arms of a seed share",
+        ha="right",
+        fontsize="x-small",
+        color="0.35",
+    )
     return figure
 
 

@@ -114,7 +114,9 @@ def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str]
                 verdict = "reproduced" if difference.low > 0 else "contradicted" if difference.high < 0 else "not shown"
                 means = [sum(cosines.values()) / len(cosines) for cosines in (ours, theirs)]
                 figures = f"cosine {means[0]:.3f} against {means[1]:.3f}, Δ {signed(difference, 4)}"
-                found.append(Verdict(f"{claimant}'s {what} is nearer to ∇J than {baseline}'s", setting, verdict, figures))
+                found.append(
+                    Verdict(f"{claimant}'s {what} is nearer to ∇J than {baseline}'s", setting, verdict, figures)
+                )
     return found
 
 
@@ -163,7 +165,9 @@ def markdown(
         seeds = sorted({found["seeds"] for found in arms.values()})
         counted = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         labels = max(found["labels"] for found in arms.values())
-        parts.append(f"#### {setting}\n\n{regime(setting)}; {labels} labels per run, {counted}.\n\n{table(arms, baseline)}")
+        parts.append(
+            f"#### {setting}\n\n{regime(setting)}; {labels} labels per run, {counted}.\n\n{table(arms, baseline)}"
+        )
     judged_claims = verdicts(grid, claimant, baseline, overfitted)
     if judged_claims:
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in judged_claims]
@@ -178,7 +182,7 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     header = ["arm", *(title for _, title in FIGURES), "ΔJ to " + baseline, "labels to reach its J"]
     header += ["cosine with ∇J, batch / expected", "sd of r_θ"] if cosines else []
     rows = []
-    best = {name: max(arms, key=lambda arm: BETTER[name] * arms[arm][name].value) for name, _ in FIGURES}  # noqa: B023
+    best = {name: max(arms, key=lambda arm: BETTER[name] * arms[arm][name].value) for name, _ in FIGURES}
     for arm, found in arms.items():
         row = [arm]
         row += [f"**{plus_minus(found[n])}**" if best[n] == arm else plus_minus(found[n]) for n, _ in FIGURES]

@@ -239,5 +239,3 @@ def jsonable(value: Any) -> Any:
 def failures(run_dir: Path, failed: Sequence[str]) -> str:
     """Where to look."""
     return f"; see {run_dir / 'cells' / failed[0] / 'log.txt'}" if failed else ""
-
-

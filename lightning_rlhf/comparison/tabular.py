@@ -106,7 +106,9 @@ class TabularExperiment(AbstractExperiment):
     def regime(self, setting: str) -> str:
         """Beta and the spreads of rewards."""
         it = self.settings[setting]
-        return f"{it.kind}, β = {it.beta:g}, sd of r* = {it.spread:g}" + (f", misfit {it.misfit:g}" if it.misfit else "")
+        return f"{it.kind}, β = {it.beta:g}, sd of r* = {it.spread:g}" + (
+            f", misfit {it.misfit:g}" if it.misfit else ""
+        )
 
 
 def run_setting(world: TabularWorld, arm: AbstractArm, seeds: list[int], setting: TabularSetting) -> Trace:

@@ -106,9 +106,7 @@ def head_gradients(
     return torch.cat([found[index] for index in range(len(groups))])
 
 
-def _token_features(
-    hidden: Tensor, targets: Tensor, head: nn.Linear, rule: LogitRule, u: Tensor, v: Tensor
-) -> Tensor:
+def _token_features(hidden: Tensor, targets: Tensor, head: nn.Linear, rule: LogitRule, u: Tensor, v: Tensor) -> Tensor:
     """Feature of each token, [tokens, dim]."""
     parts = []
     tile = max(1, LOGITS_AT_ONCE // head.out_features)

@@ -36,7 +36,11 @@ class Touchy(AbstractExperiment):
         self.allowed = allowed
 
     def jobs(self) -> Sequence[Job]:
-        return [Job("easy/0", {"arm": "Vanilla"}), Job("hard/0", {"arm": "PILAF"}), Job("late/0", {"arm": "Hybrid"}, ("hard/0",))]
+        return [
+            Job("easy/0", {"arm": "Vanilla"}),
+            Job("hard/0", {"arm": "PILAF"}),
+            Job("late/0", {"arm": "Hybrid"}, ("hard/0",)),
+        ]
 
     def run(self, job: Job, root: Path) -> list[Curve]:
         if job.name == "hard/0" and not self.allowed.exists():
@@ -139,7 +143,10 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
         with PreferenceStore(cell.parent / "ledger.sqlite") as store:
             assert store.count_labels() == 32
     # all arms of a seed start from one policy, and an overfitted one has moved away from the reference
-    starts = [read_cell(folder / "cells" / "overfitted" / arm / "0" / "cell.json")[0][0].points[0] for arm in ("vanilla", "pilaf")]
+    starts = [
+        read_cell(folder / "cells" / "overfitted" / arm / "0" / "cell.json")[0][0].points[0]
+        for arm in ("vanilla", "pilaf")
+    ]
     assert starts[0] == starts[1]
     assert starts[0].kl > 0
 

@@ -118,7 +118,9 @@ def test_seeds_that_an_arm_lacks_are_left_out_of_all() -> None:
 
 
 def test_seed_effects_are_what_arms_share_and_add_up_to_zero() -> None:
-    arms = {name: [curve(name, seed, [0.0, 5.0 * seed + shift]) for seed in (0, 1)] for name, shift in (("a", 0), ("b", 3))}
+    arms = {
+        name: [curve(name, seed, [0.0, 5.0 * seed + shift]) for seed in (0, 1)] for name, shift in (("a", 0), ("b", 3))
+    }
     assert seed_effects(arms) == {0: -2.5, 1: 2.5}
 
 

@@ -49,7 +49,9 @@ def test_chosen_pair_lowers_the_expected_loss_most() -> None:
         rewards = torch.randn(8, generator=generator, dtype=torch.float64)
         chosen = tuple(map(int, best_pair(pair_values(features, rewards, policy_weight(information, sigma)))))
 
-        def loss_with(a: int, b: int, f: Any = features, r: Any = rewards, i: Any = information, s: Any = sigma) -> float:
+        def loss_with(
+            a: int, b: int, f: Any = features, r: Any = rewards, i: Any = information, s: Any = sigma
+        ) -> float:
             gap, delta = f[a] - f[b], float(r[a] - r[b])
             added = torch.outer(gap, gap) / (2 * math.cosh(delta / 2)) ** 2
             return float(torch.trace(torch.linalg.solve(i + added, s)))
@@ -103,7 +105,9 @@ def test_information_is_positive_definite_grows_and_is_the_sum_over_pairs(toy_en
         drawn = sampler.sample(prompts(30), toy_engine, Key((1, index)))
         sampler.observe(drawn)
         for comparison in drawn:
-            a, b = (toy_engine.beta * g.double() for g in toy_engine.head_gradients([], [comparison.a, comparison.b], 4))
+            a, b = (
+                toy_engine.beta * g.double() for g in toy_engine.head_gradients([], [comparison.a, comparison.b], 4)
+            )
             expected += torch.outer(a - b, a - b) / (2 * math.cosh(comparison.meta["delta"] / 2)) ** 2
         torch.testing.assert_close(sampler.information, expected, rtol=2e-3, atol=1e-3)
         eigenvalues = torch.linalg.eigvalsh(sampler.regularised_information())

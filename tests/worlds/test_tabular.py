@@ -120,7 +120,9 @@ def test_asymptotic_gap_is_what_maximum_likelihood_loses() -> None:
     world = TabularWorld.draw([3], num_prompts=3, num_responses=6, dim=4, beta=0.5)
     truth = torch.linalg.lstsq(world.features[0].flatten(0, 1), world.reward[0].flatten()[:, None]).solution.T
     predicted = float(world.asymptotic_gap(truth, vanilla(world.log_policy(truth), world.log_reference, world.beta)))
-    copies = TabularWorld(*(t.expand(repeats, *t.shape[1:]) for t in (world.features, world.log_reference, world.reward)), 0.5)
+    copies = TabularWorld(
+        *(t.expand(repeats, *t.shape[1:]) for t in (world.features, world.log_reference, world.reward)), 0.5
+    )
     generators = [torch.Generator().manual_seed(i) for i in range(repeats)]
     prompts = torch.stack([torch.randint(3, (num_labels,), generator=g) for g in generators])
     start = truth.expand(repeats, -1)
