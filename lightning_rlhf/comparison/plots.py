@@ -68,8 +68,8 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
 def plot_labels(grid: Grid, path: Path, title: str) -> None:
     """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
 
-    Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed, mean
-    over arms, is taken out of the intervals.
+    Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed,
+    mean over arms, is taken out of the intervals.
     """
     label_figure(grid, title).savefig(path, dpi=140)
 

@@ -77,8 +77,8 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
 def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str] = ()) -> list[Verdict]:
     """The claims of PILAF (arXiv 2502.04270), held against the runs.
 
-    A difference counts if its 95 % interval leaves out zero. ``reproduced`` needs all figures as claimed, ``partly`` one
-    of them and J not against it, ``contradicted`` J against it; else nothing is shown.
+    A difference counts if its 95 % interval leaves out zero. ``reproduced`` needs all figures as claimed, ``partly``
+    one of them and J not against it, ``contradicted`` J against it; else nothing is shown.
 
     Args:
         grid: runs by setting and arm.

@@ -149,11 +149,7 @@ class CompareRun:
         figures = figures_of(grid, self.baseline)
         claims = verdicts(grid, self.claimant, self.baseline, self.overfitted)
         write_curves(curves, self.run_dir / "curves.csv")
-        plain = {
-            setting: {arm: {name: value for name, value in found.items()} for arm, found in arms.items()}
-            for setting, arms in figures.items()
-        }
-        report = {"title": self.title, "settings": plain, "verdicts": [vars(claim) for claim in claims]}
+        report = {"title": self.title, "settings": figures, "verdicts": [vars(claim) for claim in claims]}
         write_whole(self.run_dir / "report.json", to_json(jsonable(report)))
         pictures = ["frontiers.png", "labels.png"]
         plot_frontiers(grid, self.run_dir / pictures[0], f"{self.title}: reward against KL")

@@ -102,8 +102,8 @@ def label_share(curves: Sequence[Curve], baseline: Sequence[Curve], resamples: i
     """Labels with which an arm's mean J reaches the baseline's final mean J, as a share of the baseline's.
 
     The interval is the bootstrap's, over seeds: both arms are resampled together. A share is infinite where the arm
-    never gets there, and NaN where the baseline ends no higher than it began. The baseline may itself be there before it
-    ends, if its J falls again; it counts in full.
+    never gets there, and NaN where the baseline ends no higher than it began. The baseline may itself be there before
+    it ends, if its J falls again; it counts in full.
 
     Args:
         curves: runs of an arm in one setting.

@@ -38,8 +38,8 @@ class TabularSetting:
     """A regime of the tabular world.
 
     Args:
-        kind: ``online`` takes one gradient step per batch, ``iterative`` fits all labels after each round, ``overfitted``
-            is online from a policy that was fitted far too well to 12 pairs.
+        kind: ``online`` takes one gradient step per batch, ``iterative`` fits all labels after each round,
+            ``overfitted`` is online from a policy that was fitted far too well to 12 pairs.
         beta: price of a nat of KL, > 0.
         spread: standard deviation of r* over the reference's responses, > 0.
         misfit: relative size of the part of r* that the policy class cannot express, >= 0.

@@ -40,7 +40,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         dim: numbers per gradient, >= 1.
         tilt: draw half of the pool from pi+ and half from pi- of PILAF with this strength, > 0; omit it to draw all of
             it from the policy. Sigma is then that of the tilted pool.
-        ridge: prior information, in pairs of the policy, > 0; large where a policy has more to learn than labels can say.
+        ridge: prior information, in pairs of the policy, > 0; large where there is more to learn than labels can say.
         ahead: share of the information of a round that is counted before it is drawn, in [0, 1]: without it all prompts
             of a long round chase the same direction.
         decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I forgets nothing.
@@ -80,7 +80,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
 
     @property
     def sigma(self) -> Tensor:
-        """Covariance of gradients under the policy, shrunk towards a multiple of unity while pools are few."""
+        """Sigma, the covariance of gradients under the policy, shrunk towards a multiple of unity while pools are few."""
         eye = torch.eye(self.dim, dtype=torch.float64)
         if self._freedom == 0:
             return eye
@@ -93,9 +93,9 @@ class PolicyWeightedSampler(AbstractPairSampler):
     def regularised_information(self) -> Tensor:
         """I with the prior and the share of the coming round, positive definite.
 
-        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small. The prior
-        has as much in all directions together as `ridge` such pairs, but evenly spread: a direction that the policy never
-        varies in is then left alone, since nothing of J depends on it.
+        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small. The
+        prior has as much in all directions together as `ridge` such pairs, but evenly spread: a direction that the
+        policy never varies in is then left alone, since nothing of J depends on it.
         """
         sigma = self.sigma
         prior = self.ridge * sigma.diagonal().mean() * torch.eye(self.dim, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """The world "menu": a tiny transformer that orders dishes for a guest, and an oracle whose taste is a formula.
 
 A prompt names a guest, a day and the weather; the response is a short list of dishes. A generated corpus teaches the
-model which dishes follow each other; the oracle likes what the guest likes, and dislikes repetition. Policy, prompts and
-reward are functions of fixed seeds, so that everybody has the same world:
+model which dishes follow each other; the oracle likes what the guest likes, and dislikes repetition. Policy, prompts
+and reward are functions of fixed seeds, so that everybody has the same world:
 
     lightning-rlhf fit --config worlds/menu
 """
@@ -51,12 +51,12 @@ class MenuReward(AbstractReward):
     """What the guest thinks of a menu: liking of each dish, added up, minus a price for repetition.
 
     ``r*(x, y) = scale * (sum over dishes of taste(guest, dish) + weather(weather, dish) - repeats)``, where tastes are
-    fixed numbers of mean 0 and standard deviation 1/2, those of the weather 1/4, and ``repeats`` counts dishes that were
-    on the menu before. Words that are no dishes count as a repeat.
+    fixed numbers of mean 0 and standard deviation 1/2, those of the weather 1/4, and ``repeats`` counts dishes that
+    were on the menu before. Words that are no dishes count as a repeat.
 
     Args:
-        scale: what a unit of liking is worth, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1 the
-            menus of the reference have rewards of standard deviation 1.5 or so.
+        scale: what a unit of liking is worth, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1
+            the menus of the reference have rewards of standard deviation 1.3 or so.
     """
 
     def __init__(self, scale: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""``lightning-rlhf compare`` in real processes: what is done stays done, what failed is named, what was killed goes on."""
+"""``lightning-rlhf compare`` in real processes: done cells stay, failed ones are named, killed ones go on."""
 
 from __future__ import annotations
 

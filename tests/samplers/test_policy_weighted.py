@@ -74,7 +74,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_sampler_chooses_the_v_optimal_pair_of_its_pool(toy_engine: Any) -> None:
-    """With the engine's exact features: no other pair of the pool has a greater value under the sampler's I and Sigma."""
+    """With exact features no other pair of the pool has a greater value under the sampler's I and Sigma."""
     sampler = PolicyWeightedSampler(n=5, dim=4)
     for index in range(4):
         weight = policy_weight(sampler.regularised_information(), sampler.sigma)
