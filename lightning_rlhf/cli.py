@@ -60,7 +60,7 @@ def config_names() -> list[str]:
     """Names of the configs that come with the package."""
     root = resources.files("lightning_rlhf.configs")
     names = [entry.name[:-5] for entry in root.iterdir() if entry.name.endswith(".yaml")]
-    for folder in ("sampler", "trainer"):
+    for folder in ("sampler", "trainer", "worlds"):
         names += [f"{folder}/{e.name[:-5]}" for e in root.joinpath(folder).iterdir() if e.name.endswith(".yaml")]
     return sorted(names)
 

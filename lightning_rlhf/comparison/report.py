@@ -13,6 +13,7 @@ from lightning_rlhf.comparison.statistics import Interval, label_share, mean_cos
 
 FIGURES = (("reward", "reward ↑"), ("kl", "KL ↓"), ("j", "J ↑"))
 BETTER = {"reward": 1.0, "kl": -1.0, "j": 1.0}
+VERDICTS = ("reproduced", "partly", "not shown", "contradicted")
 SAVING = 0.6
 """Share of Vanilla's labels that PILAF claims to need at most: it saves over 40 %."""
 
@@ -120,6 +121,17 @@ def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str]
     return found
 
 
+def claims_table(found: Sequence[Verdict]) -> str:
+    """Each claim once, with the settings by verdict."""
+    claims = dict.fromkeys(verdict.claim for verdict in found)
+    rows = []
+    for claim in claims:
+        own = [verdict for verdict in found if verdict.claim == claim]
+        cells = [", ".join(v.setting for v in own if v.verdict == kind) or "–" for kind in VERDICTS]
+        rows.append([claim, *cells])
+    return rows_table(["claim", *VERDICTS], rows)
+
+
 def judged(differences: Mapping[str, Interval]) -> str:
     """The verdict on paired differences of reward, KL and J."""
     if any(math.isnan(difference.low) for difference in differences.values()):
@@ -170,6 +182,7 @@ def markdown(
         )
     judged_claims = verdicts(grid, claimant, baseline, overfitted)
     if judged_claims:
+        parts.append("#### Claims\n\n" + claims_table(judged_claims))
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in judged_claims]
         parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "figures"], rows))
     parts.append("#### Costs\n\n" + cost_table(figures))
