@@ -80,7 +80,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
 
     @property
     def sigma(self) -> Tensor:
-        """Sigma, the covariance of gradients of policy draws, shrunk towards a multiple of unity while pools are few."""
+        """Sigma, the covariance of gradients of policy draws, shrunk to a multiple of unity while pools are few."""
         eye = torch.eye(self.dim, dtype=torch.float64)
         if self._freedom == 0:
             return eye
