@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,11 +133,10 @@ def build_policy(folder: Path, steps: int = 600) -> None:
     """
     words = (*SPECIALS, *GUESTS, *DAYS, *WEATHERS, *DISHES)
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    backend.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    backend.post_processor = TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", bos_token="<start>"
-    )
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=backend, eos_token="<end>", pad_token="<end>", bos_token="<start>")
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(words),
@@ -171,7 +170,7 @@ def build_policy(folder: Path, steps: int = 600) -> None:
         counts = torch.arange(logits.shape[1])[None] <= length[:, None]
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, prompts.shape[1] :], reduction="none")[counts].mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     model.eval().save_pretrained(folder)

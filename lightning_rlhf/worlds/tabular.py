@@ -165,7 +165,8 @@ class TabularWorld:
             pairs: the law that pairs are drawn from.
         """
         solved = torch.linalg.solve(self.information(parameters, pairs), self.covariance(parameters))
-        return solved.diagonal(dim1=-2, dim2=-1).sum(-1) / (2 * self.beta)
+        trace: Tensor = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace / (2 * self.beta)
 
     @staticmethod
     def gaps(values: Tensor) -> Tensor:
