@@ -160,30 +160,29 @@ def saving_verdict(share: Interval) -> str:
 
 
 def markdown(
-    grid: Grid, baseline: str, claimant: str, regime: Callable[[str], str], overfitted: Sequence[str] = ()
+    figures: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    claims: Sequence[Verdict],
+    baseline: str,
+    regime: Callable[[str], str],
 ) -> str:
     """Tables of every setting, the verdicts and the costs.
 
     Args:
-        grid: runs by setting and arm.
+        figures: what `figures_of` found.
+        claims: what `verdicts` found.
         baseline: the arm that others are compared with.
-        claimant: the arm whose claims are judged.
         regime: what a setting is, in words.
-        overfitted: settings that start from an overfitted policy.
     """
-    figures = figures_of(grid, baseline)
     parts = []
     for setting, arms in figures.items():
         seeds = sorted({found["seeds"] for found in arms.values()})
         counted = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         labels = max(found["labels"] for found in arms.values())
-        parts.append(
-            f"#### {setting}\n\n{regime(setting)}; {labels} labels per run, {counted}.\n\n{table(arms, baseline)}"
-        )
-    judged_claims = verdicts(grid, claimant, baseline, overfitted)
-    if judged_claims:
-        parts.append("#### Claims\n\n" + claims_table(judged_claims))
-        rows = [[v.claim, v.setting, v.verdict, v.figures] for v in judged_claims]
+        head = f"#### {setting}\n\n{regime(setting)}; {labels} labels per run, {counted}."
+        parts.append(f"{head}\n\n{table(arms, baseline)}")
+    if claims:
+        parts.append("#### Claims\n\n" + claims_table(claims))
+        rows = [[v.claim, v.setting, v.verdict, v.figures] for v in claims]
         parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "figures"], rows))
     parts.append("#### Costs\n\n" + cost_table(figures))
     return "\n\n".join(parts) + "\n"

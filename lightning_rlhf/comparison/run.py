@@ -157,7 +157,7 @@ class CompareRun:
         if any(curve.last.population_cosine is not None for curve in curves):
             pictures.append("alignment.png")
             plot_alignment(grid, self.run_dir / pictures[-1], f"{self.title}: distance of the expected gradient to ∇J")
-        text = markdown(grid, self.baseline, self.claimant, self.experiment.regime, self.overfitted)
+        text = markdown(figures, claims, self.baseline, self.experiment.regime)
         shown = "\n".join(f"![{name.partition('.')[0]}]({name})" for name in pictures)
         write_whole(self.run_dir / "report.md", f"### {self.title}\n\n{text}\n{shown}\n")
         print(f"the report is in {self.run_dir / 'report.md'}", flush=True)

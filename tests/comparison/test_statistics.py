@@ -10,7 +10,16 @@ import scipy.stats
 
 from lightning_rlhf.comparison.curves import Curve, CurvePoint, read_cell, write_cell
 from lightning_rlhf.comparison.plots import alignment_figure, frontier_figure, label_figure, seed_effects
-from lightning_rlhf.comparison.report import Interval, grid_of, judged, markdown, saving_verdict, shares, verdicts
+from lightning_rlhf.comparison.report import (
+    Interval,
+    figures_of,
+    grid_of,
+    judged,
+    markdown,
+    saving_verdict,
+    shares,
+    verdicts,
+)
 from lightning_rlhf.comparison.run import complete
 from lightning_rlhf.comparison.statistics import (
     label_share,
@@ -93,14 +102,15 @@ def example() -> list[Curve]:
 
 def test_report_has_a_table_the_verdicts_and_the_costs() -> None:
     grid = grid_of(example())
-    found = {claim.claim: claim.verdict for claim in verdicts(grid, "PILAF", "Vanilla")}
+    claims = verdicts(grid, "PILAF", "Vanilla")
+    found = {claim.claim: claim.verdict for claim in claims}
     assert found == {
         "PILAF over Vanilla in reward, KL and J": "reproduced",
         "PILAF reaches Vanilla's final J with 40 % fewer labels": "reproduced",
         "PILAF's expected gradient is nearer to ∇J than Vanilla's": "reproduced",
         "PILAF's batch gradient is nearer to ∇J than Vanilla's": "reproduced",
     }
-    text = markdown(grid, "Vanilla", "PILAF", lambda setting: f"regime of {setting}")
+    text = markdown(figures_of(grid, "Vanilla"), claims, "Vanilla", lambda setting: f"regime of {setting}")
     assert "regime of online; 20 labels per run, 4 seeds." in text
     assert "| PILAF | **3.100" in text
     assert "| PILAF | 2 | 2.50 | 2 | – |" in text
