@@ -24,11 +24,12 @@ class FrontierPlot(HeldOutCallback):
 
     Args:
         title: text above the figure.
+        figure: False writes the table alone: drawing takes longer than small runs take to train.
     """
 
-    def __init__(self, title: str = "Reward-KL frontier") -> None:
+    def __init__(self, title: str = "Reward-KL frontier", figure: bool = True) -> None:
         super().__init__()
-        self.title = title
+        self.title, self.figure = title, figure
         self._points: dict[int, FrontierPoint] = {}
 
     @property
@@ -55,6 +56,8 @@ class FrontierPlot(HeldOutCallback):
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             folder = root(trainer)
             write_frontier(self.points, folder / "frontier.csv")
+            if not self.figure:
+                return
             plot_frontier(self.points, folder / "frontier.png", self.title)
             show_image(trainer, "val/frontier", folder / "frontier.png")
 

@@ -41,10 +41,12 @@ import lightning_rlhf.losses
 import lightning_rlhf.modules
 import lightning_rlhf.prompts
 import lightning_rlhf.rewards
-import lightning_rlhf.samplers  # noqa: F401  imported so that short class names are found
+import lightning_rlhf.samplers
+import lightning_rlhf.worlds  # noqa: F401  imported so that short class names are found
 from lightning_rlhf import ranks
 from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.checkpoints import NotedSignals, RunCheckpoint, StopOnSignal, check_writable, checked, meta
+from lightning_rlhf.comparison import CompareRun
 from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStepDataModule
 from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
@@ -64,7 +66,7 @@ def config_names() -> list[str]:
     """Names of the configs that come with the package."""
     root = resources.files("lightning_rlhf.configs")
     names = [entry.name[:-5] for entry in root.iterdir() if entry.name.endswith(".yaml")]
-    for folder in ("labeler", "sampler", "trainer"):
+    for folder in ("labeler", "sampler", "trainer", "worlds"):
         names += [f"{folder}/{e.name[:-5]}" for e in root.joinpath(folder).iterdir() if e.name.endswith(".yaml")]
     return sorted(names)
 
@@ -191,7 +193,7 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: evaluate, export, label, plan, run; each explains itself with --help."
+        parser.epilog = "Other verbs: compare, evaluate, export, label, plan, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -280,7 +282,11 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
     return {**settings, "seed_everything": config.get("seed_everything")}
 
 
-VERBS: dict[str, type[LabelRun] | type[EvaluationRun]] = {"evaluate": EvaluationRun, "label": LabelRun}
+VERBS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
+    "compare": CompareRun,
+    "evaluate": EvaluationRun,
+    "label": LabelRun,
+}
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
 FREE_OF_SERVERS = {
@@ -301,7 +307,9 @@ def run_verb(verb: str, args: list[str]) -> None:
     kind = VERBS[verb]
     description = (kind.__doc__ or "").strip().partition("\n\n    Args:")[0]
     parser = ArgumentParser(prog=f"lightning-rlhf {verb}", description=description, parser_mode="omegaconf+")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A file with these settings.")
+    parser.add_argument("-c", "--config", action=NamedConfig, help="A file with these settings.")
+    if verb == "compare" and args and not args[0].startswith("-"):
+        args = ["--config", *args]
     parser.add_class_arguments(kind, as_group=False)
     config = parser.parse_args(args)
     settings = _without(_plain(config), FREE_OF_VERBS)

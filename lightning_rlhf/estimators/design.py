@@ -48,8 +48,8 @@ def pair_values(features: Tensor, rewards: Tensor, weight: Tensor) -> Tensor:
 def best_pair(values: Tensor) -> tuple[Tensor, Tensor]:
     """The pair of greatest value, always two different candidates, the earlier one first; two tensors [...].
 
-    Values within a share `TIE` of the greatest are equal, and the first of them is taken: two equal candidates differ by
-    rounding, which depends on the batch they were computed in.
+    Values within a share `TIE` of the greatest are equal, and the first of them is taken: two equal candidates differ
+    by rounding, which depends on the batch they were computed in.
 
     Args:
         values: symmetric values of pairs; shape [..., pool, pool].

@@ -170,8 +170,8 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         raise FileNotFoundError(f"{str(folder)!r} holds no {kind}; name the model folder of a run with the same lora")
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if isinstance(model, PeftModel):
-        report = set_peft_model_state_dict(model, state)
-        missing, unexpected = [], list(report.unexpected_keys)
+        loaded: Any = set_peft_model_state_dict(model, state)
+        missing, unexpected = [], list(loaded.unexpected_keys)
         if len(state) != sum(".lora_" in name for name, _ in model.named_parameters()):
             missing = ["as many adapter weights"]
     else:

@@ -95,7 +95,8 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         if self.start is not None:
             if self.device_mesh is not None:
                 raise ValueError("model.start does not run on a sharded policy; use trainer/ddp, or no start")
-            load_weights(self.policy, Path(self.start))
+            policy: Any = self.policy
+            load_weights(policy, Path(self.start))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them."""

@@ -76,7 +76,8 @@ class RewardModelReward(AbstractReward):
                 if len(answer) >= window:
                     raise ValueError(
                         f"prompt {prompts[index].index}: the response has {len(answer)} tokens, and the window of the "
-                        f"reward model {self.path!r} is {window}: lower max_new_tokens, or use a model with a longer window"
+                        f"reward model {self.path!r} is {window}: lower max_new_tokens, or use a model with a longer "
+                        f"window"
                     )
                 if len(prompt) + len(answer) > window:
                     pairs[index] = truncate_left(prompt, window - len(answer), tokenizer.bos_token_id), answer

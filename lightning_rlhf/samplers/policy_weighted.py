@@ -40,7 +40,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         dim: numbers per gradient, >= 1.
         tilt: draw half of the pool from pi+ and half from pi- of PILAF with this strength, > 0; omit it to draw all of
             it from the policy. Sigma is then that of the tilted pool.
-        ridge: prior information, in pairs of the policy, > 0.
+        ridge: prior information, in pairs of the policy, > 0; large where there is more to learn than labels can say.
         ahead: share of the information of a round that is counted before it is drawn, in [0, 1]: without it all prompts
             of a long round chase the same direction.
         decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I forgets nothing.
@@ -56,7 +56,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         n: int = 8,
         dim: int = 64,
         tilt: float | None = None,
-        ridge: float = 1.0,
+        ridge: float = 100.0,
         ahead: float = 0.5,
         decay: float = 0.9,
     ) -> None:
@@ -80,7 +80,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
 
     @property
     def sigma(self) -> Tensor:
-        """Covariance of gradients under the policy, shrunk towards a multiple of unity while pools are few."""
+        """Sigma, the covariance of gradients of policy draws, shrunk to a multiple of unity while pools are few."""
         eye = torch.eye(self.dim, dtype=torch.float64)
         if self._freedom == 0:
             return eye
@@ -93,9 +93,13 @@ class PolicyWeightedSampler(AbstractPairSampler):
     def regularised_information(self) -> Tensor:
         """I with the prior and the share of the coming round, positive definite.
 
-        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small.
+        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small. The
+        prior has as much in all directions together as `ridge` such pairs, but evenly spread: a direction that the
+        policy never varies in is then left alone, since nothing of J depends on it.
         """
-        return self.information + (self.ridge + self.ahead * self._round_size) * self.sigma / 2
+        sigma = self.sigma
+        prior = self.ridge * sigma.diagonal().mean() * torch.eye(self.dim, dtype=torch.float64)
+        return self.information + (prior + self.ahead * self._round_size * sigma) / 2
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
         """Draw a pool per prompt and keep one pair; branch ``"policy_weighted"``.
@@ -103,6 +107,8 @@ class PolicyWeightedSampler(AbstractPairSampler):
         ``meta`` holds ``"delta"``, the value of the pair over the mean of its pool as ``"gain"``, and the gradients of
         the pool, from which `observe` learns: base64 of float16, times ``"pool_scale"``.
         """
+        if not prompts:
+            return []
         requests = [self._request(prompt, key, i) for prompt in prompts for i in range(self.n)]
         drawn = engine.generate(requests, reference_logps=True)
         everyone = [prompt for prompt in prompts for _ in range(self.n)]

@@ -122,7 +122,8 @@ class PoolArm(AbstractArm):
         rewards = (features * parameters[:, None, None]).sum(-1)
         sigma = world.covariance(parameters)
         # a policy pair is worth 2 Sigma / 4 at most, where delta is 0
-        prior = (self.ridge + self.ahead * prompts.shape[1]) * sigma / 2
+        even = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(world.dim, dtype=sigma.dtype)
+        prior = (self.ridge * even + self.ahead * prompts.shape[1] * sigma) / 2
         weight = policy_weight(self.information + prior, sigma)
         if self.chooses:
             first, second = best_pair(pair_values(features, rewards, weight[:, None]))

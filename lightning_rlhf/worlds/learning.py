@@ -67,7 +67,7 @@ def online(
     *,
     steps: int = 300,
     pairs: int = 16,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.025,
     evaluate_every: int = 15,
     start: Tensor | None = None,
 ) -> Trace:

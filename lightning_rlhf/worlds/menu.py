@@ -1,8 +1,8 @@
 """The world "menu": a tiny transformer that orders dishes for a guest, and an oracle whose taste is a formula.
 
 A prompt names a guest, a day and the weather; the response is a short list of dishes. A generated corpus teaches the
-model which dishes follow each other; the oracle likes what the guest likes, and dislikes repetition. Policy, prompts and
-reward are functions of fixed seeds, so that everybody has the same world:
+model which dishes follow each other; the oracle likes what the guest likes, and dislikes repetition. Policy, prompts
+and reward are functions of fixed seeds, so that everybody has the same world:
 
     lightning-rlhf fit --config worlds/menu
 """
@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +51,12 @@ class MenuReward(AbstractReward):
     """What the guest thinks of a menu: liking of each dish, added up, minus a price for repetition.
 
     ``r*(x, y) = scale * (sum over dishes of taste(guest, dish) + weather(weather, dish) - repeats)``, where tastes are
-    fixed numbers of mean 0 and standard deviation 1/2, those of the weather 1/4, and ``repeats`` counts dishes that were
-    on the menu before. Words that are no dishes count as a repeat.
+    fixed numbers of mean 0 and standard deviation 1/2, those of the weather 1/4, and ``repeats`` counts dishes that
+    were on the menu before. Words that are no dishes count as a repeat.
 
     Args:
-        scale: what a unit of liking is worth, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1 the
-            menus of the reference have rewards of standard deviation 1.5 or so.
+        scale: what a unit of liking is worth, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1
+            the menus of the reference have rewards of standard deviation 1.3 or so.
     """
 
     def __init__(self, scale: float = 1.0) -> None:
@@ -133,11 +133,10 @@ def build_policy(folder: Path, steps: int = 600) -> None:
     """
     words = (*SPECIALS, *GUESTS, *DAYS, *WEATHERS, *DISHES)
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    backend.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    backend.post_processor = TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", bos_token="<start>"
-    )
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=backend, eos_token="<end>", pad_token="<end>", bos_token="<start>")
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(words),
@@ -171,7 +170,7 @@ def build_policy(folder: Path, steps: int = 600) -> None:
         counts = torch.arange(logits.shape[1])[None] <= length[:, None]
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, prompts.shape[1] :], reduction="none")[counts].mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     model.eval().save_pretrained(folder)

@@ -84,7 +84,8 @@ class TabularWorld:
             # the scale of the drawn truth is exact: spreads are then comparable between worlds
             truth = truth * spread / deviation(features @ truth, log_reference)
             parts.append((features, log_reference, features @ truth + misfit * spread * noise))
-        return cls(*(torch.stack(part) for part in zip(*parts, strict=True)), beta)
+        features, log_reference, reward = (torch.stack(part) for part in zip(*parts, strict=True))
+        return cls(features, log_reference, reward, beta)
 
     @property
     def num_worlds(self) -> int:
@@ -164,7 +165,8 @@ class TabularWorld:
             pairs: the law that pairs are drawn from.
         """
         solved = torch.linalg.solve(self.information(parameters, pairs), self.covariance(parameters))
-        return solved.diagonal(dim1=-2, dim2=-1).sum(-1) / (2 * self.beta)
+        trace: Tensor = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace / (2 * self.beta)
 
     @staticmethod
     def gaps(values: Tensor) -> Tensor:
@@ -180,7 +182,8 @@ def deviation(reward: Tensor, log_reference: Tensor) -> Tensor:
     """Standard deviation of a reward over the responses of the reference, root mean square over prompts."""
     reference = log_reference.exp()
     mean = (reference * reward).sum(-1, keepdim=True)
-    return (reference * (reward - mean) ** 2).sum(-1).mean().sqrt()
+    variance: Tensor = (reference * (reward - mean) ** 2).sum(-1).mean()
+    return variance.sqrt()
 
 
 # first part of key paths below the seed of a world

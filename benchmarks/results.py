@@ -1,0 +1,84 @@
+"""Measure the papers' claims again, and write them into the manual: ``python -m benchmarks.results``.
+
+Runs the comparisons ``compare/tabular`` and ``compare/menu`` (cells that are done are kept), and puts tables, machine
+and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke`` does the same with two
+seeds and few labels, into a folder of its own, in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks.harness import machine
+from lightning_rlhf.cli import main
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+FIGURES = ("frontiers.png", "labels.png", "alignment.png")
+SMOKE = {
+    "tabular": ["--experiment.seeds=2", "--experiment.arms=[Vanilla,PILAF,Policy-weighted]"],
+    "menu": None,
+}
+"""What makes a comparison short; None takes ``compare/smoke`` in its place."""
+
+
+def run(argv: list[str] | None = None) -> Path:
+    """Run the comparisons and write the page; returns its path."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the cells")
+    parser.add_argument("--out", type=Path, help="folder of the page; docs/ when not given, runs/ with --smoke")
+    parser.add_argument("--only", choices=["tabular", "menu"], help="one comparison alone")
+    parser.add_argument("--smoke", action="store_true", help="two seeds, to see that it works")
+    parser.add_argument("rest", nargs="*", help="further arguments of `lightning-rlhf compare`, after --")
+    options = parser.parse_args(argv)
+    out = options.out or (options.runs if options.smoke else PAGE.parent)
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    page = out / "results.md"
+    text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
+    for name in ("tabular", "menu"):
+        if options.only not in (None, name):
+            continue
+        folder = options.runs / name
+        short = SMOKE[name] if options.smoke else []
+        config = "compare/smoke" if short is None else f"compare/{name}"
+        main(["compare", config, f"--run_dir={folder}", *(short or []), *options.rest])
+        text = spliced(text, name, section(folder, name, out))
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def section(folder: Path, name: str, out: Path) -> str:
+    """A comparison's tables and figures for the page; copies the figures."""
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    body = report.partition("\n\n")[2].partition("\n![")[0].strip()
+    pictures = []
+    for figure in FIGURES:
+        if (folder / figure).exists():
+            shutil.copy(folder / figure, out / "results" / f"{name}_{figure}")
+            pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
+    shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
+    shutil.copy(folder / "curves.csv", out / "results" / f"{name}.csv")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return f"Measured on {machine()}, one thread per run, {today}.\n\n" + "\n\n".join(pictures) + f"\n\n{body}"
+
+
+def spliced(text: str, name: str, content: str) -> str:
+    """Put content between the markers of a name.
+
+    Raises:
+        ValueError: if the page lacks the markers.
+    """
+    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{PAGE} has no markers <!-- begin {name} --> and <!-- end {name} -->; put them back")
+    return pattern.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
+
+
+if __name__ == "__main__":
+    print(f"wrote {run(sys.argv[1:])}")

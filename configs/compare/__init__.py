@@ -1,0 +1,1 @@
+"""Comparisons by name: ``lightning-rlhf compare compare/tabular``."""

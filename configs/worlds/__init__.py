@@ -1,0 +1,1 @@
+"""Runs in worlds where the truth is known: ``--config worlds/menu``."""

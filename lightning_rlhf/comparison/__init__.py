@@ -1,0 +1,20 @@
+"""Comparisons over many seeds: ``lightning-rlhf compare``."""
+
+from lightning_rlhf.comparison.curves import Curve, CurvePoint
+from lightning_rlhf.comparison.experiments import AbstractExperiment, Job
+from lightning_rlhf.comparison.fits import FitExperiment, FitSetting
+from lightning_rlhf.comparison.run import CompareRun
+from lightning_rlhf.comparison.tabular import TabularExperiment, TabularSetting
+
+
+__all__ = [
+    "AbstractExperiment",
+    "CompareRun",
+    "Curve",
+    "CurvePoint",
+    "FitExperiment",
+    "FitSetting",
+    "Job",
+    "TabularExperiment",
+    "TabularSetting",
+]

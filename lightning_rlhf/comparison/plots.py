@@ -1,0 +1,204 @@
+"""Figures of a comparison, drawn without a display: reward against KL, J against labels, alignment of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_rlhf.comparison.curves import Curve
+from lightning_rlhf.comparison.report import Grid
+from lightning_rlhf.comparison.statistics import j_grid, student_quantile
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+COLOURS = (
+    *("#4d4d4d", "#e07b00", "#2a7fb8", "#c2185b", "#7b3fa0", "#8c6d31", "#1a9850", "#006d5b", "#00a5b5", "#999933"),
+)
+PANELS_PER_ROW = 3
+
+
+def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
+    """Draw the mean path of each arm through the reward-KL plane (Figures 2 to 5 of PILAF); darker is later.
+
+    Args:
+        grid: runs by setting and arm.
+        path: the file to write, ``.png``.
+        title: text above the figure.
+    """
+    frontier_figure(grid, title).savefig(path, dpi=140)
+
+
+def frontier_figure(grid: Grid, title: str) -> Figure:
+    """Draw the figure of `plot_frontiers` without saving it."""
+
+    def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
+        labels, kl = mean_path(curves, "kl")
+        _, reward = mean_path(curves, "reward")
+        axes.plot(kl, reward, color=colour, linewidth=1.0, alpha=0.45, zorder=1)
+        # at most a dozen dots, the last among them: lines of dots hide each other
+        shown = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), 12)).astype(int))
+        shade = np.clip(0.2 + 0.8 * labels[shown] / max(labels[-1], 1.0), 0.2, 1.0)
+        axes.scatter(kl[shown], reward[shown], s=20, color=colour, alpha=shade, linewidth=0, zorder=2)
+        axes.scatter(kl[-1:], reward[-1:], s=60, color=colour, edgecolor="black", linewidth=0.8, zorder=3)
+
+    def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
+        if all(curve.points[0].kl > 1e-3 for curves in arms.values() for curve in curves):
+            return
+        # the way from the reference is long and about the same for all: the panel shows the last nine tenths
+        late = [(labels > labels[-1] / 10) for labels, _ in (mean_path(curves, "kl") for curves in arms.values())]
+        for figure, limit in (("kl", axes.set_xlim), ("reward", axes.set_ylim)):
+            paths = [mean_path(curves, figure)[1] for curves in arms.values()]
+            values = np.concatenate([path[kept] for path, kept in zip(paths, late, strict=True)])
+            room = max(float(np.ptp(values)), 1e-9)
+            limit(values.min() - 0.08 * room, values.max() + 0.08 * room)
+
+    figure = panels(grid, title, draw, "KL to the reference [nats per response]", "reward [oracle's unit]", crop)
+    figure.text(
+        0.99, 0.005, "dots darken with labels; ringed: end of the run", ha="right", fontsize="x-small", color="0.35"
+    )
+    return figure
+
+
+def plot_labels(grid: Grid, path: Path, title: str) -> None:
+    """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
+
+    Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed,
+    mean over arms, is taken out of the intervals.
+    """
+    label_figure(grid, title).savefig(path, dpi=140)
+
+
+def label_figure(grid: Grid, title: str) -> Figure:
+    """Draw the figure of `plot_labels` without saving it."""
+
+    ease = {setting: seed_effects(arms) for setting, arms in grid.items()}
+
+    def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
+        labels, j = j_grid(curves)
+        effects = ease[curves[0].setting]
+        j = j - np.array([[effects[curve.seed]] for curve in curves])
+        mean = j.mean(0)
+        axes.plot(labels, mean, color=colour, linewidth=1.6, zorder=3)
+        if len(j) > 1:
+            half = student_quantile(len(j) - 1) * j.std(0, ddof=1) / len(j) ** 0.5
+            axes.fill_between(labels, mean - half, mean + half, color=colour, alpha=0.1, linewidth=0, zorder=1)
+
+    def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
+        # the climb from the start is steep and the same for all: what matters is above its first third
+        grids = [j_grid(curves)[1].mean(0) for curves in arms.values()]
+        top = max(float(j.max()) for j in grids)
+        floor = min(float(j[len(j) // 3 :].min()) for j in grids)
+        room = max(top - floor, 1e-9)
+        axes.set_ylim(floor - 0.35 * room, top + 0.1 * room)
+
+    figure = panels(grid, title, draw, "labels", "J = reward − β KL", crop)
+    figure.text(
+        0.99,
+        0.005,
+        "bands: 95 % intervals over seeds, without what arms of a seed share",
+        ha="right",
+        fontsize="x-small",
+        color="0.35",
+    )
+    return figure
+
+
+def plot_alignment(grid: Grid, path: Path, title: str) -> None:
+    """Draw one minus the cosine of expected gradients with that of J along training, on a logarithmic axis.
+
+    Arguments as for `plot_frontiers`; arms without a closed pair law are left out.
+    """
+    alignment_figure(grid, title).savefig(path, dpi=140)
+
+
+def alignment_figure(grid: Grid, title: str) -> Figure:
+    """Draw the figure of `plot_alignment` without saving it."""
+    known = {
+        setting: {arm: c for arm, c in arms.items() if c[0].last.population_cosine is not None}
+        for setting, arms in grid.items()
+    }
+
+    def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
+        labels = np.array([point.labels for point in curves[0].points], dtype=float)
+        cosines = np.array([[point.population_cosine for point in curve.points] for curve in curves], dtype=float)
+        axes.plot(labels, 1 - np.median(cosines, 0), color=colour, linewidth=1.6)
+        axes.set_yscale("log")
+
+    kept = {setting: arms for setting, arms in known.items() if arms}
+    return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds")
+
+
+def panels(
+    grid: Grid,
+    title: str,
+    draw: Callable[[Any, Sequence[Curve], str], None],
+    x_label: str,
+    y_label: str,
+    finish: Callable[[Any, Mapping[str, Sequence[Curve]]], None] | None = None,
+) -> Figure:
+    """A panel per setting, a colour per arm, one legend below all."""
+    # Imported here: matplotlib takes a second, which only runs that draw should pay.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(len(grid), PANELS_PER_ROW)
+    rows = -(-len(grid) // columns)
+    arms = list(dict.fromkeys(arm for found in grid.values() for arm in found))
+    legend_rows = -(-len(arms) // (2 * columns))
+    height = 3.3 * rows + 0.9 + 0.22 * legend_rows
+    figure = Figure(figsize=(max(4.3 * columns, 6.0), height), layout="constrained")
+    # room for the note and the legend at the bottom, for the title at the top
+    engine: Any = figure.get_layout_engine()
+    low = (0.3 + 0.22 * legend_rows) / height
+    engine.set(rect=(0.0, low, 1.0, 1.0 - low - 0.35 / height), hspace=0.06, wspace=0.04)
+    FigureCanvasAgg(figure)
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (setting, found) in zip(every, grid.items(), strict=False):
+        for arm, curves in found.items():
+            draw(axes, curves, COLOURS[arms.index(arm) % len(COLOURS)])
+        if finish is not None:
+            finish(axes, found)
+        axes.set_title(setting, fontsize="medium", loc="left")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color="0.93", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in every[len(grid) :]:
+        axes.set_visible(False)
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5, label=arm) for i, arm in enumerate(arms)]
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.18 / height),
+        ncols=min(len(arms), 2 * columns),
+        frameon=False,
+        fontsize="small",
+    )
+    figure.text(0.01, 1 - 0.08 / height, title, ha="left", va="top", fontsize="large")
+    return figure
+
+
+def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
+    """How much higher than others the runs of a seed end, mean over arms; zero on average over the seeds."""
+    ends: dict[int, list[float]] = {}
+    for curves in arms.values():
+        for curve in curves:
+            ends.setdefault(curve.seed, []).append(curve.last.j)
+    means = {seed: sum(values) / len(values) for seed, values in ends.items()}
+    overall = sum(means.values()) / len(means)
+    return {seed: mean - overall for seed, mean in means.items()}
+
+
+def mean_path(curves: Sequence[Curve], figure: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Labels of the evaluations that all runs have, and the mean of a figure at them."""
+    labels, _ = j_grid(curves)
+    values = [{point.labels: getattr(point, figure) for point in curve.points} for curve in curves]
+    return labels, np.array([[found[int(n)] for n in labels] for found in values]).mean(0)
