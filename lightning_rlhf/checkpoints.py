@@ -54,7 +54,14 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
-        super().__init__(folder, save_last="link", every_n_epochs=every_n_epochs, save_on_train_epoch_end=True)
+        super().__init__(
+            folder,
+            save_last="link",
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            # a run that goes on from its first checkpoint would write last-v1.ckpt beside a last.ckpt that stays
+            enable_version_counter=False,
+        )
 
     def save_now(self, trainer: L.Trainer) -> Path:
         """Write a checkpoint between the regular ones, and return it; every rank calls."""
@@ -66,7 +73,13 @@ class RunCheckpoint(ModelCheckpoint):
         return Path(self.best_model_path)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        with explained(Path(filepath)):
+        path = Path(filepath)
+        if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                shutil.rmtree(path)
+            trainer.strategy.barrier()
+        with explained(path):
             super()._save_checkpoint(trainer, filepath)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
