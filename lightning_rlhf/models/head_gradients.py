@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +76,7 @@ def head_gradients(
         ValueError: if the output head is no linear layer.
     """
     base = base_model(model)
-    head: Any = base.get_output_embeddings()
+    head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise ValueError(f"head gradients need a linear output head; {type(base).__name__} has {type(head).__name__}")
     if not groups:
@@ -101,7 +100,7 @@ def head_gradients(
             model(**model_inputs(base, packed), use_cache=False)
             features = _token_features(kept[0], packed.targets, head, logit_rule(base, 1.0), u, v)
         total = features.new_zeros(len(packed.response_lengths), sketch.dim).index_add_(0, packed.owners, features)
-        rows = iter(total.cpu().split([len(groups[index][1]) for index in batch]))
+        rows = iter(torch.split(total.cpu(), [len(groups[index][1]) for index in batch]))
         found |= {index: next(rows) for index in batch}
     return torch.cat([found[index] for index in range(len(groups))])
 
@@ -110,7 +109,7 @@ def _token_features(hidden: Tensor, targets: Tensor, head: nn.Linear, rule: Logi
     """Feature of each token, [tokens, dim]."""
     parts = []
     tile = max(1, LOGITS_AT_ONCE // head.out_features)
-    for states, tokens in zip(hidden.split(tile), targets.split(tile), strict=True):
+    for states, tokens in zip(torch.split(hidden, tile), torch.split(targets, tile), strict=True):
         logits = rule.apply(F.linear(states, head.weight, head.bias).float())
         residual = -logits.softmax(-1)
         residual.scatter_add_(1, tokens[:, None], torch.ones_like(residual[:, :1]))
