@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from lightning_rlhf import ranks, stopping
 
@@ -82,10 +83,13 @@ class RunCheckpoint(ModelCheckpoint):
         with explained(path):
             super()._save_checkpoint(trainer, filepath)
 
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        del filepath  # Lightning's choice: the one before
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
         for path in history(Path(str(self.dirpath)))[KEPT:]:
-            super()._remove_checkpoint(trainer, str(path))
+            trainer.strategy.remove_checkpoint(path)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Leave Lightning's choice, the checkpoint before, where it is."""
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
