@@ -85,9 +85,17 @@ class Scene:
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=output, stderr=output)
 
-    def disturb(self, run: subprocess.Popen[bytes], spread: float) -> str | None:
-        """Kill something at a random moment; says what, or None if the run ended by itself before."""
-        if self.luck.random() < 0.15:
+    def disturb(self, run: subprocess.Popen[bytes], spread: float, fresh: bool) -> str | None:
+        """Kill something at a random moment; says what, or None if the run ended by itself before.
+
+        Args:
+            run: the run.
+            spread: longest time until then in seconds, once the run writes its ledger.
+            fresh: whether the run was started just now.
+        """
+        if not fresh:
+            self._sleep(run, self.luck.uniform(0, spread))
+        elif self.luck.random() < 0.15:
             self._sleep(run, self.luck.uniform(0, 6))  # while it starts
         else:
             before = self._writer()
@@ -225,12 +233,13 @@ def drill(folder: Path, *, kills: int, minutes: float, rounds: int, processes: i
     try:
         ended = False
         while not ended and sum(killed.values()) < kills and time.monotonic() - begun < 60 * minutes:
-            run, before = scene.start(), scene.labels()
+            run, before, fresh = scene.start(), scene.labels(), True
             while run.poll() is None:
                 if sum(killed.values()) >= kills:
                     run.wait()  # the last victim was the judge
                     break
-                what = scene.disturb(run, spread=3.0)
+                what = scene.disturb(run, 3.0, fresh)
+                fresh = False
                 if what is not None:
                     killed[what] += 1
                     now = scene.labels()

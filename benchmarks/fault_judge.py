@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import random
+import socket
 import sys
 import threading
 import time
@@ -49,7 +50,8 @@ def serve(port: int, log: Path, seed: int) -> None:
                 delay = luck.uniform(0, 0.15)
             time.sleep(delay)
             if fault < 0.08:
-                self.connection.close()
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)  # closing alone waits for the streams over it
                 return
             code, reply = 200, verdict(body)
             if fault < 0.16:

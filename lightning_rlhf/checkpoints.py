@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from lightning_rlhf import ranks, stopping
 
@@ -54,7 +55,14 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
-        super().__init__(folder, save_last="link", every_n_epochs=every_n_epochs, save_on_train_epoch_end=True)
+        super().__init__(
+            folder,
+            save_last="link",
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            # a run that goes on from its first checkpoint would write last-v1.ckpt beside a last.ckpt that stays
+            enable_version_counter=False,
+        )
 
     def save_now(self, trainer: L.Trainer) -> Path:
         """Write a checkpoint between the regular ones, and return it; every rank calls."""
@@ -66,13 +74,22 @@ class RunCheckpoint(ModelCheckpoint):
         return Path(self.best_model_path)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        with explained(Path(filepath)):
+        path = Path(filepath)
+        if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                shutil.rmtree(path)
+            trainer.strategy.barrier()
+        with explained(path):
             super()._save_checkpoint(trainer, filepath)
 
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        del filepath  # Lightning's choice: the one before
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
         for path in history(Path(str(self.dirpath)))[KEPT:]:
-            super()._remove_checkpoint(trainer, str(path))
+            trainer.strategy.remove_checkpoint(path)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Leave Lightning's choice, the checkpoint before, where it is."""
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:

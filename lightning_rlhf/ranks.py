@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from lightning_rlhf.stopping import Stopped
@@ -84,9 +85,9 @@ def any_rank(flag: bool) -> bool:
     """Whether a flag is up on some rank; every rank must ask."""
     if world_size() == 1:
         return flag
-    flags: list[Any] = [None] * world_size()
-    dist.all_gather_object(flags, flag, group=_group())
-    return any(flags)
+    up = torch.tensor([int(flag)])
+    dist.all_reduce(up, op=dist.ReduceOp.MAX, group=_group())
+    return bool(up.item())
 
 
 def end_with_parent() -> None:

@@ -35,6 +35,11 @@ def test_sigterm_writes_a_checkpoint_and_nothing_is_done_or_bought_twice(make_ru
 
     status, said = stopped.run()
     assert status == 0, said
+    # the links are moved, also by a run that goes on from its first checkpoint
+    names = sorted(path.name for path in (stopped.folder / "run" / "checkpoints").iterdir())
+    assert len(names) == 3
+    assert names[-1] == "last.ckpt"
+    assert (stopped.folder / "run" / "checkpoints" / "last.ckpt").resolve().name == "epoch=2-step=6.ckpt"
     expected, got = weights(straight.folder), weights(stopped.folder)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     bought = Counter((stopped.folder / "bought.txt").read_text().split())
