@@ -63,7 +63,6 @@ def section(folder: Path, name: str, out: Path) -> str:
             shutil.copy(folder / figure, out / "results" / f"{name}_{figure}")
             pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
     shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
-    shutil.copy(folder / "curves.csv", out / "results" / f"{name}.csv")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"Measured on {machine()}, one thread per run, {today}.\n\n" + "\n\n".join(pictures) + f"\n\n{body}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from lightning_rlhf.comparison import (
 from lightning_rlhf.comparison.curves import read_cell
 from lightning_rlhf.evaluation.frontier import read_frontier
 from lightning_rlhf.store import PreferenceStore
+
+
+ROOT = Path(__file__).parents[2]
 
 
 class Touchy(AbstractExperiment):
@@ -109,8 +113,8 @@ def test_arms_and_settings_are_checked() -> None:
 
 @pytest.mark.slow
 def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
-    """Two seeds of normal fit runs, with starts: killed in the middle, the same command ends them."""
-    folder = tmp_path / "smoke"
+    """Two seeds of normal fit runs, with starts: killed in the middle, ended by the command that writes the manual."""
+    folder = tmp_path / "menu"
     command = [sys.executable, "-m", "lightning_rlhf", "compare", "compare/smoke", f"--run_dir={folder}"]
     environment = {**os.environ, "LIGHTNING_RLHF_CACHE": str(tmp_path / "cache")}
     with (tmp_path / "log.txt").open("w") as log:
@@ -123,9 +127,15 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     done = {path: path.stat().st_mtime_ns for path in folder.rglob("cell.json")}
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "benchmarks.results", "--smoke", "--only=menu", f"--runs={tmp_path}"]
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done
+    page = (tmp_path / "results.md").read_text()
+    assert "2 seeds" in page.partition("<!-- begin menu -->")[2]
+    pictures = re.findall(r"\]\((results/menu_\w+\.png)\)", page)
+    assert len(set(pictures)) == 2
+    assert all((tmp_path / picture).stat().st_size > 0 for picture in pictures)
     figures = json.loads((folder / "report.json").read_text())
     assert set(figures["settings"]) == {"online", "overfitted"}
     for arms in figures["settings"].values():
