@@ -158,7 +158,8 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
         for arm in ("vanilla", "pilaf")
     ]
     assert starts[0] == starts[1]
-    assert starts[0].kl > 0
+    # at the reference an estimate is zero but for rounding, below 1e-6
+    assert abs(starts[0].kl) > 1e-4
 
 
 def test_named_comparisons_parse() -> None:
