@@ -151,14 +151,15 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
             continue
         assert [p.j for p in curves[0].points] == [p.j for p in read_frontier(cell.parent / "frontier.csv")]
         with PreferenceStore(cell.parent / "ledger.sqlite") as store:
-            assert store.count_labels() == 32
+            assert store.count_labels(before=1000) == 32
     # all arms of a seed start from one policy, and an overfitted one has moved away from the reference
     starts = [
         read_cell(folder / "cells" / "overfitted" / arm / "0" / "cell.json")[0][0].points[0]
         for arm in ("vanilla", "pilaf")
     ]
     assert starts[0] == starts[1]
-    assert starts[0].kl > 0
+    # at the reference an estimate is zero but for rounding, below 1e-6
+    assert abs(starts[0].kl) > 1e-4
 
 
 def test_named_comparisons_parse() -> None:
