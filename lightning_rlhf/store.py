@@ -246,7 +246,7 @@ class PreferenceStore:
                 db.execute(INSERT_ATTEMPT, row)
             db.execute(
                 "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
-                (len(rows), sum(x.status == "ok" for x in labels), math.fsum(x.cost for x in labels)),
+                (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
             )
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:

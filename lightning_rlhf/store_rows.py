@@ -176,7 +176,7 @@ def _to_prompt(row: Sequence[Any]) -> Prompt:
     if not isinstance(index, int) or not isinstance(text, str):
         raise TypeError(f"a prompt has number {index!r} and text {text!r}")
     turns = None if messages is None else json.loads(messages)
-    if turns is not None and not (isinstance(turns, list) and turns and all(map(_is_turn, turns))):
+    if turns is not None and not (isinstance(turns, list) and all(map(_is_turn, turns))):
         raise TypeError(f"a prompt has the messages {messages!r}")
     return Prompt(
         index=index,
