@@ -114,10 +114,17 @@ def test_scores_split_one_and_ten_as_transformers_does(server: JudgeServer, loca
         assert difference.abs() < 0.5
 
 
-def test_praise_is_preferred_to_complaint_and_answers_come_from_the_journal_afterwards(server: JudgeServer) -> None:
+def test_praise_is_preferred_to_complaint_and_answers_come_from_the_journal_afterwards(
+    address: str, tmp_path: Path
+) -> None:
+    # one request at a time: 4-bit arithmetic moves probabilities by a hundredth, differently with what else is in a
+    # batch, and this judge prefers these by 0.026 in float32
+    options = {"assistant_prefill": True, "concurrency": 1, "journal": str(tmp_path / "journal.sqlite")}
+    server = JudgeServer(address, "smollm2", **options)  # type: ignore[arg-type]
+    praise, complaint = "Wonderful people, I love this place.", "I hate it. Bad."
     pairs = [
-        Comparison(Prompt(i, (), f"day {i}"), Response((1,), PRAISE, "eos"), Response((2,), COMPLAINT, "eos"))
-        for i in range(4)
+        Comparison(Prompt(i, (), topic), Response((1,), praise, "eos"), Response((2,), complaint, "eos"))
+        for i, topic in enumerate(("a song", "a movie", "a film", "a game"))
     ]
     labeler = ServerLabeler(server, task="sentiment", shots=2)
     labels = labeler.label(pairs, Key((0,)))
