@@ -24,6 +24,7 @@ from benchmarks.harness import (
     Clock,
     Job,
     Rows,
+    bare_trainer,
     check_same,
     pair_tokens,
     parser,
@@ -100,18 +101,8 @@ def ours(job: Job) -> dict[str, Any]:
         on_long_prompt="drop",
         epochs_per_round=None,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        gradient_clip_val=1.0,
-        precision=options.get("precision", "32-true"),
-        callbacks=[RewardMonitor(), Ticks()],
-        default_root_dir=tempfile.mkdtemp(),
+    trainer = bare_trainer(
+        tempfile.mkdtemp(), [RewardMonitor(), Ticks()], max_epochs=1, precision=options.get("precision", "32-true")
     )
     before = time.process_time()
     trainer.fit(module, datamodule=data)

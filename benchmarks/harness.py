@@ -185,6 +185,15 @@ def work(argument: str, workers: dict[str, Callable[[Job], dict[str, Any]]], def
     print("RESULT " + json.dumps(result), flush=True)
 
 
+def bare_trainer(folder: str, callbacks: list[Any], **settings: Any) -> Any:
+    """A Trainer that logs every step, clips gradients, and shows and keeps nothing; ``settings`` add to that."""
+    import lightning as L
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    fixed = {"accelerator": "cpu", "log_every_n_steps": 1, "gradient_clip_val": 1.0, "precision": "32-true"}
+    return L.Trainer(**{**quiet, **fixed, **settings}, callbacks=callbacks, default_root_dir=folder)
+
+
 def timed(clock: Clock, job: Job, **figures: Any) -> dict[str, Any]:
     """The result of a worker: medians over its timed steps, and whatever else it found."""
     wall, cpu = clock.wall[job.skip :], clock.cpu[job.skip :]

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import MAX_PROMPT, Clock, Job, Rows, parser, report, run, timed, work
+from benchmarks.harness import MAX_PROMPT, Clock, Job, Rows, bare_trainer, parser, report, run, timed, work
 
 
 RESPONSES = 4
@@ -73,19 +73,7 @@ def ours(job: Job) -> dict[str, Any]:
         on_long_prompt="drop",
     )
     folder = tempfile.mkdtemp()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=job.steps + job.skip,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        gradient_clip_val=1.0,
-        precision="32-true",
-        callbacks=[RolloutMonitor(), Ticks()],
-        default_root_dir=folder,
-    )
+    trainer = bare_trainer(folder, [RolloutMonitor(), Ticks()], max_steps=job.steps + job.skip)
     trainer.fit(module, datamodule=data)
     assert (Path(folder) / "ledger.sqlite").exists()
     return timed(clock, job, tokens=sum(lengths[job.skip :]) / job.steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
@@ -92,3 +94,21 @@ def log_known(pl_module: LightningModule, values: Mapping[str, float | None]) ->
     known = {name: value for name, value in values.items() if value is not None}
     # The mean over ranks of equal values changes nothing; it tells Lightning that the ranks agree.
     pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=pl_module.trainer.world_size > 1, batch_size=1)
+
+
+def last_validation(trainer: Trainer) -> dict[str, float] | None:
+    """Write the figures of the last validation to ``summary.json``, and return them; None on ranks other than zero.
+
+    Those that are not known (NaN) are null in the file.
+    """
+    figures = {
+        name.removeprefix("val/"): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }
+    if not trainer.is_global_zero:
+        return None
+    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    text = json.dumps({"steps": trainer.global_step, **known}, indent=2)
+    (root(trainer) / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return figures

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks._run import root
+from lightning_rlhf.callbacks._run import last_validation
 
 
 class LossSummary(Callback):
@@ -17,15 +15,9 @@ class LossSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the figures."""
-        figures = {
-            name.removeprefix("val/"): value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
-        if not trainer.is_global_zero:
+        figures = last_validation(trainer)
+        if figures is None:
             return
-        text = json.dumps({"steps": trainer.global_step, **figures}, indent=2)
-        (root(trainer) / "summary.json").write_text(text + "\n", encoding="utf-8")
         if "loss" not in figures:
             print(f"{trainer.global_step} steps; no held-out rows", flush=True)
             return

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks._run import root
+from lightning_rlhf.callbacks._run import last_validation
 
 
 class PairSummary(Callback):
@@ -18,16 +17,9 @@ class PairSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the figures of the last validation."""
-        figures = {
-            name.removeprefix("val/"): value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
-        if not trainer.is_global_zero:
+        figures = last_validation(trainer)
+        if figures is None:
             return
-        plain = {name: None if math.isnan(value) else value for name, value in figures.items()}
-        text = json.dumps({"steps": trainer.global_step, **plain}, indent=2)
-        (root(trainer) / "summary.json").write_text(text + "\n", encoding="utf-8")
         if "accuracy" not in figures:
             print(f"{trainer.global_step} steps; no held-out pairs", flush=True)
             return

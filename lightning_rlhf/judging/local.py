@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sqlite3
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,17 +28,18 @@ from lightning_rlhf.models.load import (
     resolve_checkpoint,
 )
 from lightning_rlhf.models.prefix_tree import next_token_logps
-from lightning_rlhf.models.reference_cache import LogpsFile, model_digest
+from lightning_rlhf.models.reference_cache import CacheFile, model_digest
 from lightning_rlhf.prompts.tokenize import leading_special_ids
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt
 
 
-T = TypeVar("T")
-
 VARIABLE = "LIGHTNING_RLHF_JUDGE_CACHE"
 GREEDY = 1e-4
 """Temperature in place of 0: a token that is 0.01 nats behind is never drawn."""
+
+LABEL_TOKENS = 16
+"""Room for a label in any vocabulary."""
 
 _SLOT = "\x02slot\x02"
 
@@ -124,10 +123,10 @@ class LocalJudge:
         before, separator, after = self.frame
         return before + self._untrusted(prompt.body + separator) + after + self._untrusted(prompt.answer)
 
-    def excess(self, prompt: JudgePrompt, reserved: int) -> int:
-        """Tokens by which a prompt and ``reserved`` more are too long for the model; 0 or less if they fit."""
+    def excess(self, prompt: JudgePrompt, reserved: int = 0) -> int:
+        """Tokens by which a prompt, a label and ``reserved`` more are too long for the model; 0 or less if they fit."""
         window = context_window(self.model)
-        return 0 if window is None else len(self.prompt_ids(prompt)) + reserved - window
+        return 0 if window is None else len(self.prompt_ids(prompt)) + LABEL_TOKENS + reserved - window
 
     def label_logps(self, prompts: Sequence[JudgePrompt], labels: Sequence[str]) -> Tensor:
         """Compute log P(label | prompt), nats; [prompts, labels], float32 on the CPU.
@@ -208,41 +207,29 @@ class LocalJudge:
     def _cached(self, prefixes: Sequence[Ids], spelling: LabelSpelling) -> Tensor:
         keys = [_key(prefix, spelling) for prefix in prefixes]
         file = self._file
-        known = {} if file is None else self._forgiving(file.get, keys) or {}
+        known = {} if file is None else file.get(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
             with torch.autocast(self.device.partition(":")[0], enabled=False):
                 fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
             values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
             if file is not None:
-                self._forgiving(file.put, values)
+                file.put(values)
             known |= values
         rows = np.stack([np.frombuffer(known[key], "<f4") for key in keys])
         return torch.from_numpy(rows.copy())
-
-    def _forgiving(self, call: Callable[[Any], T], argument: Any) -> T | None:
-        """Turn a failure of the disk into a warning: what the cache would save is not worth a run."""
-        try:
-            return call(argument)
-        except (sqlite3.Error, OSError) as error:
-            warnings.warn(
-                f"the judge's log-probabilities are not kept ({error}): delete the file if it is damaged, or set "
-                f"{VARIABLE} to another folder or to 'off'",
-                stacklevel=4,
-            )
-            return None
 
     def _read(self, texts: Sequence[Ids], targets: Sequence[int]) -> Tensor:
         return next_token_logps(self.model, texts, targets, tokens_per_batch=self.tokens_per_batch)
 
     @cached_property
-    def _file(self) -> LogpsFile | None:
+    def _file(self) -> CacheFile | None:
         value = os.environ.get(VARIABLE, "")
         digest = None if value in ("off", "0") else model_digest(self.model)
         if digest is None:
             return None
         folder = Path(value).expanduser() if value else cache_folder() / "judge_logps"
-        return LogpsFile(folder / f"{digest}-{self.dtype}.sqlite")
+        return CacheFile(folder / f"{digest}-{self.dtype}.sqlite", "judge", VARIABLE)
 
 
 def _key(prefix: Ids, spelling: LabelSpelling) -> bytes:

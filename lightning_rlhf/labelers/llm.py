@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from lightning_rlhf.judging.local import LocalJudge
-from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, pair_prompt, sample_of
-from lightning_rlhf.judging.task import Style, load_task
-from lightning_rlhf.judging.verdicts import first_probability, label_mass, preference
-from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
+from lightning_rlhf.judging.task import Style
+from lightning_rlhf.judging.verdicts import label_mass
+from lightning_rlhf.labelers.judge import AbstractJudgeLabeler, both_orders
 from lightning_rlhf.labelers.reward import comparison_key
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Label
 
 
-class LLMLabeler(AbstractLabeler):
+class LLMLabeler(AbstractJudgeLabeler):
     """A causal LM reads both responses, in both orders, and says which is better by the likelihood of its answers.
 
     P(a preferred) is the mean of two distributions over the labels, one per order, each normalised over the labels
@@ -78,24 +77,21 @@ class LLMLabeler(AbstractLabeler):
         cost: float = 1.0,
         trust_remote_code: bool = False,
     ) -> None:
-        if shots < 0 or samples < 1 or max_rationale_tokens < 1 or max_candidate_chars < 1:
-            raise ValueError(
-                f"shots must be >= 0, samples, max_rationale_tokens and max_candidate_chars >= 1; got {shots}, "
-                f"{samples}, {max_rationale_tokens}, {max_candidate_chars}"
-            )
-        if samples > 1 and (not chain_of_thought or temperature == 0):
-            raise ValueError(
-                "samples > 1 averages over rationales that differ: set chain_of_thought=true and a temperature > 0"
-            )
-        if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_mass < 1 or not cost >= 0:
-            raise ValueError(
-                f"temperature and cost must be >= 0, top_p in (0, 1], min_mass in [0, 1); got {temperature}, {cost}, "
-                f"{top_p}, {min_mass}"
-            )
-        self.task = load_task(task)
-        self.style, self.shots, self.chain_of_thought, self.samples = style, shots, chain_of_thought, samples
-        self.temperature, self.top_p, self.max_rationale_tokens = temperature, top_p, max_rationale_tokens
-        self.min_mass, self.max_candidate_chars, self.cost = min_mass, max_candidate_chars, cost
+        super().__init__(
+            task,
+            style,
+            shots,
+            chain_of_thought,
+            samples,
+            temperature,
+            top_p,
+            max_rationale_tokens,
+            min_mass,
+            max_candidate_chars,
+        )
+        if not cost >= 0:
+            raise ValueError(f"the cost of a label must be >= 0; got {cost}")
+        self.cost = cost
         self.judge = LocalJudge(
             judge,
             chat=chat,
@@ -105,26 +101,14 @@ class LLMLabeler(AbstractLabeler):
             tokens_per_batch=tokens_per_batch,
             trust_remote_code=trust_remote_code,
         )
-        self.prompt(Sample("", ("", "")))  # a wrong style or number of exemplars is better known now
-
-    def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:
-        """What the judge is asked about a sample; with a rationale, or where none is wanted, it ends at the label."""
-        return pair_prompt(
-            self.task,
-            sample,
-            style=self.style,
-            shots=self.shots,
-            thinking=self.chain_of_thought,
-            rationale=rationale,
-            max_candidate_chars=self.max_candidate_chars,
-        )
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Judge each comparison in both orders."""
         shown = [self._fitted(sample_of(c.prompt, c.a.text, c.b.text)) for c in comparisons]
-        judged = [i for i, sample in enumerate(shown) if sample is not None]
+        fitting = {i: sample for i, sample in enumerate(shown) if sample is not None}
+        judged = list(fitting)
         # one order after the other, sample by sample: [comparisons, orders, samples]
-        samples = [s for i in judged for s in _orders(shown[i]) for _ in range(self.samples)]
+        samples = [s for sample in fitting.values() for s in both_orders(sample) for _ in range(self.samples)]
         rationales = [""] * len(samples)
         if self.chain_of_thought:
             keys = [
@@ -144,38 +128,21 @@ class LLMLabeler(AbstractLabeler):
         labels = self.task.asked_for_pairs().labels
         logps = self.judge.label_logps(prompts, labels).double().view(len(judged), 2, self.samples, 2)
         texts = [rationales[i : i + 2 * self.samples : self.samples] for i in range(0, len(samples), 2 * self.samples)]
-        found = dict(zip(judged, map(self._verdict, logps, texts), strict=True))
+        found = dict(zip(judged, map(self._label, logps, texts), strict=True))
         return [found.get(i) or Label(None, "truncated", self.cost) for i in range(len(comparisons))]
 
     def _fitted(self, sample: Sample) -> Sample | None:
         def excess(sample: Sample) -> int:
             # in the second call the rationale is there, the words that ask for it, and one more ending
             reserved = self.max_rationale_tokens if self.chain_of_thought else 0
-            return max(self.judge.excess(self.prompt(order, ""), reserved + _LABEL_TOKENS) for order in _orders(sample))
+            return max(self.judge.excess(self.prompt(order, ""), reserved) for order in both_orders(sample))
 
         return fitted(sample, self.task.dialogue, excess)
 
-    def _verdict(self, logps: Tensor, rationales: Sequence[str]) -> Label:
+    def _label(self, logps: Tensor, rationales: Sequence[str]) -> Label:
         """Label of a comparison; logps [orders, samples, labels]."""
-        forward, reverse = logps
-        mass = label_mass(logps).mean(1).min().item()
-        meta: dict[str, float | str] = {
-            "first_forward": first_probability(forward).mean().item(),
-            "first_reverse": first_probability(reverse).mean().item(),
-            "mass": mass,
-        }
+        probability, figures = self.verdict(logps, label_mass(logps))
+        meta: dict[str, float | str] = {**figures}
         if self.chain_of_thought:
             meta |= {"rationale_forward": rationales[0], "rationale_reverse": rationales[1]}
-        if mass < self.min_mass:
-            return Label(None, "invalid", self.cost, meta)
-        probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean()
-        return Label(min(max(probability.item(), 0.0), 1.0), "ok", self.cost, meta)
-
-
-_LABEL_TOKENS = 16
-"""Room for a label in any vocabulary."""
-
-
-def _orders(sample: Sample | None) -> tuple[Sample, Sample]:
-    assert sample is not None
-    return sample, replace(sample, candidates=sample.candidates[::-1])
+        return Label(probability, "invalid" if probability is None else "ok", self.cost, meta)

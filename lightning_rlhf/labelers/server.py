@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, pair_prompt, sample_of
+from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
 from lightning_rlhf.judging.replies import Reading
 from lightning_rlhf.judging.server import JudgeServer, Session, UnansweredError, Usage
-from lightning_rlhf.judging.task import Style, load_task
-from lightning_rlhf.judging.verdicts import first_probability, preference
-from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.judging.task import Style
+from lightning_rlhf.labelers.judge import AbstractJudgeLabeler, both_orders
 from lightning_rlhf.labelers.reward import comparison_key
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Label, LabelStatus
@@ -30,7 +29,7 @@ class _Judgement:
     fault: str = ""
 
 
-class ServerLabeler(AbstractLabeler):
+class ServerLabeler(AbstractJudgeLabeler):
     """A judge on a server reads both responses, in both orders; the likelihood of its answers says which is better.
 
     P(a preferred) is the mean of two distributions over the labels, one per order, each normalised over the labels
@@ -87,38 +86,21 @@ class ServerLabeler(AbstractLabeler):
         max_candidate_chars: int = 8000,
         max_prompt_chars: int | None = None,
     ) -> None:
-        if shots < 0 or samples < 1 or max_rationale_tokens < 1 or max_candidate_chars < 1:
-            raise ValueError(
-                f"shots must be >= 0, samples, max_rationale_tokens and max_candidate_chars >= 1; got {shots}, "
-                f"{samples}, {max_rationale_tokens}, {max_candidate_chars}"
-            )
-        if samples > 1 and (not chain_of_thought or temperature == 0):
-            raise ValueError(
-                "samples > 1 averages over rationales that differ: set chain_of_thought=true and a temperature > 0"
-            )
-        if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_mass < 1:
-            raise ValueError(
-                f"temperature must be >= 0, top_p in (0, 1], min_mass in [0, 1); got {temperature}, {top_p}, {min_mass}"
-            )
+        super().__init__(
+            task,
+            style,
+            shots,
+            chain_of_thought,
+            samples,
+            temperature,
+            top_p,
+            max_rationale_tokens,
+            min_mass,
+            max_candidate_chars,
+        )
         if max_prompt_chars is not None and max_prompt_chars < 1:
             raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
-        self.server, self.task = server, load_task(task)
-        self.style, self.shots, self.chain_of_thought, self.samples = style, shots, chain_of_thought, samples
-        self.temperature, self.top_p, self.max_rationale_tokens = temperature, top_p, max_rationale_tokens
-        self.min_mass, self.max_candidate_chars, self.max_prompt_chars = min_mass, max_candidate_chars, max_prompt_chars
-        self.prompt(Sample("", ("", "")))  # a wrong style or number of exemplars is better known now
-
-    def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:
-        """What the judge is asked about a sample; with a rationale, or where none is wanted, it ends at the label."""
-        return pair_prompt(
-            self.task,
-            sample,
-            style=self.style,
-            shots=self.shots,
-            thinking=self.chain_of_thought,
-            rationale=rationale,
-            max_candidate_chars=self.max_candidate_chars,
-        )
+        self.server, self.max_prompt_chars = server, max_prompt_chars
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Judge each comparison in both orders.
@@ -133,7 +115,7 @@ class ServerLabeler(AbstractLabeler):
                 continue
             asked.append(place)
             own = comparison_key(key, comparison)
-            for order, shown in enumerate((sample, replace(sample, candidates=sample.candidates[::-1]))):
+            for order, shown in enumerate(both_orders(sample)):
                 for number in range(self.samples):
                     chains.append(functools.partial(self._judge, shown, own.fold(order, number)))
         judged = self.server.ask(chains)
@@ -141,7 +123,7 @@ class ServerLabeler(AbstractLabeler):
         too_long = Label(None, "truncated", 0.0, {"fault": "the responses alone are longer than max_prompt_chars"})
         labels = [too_long] * len(comparisons)
         for number, place in enumerate(asked):
-            labels[place] = self._verdict(judged[number * per_pair : (number + 1) * per_pair])
+            labels[place] = self._label(judged[number * per_pair : (number + 1) * per_pair])
         return labels
 
     async def _judge(self, sample: Sample, key: Key, session: Session) -> _Judgement:
@@ -166,7 +148,7 @@ class ServerLabeler(AbstractLabeler):
         most = self.max_prompt_chars
         return fitted(sample, self.task.dialogue, lambda shown: len(self.prompt(shown, "").text) - most)
 
-    def _verdict(self, judged: Sequence[_Judgement]) -> Label:
+    def _label(self, judged: Sequence[_Judgement]) -> Label:
         """Label of a comparison, from the judgements with a first and then those with b first."""
         usage = sum((each.usage for each in judged), Usage())
         cost = self.server.cost(usage)
@@ -183,15 +165,12 @@ class ServerLabeler(AbstractLabeler):
         readings = [each.reading for each in judged if each.reading is not None]
         masses = torch.tensor([reading.mass for reading in readings]).view(2, self.samples)
         logps = torch.stack([reading.logps for reading in readings]).view(2, self.samples, 2)
-        forward, reverse = logps
-        mass = masses.mean(1).min().item()
-        meta |= {
-            "first_forward": first_probability(forward).mean().item(),
-            "first_reverse": first_probability(reverse).mean().item(),
-            "mass": mass,
-        }
-        if mass < self.min_mass:
-            fault = f"the judge answers with a label with a probability of {mass:.2g} only (min_mass={self.min_mass})"
+        probability, figures = self.verdict(logps, masses)
+        meta |= figures
+        if probability is None:
+            fault = (
+                f"the judge answers with a label with a probability of {figures['mass']:.2g} only "
+                f"(min_mass={self.min_mass})"
+            )
             return Label(None, "invalid", cost, meta | {"fault": fault})
-        probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean()
-        return Label(min(max(probability.item(), 0.0), 1.0), "ok", cost, meta)
+        return Label(probability, "ok", cost, meta)

@@ -74,11 +74,8 @@ class ReferenceCache:
         with reference.active() as model:
             precision, dtype = _precision(model), "<f8" if model.dtype == torch.float64 else "<f4"
         keys = {i: entry_key(precision, prompts[i].ids, responses[i].ids) for i in asked}
-        file = LogpsFile(self.folder / f"{digest}.sqlite")
-
-        found: dict[bytes, bytes] = {}
-        with self._forgiving(file.path):
-            found = file.get(list(keys.values()))
+        file = CacheFile(self.folder / f"{digest}.sqlite", "reference", VARIABLE)
+        found = file.get(list(keys.values()))
         known = list(responses)
         for i, key in keys.items():
             logps = np.frombuffer(found.get(key, b""), dtype)
@@ -90,23 +87,9 @@ class ReferenceCache:
             for i, key in keys.items()
             if known[i].reference_logps is None
         }
-        if self._usable:
-            with self._forgiving(file.path):
-                file.put(fresh)
+        file.put(fresh)
+        self._usable = file.usable
         return scored
-
-    @contextmanager
-    def _forgiving(self, path: Path) -> Iterator[None]:
-        """Turn failures of the disk into a warning, once: what the cache would save is not worth a run."""
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            self._usable = False
-            warnings.warn(
-                f"no reference log-probabilities are kept in {path} ({error}): delete the file if it is damaged, or "
-                f"set {VARIABLE} to another folder or to 'off'",
-                stacklevel=3,
-            )
 
 
 class LogpsFile:
@@ -143,6 +126,46 @@ class LogpsFile:
         with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
             db.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB NOT NULL)")
             yield db
+
+
+class CacheFile(LogpsFile):
+    """The same as a cache: a disk that fails is a warning, once, for what a cache saves is not worth a run.
+
+    Args:
+        path: the file.
+        kind: whose log-probabilities it keeps, for the warning.
+        variable: environment variable that names the folder, for the warning.
+    """
+
+    def __init__(self, path: Path, kind: str, variable: str) -> None:
+        super().__init__(path)
+        self.kind, self.variable = kind, variable
+        self.usable = True
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Values of those keys that are there, if they can be read and nothing has failed before."""
+        if self.usable:
+            with self._forgiving():
+                return super().get(keys)
+        return {}
+
+    def put(self, values: Mapping[bytes, bytes]) -> None:
+        """Add values, if they can be written and nothing has failed before."""
+        if self.usable:
+            with self._forgiving():
+                super().put(values)
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self.usable = False
+            warnings.warn(
+                f"no {self.kind} log-probabilities are kept in {self.path} ({error}): delete the file if it is "
+                f"damaged, or set {self.variable} to another folder or to 'off'",
+                stacklevel=4,
+            )
 
 
 def entry_key(precision: str, prompt: Sequence[int], response: Sequence[int]) -> bytes:

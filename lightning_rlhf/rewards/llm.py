@@ -9,14 +9,15 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_rlhf.judging.local import LocalJudge
-from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, rating_prompt, sample_of
-from lightning_rlhf.judging.task import Style, load_task
-from lightning_rlhf.judging.verdicts import expected_value, label_mass, spread, to_unit_range
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
+from lightning_rlhf.judging.task import Style
+from lightning_rlhf.judging.verdicts import label_mass
+from lightning_rlhf.rewards.base import RewardOutput
+from lightning_rlhf.rewards.judge import AbstractScoreReward
 from lightning_rlhf.types import Prompt, Response
 
 
-class LLMScoreReward(AbstractReward):
+class LLMScoreReward(AbstractScoreReward):
     """The expected score that a causal LM gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
 
     s = sum_i i P(i), with P the softmax over the log-likelihoods of the ten scores, and r = (2 s - 11) / 9. A "10" is
@@ -61,13 +62,7 @@ class LLMScoreReward(AbstractReward):
         tokens_per_batch: int = 8192,
         trust_remote_code: bool = False,
     ) -> None:
-        if not 0 <= min_mass < 1 or max_candidate_chars < 1:
-            raise ValueError(
-                f"min_mass must be in [0, 1) and max_candidate_chars >= 1; got {min_mass} and {max_candidate_chars}"
-            )
-        self.task = load_task(task)
-        self.question: Literal["score", "check"] = question
-        self.style, self.min_mass, self.max_candidate_chars = style, min_mass, max_candidate_chars
+        super().__init__(task, question, style, min_mass, max_candidate_chars)
         self.judge = LocalJudge(
             judge,
             chat=chat,
@@ -77,19 +72,6 @@ class LLMScoreReward(AbstractReward):
             tokens_per_batch=tokens_per_batch,
             trust_remote_code=trust_remote_code,
         )
-        self.prompt(Sample("", ("",)))  # a wrong style or question is better known now
-        self._count = 0
-        self._mass = self._spread = 0.0
-
-    def prompt(self, sample: Sample) -> JudgePrompt:
-        """What the judge is asked about a sample."""
-        return rating_prompt(
-            self.task,
-            sample,
-            question=self.question,
-            style=self.style,
-            max_candidate_chars=self.max_candidate_chars,
-        )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B].
@@ -97,26 +79,18 @@ class LLMScoreReward(AbstractReward):
         Raises:
             ValueError: if a response alone is too long for the judge, or the judge does not answer with scores.
         """
-        rating = self.task.asked_for_ratings(self.question)
         asked = [self.prompt(self._fitted(p, r)) for p, r in zip(prompts, responses, strict=True)]
-        logps = self.judge.label_logps(asked, rating.labels).double()
-        deviation = spread(logps, rating.values)
-        self._note(label_mass(logps), deviation)
-        mean = to_unit_range(expected_value(logps, rating.values), rating.values)
-        scale = 2 / (max(rating.values) - min(rating.values))
-        return RewardOutput(mean.float(), std=(deviation * scale).float())
-
-    def report(self) -> dict[str, float]:
-        """Means over all calls: ``mass``, the probability that the judge answers with a score; ``spread``, the standard
-        deviation of its scores in the task's unit; and ``scored``, the number of responses."""
-        count = max(self._count, 1)
-        return {"mass": self._mass / count, "spread": self._spread / count, "scored": float(self._count)}
+        logps = self.judge.label_logps(asked, self.rating.labels).double()
+        masses = label_mass(logps)
+        self._check(masses)
+        mean, std = self.rewards(logps, masses)
+        return RewardOutput(mean, std=std)
 
     def _fitted(self, prompt: Prompt, response: Response) -> Sample:
         sample = fitted(
             sample_of(prompt, response.text),
             self.task.dialogue,
-            lambda sample: self.judge.excess(self.prompt(sample), _LABEL_TOKENS),
+            lambda sample: self.judge.excess(self.prompt(sample)),
         )
         if sample is None:
             raise ValueError(
@@ -125,23 +99,16 @@ class LLMScoreReward(AbstractReward):
             )
         return sample
 
-    def _note(self, mass: Tensor, deviation: Tensor) -> None:
-        if not len(mass):
+    def _check(self, masses: Tensor) -> None:
+        """Stop at the first call, and warn at later ones, if the judge does not understand the question."""
+        mean = masses.mean().item() if len(masses) else 1.0
+        if mean >= self.min_mass:
             return
-        mean = mass.mean().item()
-        if mean < self.min_mass:
-            message = (
-                f"judge {self.judge.checkpoint!r} answers with one of the task's labels with a probability of only "
-                f"{mean:.2g} (min_mass={self.min_mass}): try chat=true or chat=false, or a task whose ending leads to "
-                f"the label"
-            )
-            if self._count == 0:
-                raise ValueError(message)
-            warnings.warn(message, stacklevel=3)
-        self._count += len(mass)
-        self._mass += mass.sum().item()
-        self._spread += deviation.sum().item()
-
-
-_LABEL_TOKENS = 16
-"""Room for a label in any vocabulary."""
+        message = (
+            f"judge {self.judge.checkpoint!r} answers with one of the task's labels with a probability of only "
+            f"{mean:.2g} (min_mass={self.min_mass}): try chat=true or chat=false, or a task whose ending leads to "
+            f"the label"
+        )
+        if self.num_scored == 0:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)

@@ -9,16 +9,16 @@ from typing import Literal
 
 import torch
 
-from lightning_rlhf.judging.prompts import JudgePrompt, Sample, fitted, rating_prompt, sample_of
+from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
 from lightning_rlhf.judging.replies import Reading
 from lightning_rlhf.judging.server import JudgeServer, ServerError, Session, UnansweredError
-from lightning_rlhf.judging.task import Style, load_task
-from lightning_rlhf.judging.verdicts import expected_value, spread, to_unit_range
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.judging.task import Style
+from lightning_rlhf.rewards.base import RewardOutput
+from lightning_rlhf.rewards.judge import AbstractScoreReward
 from lightning_rlhf.types import LabelStatus, Prompt, Response
 
 
-class ServerScoreReward(AbstractReward):
+class ServerScoreReward(AbstractScoreReward):
     """The expected score that a judge on a server gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
 
     s = sum_i i P(i), with P normalised over the ten scores, and r = (2 s - 11) / 9. Scores that are not among the
@@ -59,28 +59,11 @@ class ServerScoreReward(AbstractReward):
         max_candidate_chars: int = 8000,
         max_prompt_chars: int | None = None,
     ) -> None:
-        if not 0 <= min_mass < 1 or max_candidate_chars < 1 or (max_prompt_chars is not None and max_prompt_chars < 1):
-            raise ValueError(
-                f"min_mass must be in [0, 1), max_candidate_chars and max_prompt_chars >= 1; got {min_mass}, "
-                f"{max_candidate_chars}, {max_prompt_chars}"
-            )
-        self.server, self.task = server, load_task(task)
-        self.question: Literal["score", "check"] = question
-        self.style, self.min_mass, self.unscored = style, min_mass, unscored
-        self.max_candidate_chars, self.max_prompt_chars = max_candidate_chars, max_prompt_chars
-        self.prompt(Sample("", ("",)))  # a wrong style or question is better known now
-        self._count = self._failed = 0
-        self._mass = self._spread = 0.0
-
-    def prompt(self, sample: Sample) -> JudgePrompt:
-        """What the judge is asked about a sample."""
-        return rating_prompt(
-            self.task,
-            sample,
-            question=self.question,
-            style=self.style,
-            max_candidate_chars=self.max_candidate_chars,
-        )
+        super().__init__(task, question, style, min_mass, max_candidate_chars)
+        if max_prompt_chars is not None and max_prompt_chars < 1:
+            raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
+        self.server, self.unscored, self.max_prompt_chars = server, unscored, max_prompt_chars
+        self._failed = 0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B].
@@ -89,7 +72,6 @@ class ServerScoreReward(AbstractReward):
             ServerError: if the endpoint cannot be used as it is set up, or a response could not be scored and
                 ``unscored`` is not given. What was answered is in the journal.
         """
-        rating = self.task.asked_for_ratings(self.question)
         samples = [self._fitted(sample_of(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
         outcomes = self.server.ask([functools.partial(self._ask, sample) for sample in samples])
         faults = [outcome for outcome in outcomes if not isinstance(outcome, Reading)]
@@ -100,34 +82,24 @@ class ServerScoreReward(AbstractReward):
                 f"{faults[0][1]}. What was answered is kept: start again to ask for the rest, or set unscored to the "
                 f"reward of such responses"
             )
-        scale = 2 / (max(rating.values) - min(rating.values))
-        mean, std = torch.zeros(len(outcomes)), torch.zeros(len(outcomes))
-        for i, outcome in enumerate(outcomes):
-            if isinstance(outcome, Reading):
-                deviation = spread(outcome.logps, rating.values)
-                mean[i] = to_unit_range(expected_value(outcome.logps, rating.values), rating.values)
-                std[i] = deviation * scale
-                self._count += 1
-                self._mass += outcome.mass
-                self._spread += deviation.item()
-            elif self.unscored is not None:
-                mean[i] = self.unscored
-                self._failed += 1
+        mean, std = torch.full((len(outcomes),), self.unscored or 0.0), torch.zeros(len(outcomes))
+        scored = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, Reading)}
+        if scored:
+            logps = torch.stack([reading.logps for reading in scored.values()])
+            masses = torch.tensor([reading.mass for reading in scored.values()], dtype=torch.float64)
+            mean[list(scored)], std[list(scored)] = self.rewards(logps, masses)
+        self._failed += len(faults)
         return RewardOutput(mean, std=std)
 
     def report(self) -> dict[str, float]:
-        """Means over all calls: ``mass``, the probability that the judge answers with a score; ``spread``, the standard
-        deviation of its scores in the task's unit; the numbers of responses ``scored`` and ``failed``; and what
-        `JudgeServer.report` says."""
-        count = max(self._count, 1)
-        own = {"mass": self._mass / count, "spread": self._spread / count}
-        return own | {"scored": float(self._count), "failed": float(self._failed)} | self.server.report()
+        """What every such reward reports, the number of responses that ``failed``, and `JudgeServer.report`."""
+        return super().report() | {"failed": float(self._failed)} | self.server.report()
 
     async def _ask(self, sample: Sample | None, session: Session) -> Reading | tuple[LabelStatus, str]:
         if sample is None:
             return "truncated", "the response alone is longer than max_prompt_chars"
         try:
-            reading, _ = await session.read(self.prompt(sample), self.task.asked_for_ratings(self.question).labels)
+            reading, _ = await session.read(self.prompt(sample), self.rating.labels)
         except UnansweredError as error:
             return error.status, error.fault
         if reading.mass < self.min_mass:

@@ -1,0 +1,100 @@
+"""What judges that are language models share, wherever they run: the question, its settings, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_rlhf.judging.prompts import JudgePrompt, Sample, pair_prompt
+from lightning_rlhf.judging.task import Style, load_task
+from lightning_rlhf.judging.verdicts import first_probability, preference
+from lightning_rlhf.labelers.base import AbstractLabeler
+
+
+class AbstractJudgeLabeler(AbstractLabeler):
+    """A labeler that asks a language model about pairs, in both orders.
+
+    Args:
+        task: what is asked: the name of a task, or a ``.yaml`` file.
+        style: which preamble.
+        shots: judged examples in the prompt, >= 0.
+        chain_of_thought: let the judge write a rationale before it answers.
+        samples: rationales per order, >= 1, and 1 without a chain of thought.
+        temperature: of the rationales, >= 0.
+        top_p: nucleus of the rationales, in (0, 1].
+        max_rationale_tokens: longest rationale in tokens, >= 1.
+        min_mass: label mass below which there is no verdict, in [0, 1).
+        max_candidate_chars: longest response in characters, >= 1.
+
+    Raises:
+        FileNotFoundError: if there is no such task.
+        ValueError: if an option is out of range, or the task does not compare responses.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        style: Style,
+        shots: int,
+        chain_of_thought: bool,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        max_rationale_tokens: int,
+        min_mass: float,
+        max_candidate_chars: int,
+    ) -> None:
+        if shots < 0 or samples < 1 or max_rationale_tokens < 1 or max_candidate_chars < 1:
+            raise ValueError(
+                f"shots must be >= 0, samples, max_rationale_tokens and max_candidate_chars >= 1; got {shots}, "
+                f"{samples}, {max_rationale_tokens}, {max_candidate_chars}"
+            )
+        if samples > 1 and (not chain_of_thought or temperature == 0):
+            raise ValueError(
+                "samples > 1 averages over rationales that differ: set chain_of_thought=true and a temperature > 0"
+            )
+        if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_mass < 1:
+            raise ValueError(
+                f"temperature must be >= 0, top_p in (0, 1], min_mass in [0, 1); got {temperature}, {top_p}, {min_mass}"
+            )
+        self.task = load_task(task)
+        self.style, self.shots, self.chain_of_thought, self.samples = style, shots, chain_of_thought, samples
+        self.temperature, self.top_p, self.max_rationale_tokens = temperature, top_p, max_rationale_tokens
+        self.min_mass, self.max_candidate_chars = min_mass, max_candidate_chars
+        self.prompt(Sample("", ("", "")))  # a wrong style or number of exemplars is better known now
+
+    def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:
+        """What the judge is asked about a sample; with a rationale, or where none is wanted, it ends at the label."""
+        return pair_prompt(
+            self.task,
+            sample,
+            style=self.style,
+            shots=self.shots,
+            thinking=self.chain_of_thought,
+            rationale=rationale,
+            max_candidate_chars=self.max_candidate_chars,
+        )
+
+    def verdict(self, logps: Tensor, masses: Tensor) -> tuple[float | None, dict[str, float]]:
+        """P(a preferred), None where the label mass is below ``min_mass``, and what a label's ``meta`` holds about it.
+
+        Args:
+            logps: log-probabilities of the labels with a and with b shown first, [2, samples, 2].
+            masses: probability of a label at all, [2, samples].
+        """
+        forward, reverse = logps
+        meta = {
+            "first_forward": first_probability(forward).mean().item(),
+            "first_reverse": first_probability(reverse).mean().item(),
+            "mass": masses.mean(1).min().item(),
+        }
+        if meta["mass"] < self.min_mass:
+            return None, meta
+        probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean().item()
+        return min(max(probability, 0.0), 1.0), meta
+
+
+def both_orders(sample: Sample) -> tuple[Sample, Sample]:
+    """A sample with a shown first, and with b shown first."""
+    return sample, replace(sample, candidates=sample.candidates[::-1])
