@@ -24,10 +24,10 @@ from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.slots import SlotCache
 from lightning_rlhf.models.logprobs import (
     base_model,
-    before_head,
     cannot_share,
     embedding,
     head_on_chosen_positions,
+    logits_at,
     masks_by_layer,
 )
 from lightning_rlhf.models.modes import evaluating
@@ -328,16 +328,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 
 def last_logits(model: PreTrainedModel, ids: Tensor, last: Tensor, **options: object) -> Tensor:
     """Logits at one position per row, [rows, vocabulary]; the head sees no other where the model allows it."""
-    index = torch.arange(len(last), device=last.device)
-
-    def choose(hidden: Tensor) -> Tensor:
-        return hidden[index, last][:, None]
-
-    head = head_on_chosen_positions(model)
-    if head is None:
-        return _at_least_float32(model(input_ids=ids, **options).logits[index, last])
-    with before_head(head, choose):
-        return _at_least_float32(model(input_ids=ids, **options).logits[:, 0])
+    places = torch.arange(len(last), device=last.device) * ids.shape[1] + last
+    return _at_least_float32(logits_at(model, head_on_chosen_positions(model), places, input_ids=ids, **options))
 
 
 def _masks(base: PreTrainedModel, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:

@@ -296,6 +296,25 @@ def head_on_chosen_positions(model: nn.Module) -> nn.Module | None:
     return _head(base_model(model)) if _support(model).gathered is None else None
 
 
+def logits_at(model: nn.Module, head: nn.Module | None, places: Tensor, **inputs: object) -> Tensor:
+    """Logits at chosen places of flattened rows, [places, vocabulary]; the head, if one is given, sees no other.
+
+    Args:
+        model: a causal language model.
+        head: what `head_on_chosen_positions` found, asked for before the attention of the model is exchanged.
+        places: flat indices into [rows * length].
+        inputs: of the forward pass.
+    """
+
+    def choose(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1).index_select(0, places)[None]
+
+    if head is None:
+        return choose(model(**inputs).logits)[0]
+    with before_head(head, choose):
+        return cast(Tensor, model(**inputs).logits)[0]
+
+
 # ---- what a model can do -------------------------------------------------------------------------------------------
 
 

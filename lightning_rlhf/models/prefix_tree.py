@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from lightning_rlhf.models.attention import Node, attending_in_segments, segments
 from lightning_rlhf.models.logprobs import (
     base_model,
-    before_head,
     computes_packed_rows,
     embedding,
     head_on_chosen_positions,
+    logits_at,
     masks_by_layer,
 )
 from lightning_rlhf.models.modes import evaluating
@@ -141,7 +140,8 @@ def _last_logits_in_tree(model: nn.Module, head: nn.Module | None, texts: Sequen
     ids, positions, ends = (torch.tensor(x, device=device) for x in (tree.ids, tree.positions, tree.ends))
     mask = masks_by_layer(base, lambda window: segments((), device, window, tree.nodes))
     with attending_in_segments(base):
-        return _logits_at(model, head, ends, input_ids=ids[None], position_ids=positions[None], attention_mask=mask)
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
+        return logits_at(model, head, ends, **inputs, use_cache=False)
 
 
 def _last_logits_in_rows(model: nn.Module, head: nn.Module | None, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -150,19 +150,7 @@ def _last_logits_in_rows(model: nn.Module, head: nn.Module | None, texts: Sequen
     # nothing sees the filling at the right of a causal row
     ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=device)
     ends = torch.tensor([row * length + len(text) - 1 for row, text in enumerate(texts)], device=device)
-    return _logits_at(model, head, ends, input_ids=ids)
-
-
-def _logits_at(model: nn.Module, head: nn.Module | None, ends: Tensor, **inputs: object) -> Tensor:
-    """Logits at chosen places of flattened rows, [ends, vocabulary]; the head, if one is given, sees no other."""
-
-    def choose(hidden: Tensor) -> Tensor:
-        return hidden.flatten(0, 1).index_select(0, ends)[None]
-
-    if head is None:
-        return choose(model(**inputs, use_cache=False).logits)[0]
-    with before_head(head, choose):
-        return cast(Tensor, model(**inputs, use_cache=False).logits)[0]
+    return logits_at(model, head, ends, input_ids=ids, use_cache=False)
 
 
 def _rows(texts: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:
