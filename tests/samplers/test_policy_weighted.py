@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from itertools import combinations
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
 from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
@@ -163,12 +165,20 @@ def test_packing_keeps_three_digits() -> None:
     assert unpacked(*packed(torch.zeros(2, 3, dtype=torch.float64)), 3).abs().max() == 0
 
 
-def test_head_gradients_sketch_the_gradient_that_autograd_finds(world: Any) -> None:
-    model = world.policy
+@pytest.mark.parametrize("head", ["plain", "adapter", "copy"])
+def test_head_gradients_sketch_the_gradient_that_autograd_finds(world: Any, head: str) -> None:
+    trained = model = copy.deepcopy(world.policy)
+    if head != "plain":
+        kinds = {"adapter": {"target_modules": ["lm_head"]}, "copy": {"modules_to_save": ["lm_head"]}}
+        trained = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **kinds[head]))
+        if head == "copy":
+            with torch.no_grad():
+                trained.get_base_model().get_output_embeddings().weight.mul_(1.5)
+        model = copy.deepcopy(trained).merge_and_unload()
     groups = [((0, 2, 1), [(1, 4), (3, 2, 4)]), ((0, 1), [(2, 4)])]
     sketch = HeadSketch(dim=16, seed=3)
-    found = head_gradients(model, groups, sketch)
-    weight = model.get_output_embeddings().weight
+    found = head_gradients(trained, groups, sketch)
+    weight = model.get_output_embeddings().weight.requires_grad_()
     u, v = sketch.factors(*weight.shape)
     rows = [(prompt, response) for prompt, responses in groups for response in responses]
     for features, (prompt, response) in zip(found, rows, strict=True):
@@ -178,7 +188,7 @@ def test_head_gradients_sketch_the_gradient_that_autograd_finds(world: Any) -> N
         (gradient,) = torch.autograd.grad(loss, weight)
         torch.testing.assert_close(features, ((u @ gradient) * v).sum(1), atol=1e-5, rtol=1e-4)
     # batches do not matter
-    torch.testing.assert_close(head_gradients(model, groups, sketch, tokens_per_batch=4), found, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(head_gradients(trained, groups, sketch, tokens_per_batch=4), found, atol=1e-6, rtol=1e-5)
 
 
 def test_sketch_keeps_inner_products_in_expectation() -> None:
