@@ -121,6 +121,12 @@ class Place:
 
     def drive(self, *jobs: tuple[str, list[str]]) -> list[int]:
         """Run commands one after the other in the same processes; their exit statuses."""
+        status, said = self.start(*jobs)
+        assert status == 0, said[-6000:]
+        return [int(line.split()[1]) for line in said.splitlines() if line.startswith("STATUS")]
+
+    def start(self, *jobs: tuple[str, list[str]]) -> tuple[int, str]:
+        """The same; returns the status of the launcher, and all that was printed."""
         (self.folder / "jobs.json").write_text(json.dumps(jobs))
         done = subprocess.run(
             [sys.executable, *self.launcher, "driver.py", "jobs.json"],
@@ -136,8 +142,7 @@ class Place:
             timeout=580,
         )
         self.said = done.stdout + done.stderr
-        assert done.returncode == 0, self.said[-6000:]
-        return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("STATUS")]
+        return done.returncode, self.said
 
     def stop_and_go_on(self, recipes: dict[str, list[str]]) -> None:
         """Run each recipe straight and with a stop, then compare what they exported."""
@@ -190,3 +195,39 @@ def test_two_sharded_processes_go_on_as_if_they_had_not_stopped(runs: Any, shard
     more: dict[str, list[str]] = {name: [] for name in RECIPES if name != "reward_model"}  # it does not run sharded
     more["policy_gradient"] = ["--model.advantage=RLOO"]
     place.stop_and_go_on(more)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints_that_are_damaged_or_cannot_be_written(runs: Any) -> None:
+    place = Place(runs, TWO, "--config=trainer/fsdp", "--trainer.devices=2")
+    often = ["--checkpoint_every=1"]
+    longer = [*often, "--trainer.max_epochs=4"]
+    straight, run = place.command("dpo", "dpo/straight", *longer), place.command("dpo", "dpo/stopped", *often)
+    assert place.drive(("", straight), ("", run)) == [0, 0]
+    checkpoints = place.folder / "dpo" / "stopped" / "checkpoints"
+    names = [path.name for path in history(checkpoints)]
+    assert names == ["epoch=2-step=9.ckpt", "epoch=1-step=6.ckpt"]
+    shard = next((checkpoints / "last.ckpt").glob("__1_*.distcp"))  # what rank one wrote
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+
+    status, said = place.start(("", place.command("dpo", "dpo/stopped", *longer)))
+    assert status != 0
+    assert "is damaged: its file __1_0.distcp is too short. The one before is whole" in said
+    older = f"--ckpt_path=dpo/stopped/checkpoints/{names[1]}"
+    assert older in said
+
+    status, said = place.start(("", place.command("dpo", "dpo/other", *longer, older, "--model.beta=0.5")))
+    assert status != 0
+    assert "model.init_args.beta: 0.1 in the checkpoint, 0.5 now" in said
+
+    status, said = place.start(("step7=limit50000", place.command("dpo", "dpo/stopped", *longer, older)))
+    assert status != 0
+    assert "raise the limit (ulimit -f)" in said
+    assert "what was written before is kept" in said
+    assert sorted(path.name for path in checkpoints.iterdir()) == [*reversed(names), "last.ckpt"]
+
+    assert place.drive(("", place.command("dpo", "dpo/stopped", *longer, older))) == [0]
+    assert place.equal("dpo")
+    assert [path.name for path in history(checkpoints)] == ["epoch=3-step=12.ckpt", names[0]]
+    assert [damage(path) for path in history(checkpoints)] == [None, None]
