@@ -288,7 +288,8 @@ def explained(path: Path) -> Iterator[None]:
         raise type(error)(error.errno, message, str(path)) from error
     except CheckpointException as error:
         # what ranks found while they wrote shards: no Exception, and the same on all of them
-        found = next(iter(error.failures.values()))[0]
+        failures = [failure for failure, _ in error.failures.values()]
+        found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
         with explained(path):
             raise found from error
     except RuntimeError as error:

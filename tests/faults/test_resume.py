@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,8 +224,7 @@ def test_sharded_checkpoints_that_are_damaged_or_cannot_be_written(runs: Any) ->
 
     status, said = place.start(("step7=limit50000", place.command("dpo", "dpo/stopped", *longer, older)))
     assert status != 0
-    assert "raise the limit (ulimit -f)" in said
-    assert "what was written before is kept" in said
+    assert re.search(r"OSError: .*(raise the limit \(ulimit -f\)|check that the disk has room).* before is kept", said)
     assert sorted(path.name for path in checkpoints.iterdir()) == [*reversed(names), "last.ckpt"]
 
     assert place.drive(("", place.command("dpo", "dpo/stopped", *longer, older))) == [0]
