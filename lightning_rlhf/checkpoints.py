@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf import ranks, stopping
 from lightning_rlhf.checkpoint_shards import META, shard_damage

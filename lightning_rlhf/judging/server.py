@@ -496,16 +496,27 @@ def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | 
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's retry-after-ms."""
+    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's retry-after-ms.
+
+    A date is compared with the server's own clock where it says what that shows: ours may be wrong.
+    """
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after", "")
     try:
         seconds = float(milliseconds) / 1000 if milliseconds else float(value)
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except ValueError:
+        until, shown = _seconds_of(value), _seconds_of(headers.get("date", ""))
+        if until is None:
             return None
+        seconds = until - (now if shown is None else shown)
     return max(seconds, 0.0) if seconds == seconds else None
+
+
+def _seconds_of(date: str) -> float | None:
+    """A date of a header in seconds since 1970; None if it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
 
 
 def status_fault(code: int, message: str, error_code: str, headers: Mapping[str, str], first: bool) -> Fault:
