@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -69,15 +70,16 @@ def jumping(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_the_clock_of_these_tests_jumps(jumping: dict[str, str]) -> None:
-    script = "import time, datetime as d\nwhile True: print(time.time(), d.datetime.now().timestamp(), flush=True)"
-    command = [
-        sys.executable,
-        "-c",
-        f"import time\nend = time.monotonic() + 2.2\n{script}".replace("True", "time.monotonic() < end"),
-    ]
-    said = subprocess.run(command, env={**os.environ, **jumping}, capture_output=True, text=True, check=True).stdout
+    script = (
+        "import time, datetime as d\n"
+        "end = time.monotonic() + 2.2\n"
+        "while time.monotonic() < end: print(time.time(), d.datetime.now().timestamp())"
+    )
+    environment = {**os.environ, **jumping}
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     for column in zip(*(map(float, line.split()) for line in said.splitlines()), strict=True):
-        steps = [b - a for a, b in zip(column, column[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(column)]
         assert max(steps) > 400 * 86400
         assert min(steps) < -400 * 86400
 

@@ -32,19 +32,14 @@ def mount(*arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", ["false", "true"], ids=["no_logger", "loggers"])
-def test_what_was_written_before_a_disk_filled_up_is_kept_and_gone_on_from(runs: Any, disk: Path, logger: str) -> None:
-    options = ["--run_dir=disk/run", f"--trainer.logger={logger}"]
+def test_what_was_written_before_a_disk_filled_up_is_kept_and_gone_on_from(runs: Any, disk: Path) -> None:
+    options = ["--run_dir=disk/run"]
     status, said = runs.run(*options, fault="step3=filldisk/filler")
     assert status == 1, said
     assert "the disk is full: free some space, or name another disk as --run_dir" in said
     checkpoints = disk / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["epoch=0-step=2.ckpt", "last.ckpt"]
     assert damage(checkpoints / "last.ckpt") is None
-
-    status, said = runs.run(*options)
-    assert status == 1, said
-    assert "the disk is full: free some space" in said
 
     (disk / "filler").unlink()
     status, said = runs.run(*options, fault="label1=filldisk/filler")
@@ -62,7 +57,7 @@ def test_what_was_written_before_a_disk_filled_up_is_kept_and_gone_on_from(runs:
     assert status == 0, said
     with PreferenceStore(disk / "run" / "ledger.sqlite", read_only=True) as store:
         assert store.num_labels == 24
-    status, said = runs.run("--run_dir=straight", f"--trainer.logger={logger}")
+    status, said = runs.run("--run_dir=straight")
     assert status == 0, said
     one, other = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lightning_rlhf.comparison.run import LONGEST_LOG, set_aside
+from lightning_rlhf.run_record import KEPT_STARTS, write_record
 
 
 MEMORY = """
@@ -39,3 +43,24 @@ def test_memory_stays_flat_over_rounds_and_the_folder_describes_the_run(runs: An
     weights = [entry for entry in start["data"] if entry["path"].endswith(".safetensors")]
     assert len(weights) == 1
     assert len(weights[0]["sha256"]) == 64
+
+
+def test_the_record_keeps_the_first_start_and_the_newest(tmp_path: Path) -> None:
+    for number in range(KEPT_STARTS + 5):
+        write_record(tmp_path, {"number": number}, 1, None)
+    record = json.loads((tmp_path / "run.json").read_text())
+    numbers = [start["config"]["number"] for start in record["starts"]]
+    assert numbers == [0, *range(5, KEPT_STARTS + 5)]
+    assert record["starts_left_out"] == 4
+
+
+def test_a_long_text_log_is_set_aside(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    for content in ("old", "new"):
+        log.write_text(content.ljust(LONGEST_LOG + 1))
+        set_aside(log)
+        assert not log.exists()
+    assert (tmp_path / "log.1.txt").read_text().startswith("new")
+    log.write_text("short")
+    set_aside(log)
+    assert log.read_text() == "short"
