@@ -195,6 +195,8 @@ def test_two_sharded_processes_go_on_as_if_they_had_not_stopped(runs: Any, shard
     )
     more: dict[str, list[str]] = {name: [] for name in RECIPES if name != "reward_model"}  # it does not run sharded
     more["policy_gradient"] = ["--model.advantage=RLOO"]
+    if not sharded:
+        more = {name: more[name] for name in ("dpo_lora", "online")}
     place.stop_and_go_on(more)
 
 
