@@ -262,8 +262,8 @@ class RLHFCLI(LightningCLI):
             checked(path, self.trainer.global_rank, self.trainer.world_size)
             if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy):
                 raise ValueError(
-                    f"checkpoint {path} is sharded: continue with --config trainer/fsdp, on as many processes as you "
-                    f"like; or start another run from <its run_dir>/model once it has ended"
+                    f"checkpoint {path} is sharded: continue with --config trainer/fsdp; or start another run, "
+                    f"from <its run_dir>/model once it has ended"
                 )
             check_settings(meta(path), path, self.datamodule.fingerprint)
         elif self.datamodule.heldout_source is not None:
