@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lightning_rlhf import ranks, stopping
 from lightning_rlhf.generation.engine import DecodeEngine
-from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
@@ -164,6 +164,9 @@ class RoundCollector:
                             f"{type(self.labeler).__name__}.label returned {len(labels)} labels for {len(part)} "
                             f"comparisons; return one per comparison, in order"
                         )
+                    if attempt:
+                        earlier = [self.store.history(id_) for id_, _ in part]
+                        labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
                     self.store.add_labels([id_ for id_, _ in part], labels)
                     bought += sum(label.status == "ok" for label in labels)
                     bar.update(len(part))
