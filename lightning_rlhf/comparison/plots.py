@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,23 @@ COLOURS = (
     *("#4d4d4d", "#e07b00", "#2a7fb8", "#c2185b", "#7b3fa0", "#8c6d31", "#1a9850", "#006d5b", "#00a5b5", "#999933"),
 )
 PANELS_PER_ROW = 3
+MANY = 8
+"""Arms from which on bands would hide each other."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm is drawn, the same in all figures: colours first, then dashes."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+def style_of(index: int) -> Style:
+    """The style of an arm by its place."""
+    again = index // len(COLOURS) % 2
+    return Style(COLOURS[index % len(COLOURS)], ("-", "--")[again], "os"[again])
 
 
 def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
@@ -37,15 +55,16 @@ def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
 def frontier_figure(grid: Grid, title: str) -> Figure:
     """Draw the figure of `plot_frontiers` without saving it."""
 
-    def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
+    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels, kl = mean_path(curves, "kl")
         _, reward = mean_path(curves, "reward")
-        axes.plot(kl, reward, color=colour, linewidth=1.0, alpha=0.45, zorder=1)
+        axes.plot(kl, reward, color=style.colour, linestyle=style.line, linewidth=1.0, alpha=0.45, zorder=1)
         # at most a dozen dots, the last among them: lines of dots hide each other
         shown = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), 12)).astype(int))
         shade = np.clip(0.2 + 0.8 * labels[shown] / max(labels[-1], 1.0), 0.2, 1.0)
-        axes.scatter(kl[shown], reward[shown], s=20, color=colour, alpha=shade, linewidth=0, zorder=2)
-        axes.scatter(kl[-1:], reward[-1:], s=60, color=colour, edgecolor="black", linewidth=0.8, zorder=3)
+        look: dict[str, Any] = {"color": style.colour, "marker": style.marker}
+        axes.scatter(kl[shown], reward[shown], s=20, alpha=shade, linewidth=0, zorder=2, **look)
+        axes.scatter(kl[-1:], reward[-1:], s=60, edgecolor="black", linewidth=0.8, zorder=3, **look)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
         if all(curve.points[0].kl > 1e-3 for curves in arms.values() for curve in curves):
@@ -69,7 +88,7 @@ def plot_labels(grid: Grid, path: Path, title: str) -> None:
     """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
 
     Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed,
-    mean over arms, is taken out of the intervals.
+    mean over arms, is taken out of the intervals. More than `MANY` arms are drawn without intervals.
     """
     label_figure(grid, title).savefig(path, dpi=140)
 
@@ -78,16 +97,17 @@ def label_figure(grid: Grid, title: str) -> Figure:
     """Draw the figure of `plot_labels` without saving it."""
 
     ease = {setting: seed_effects(arms) for setting, arms in grid.items()}
+    bands = max(map(len, grid.values())) <= MANY
 
-    def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
+    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels, j = j_grid(curves)
         effects = ease[curves[0].setting]
         j = j - np.array([[effects[curve.seed]] for curve in curves])
         mean = j.mean(0)
-        axes.plot(labels, mean, color=colour, linewidth=1.6, zorder=3)
-        if len(j) > 1:
+        axes.plot(labels, mean, color=style.colour, linestyle=style.line, linewidth=1.6, zorder=3)
+        if bands and len(j) > 1:
             half = student_quantile(len(j) - 1) * j.std(0, ddof=1) / len(j) ** 0.5
-            axes.fill_between(labels, mean - half, mean + half, color=colour, alpha=0.1, linewidth=0, zorder=1)
+            axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
         # the climb from the start is steep and the same for all: what matters is above its first third
@@ -98,51 +118,58 @@ def label_figure(grid: Grid, title: str) -> Figure:
         axes.set_ylim(floor - 0.35 * room, top + 0.1 * room)
 
     figure = panels(grid, title, draw, "labels", "J = reward − β KL", crop)
-    figure.text(
-        0.99,
-        0.005,
-        "bands: 95 % intervals over seeds, without what arms of a seed share",
-        ha="right",
-        fontsize="x-small",
-        color="0.35",
-    )
+    note = "bands: 95 % intervals over seeds, without what arms of a seed share" if bands else "means over seeds"
+    figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
     return figure
 
 
 def plot_alignment(grid: Grid, path: Path, title: str) -> None:
     """Draw one minus the cosine of expected gradients with that of J along training, on a logarithmic axis.
 
-    Arguments as for `plot_frontiers`; arms without a closed pair law are left out.
+    Arguments as for `plot_frontiers`; arms without a closed pair law are left out, and those that are aligned exactly.
     """
     alignment_figure(grid, title).savefig(path, dpi=140)
 
 
 def alignment_figure(grid: Grid, title: str) -> Figure:
     """Draw the figure of `plot_alignment` without saving it."""
-    known = {
-        setting: {arm: c for arm, c in arms.items() if c[0].last.population_cosine is not None}
-        for setting, arms in grid.items()
-    }
 
-    def draw(axes: Any, curves: Sequence[Curve], colour: str) -> None:
+    def shown(curves: Sequence[Curve]) -> bool:
+        cosine = curves[0].last.population_cosine
+        return cosine is not None and cosine < 1 - 1e-9
+
+    known = {setting: {arm: c for arm, c in arms.items() if shown(c)} for setting, arms in grid.items()}
+
+    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
         cosines = np.array([[point.population_cosine for point in curve.points] for curve in curves], dtype=float)
-        axes.plot(labels, 1 - np.median(cosines, 0), color=colour, linewidth=1.6)
+        axes.plot(labels, 1 - np.median(cosines, 0), color=style.colour, linestyle=style.line, linewidth=1.6)
         axes.set_yscale("log")
 
     kept = {setting: arms for setting, arms in known.items() if arms}
-    return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds")
+    return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds", places=places_of(grid))
 
 
 def panels(
     grid: Grid,
     title: str,
-    draw: Callable[[Any, Sequence[Curve], str], None],
+    draw: Callable[[Any, Sequence[Curve], Style], None],
     x_label: str,
     y_label: str,
     finish: Callable[[Any, Mapping[str, Sequence[Curve]]], None] | None = None,
+    places: Mapping[str, int] | None = None,
 ) -> Figure:
-    """A panel per setting, a colour per arm, one legend below all."""
+    """A panel per setting, a style per arm, one legend below all.
+
+    Args:
+        grid: runs by setting and arm.
+        title: text above the figure.
+        draw: draws the runs of an arm.
+        x_label: what the horizontal axes show, with units.
+        y_label: what the vertical axes show.
+        finish: sets the limits of a panel.
+        places: number of each arm, which names its style; their order in ``grid`` when not given.
+    """
     # Imported here: matplotlib takes a second, which only runs that draw should pay.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -150,7 +177,8 @@ def panels(
 
     columns = min(len(grid), PANELS_PER_ROW)
     rows = -(-len(grid) // columns)
-    arms = list(dict.fromkeys(arm for found in grid.values() for arm in found))
+    arms = list(places_of(grid))
+    styles = {arm: style_of(place) for arm, place in (places or places_of(grid)).items()}
     legend_rows = -(-len(arms) // (2 * columns))
     height = 3.3 * rows + 0.9 + 0.22 * legend_rows
     figure = Figure(figsize=(max(4.3 * columns, 6.0), height), layout="constrained")
@@ -162,7 +190,7 @@ def panels(
     every = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (setting, found) in zip(every, grid.items(), strict=False):
         for arm, curves in found.items():
-            draw(axes, curves, COLOURS[arms.index(arm) % len(COLOURS)])
+            draw(axes, curves, styles[arm])
         if finish is not None:
             finish(axes, found)
         axes.set_title(setting, fontsize="medium", loc="left")
@@ -173,7 +201,8 @@ def panels(
         axes.spines[["top", "right"]].set_visible(False)
     for axes in every[len(grid) :]:
         axes.set_visible(False)
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5, label=arm) for i, arm in enumerate(arms)]
+    looks: list[dict[str, Any]] = [{"color": styles[arm].colour, "linestyle": styles[arm].line} for arm in arms]
+    handles = [Line2D([], [], linewidth=2.2, label=arm, **look) for arm, look in zip(arms, looks, strict=True)]
     figure.legend(
         handles=handles,
         loc="lower center",
@@ -184,6 +213,11 @@ def panels(
     )
     figure.text(0.01, 1 - 0.08 / height, title, ha="left", va="top", fontsize="large")
     return figure
+
+
+def places_of(grid: Grid) -> dict[str, int]:
+    """Number of each arm, in the order in which settings name them."""
+    return {arm: place for place, arm in enumerate(dict.fromkeys(arm for found in grid.values() for arm in found))}
 
 
 def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
