@@ -258,7 +258,7 @@ def panels(
         if not shared:
             # room for the legend above the curves
             low_end, high_end = axes.get_ylim()
-            axes.set_ylim(low_end, high_end + (0.05 + 0.06 * len(found)) * (high_end - low_end))
+            axes.set_ylim(low_end, high_end + (0.08 + 0.09 * len(found)) * (high_end - low_end))
         axes.set_title(setting, fontsize="medium", loc="left")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
