@@ -199,6 +199,7 @@ def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
     torch.set_num_threads(1)
     folder = root / job.name
+    set_aside(folder / "log.txt")
     with (folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -248,3 +249,13 @@ def jsonable(value: Any) -> Any:
 def failures(run_dir: Path, failed: Sequence[str]) -> str:
     """Where to look."""
     return f"; see {run_dir / 'cells' / failed[0] / 'log.txt'}" if failed else ""
+
+
+LONGEST_LOG = 8 << 20
+"""Bytes of a text log after which a start begins a new one."""
+
+
+def set_aside(log: Path) -> None:
+    """Rename a log that has become long, ``log.txt`` to ``log.1.txt``, in place of the one before."""
+    if log.is_file() and log.stat().st_size > LONGEST_LOG:
+        log.replace(log.with_name(f"{log.stem}.1{log.suffix}"))
