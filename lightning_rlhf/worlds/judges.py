@@ -102,7 +102,7 @@ class MenuJudge:
     Args:
         alignment: share of pairs that it orders as the oracle does, in (1/2, 1]; 1 has no errors.
         errors: ``taste`` has wrong tastes, the same for all menus, which a learner takes over; ``response`` errs on
-            each answer to each prompt by a number of its own, which a learner averages out.
+            each answer to each prompt by a number of its own, which a learner averages out in time.
         same_position: share of pairs in whose two orders it names the same position, in [0, 1).
         favours: the position that it then names.
         certainty: standard deviation of the logits of its verdicts over pairs, > 0: at 2 the preferred menu of a pair
