@@ -1,8 +1,8 @@
 """Measure the papers' claims again, and write them into the manual: ``python -m benchmarks.results``.
 
-Runs the comparisons ``compare/tabular`` and ``compare/menu`` (cells that are done are kept), and puts tables, machine
-and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke`` does the same with two
-seeds and few labels, into a folder of its own, in a minute.
+Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept), and
+puts tables, machine and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke``
+does the same with two seeds and few labels, into a folder of its own, in a few minutes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from lightning_rlhf.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
-FIGURES = ("frontiers.png", "labels.png", "alignment.png")
+FIGURES = ("claims.png", "frontiers.png", "labels.png", "agreement.png", "alignment.png")
 SMOKE = {
     "tabular": ["--experiment.seeds=2", "--experiment.arms=[Vanilla,PILAF,Policy-weighted]"],
-    "menu": None,
+    "menu": "compare/smoke",
+    "rlaif": "compare/rlaif_smoke",
 }
-"""What makes a comparison short; None takes ``compare/smoke`` in its place."""
+"""What makes a comparison short: arguments, or another comparison in its place."""
 
 
 def run(argv: list[str] | None = None) -> Path:
@@ -33,7 +34,7 @@ def run(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the cells")
     parser.add_argument("--out", type=Path, help="folder of the page; docs/ when not given, runs/ with --smoke")
-    parser.add_argument("--only", choices=["tabular", "menu"], help="one comparison alone")
+    parser.add_argument("--only", choices=list(SMOKE), help="one comparison alone")
     parser.add_argument("--smoke", action="store_true", help="two seeds, to see that it works")
     parser.add_argument("rest", nargs="*", help="further arguments of `lightning-rlhf compare`, after --")
     options = parser.parse_args(argv)
@@ -41,13 +42,13 @@ def run(argv: list[str] | None = None) -> Path:
     (out / "results").mkdir(parents=True, exist_ok=True)
     page = out / "results.md"
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
-    for name in ("tabular", "menu"):
+    for name in SMOKE:
         if options.only not in (None, name):
             continue
         folder = options.runs / name
         short = SMOKE[name] if options.smoke else []
-        config = "compare/smoke" if short is None else f"compare/{name}"
-        main(["compare", config, f"--run_dir={folder}", *(short or []), *options.rest])
+        config, short = (short, []) if isinstance(short, str) else (f"compare/{name}", short)
+        main(["compare", config, f"--run_dir={folder}", *short, *options.rest])
         text = spliced(text, name, section(folder, name, out))
     page.write_text(text, encoding="utf-8")
     return page

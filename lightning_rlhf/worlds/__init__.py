@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_rlhf.worlds.judges import MenuJudgeLabeler, MenuScoreReward
 from lightning_rlhf.worlds.menu import MenuPrompts, MenuReward, menu_policy
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld
 
 
-__all__ = ["MenuPrompts", "MenuReward", "Objective", "TabularWorld", "menu_policy", "world_policy"]
+__all__ = [
+    "MenuJudgeLabeler",
+    "MenuPrompts",
+    "MenuReward",
+    "MenuScoreReward",
+    "Objective",
+    "TabularWorld",
+    "menu_policy",
+    "world_policy",
+]
 
 POLICIES = {"menu": menu_policy}
 """Folders of policies by the name of their world."""
