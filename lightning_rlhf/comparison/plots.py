@@ -139,12 +139,7 @@ def plot_alignment(grid: Grid, path: Path, title: str) -> None:
 
 def alignment_figure(grid: Grid, title: str) -> Figure:
     """Draw the figure of `plot_alignment` without saving it."""
-
-    def shown(curves: Sequence[Curve]) -> bool:
-        cosine = curves[0].last.population_cosine
-        return cosine is not None and cosine < 1 - 1e-9
-
-    known = {setting: {arm: c for arm, c in arms.items() if shown(c)} for setting, arms in grid.items()}
+    known = {setting: {arm: c for arm, c in arms.items() if misaligned(c)} for setting, arms in grid.items()}
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
@@ -156,8 +151,14 @@ def alignment_figure(grid: Grid, title: str) -> Figure:
     return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds", places=places_of(grid))
 
 
+def misaligned(curves: Sequence[Curve]) -> bool:
+    """Whether the expected gradients of an arm are known, and are not all that of J exactly."""
+    cosines = [point.population_cosine for curve in curves for point in curve.points]
+    return None not in cosines and any(cosine is not None and cosine < 1 - 1e-9 for cosine in cosines)
+
+
 def plot_agreement(grid: Grid, path: Path, title: str) -> None:
-    """Draw how often the training reward orders the policy's answers as the held-out one does, against the KL.
+    """Draw how often the training reward orders the policy's answers as the held-out one does, along the runs.
 
     Arguments as for `plot_frontiers`; arms that do not know it are left out.
     """
@@ -185,7 +186,8 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
     kept = {setting: arms for setting, arms in known.items() if arms}
-    return panels(kept, title, draw, "responses learnt from", "pairs ranked as by the oracle [%]")
+    y_label = "pairs ranked as by the oracle [%]"
+    return panels(kept, title, draw, "responses learnt from", y_label, places=places_of(grid))
 
 
 def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:

@@ -20,7 +20,14 @@ from filelock import FileLock, Timeout
 from lightning_rlhf.comparison.claims import Claim, judge_claims
 from lightning_rlhf.comparison.curves import Curve, read_cell, write_cell, write_curves
 from lightning_rlhf.comparison.experiments import AbstractExperiment, Job
-from lightning_rlhf.comparison.plots import plot_agreement, plot_alignment, plot_claims, plot_frontiers, plot_labels
+from lightning_rlhf.comparison.plots import (
+    misaligned,
+    plot_agreement,
+    plot_alignment,
+    plot_claims,
+    plot_frontiers,
+    plot_labels,
+)
 from lightning_rlhf.comparison.report import figures_of, grid_of, markdown, verdicts
 from lightning_rlhf.evaluation.report import to_json, write_whole
 
@@ -167,7 +174,7 @@ class CompareRun:
         if any(curve.last.agreement is not None for curve in curves):
             pictures.append("agreement.png")
             plot_agreement(grid, self.run_dir / pictures[-1], f"{self.title}: does the reward still rank?")
-        if any(curve.last.population_cosine is not None for curve in curves):
+        if any(misaligned(found) for arms in grid.values() for found in arms.values()):
             pictures.append("alignment.png")
             plot_alignment(grid, self.run_dir / pictures[-1], f"{self.title}: distance of the expected gradient to ∇J")
         text = markdown(figures, claims, self.baseline, self.experiment.regime)

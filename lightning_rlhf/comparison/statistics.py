@@ -62,7 +62,9 @@ def paired(
     """
 
     def at(curve: Curve, moment: str) -> float:
-        return float(getattr(curve.points[0] if moment == "start" else curve.last, figure))
+        value = getattr(curve.points[0] if moment == "start" else curve.last, figure)
+        # what was not measured gives no difference, and no verdict
+        return math.nan if value is None else float(value)
 
     theirs = {curve.seed: at(curve, moments[1]) for curve in baseline}
     return mean_interval([at(curve, moments[0]) - theirs[curve.seed] for curve in curves if curve.seed in theirs])
