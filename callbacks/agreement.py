@@ -34,6 +34,21 @@ class RewardAgreement(HeldOutCallback):
         self._scored = HeldOut()
         self._points: dict[int, dict[str, float]] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for two rewards.
+
+        Raises:
+            ValueError: if the run has no training reward, or no other one for held-out answers.
+        """
+        super().setup(trainer, pl_module, stage)
+        source: Any = preference_source(trainer)
+        training, heldout = getattr(source, "reward", None), source.heldout_reward
+        if training is None or heldout is None or heldout is training:
+            raise ValueError(
+                "RewardAgreement compares the reward of reinforcement learning with another one on held-out answers; "
+                "set data.heldout_reward, or leave the callback out"
+            )
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with no rows."""
         super().on_validation_epoch_start(trainer, pl_module)

@@ -82,7 +82,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the end of the training, whatever ``every_n_epochs`` is."""
-        if trainer.global_step not in (self._began_at, self._last_global_step_saved):
+        if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step != self._began_at:
             self.save_now(trainer)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -94,17 +94,25 @@ class RunCheckpoint(ModelCheckpoint):
                     _remove(left)
             trainer.strategy.barrier()
             try:
-                super()._save_checkpoint(trainer, str(partial))
+                trainer.save_checkpoint(partial, self.save_weights_only)
                 trainer.strategy.barrier()
                 if trainer.is_global_zero:
                     if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
-                        shutil.rmtree(path)
-                    os.replace(partial, path)
+                        aside = path.with_name(f".{path.name}.before{PARTIAL}")
+                        os.replace(path, aside)
+                        os.replace(partial, path)
+                        _remove(aside)
+                    else:
+                        os.replace(partial, path)
             except BaseException:
                 if trainer.is_global_zero:
                     _remove(partial)
                 raise
-        self._last_checkpoint_saved = filepath
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        if trainer.is_global_zero:
+            # as Lightning does, but once the file has its name
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)

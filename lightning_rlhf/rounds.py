@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.types import Comparison, Preference, Prompt
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt
 
 
 @dataclass
@@ -134,12 +135,18 @@ class RoundCollector:
         self._ledger.add_comparisons(index, comparisons, positions)
 
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
-        bought = self.label(index, chunk)
+        bought = self.label(index, chunk, num_prompts)
         self._ledger.close_round(index, {"prompts": num_prompts, "failed": self._ledger.failed(index)})
         return bought
 
-    def label(self, index: int, chunk: int) -> int:
-        """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many."""
+    def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:
+        """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many.
+
+        Args:
+            index: number of the round.
+            chunk: comparisons that are labelled together, >= 1.
+            num_prompts: size of the round, where a budget may have cut it since it was drawn; all when not given.
+        """
         assert self.store is not None
         bought = 0
         key = self.key.fold(_LABELLING, index)
@@ -147,7 +154,7 @@ class RoundCollector:
         for attempt in range(self.label_attempts):
             # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
             asked = self.store.attempts(index)
-            rows = self.store.comparisons(index)
+            rows = self._rows(index, num_prompts)
             worth = self._worth(rows) if worth is None else worth
             open_ = [
                 (id_, c) for id_, c, label in rows if id_ in worth and label is None and asked.get(id_, 0) == attempt
@@ -174,11 +181,18 @@ class RoundCollector:
 
     def _worth(self, rows: Sequence[tuple[int, Comparison, Any]]) -> set[int]:
         """Ids of the comparisons of a round that the sampler wants labels for."""
-        chosen = self.sampler.worth_labels([comparison for _, comparison, _ in rows])
-        if not all(0 <= position < len(rows) for position in chosen):
+        chosen = set(self.sampler.worth_labels([comparison for _, comparison, _ in rows]))
+        name, strange = type(self.sampler).__name__, chosen - set(range(len(rows)))
+        if strange:
             raise ValueError(
-                f"{type(self.sampler).__name__}.worth_labels returned {sorted(chosen)[-1]} for a round of {len(rows)} "
-                f"comparisons; return positions from 0 to {len(rows) - 1}"
+                f"{name}.worth_labels returned {min(strange)} for a round of {len(rows)} comparisons; return positions "
+                f"from 0 to {len(rows) - 1}"
+            )
+        most = math.ceil(self.sampler.label_share * len(rows) - 1e-9)
+        if len(chosen) > most:
+            raise ValueError(
+                f"{name}.worth_labels wants {len(chosen)} labels for {len(rows)} comparisons, more than the {most} "
+                f"that its label_share of {self.sampler.label_share:g} allows; budgets count on it"
             )
         return {rows[position][0] for position in chosen}
 
@@ -187,8 +201,13 @@ class RoundCollector:
         assert self.store is not None  # asked on rank zero
         return self.store
 
+    def _rows(self, index: int, num_prompts: int | None) -> list[tuple[int, Comparison, Label | None]]:
+        """The comparisons of a round, without those that a smaller budget has cut off since they were drawn."""
+        places, rows = self._ledger.positions(index), self._ledger.comparisons(index)
+        return [row for place, row in zip(places, rows, strict=True) if num_prompts is None or place < num_prompts]
+
     def _read(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
-        rows = self._ledger.comparisons(index)
+        rows = self._rows(index, (self._ledger.round_info(index) or {}).get("prompts"))
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
 

@@ -220,14 +220,6 @@ def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return super().label(comparisons, key)
 
-    class Ready(AbstractPairSampler):
-        needs_engine = False
-
-        def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-            del engine, key
-            answers = [Response((2,), "yes", "eos"), Response((3,), "no", "eos")]
-            return [Comparison(prompt, *answers) for prompt in prompts]
-
     labelers = [Killed(9), Moody(9)]
     for labeler in labelers:
         with PreferenceStore(tmp_path / "ledger.sqlite") as store:
@@ -260,6 +252,42 @@ def test_only_pairs_worth_a_label_are_labelled_and_the_budget_is_met(tmp_path: P
         bought = [[label is not None for _, _, label in rows] for rows in rounds]
         assert bought == [[True, False] * 3, [True, False] * 2]
         assert store.failed(0) == {}
+
+
+class Ready(AbstractPairSampler):
+    """Has its answers ready."""
+
+    needs_engine = False
+
+    def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
+        del engine, key
+        answers = [Response((2,), "yes", "eos"), Response((3,), "no", "eos")]
+        return [Comparison(prompt, *answers) for prompt in prompts]
+
+
+def test_a_budget_that_shrank_cuts_a_round_that_was_drawn_before(tmp_path: Path) -> None:
+    prompts = [Prompt(index, (0, 1), f"row {index}") for index in range(8)]
+    with PreferenceStore(tmp_path / "ledger.sqlite") as store:
+        collector = RoundCollector(store, Ready(), Moody(0), Key((0,)))
+        collector.sample(0, prompts, None, chunk=4)
+        result = collector.collect(0, prompts[:3], None, chunk=4)
+        assert store.num_labels == len(result.preferences) == len(result.comparisons) == 3
+
+
+def test_samplers_that_want_more_labels_than_they_said_are_refused(tmp_path: Path) -> None:
+    class Greedy(Ready):
+        label_share = 0.5
+
+    class Lost(Ready):
+        def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
+            return [-1, 0]
+
+    prompts = [Prompt(index, (0, 1), f"row {index}") for index in range(3)]
+    for sampler, message in ((Greedy(), "wants 3 labels for 3 comparisons, more than the 2"), (Lost(), "returned -1")):
+        with PreferenceStore(tmp_path / f"{type(sampler).__name__}.sqlite") as store:
+            with pytest.raises(ValueError, match=message):
+                RoundCollector(store, sampler, Moody(0), Key((0,))).collect(0, prompts, None, chunk=4)
+            assert store.num_labels == 0
 
 
 def test_a_prompt_that_comes_twice_in_a_round_gets_other_responses(tmp_path: Path, tiny_policy: Path) -> None:

@@ -76,6 +76,8 @@ class FitExperiment(AbstractExperiment):
                     )
                 for arm in self.arms:
                     identity = {"setting": name, "arm": arm, "seed": seed, "args": self._arm_args(name, arm)}
+                    if setting.start is not None:
+                        identity["start"] = self._start_args(name)
                     after = () if setting.start is None else (start,)
                     jobs.append(Job(f"{slug(name)}/{slug(arm)}/{seed}", identity, after))
         return jobs

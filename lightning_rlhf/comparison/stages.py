@@ -15,6 +15,7 @@ from lightning_rlhf.comparison.curves import Curve, CurvePoint
 from lightning_rlhf.comparison.experiments import AbstractExperiment, Job
 from lightning_rlhf.comparison.tabular import slug
 from lightning_rlhf.evaluation.frontier import read_frontier
+from lightning_rlhf.evaluation.report import write_whole
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.store_rollouts import RolloutTable
 
@@ -93,6 +94,12 @@ class StagedExperiment(AbstractExperiment):
         if seeds < 1:
             raise ValueError(f"a comparison needs at least one seed; got {seeds}")
         self.stages, self.settings, self.args = stages, settings, args or []
+        common = {name for argument in self.args for name in REFERENCE.findall(argument)} - {"seed"}
+        if common:
+            raise ValueError(
+                f"arguments of all stages cannot refer to {{{min(common)}}}: a stage would wait for itself; put "
+                f"it into the stages that build on it"
+            )
         self.seeds, self.first_seed = seeds, first_seed
         for name, setting in settings.items():
             for arm, made in setting.arms.items():
@@ -107,13 +114,14 @@ class StagedExperiment(AbstractExperiment):
         for seed in range(self.first_seed, self.first_seed + self.seeds):
             for name in self._needed:
                 stage = self.stages[name]
-                identity = {"seed": seed, "args": self._args(stage)}
+                identity = {"seed": seed, "args": self._args(stage), "behind": self._args_behind([name])}
                 jobs.append(Job(stage_cell(name, seed), identity, tuple(stage_cell(n, seed) for n in needs(stage))))
             for name, setting in self.settings.items():
                 for arm, made in setting.arms.items():
                     behind = self._behind(made.stages)
                     calls = {stage: self.stages[stage].calls for stage in behind}
-                    identity = {"setting": name, "arm": arm, "seed": seed, **vars(made), "calls": calls}
+                    built = {"calls": calls, "behind": self._args_behind(made.stages)}
+                    identity = {"setting": name, "arm": arm, "seed": seed, **vars(made), **built}
                     after = tuple(stage_cell(stage, seed) for stage in behind)
                     jobs.append(Job(f"curves/{slug(name)}/{slug(arm)}/{seed}", identity, after))
         return jobs
@@ -132,14 +140,21 @@ class StagedExperiment(AbstractExperiment):
         known = {"seed": str(seed), **{name: str(folder) for name, folder in folders.items()}}
         args = [REFERENCE.sub(lambda found: known[found[1]], argument) for argument in job.identity["args"]]
         seeds = [f"--run_dir={root / job.name}", f"--seed_everything={seed}", f"--data.seed={seed}"]
-        start = time.perf_counter()
-        RLHFCLI(["fit", *args, *seeds, "--trainer.enable_progress_bar=false"])
-        (root / job.name / SECONDS).write_text(f"{time.perf_counter() - start:.1f}\n", encoding="utf-8")
+        start, file = time.perf_counter(), root / job.name / SECONDS
+        try:
+            RLHFCLI(["fit", *args, *seeds, "--trainer.enable_progress_bar=false"])
+        finally:
+            before = float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
+            write_whole(file, f"{before + time.perf_counter() - start:.1f}\n")
         return []
 
     def regime(self, setting: str) -> str:
         """What the setting says of itself."""
         return self.settings[setting].regime or setting
+
+    def _args_behind(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Arguments of stages and of all that they build on: a result is another one where any of them changed."""
+        return {name: self._args(self.stages[name]) for name in self._behind(names)}
 
     def _args(self, stage: FitStage) -> list[str]:
         return [*(f"--config={name}" for name in stage.config), *self.args, *stage.args]
@@ -180,7 +195,11 @@ class StagedExperiment(AbstractExperiment):
             points = [point for point in points if point.labels <= made.until]
         behind = self._behind(made.stages)
         bought = {name: labels_bought(folders[name]) for name in behind}
-        bought[made.stages[-1]] = points[-1].labels - sum(bought[name] for name in made.stages[:-1])
+        left = points[-1].labels
+        for name in made.stages:
+            # where the curve is cut, so is what was bought
+            bought[name] = min(bought[name], left)
+            left -= bought[name]
         return Curve(
             setting,
             arm,

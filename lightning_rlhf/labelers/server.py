@@ -46,8 +46,8 @@ class ServerLabeler(AbstractJudgeLabeler):
     with b shown first; ``mass``, the smaller probability, of the two orders, that the judge answers with a label;
     ``rationale_forward`` and ``rationale_reverse``, the first ones; ``tokens_in``, ``tokens_out`` and ``requests``; and
     ``fault`` where there is no verdict. The cost of a label is the price of its tokens when they were bought: a second
-    run finds them in the journal, pays nothing, and notes the same cost. Within a ledger a reply is booked once, also
-    where a pair is judged again and a part of the answer is in the journal: ``cost_parts`` says what it is made of.
+    run finds them in the journal, pays nothing, and notes the same cost. Attempts at one comparison of a ledger book a
+    reply once, also where a part of the answer is in the journal: ``cost_parts`` says what it is made of.
 
     Statuses: those of `JudgeServer`; also ``invalid`` where the label mass is below ``min_mass``, and ``truncated``
     where the responses alone are longer than ``max_prompt_chars``.

@@ -79,7 +79,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         self.passes_per_pair = float(n if tilt is None else 2 * n)
         self.method = f"Policy-weighted, N={n}" + ("" if tilt is None else ", tilted")
         self.information = torch.zeros(dim, dim, dtype=torch.float64)
-        """Sum over labelled pairs of ``sigma'(delta) g g'``."""
+        """Sum of ``sigma'(delta) g g'`` over the pairs that the labeler was shown."""
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
         self._freedom = 0.0
         self._round_size = 0
@@ -159,7 +159,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         return greedy_pairs(gaps, slopes, self.information + self._prior(sigma), sigma, count)
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
-        """Add the labelled pairs of the finished round to I, and all pools to Sigma."""
+        """Add the pairs that were shown to the labeler to I, with a verdict or without, and all pools to Sigma."""
         labelled = self.worth_labels(comparisons)
         self._scatter *= self.decay
         self._freedom *= self.decay

@@ -27,8 +27,10 @@ class SIRPILAFSampler(AbstractPairSampler):
     best-of-N by the implicit reward.
 
     With a reward model the tilt is by the secant, ``(delta - gap) / (sigma(delta) - sigma(gap))``, where gap is that of
-    the model's rewards. If the model is right, the expected gradient is that of J exactly, however far the policy is
-    from the oracle; the slope at delta is its limit for a policy that is right itself.
+    the model's rewards. If the model is right, and n large, the expected gradient of each prompt has the direction of
+    J's exactly, however far the policy is from the oracle; the slope at delta is its limit for a policy that is right
+    itself. Like PILAF, and unlike T-PILAF, the sampler gives all pairs weight 1: over several prompts the direction is
+    that of J up to a positive factor per prompt.
 
     Args:
         n: responses per prompt, >= 2; each costs decoding, none a label.

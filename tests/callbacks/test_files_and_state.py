@@ -273,7 +273,7 @@ def test_reward_agreement_has_a_point_per_validation_and_survives_a_restart(toy:
             )
 
     class OnePrompt(toy.ToyData):  # type: ignore[misc,name-defined]
-        reward = Forgetful()
+        reward, heldout_reward = Forgetful(), Forgetful()
 
         def val_dataloader(self) -> Any:
             prompts = [Prompt(i, (1,), "prompt") for i in range(4)]
@@ -286,4 +286,7 @@ def test_reward_agreement_has_a_point_per_validation_and_survives_a_restart(toy:
     assert [(int(row["step"]), int(row["pairs"])) for row in rows] == [(0, 6), (2, 6), (4, 6)]
     # three of six pairs hold the answer that is ranked wrongly
     assert [float(row["agreement"]) for row in rows] == [1.0, 0.5, 0.5]
+    other.ToyData.heldout_reward = other.ToyData.reward
+    with pytest.raises(ValueError, match=r"set data\.heldout_reward"):
+        run(other, tmp_path / "same", [RewardAgreement()])  # type: ignore[arg-type]
     assert [float(row["training_reward"]) for row in rows] == [1.5, -1.0, -1.0]

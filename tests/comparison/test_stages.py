@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,23 @@ def test_jobs_are_what_arms_need_each_once_behind_what_they_name() -> None:
     jobs = list(made.jobs())
     assert [job.name for job in jobs[:3]] == ["stages/scorer/3", "stages/first/3", "stages/policy/3"]
     assert jobs[2].after == ("stages/scorer/3", "stages/first/3")
-    assert jobs[0].identity == {"seed": 3, "args": ["--config=worlds/menu_reward", "--shared"]}
+    scorer = ["--config=worlds/menu_reward", "--shared"]
+    assert jobs[0].identity == {"seed": 3, "args": scorer, "behind": {"scorer": scorer}}
     # an arm waits for all that it builds on
     assert jobs[3].name == "curves/one/policy/3"
     assert jobs[3].after == ("stages/scorer/3", "stages/first/3", "stages/policy/3")
     assert len(jobs) == 2 * (3 + 2)
     assert needs(FitStage(args=["{a}/x{b}", "{seed}", "{a}"])) == ["a", "b"]
+
+
+def test_results_are_others_where_a_stage_behind_them_changed() -> None:
+    def identities(rate: str) -> list[dict[str, object]]:
+        stages = {"scorer": FitStage(args=[rate]), "policy": FitStage(args=["{scorer}"]), "other": FitStage()}
+        return [job.identity for job in experiment(stages, "policy", "other").jobs()]
+
+    before, after = identities("--rate=1"), identities("--rate=2")
+    # scorer, policy, other, and the curves of the two arms, for two seeds
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True, False, True] * 2
 
 
 def test_stages_that_cannot_be_run_are_refused() -> None:
@@ -67,6 +79,8 @@ def test_stages_that_cannot_be_run_are_refused() -> None:
         experiment({"a": FitStage()}, "b")
     with pytest.raises(ValueError, match="at least one seed"):
         StagedExperiment({}, {}, seeds=0)
+    with pytest.raises(ValueError, match=r"cannot refer to \{a\}"):
+        StagedExperiment({"a": FitStage()}, {}, args=["--data.reward.path={a}"])
 
 
 def test_pair_agreement_counts_pairs_within_groups() -> None:
@@ -90,7 +104,8 @@ def test_claims_are_judged_by_paired_differences_of_their_metrics() -> None:
     good = [curve("good", s, (0.0, 2.0 + s + 0.01 * s), 1.0, (0.7, 0.6 - 0.001 * s)) for s in range(5)]
     bad = [curve("bad", s, (0.0, 1.0 + s), 8.0, (0.7, 0.65)) for s in range(5)]
     far = [curve("far", s, (0.0, 3.0 + s + 0.01 * s), 60.0, (0.7, 0.65)) for s in range(5)]
-    grid = grid_of([*good, *bad, *far])
+    blind = [replace(c, arm="blind", points=tuple(replace(p, agreement=None) for p in c.points)) for c in good]
+    grid = grid_of([*good, *bad, *far, *blind])
     claims = [
         Claim("better", "one", "good", "bad", ["reward", "j"]),
         Claim("better", "one", "bad", "good"),
@@ -99,15 +114,17 @@ def test_claims_are_judged_by_paired_differences_of_their_metrics() -> None:
         Claim("falls", "one", "good", "good", ["agreement"], better_at="start"),
         Claim("same start", "one", "good", "bad", ["reward"], "start", "start"),
         Claim("nobody", "one", "good", "nobody"),
+        Claim("unknown", "one", "good", "blind", ["agreement"]),
     ]
     judged = judge_claims(grid, claims)
-    assert [claim.verdict for claim in judged] == ["reproduced", "contradicted", "partly", "reproduced", "not shown"]
+    verdicts = ["reproduced", "contradicted", "partly", "reproduced", "not shown", "not measured"]
+    assert [claim.verdict for claim in judged] == verdicts
     assert judged[0].differences["reward"].value == pytest.approx(1.02)
     assert judged[3].differences["agreement"].value == pytest.approx(0.102)
     assert judged[3].as_row().figures.startswith("good, start − end: Δagreement +0.102 [")
     assert "good − bad: Δreward +1.020 [" in judged[0].as_row().figures
     figure = claims_figure(judged, "Claims")
-    assert [len(axes.get_yticklabels()) for axes in figure.axes] == [4, 1]
+    assert [len(axes.get_yticklabels()) for axes in figure.axes] == [4, 2]
     with pytest.raises(ValueError, match="metrics are some of reward"):
         judge_claims(grid, [Claim("x", "one", "good", "bad", ["speed"])])
 

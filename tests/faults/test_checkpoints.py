@@ -10,11 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_rlhf.checkpoints import check_writable, checked, damage, explained, history
+from lightning_rlhf.checkpoints import RunCheckpoint, check_writable, checked, damage, explained, history
 from lightning_rlhf.cli import main
 from lightning_rlhf.store import PreferenceStore
 
@@ -72,6 +75,30 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(folder: 
         fit(folder, tiny_policy, *other, f"--run_dir={folder / 'other'}")
     # how fast a run is may change, and how long it is
     fit(folder, tiny_policy, "--trainer.max_epochs=2", "--data.tokens_per_batch=64")
+
+
+def test_a_try_of_one_batch_leaves_no_checkpoint_to_go_on_from(folder: Path, tiny_policy: Path) -> None:
+    fit(folder, tiny_policy, "--trainer.fast_dev_run=true")
+    assert not list((folder / "run").rglob("*.ckpt"))
+
+
+def test_loggers_see_checkpoints_under_their_names(tmp_path: Path) -> None:
+    seen = []
+
+    class Logger(DummyLogger):
+        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+            seen.append(Path(checkpoint_callback._last_checkpoint_saved).is_file())
+
+    L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=Logger(),
+        callbacks=[RunCheckpoint(tmp_path, every_n_epochs=1)],
+        enable_progress_bar=False,
+        limit_train_batches=1,
+        limit_val_batches=0,
+    ).fit(BoringModel())
+    assert seen == [True, True]
 
 
 def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> None:
