@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.harness import machine
 from lightning_rlhf.cli import main
+from lightning_rlhf.comparison.curves import read_cell
 
 
 ROOT = Path(__file__).parents[1]
@@ -73,14 +74,18 @@ def section(folder: Path, name: str, out: Path) -> str:
 
 
 def answers(folder: Path) -> list[str]:
-    """A table of each arm's first held-out answer in its first run, before and after; none where runs wrote none."""
-    lines: list[str] = []
-    for table in sorted(folder.glob("cells/*/*/0/completions.md")):
-        head, rule, first, *_ = table.read_text(encoding="utf-8").splitlines()
-        if not lines:
-            lines = [f"| arm {head}", f"| --- {rule}"]
-        lines.append(f"| {table.parts[-3]} {first}")
-    return ["#### Answers", "\n".join(lines)] if lines else []
+    """A table of each arm's first held-out answer with the first seed, before and after; none if runs wrote none."""
+    found: dict[tuple[str, str], tuple[int, list[str]]] = {}
+    for cell in folder.glob("cells/*/*/*/cell.json"):
+        identity, table = read_cell(cell)[1], cell.parent / "completions.md"
+        arm = (identity["setting"], identity["arm"])
+        if table.exists() and identity["seed"] <= found.get(arm, (identity["seed"], []))[0]:
+            found[arm] = identity["seed"], table.read_text(encoding="utf-8").splitlines()
+    if not found:
+        return []
+    head, rule, *_ = next(iter(found.values()))[1]
+    rows = [f"| {setting} | {arm} {lines[2]}" for (setting, arm), (_, lines) in sorted(found.items())]
+    return ["#### Answers", "\n".join([f"| setting | arm {head}", f"| --- | --- {rule}", *rows])]
 
 
 def spliced(text: str, name: str, content: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.harness import check_same, ids_in_order, model_folder
+from lightning_rlhf.comparison.curves import write_cell
 
 
 ROOT = Path(__file__).parents[1]
@@ -117,16 +118,19 @@ def test_results_run_a_world_on_demand_only_when_asked(tmp_path: Path, monkeypat
 
 def test_answers_are_the_first_of_each_arm_and_seed(tmp_path: Path) -> None:
     assert results.answers(tmp_path) == []
-    for arm, seed in (("pilaf", 0), ("vanilla", 0), ("vanilla", 1)):
+    for arm, seed in (("PILAF", 0), ("Best-of-8", 11), ("Best-of-8", 2), ("Vanilla", 0)):
         folder = tmp_path / "cells" / "online" / arm / str(seed)
         folder.mkdir(parents=True)
         rows = [f"| one | {arm} {seed} |", "| two | no |"]
         (folder / "completions.md").write_text("\n".join(["| prompt | before |", "| --- | --- |", *rows]))
+        # a run that has not ended has no cell
+        if arm != "Vanilla":
+            write_cell(folder / "cell.json", [], {"setting": "online", "arm": arm, "seed": seed})
     heading, table = results.answers(tmp_path)
     assert heading == "#### Answers"
     assert table.splitlines() == [
-        "| arm | prompt | before |",
-        "| --- | --- | --- |",
-        "| pilaf | one | pilaf 0 |",
-        "| vanilla | one | vanilla 0 |",
+        "| setting | arm | prompt | before |",
+        "| --- | --- | --- | --- |",
+        "| online | Best-of-8 | one | Best-of-8 2 |",
+        "| online | PILAF | one | PILAF 0 |",
     ]
