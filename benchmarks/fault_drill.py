@@ -14,13 +14,14 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,23 @@ class Scene:
         rounds: rounds of the run.
         processes: ranks of the run.
         seed: decides what the supervisor and the judge do.
+        environment: further variables of the run.
     """
 
-    def __init__(self, folder: Path, model: Path, rounds: int, processes: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        rounds: int,
+        processes: int,
+        seed: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         folder.mkdir(parents=True)
+        self.environment = environment or {}
         self.folder, self.model, self.rounds, self.processes = folder, model, rounds, processes
         self.luck = random.Random(seed)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = 0  # the judge takes one that is free
         self.judge = self._start_judge()
         self.judges = 1
         self.orphans: list[int] = []
@@ -82,6 +91,7 @@ class Scene:
             *("--data.labeler.server.max_wait=0.2", "--data.labeler.server.journal=journal.sqlite"),
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= self.environment
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=output, stderr=output)
 
@@ -161,7 +171,15 @@ class Scene:
     def _start_judge(self) -> subprocess.Popen[bytes]:
         arguments = [str(self.port), str(self.folder / "judge.log"), str(self.luck.randrange(1 << 30))]
         # by path: it imports nothing of ours, and is there at once
-        return subprocess.Popen([sys.executable, str(Path(__file__).with_name("fault_judge.py")), *arguments])
+        command = [sys.executable, str(Path(__file__).with_name("fault_judge.py")), *arguments]
+        judge = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert judge.stdout is not None
+        said = judge.stdout.readline().strip()  # once it listens
+        judge.stdout.close()
+        if not said:
+            raise RuntimeError(f"the judge could not listen on port {self.port}: another program took it; start again")
+        self.port = int(said)
+        return judge
 
     def _writer(self) -> Any:
         """Who signed the ledger last."""
@@ -264,6 +282,9 @@ def drill(folder: Path, *, kills: int, minutes: float, rounds: int, processes: i
             "SELECT COUNT(*) FROM (SELECT 1 FROM attempts WHERE status = 'ok' GROUP BY comparison HAVING COUNT(*) > 1)"
         ).fetchone()[0]
     labels, expected = scene.labels(), undisturbed.labels()
+    other_labels = sorted(
+        place for place in labels.keys() | expected.keys() if labels.get(place) != expected.get(place)
+    )
     again = sum(count - 1 for count in scene.paid().values())
     total = sum(killed.values())
     one, other = scene.weights(), undisturbed.weights()
@@ -272,7 +293,7 @@ def drill(folder: Path, *, kills: int, minutes: float, rounds: int, processes: i
         (integrity != "ok", f"integrity_check says {integrity}"),
         (lost, f"labels are missing that had been in the ledger: {sorted(lost)}"),
         (twice, f"{twice} pairs have two labels"),
-        (labels != expected, "the labels are not those of the undisturbed run"),
+        (other_labels, f"labels are not those of the undisturbed run, from {other_labels[:1]} (round, position) on"),
         (len(labels) != rounds * PAIRS, f"{len(labels)} labels in place of {rounds * PAIRS}"),
         (again > total * CONCURRENCY, f"{again} answers were paid twice, more than were in flight"),
         (scene.orphans, f"processes were left behind: {scene.orphans}"),
@@ -318,10 +339,11 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=50, help="kills after which the run is left alone")
     options.add_argument("--rounds", type=int, default=40, help="rounds of the run")
     options.add_argument("--processes", type=int, default=1, help="ranks of the run")
+    options.add_argument("--keep", default=None, help="folder for the runs, to look into; must be empty or absent")
     options.add_argument("--seed", type=int, default=0, help="decides moments and victims")
     chosen = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the judges along
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if chosen.keep is None else nullcontext(chosen.keep) as folder:
         found = drill(
             Path(folder),
             kills=chosen.kills,
@@ -330,7 +352,7 @@ def main() -> None:
             processes=chosen.processes,
             seed=chosen.seed,
         )
-    settings = {name: value for name, value in vars(chosen).items() if name != "minutes"}
+    settings = {name: value for name, value in vars(chosen).items() if name not in ("minutes", "keep")}
     print(
         json.dumps(
             {"benchmark": "fault_drill", **settings, "machine": machine(), "date": time.strftime("%Y-%m-%d"), **found}

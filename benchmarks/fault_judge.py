@@ -34,7 +34,10 @@ def verdict(body: bytes) -> bytes:
 
 
 def serve(port: int, log: Path, seed: int) -> None:
-    """Answer on a port until killed; every reply that is sent whole is a line of the log."""
+    """Answer on a port until killed; every reply that is sent whole is a line of the log.
+
+    Says the port when it listens; 0 takes one that is free.
+    """
     luck, lock, asked = random.Random(seed), threading.Lock(), Counter[str]()
 
     class Handler(BaseHTTPRequestHandler):
@@ -80,7 +83,9 @@ def serve(port: int, log: Path, seed: int) -> None:
         def handle_error(self, *_: Any) -> None:
             return  # clients die here
 
-    Server(("127.0.0.1", port), Handler).serve_forever()
+    server = Server(("127.0.0.1", port), Handler)
+    print(server.server_port, flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure the papers' claims again, and write them into the manual: ``python -m benchmarks.results``.
 
-Runs the comparisons ``compare/tabular`` and ``compare/menu`` (cells that are done are kept), and puts tables, machine
-and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke`` does the same with two
-seeds and few labels, into a folder of its own, in a minute. ``--only stories`` is about ``compare/stories``, which
-takes longer, fetches a model with npm, and is left out otherwise.
+Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept), and
+puts tables, machine and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke``
+does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only stories`` is about
+``compare/stories``, which takes longer, fetches a model with npm, and is left out otherwise.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from lightning_rlhf.comparison.curves import read_cell
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
-FIGURES = ("frontiers.png", "labels.png", "alignment.png")
+FIGURES = ("claims.png", "frontiers.png", "labels.png", "agreement.png", "alignment.png")
 SMOKE = {
     "tabular": ["--experiment.seeds=2", "--experiment.arms=[Vanilla,PILAF,Policy-weighted]"],
-    "menu": None,
+    "menu": "compare/smoke",
+    "rlaif": "compare/rlaif_smoke",
     "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
 }
-"""What makes a comparison short; None takes ``compare/smoke`` in its place."""
+"""What makes a comparison short: arguments, or another comparison in its place."""
 ON_DEMAND = ("stories",)
 """Comparisons that are run only when asked for."""
 
@@ -51,8 +52,8 @@ def run(argv: list[str] | None = None) -> Path:
             continue
         folder = options.runs / name
         short = SMOKE[name] if options.smoke else []
-        config = "compare/smoke" if short is None else f"compare/{name}"
-        main(["compare", config, f"--run_dir={folder}", *(short or []), *options.rest])
+        config, short = (short, []) if isinstance(short, str) else (f"compare/{name}", short)
+        main(["compare", config, f"--run_dir={folder}", *short, *options.rest])
         text = spliced(text, name, section(folder, name, out))
     page.write_text(text, encoding="utf-8")
     return page

@@ -4,6 +4,7 @@ They read what the module returns from its steps and what the DataModule says of
 them changes training, but for `LabelBudget`, which ends it.
 """
 
+from lightning_rlhf.callbacks.agreement import RewardAgreement
 from lightning_rlhf.callbacks.budget import LabelBudget
 from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.export import HFExport
@@ -31,6 +32,7 @@ __all__ = [
     "NonFiniteGuard",
     "PairSummary",
     "ProgressBar",
+    "RewardAgreement",
     "RewardMonitor",
     "RolloutMonitor",
     "Summary",

@@ -23,14 +23,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_rlhf import ranks, stopping
+from lightning_rlhf.checkpoint_shards import META, shard_damage
 
 
 KEPT = 2
 """Checkpoints that stay: the newest, and the one before it in case that the newest turns out damaged."""
-META = "meta.pt"
-"""What a sharded checkpoint holds beside its shards; written last."""
+PARTIAL = ".partial"
+"""Ending of the name of a checkpoint that is being written."""
 REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space, or name another disk as --run_dir",
     errno.EDQUOT: "the disk quota is used up: free some space, or name another disk as --run_dir",
@@ -73,15 +75,36 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_last_checkpoint(trainer, candidates)
         return Path(self.best_model_path)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where this start begins."""
+        super().on_train_start(trainer, pl_module)
+        self._began_at = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the end of the training, whatever ``every_n_epochs`` is."""
+        if trainer.global_step not in (self._began_at, self._last_global_step_saved):
+            self.save_now(trainer)
+
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         path = Path(filepath)
-        if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
-            trainer.strategy.barrier()
-            if trainer.is_global_zero:
-                shutil.rmtree(path)
-            trainer.strategy.barrier()
+        partial = path.with_name(f".{path.name}{PARTIAL}")
         with explained(path):
-            super()._save_checkpoint(trainer, filepath)
+            if trainer.is_global_zero:
+                for left in path.parent.glob(f".*{PARTIAL}"):  # by a run that was killed while it wrote
+                    _remove(left)
+            trainer.strategy.barrier()
+            try:
+                super()._save_checkpoint(trainer, str(partial))
+                trainer.strategy.barrier()
+                if trainer.is_global_zero:
+                    if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
+                        shutil.rmtree(path)
+                    os.replace(partial, path)
+            except BaseException:
+                if trainer.is_global_zero:
+                    _remove(partial)
+                raise
+        self._last_checkpoint_saved = filepath
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)
@@ -179,16 +202,19 @@ def history(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it can be read to its end."""
+def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it can be read to its end.
+
+    Args:
+        checkpoint: a file, or a folder of shards.
+        rank: which of the processes reads; of shards each reads a part.
+        world: number of processes that read.
+    """
     if not checkpoint.exists():
         return "it does not exist"
     try:
         if checkpoint.is_dir():
-            if not (checkpoint / META).is_file() or not (checkpoint / ".metadata").is_file():
-                return "it is incomplete: the run ended while it was written"
-            meta(checkpoint)
-            return None
+            return shard_damage(checkpoint, rank, world)
         with zipfile.ZipFile(checkpoint) as archive:
             broken = archive.testzip()
             return None if broken is None else f"its part {broken} is not what was written"
@@ -196,13 +222,18 @@ def damage(checkpoint: Path) -> str | None:
         return f"it cannot be read ({error})"
 
 
-def checked(checkpoint: Path) -> None:
+def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
     """Refuse a damaged checkpoint before anything is loaded, and name the one before.
+
+    Args:
+        checkpoint: a file, or a folder of shards.
+        rank: which of the processes reads; of shards each reads a part.
+        world: number of processes that read.
 
     Raises:
         ValueError: if it is damaged.
     """
-    wrong = damage(checkpoint)
+    wrong = damage(checkpoint, rank, world)
     if wrong is None:
         return
     itself = checkpoint.resolve()
@@ -255,6 +286,12 @@ def explained(path: Path) -> Iterator[None]:
         kept = "; what was written before is kept, and the same command goes on from it"
         message = f"{error.strerror}: {REMEDIES[error.errno]}{kept}"
         raise type(error)(error.errno, message, str(path)) from error
+    except CheckpointException as error:
+        # what ranks found while they wrote shards: no Exception, and the same on all of them
+        failures = [failure for failure, _ in error.failures.values()]
+        found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
+        with explained(path):
+            raise found from error
     except RuntimeError as error:
         # torch's own writer, of sharded checkpoints, says no more than this
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
@@ -265,6 +302,14 @@ def explained(path: Path) -> Iterator[None]:
             f"start again; the checkpoint before is kept",
             str(path),
         ) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -31,6 +31,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
@@ -249,7 +250,8 @@ class RLHFCLI(LightningCLI):
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         last = self.run_dir / "checkpoints" / "last.ckpt"
-        if self.config_init.fit.ckpt_path is None and last.exists():
+        # a link to nothing is a checkpoint that is gone, not a run that begins
+        if self.config_init.fit.ckpt_path is None and (last.exists() or last.is_symlink()):
             print(f"continuing from {last}; use another --run_dir to start afresh")
             self.config_init.fit.ckpt_path = str(last)
         continued = self.config_init.fit.ckpt_path
@@ -257,7 +259,12 @@ class RLHFCLI(LightningCLI):
             return
         if continued is not None:
             path = Path(continued)
-            checked(path)
+            checked(path, self.trainer.global_rank, self.trainer.world_size)
+            if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+                raise ValueError(
+                    f"checkpoint {path} is sharded: continue with --config trainer/fsdp; or start another run, "
+                    f"from <its run_dir>/model once it has ended"
+                )
             check_settings(meta(path), path, self.datamodule.fingerprint)
         elif self.datamodule.heldout_source is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)

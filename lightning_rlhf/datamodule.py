@@ -103,6 +103,11 @@ class PreferenceDataModule(AbstractRoundDataModule):
         """Model forward passes per token position and pair, counted over all pairs drawn; every rank must ask."""
         return ranks.from_rank_zero(lambda: self._store.mean_passes() if self._store is not None else float("nan"))
 
+    @property
+    def label_share(self) -> float:
+        """Share of a round's pairs that the sampler has labelled."""
+        return self.sampler.label_share
+
     def length(self, item: Preference) -> int:
         """Token positions of a pair, its prompt counted once."""
         pair = item.comparison

@@ -313,6 +313,11 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """Labels bought in rounds before ``index``; called on rank zero."""
 
     @property
+    def label_share(self) -> float:
+        """Share of a round's prompts that are labelled, in (0, 1]."""
+        return 1.0
+
+    @property
     def labels_per_prompt(self) -> int:
         """Labels that a prompt of a round costs."""
         return 1
@@ -412,7 +417,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
                 )
             # not the labels in the ledger: after a restart it may hold later rounds already
             left = self.label_budget - self._labels_before(index)
-            size = max(0, min(size, left // self.labels_per_prompt))
+            size = max(0, min(size, int(left // self.labels_per_prompt / self.label_share + 1e-9)))
         orders: dict[int, list[int]] = {}
         prompts = []
         start = index * (self.prompts_per_round or total)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lightning_rlhf import ranks, stopping
 from lightning_rlhf.generation.engine import DecodeEngine
-from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
@@ -143,11 +143,15 @@ class RoundCollector:
         assert self.store is not None
         bought = 0
         key = self.key.fold(_LABELLING, index)
+        worth: set[int] | None = None
         for attempt in range(self.label_attempts):
             # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
             asked = self.store.attempts(index)
             rows = self.store.comparisons(index)
-            open_ = [(id_, c) for id_, c, label in rows if label is None and asked.get(id_, 0) == attempt]
+            worth = self._worth(rows) if worth is None else worth
+            open_ = [
+                (id_, c) for id_, c, label in rows if id_ in worth and label is None and asked.get(id_, 0) == attempt
+            ]
             if not open_:
                 continue
             with self.progress(f"round {index}: labelling", len(open_)) as bar:
@@ -160,10 +164,23 @@ class RoundCollector:
                             f"{type(self.labeler).__name__}.label returned {len(labels)} labels for {len(part)} "
                             f"comparisons; return one per comparison, in order"
                         )
+                    if attempt:
+                        earlier = [self.store.history(id_) for id_, _ in part]
+                        labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
                     self.store.add_labels([id_ for id_, _ in part], labels)
                     bought += sum(label.status == "ok" for label in labels)
                     bar.update(len(part))
         return bought
+
+    def _worth(self, rows: Sequence[tuple[int, Comparison, Any]]) -> set[int]:
+        """Ids of the comparisons of a round that the sampler wants labels for."""
+        chosen = self.sampler.worth_labels([comparison for _, comparison, _ in rows])
+        if not all(0 <= position < len(rows) for position in chosen):
+            raise ValueError(
+                f"{type(self.sampler).__name__}.worth_labels returned {sorted(chosen)[-1]} for a round of {len(rows)} "
+                f"comparisons; return positions from 0 to {len(rows) - 1}"
+            )
+        return {rows[position][0] for position in chosen}
 
     @property
     def _ledger(self) -> PreferenceStore:

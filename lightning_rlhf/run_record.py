@@ -27,12 +27,15 @@ PACKAGES = ("lightning-rlhf", "torch", "lightning", "transformers", "peft", "tok
 SAMPLE = 64 << 20
 """Bytes at either end of a file that are hashed where it is larger than `WHOLE`."""
 WHOLE = 1 << 30
+KEPT_STARTS = 32
+"""Newest starts that ``run.json`` keeps beside the first one."""
 
 
 class RunRecord(L.Callback):
     """Writes ``run.json`` when training starts, and has the checkpoints remember the settings.
 
-    A start that continues the run is appended to ``starts``. Rank zero writes.
+    A start that continues the run is appended to ``starts``, which keeps the first and the newest `KEPT_STARTS`. Rank
+    zero writes.
 
     Args:
         folder: the run folder.
@@ -93,8 +96,13 @@ def write_record(folder: Path, settings: Mapping[str, Any], processes: int, cont
         "config": settings,
         "data": [hashed(file) for file in named_files(settings)],
     }
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
-    text = without_secrets(json.dumps({"starts": [*starts, start]}, indent=1, default=str, ensure_ascii=False))
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"starts": []}
+    starts, left_out = [*held["starts"], start], held.get("starts_left_out", 0)
+    if len(starts) > KEPT_STARTS + 1:
+        left_out += len(starts) - KEPT_STARTS - 1
+        starts = [starts[0], *starts[-KEPT_STARTS:]]
+    record = {"starts": starts, **({"starts_left_out": left_out} if left_out else {})}
+    text = without_secrets(json.dumps(record, indent=1, default=str, ensure_ascii=False))
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(text + "\n", encoding="utf-8")
     os.replace(fresh, path)

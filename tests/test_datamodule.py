@@ -243,6 +243,25 @@ def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
     assert [c.prompt.index for c in result.comparisons] == [0, 1, 2, 3]
 
 
+def test_only_pairs_worth_a_label_are_labelled_and_the_budget_is_met(tmp_path: Path, tiny_policy: Path) -> None:
+    class Odd(VanillaSampler):
+        """Wants every other pair labelled."""
+
+        label_share = 0.5
+
+        def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
+            return list(range(0, len(comparisons), 2))
+
+    loaded = data(Odd(), prompts_per_round=6)
+    trainer(tmp_path, 10, LabelBudget(5)).fit(module(tiny_policy), datamodule=loaded)
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        rounds = [store.comparisons(index) for index in (0, 1)]
+        # three labels of six pairs, then two of four
+        bought = [[label is not None for _, _, label in rows] for rows in rounds]
+        assert bought == [[True, False] * 3, [True, False] * 2]
+        assert store.failed(0) == {}
+
+
 def test_a_prompt_that_comes_twice_in_a_round_gets_other_responses(tmp_path: Path, tiny_policy: Path) -> None:
     loaded = data(VanillaSampler(), prompts_per_round=12, decoding=Decoding(max_new_tokens=8, rows=6))
     trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=loaded)

@@ -25,6 +25,7 @@ class CurvePoint:
         cosine: cosine of minus the batch gradients with the exact gradient of J, mean since the last evaluation.
         population_cosine: the same of the expected gradient.
         spread: standard deviation of the implicit reward over the policy's responses.
+        agreement: share of pairs of the policy's answers that the training reward orders as the held-out reward does.
     """
 
     step: int
@@ -35,6 +36,7 @@ class CurvePoint:
     cosine: float | None = None
     population_cosine: float | None = None
     spread: float | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Curve:
         planned_passes: the same by Table 1 of PILAF.
         annotations: responses shown to the annotator per pair.
         seconds: wall-clock time of training, evaluations included; None where many runs share a process.
+        calls: what the judge was asked, reward models and what came before included; None where that is not counted.
     """
 
     setting: str
@@ -60,6 +63,7 @@ class Curve:
     planned_passes: float
     annotations: float = 2.0
     seconds: float | None = None
+    calls: float | None = None
 
     @property
     def last(self) -> CurvePoint:

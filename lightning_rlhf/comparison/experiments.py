@@ -32,6 +32,9 @@ class AbstractExperiment(ABC):
     Subclass it to compare by other runs than these. It must pickle: jobs run in other processes.
     """
 
+    unit: str = "labels"
+    """What curves are drawn against."""
+
     @abstractmethod
     def jobs(self) -> Sequence[Job]:
         """All jobs, those that others wait for first."""

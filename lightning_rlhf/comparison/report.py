@@ -12,7 +12,7 @@ from lightning_rlhf.comparison.statistics import Interval, label_share, mean_cos
 
 
 FIGURES = (("reward", "reward ↑"), ("kl", "KL ↓"), ("j", "J ↑"))
-BETTER = {"reward": 1.0, "kl": -1.0, "j": 1.0}
+BETTER = {"reward": 1.0, "kl": -1.0, "j": 1.0, "agreement": 1.0}
 VERDICTS = ("reproduced", "partly", "not shown", "contradicted")
 SAVING = 0.6
 """Share of Vanilla's labels that PILAF claims to need at most: it saves over 40 %."""
@@ -58,6 +58,12 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
                 if baseline in arms and arm != baseline:
                     found[f"{name}_difference"] = paired(curves, arms[baseline], name)
             found["label_share"] = label_share(curves, arms[baseline]) if baseline in arms else Interval(math.nan)
+            agreements = [c.last.agreement for c in curves if c.last.agreement is not None]
+            if agreements:
+                found["agreement"] = mean_interval(agreements)
+            calls = [curve.calls for curve in curves if curve.calls is not None]
+            if calls:
+                found["calls"] = sum(calls) / len(calls)
             for name in ("cosine", "population_cosine"):
                 cosines = list(mean_cosines(curves, name).values())
                 if cosines:
@@ -132,8 +138,13 @@ def claims_table(found: Sequence[Verdict]) -> str:
     return rows_table(["claim", *VERDICTS], rows)
 
 
-def judged(differences: Mapping[str, Interval]) -> str:
-    """The verdict on paired differences of reward, KL and J."""
+def judged(differences: Mapping[str, Interval], decisive: str | None = None) -> str:
+    """The verdict on paired differences.
+
+    Args:
+        differences: differences by figure, at least one.
+        decisive: the figure that contradicts a claim alone; the last one when not given.
+    """
     if any(math.isnan(difference.low) for difference in differences.values()):
         return "not measured"
     signs = {}
@@ -143,7 +154,7 @@ def judged(differences: Mapping[str, Interval]) -> str:
         signs[name] = 1 if low > 0 else -1 if high < 0 else 0
     if all(sign == 1 for sign in signs.values()):
         return "reproduced"
-    if signs["j"] == -1:
+    if signs[decisive or list(signs)[-1]] == -1:
         return "contradicted"
     return "partly" if any(sign == 1 for sign in signs.values()) else "not shown"
 
@@ -177,29 +188,37 @@ def markdown(
     for setting, arms in figures.items():
         seeds = sorted({found["seeds"] for found in arms.values()})
         counted = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-        labels = max(found["labels"] for found in arms.values())
-        head = f"#### {setting}\n\n{regime(setting)}; {labels} labels per run, {counted}."
+        most = max(found["labels"] for found in arms.values())
+        labels = "" if any("calls" in found for found in arms.values()) else f"{most} labels per run, "
+        head = f"#### {setting}\n\n{regime(setting)}; {labels}{counted}."
         parts.append(f"{head}\n\n{table(arms, baseline)}")
     if claims:
         parts.append("#### Claims\n\n" + claims_table(claims))
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in claims]
         parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "figures"], rows))
-    parts.append("#### Costs\n\n" + cost_table(figures))
+    if not any("calls" in found for arms in figures.values() for found in arms.values()):
+        parts.append("#### Costs\n\n" + cost_table(figures))
     return "\n\n".join(parts) + "\n"
 
 
 def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     """The layout of Tables 2 and 3, with paired differences and label efficiency."""
     cosines = any("cosine" in found for found in arms.values())
-    header = ["arm", *(title for _, title in FIGURES), "ΔJ to " + baseline, "labels to reach its J"]
+    asked, ranked = any("calls" in found for found in arms.values()), any("agreement" in f for f in arms.values())
+    header = ["arm", *(["judge calls"] if asked else []), *(title for _, title in FIGURES)]
+    header += ["ΔJ to " + baseline, "labels to reach its J"] if baseline in arms else []
+    header += ["reward ranks as the oracle"] if ranked else []
     header += ["cosine with ∇J, batch / expected", "sd of r_θ"] if cosines else []
     rows = []
     best = {name: max(arms, key=lambda arm: BETTER[name] * arms[arm][name].value) for name, _ in FIGURES}
     for arm, found in arms.items():
         row = [arm]
+        row += [f"{found['calls']:.0f}" if "calls" in found else "–"] if asked else []
         row += [f"**{plus_minus(found[n])}**" if best[n] == arm else plus_minus(found[n]) for n, _ in FIGURES]
-        row.append(signed(found["j_difference"]) if "j_difference" in found else "–")
-        row.append("100 %" if arm == baseline else shares(found["label_share"]))
+        if baseline in arms:
+            row.append(signed(found["j_difference"]) if "j_difference" in found else "–")
+            row.append("100 %" if arm == baseline else shares(found["label_share"]))
+        row += [plus_minus(found["agreement"]) if "agreement" in found else "–"] if ranked else []
         if cosines:
             expected = f"{found['population_cosine'].value:.3f}" if "population_cosine" in found else "–"
             row += [f"{found['cosine'].value:.3f} / {expected}" if "cosine" in found else "–"]

@@ -17,9 +17,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lightning_rlhf.comparison.claims import Claim, judge_claims
 from lightning_rlhf.comparison.curves import Curve, read_cell, write_cell, write_curves
 from lightning_rlhf.comparison.experiments import AbstractExperiment, Job
-from lightning_rlhf.comparison.plots import plot_alignment, plot_frontiers, plot_labels
+from lightning_rlhf.comparison.plots import plot_agreement, plot_alignment, plot_claims, plot_frontiers, plot_labels
 from lightning_rlhf.comparison.report import figures_of, grid_of, markdown, verdicts
 from lightning_rlhf.evaluation.report import to_json, write_whole
 
@@ -38,6 +39,7 @@ class CompareRun:
         baseline: the arm that others are compared with.
         claimant: the arm for which the claims of PILAF are judged.
         overfitted: settings that start from an overfitted policy.
+        claims: claims to be judged in place of those of PILAF.
         run_dir: folder of the cells and of the report: ``report.md``, ``report.json``, ``curves.csv`` and PNGs.
         processes: cells that run at the same time, >= 1; a process per core when not given.
         minutes: start no more cells after this time; the report is then about those that are there. No limit when not
@@ -51,6 +53,7 @@ class CompareRun:
         baseline: str = "Vanilla",
         claimant: str = "PILAF",
         overfitted: list[str] | None = None,
+        claims: list[Claim] | None = None,
         run_dir: str = "runs/compare",
         processes: int | None = None,
         minutes: float | None = None,
@@ -59,7 +62,7 @@ class CompareRun:
         if processes is not None and processes < 1:
             raise ValueError(f"processes must be at least 1; got {processes}")
         self.experiment, self.baseline, self.claimant = experiment, baseline, claimant
-        self.overfitted = overfitted or []
+        self.overfitted, self.claims = overfitted or [], claims
         self.run_dir, self.title, self.minutes = Path(run_dir).absolute(), title, minutes
         self.processes = processes or len(os.sched_getaffinity(0))
 
@@ -147,13 +150,23 @@ class CompareRun:
             raise RuntimeError(f"no cell was finished{failures(self.run_dir, failed)}")
         grid = grid_of(complete(curves))
         figures = figures_of(grid, self.baseline)
-        claims = verdicts(grid, self.claimant, self.baseline, self.overfitted)
+        judged = judge_claims(grid, self.claims or [])
+        if self.claims is None:
+            claims = verdicts(grid, self.claimant, self.baseline, self.overfitted)
+        else:
+            claims = [claim.as_row() for claim in judged]
         write_curves(curves, self.run_dir / "curves.csv")
         report = {"title": self.title, "settings": figures, "verdicts": [vars(claim) for claim in claims]}
         write_whole(self.run_dir / "report.json", to_json(jsonable(report)))
         pictures = ["frontiers.png", "labels.png"]
         plot_frontiers(grid, self.run_dir / pictures[0], f"{self.title}: reward against KL")
-        plot_labels(grid, self.run_dir / pictures[1], f"{self.title}: J against labels")
+        plot_labels(grid, self.run_dir / pictures[1], f"{self.title}: J along the runs", self.experiment.unit)
+        if judged:
+            pictures.insert(0, "claims.png")
+            plot_claims(judged, self.run_dir / pictures[0], f"{self.title}: what the claims come to")
+        if any(curve.last.agreement is not None for curve in curves):
+            pictures.append("agreement.png")
+            plot_agreement(grid, self.run_dir / pictures[-1], f"{self.title}: does the reward still rank?")
         if any(curve.last.population_cosine is not None for curve in curves):
             pictures.append("alignment.png")
             plot_alignment(grid, self.run_dir / pictures[-1], f"{self.title}: distance of the expected gradient to ∇J")
@@ -186,6 +199,7 @@ def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
     torch.set_num_threads(1)
     folder = root / job.name
+    set_aside(folder / "log.txt")
     with (folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -235,3 +249,13 @@ def jsonable(value: Any) -> Any:
 def failures(run_dir: Path, failed: Sequence[str]) -> str:
     """Where to look."""
     return f"; see {run_dir / 'cells' / failed[0] / 'log.txt'}" if failed else ""
+
+
+LONGEST_LOG = 8 << 20
+"""Bytes of a text log after which a start begins a new one."""
+
+
+def set_aside(log: Path) -> None:
+    """Rename a log that has become long, ``log.txt`` to ``log.1.txt``, in place of the one before."""
+    if log.is_file() and log.stat().st_size > LONGEST_LOG:
+        log.replace(log.with_name(f"{log.stem}.1{log.suffix}"))

@@ -49,16 +49,23 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(float(numbers.mean()), float(numbers.mean()) - half, float(numbers.mean()) + half)
 
 
-def paired(curves: Sequence[Curve], baseline: Sequence[Curve], figure: str) -> Interval:
-    """Mean over common seeds of a final figure's difference to the baseline's, with its interval.
+def paired(
+    curves: Sequence[Curve], baseline: Sequence[Curve], figure: str, moments: tuple[str, str] = ("end", "end")
+) -> Interval:
+    """Mean over common seeds of a figure's difference to the baseline's, with its interval.
 
     Args:
         curves: runs of an arm in one setting.
         baseline: runs of the arm it is compared with.
-        figure: ``reward``, ``kl`` or ``j``.
+        figure: ``reward``, ``kl``, ``j`` or ``agreement``.
+        moments: ``start`` or ``end``: where the figure of each is taken.
     """
-    theirs = {curve.seed: getattr(curve.last, figure) for curve in baseline}
-    return mean_interval([getattr(c.last, figure) - theirs[c.seed] for c in curves if c.seed in theirs])
+
+    def at(curve: Curve, moment: str) -> float:
+        return float(getattr(curve.points[0] if moment == "start" else curve.last, figure))
+
+    theirs = {curve.seed: at(curve, moments[1]) for curve in baseline}
+    return mean_interval([at(curve, moments[0]) - theirs[curve.seed] for curve in curves if curve.seed in theirs])
 
 
 def mean_cosines(curves: Sequence[Curve], figure: str) -> dict[int, float]:

@@ -6,6 +6,7 @@ from lightning_rlhf.estimators.kl import categorical_kl, k1, k2, k3, kl_per_sequ
 from lightning_rlhf.estimators.pilaf import (
     RunningZZ,
     cosh_delta,
+    log_secant_slope,
     mix_logits,
     pair_weight,
     tilt_probability,
@@ -50,6 +51,7 @@ __all__ = [
     "kl_per_token",
     "kl_price",
     "leave_one_out",
+    "log_secant_slope",
     "mix_logits",
     "objective_j",
     "objective_weights",

@@ -59,3 +59,36 @@ def best_pair(values: Tensor) -> tuple[Tensor, Tensor]:
     flat = values.masked_fill(~upper, -1.0).flatten(-2)
     index = (flat >= (1 - TIE) * flat.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
     return index // size, index % size
+
+
+def greedy_pairs(gaps: Tensor, slopes: Tensor, information: Tensor, sigma: Tensor, count: int) -> list[int]:
+    """Choose which of many pairs to label, one after the other: each lowers ``tr(Sigma I^-1)`` most.
+
+    The fall is exact, ``sigma'(delta) g' I^-1 Sigma I^-1 g / (1 + sigma'(delta) g' I^-1 g)``, and I counts the pairs
+    that were chosen before, so that the next one looks elsewhere. Values within a share `TIE` of the greatest are
+    equal, and the first is taken. The time is O(pairs * dimensions * (dimensions + count)).
+
+    Args:
+        gaps: g, the gradient of each pair's gap in implicit reward; shape [pairs, dimensions].
+        slopes: sigma'(delta) of each pair; shape [pairs].
+        information: I before these pairs, positive definite; shape [dimensions, dimensions].
+        sigma: Sigma, positive semidefinite.
+        count: pairs to choose, at most as many as there are.
+    """
+    gaps = gaps * slopes.sqrt()[:, None]
+    solved = torch.cholesky_solve(gaps.T, torch.linalg.cholesky(information)).T
+    weighted = solved @ sigma
+    left = torch.ones(len(gaps), dtype=torch.bool)
+    chosen = []
+    for _ in range(count):
+        fall = (weighted * solved).sum(1) / (1 + (solved * gaps).sum(1))
+        fall = fall.clamp_min(0).masked_fill(~left, -1.0)
+        best = int((fall >= (1 - TIE) * fall.max()).to(torch.uint8).argmax())
+        chosen.append(best)
+        left[best] = False
+        # I + g g' has the inverse I^-1 - u u' / (1 + g' u) with u = I^-1 g
+        direction, image = solved[best].clone(), weighted[best].clone()
+        share = (gaps @ direction) / (1 + gaps[best] @ direction)
+        solved = solved - share[:, None] * direction
+        weighted = weighted - share[:, None] * image
+    return chosen

@@ -104,6 +104,27 @@ def vanilla_pair_weight(delta: Tensor, mean_cosh: Tensor | float, limit: float =
     return (1 + cosh_delta(delta, limit)) / (1 + mean_cosh)
 
 
+def log_secant_slope(delta: Tensor, target: Tensor) -> Tensor:
+    """Logarithm of ``(sigma(target) - sigma(delta)) / (target - delta)``, and of ``sigma'(delta)`` where they meet.
+
+    The slope of the Bradley-Terry probability between two gaps, in (0, 1/4]; any shape. Pairs tilted by its inverse
+    give a gradient that is aligned with that of J; T-PILAF takes the slope at delta for it.
+
+    Args:
+        delta: gaps in implicit reward, nats.
+        target: gaps in (estimated) true reward, nats.
+    """
+    # sigma(x) - sigma(y) = sinh(h) / (2 cosh(x / 2) cosh(y / 2)) with h = (x - y) / 2; logarithms do not overflow
+    half = (target - delta).abs() / 2
+    far = half.clamp_min(1e-3)
+    log_ratio = torch.where(half < 1e-3, half**2 / 6, far + torch.log1p(-torch.exp(-2 * far)) - torch.log(2 * far))
+    return log_ratio - _log_cosh(delta / 2) - _log_cosh(target / 2) - 2 * math.log(2.0)
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    return x.abs() + torch.log1p(torch.exp(-2 * x.abs())) - math.log(2.0)
+
+
 @dataclass
 class RunningZZ:
     """Estimates ``zz(x) = E[cosh delta]`` per prompt, shrunk towards the mean over prompts.

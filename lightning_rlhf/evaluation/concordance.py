@@ -34,6 +34,24 @@ def kendalls_w(ratings: Tensor) -> Tensor:
     return 12 * spread / (raters**2 * (items**3 - items) - raters * ties)
 
 
+def pair_agreement(truth: Tensor, scores: Tensor, groups: Tensor) -> tuple[float, int]:
+    """Share of pairs within groups that scores order as the truth does, a tie of the scores counting one half.
+
+    Args:
+        truth: what responses are worth, [B]; pairs that it ties do not count.
+        scores: what they are held to be worth, [B].
+        groups: the prompt that each answers, [B].
+
+    Returns:
+        The share, NaN if there is no pair, and the number of pairs.
+    """
+    first, second = torch.triu_indices(len(truth), len(truth), offset=1)
+    kept = (groups[first] == groups[second]) & (truth[first] != truth[second])
+    first, second = first[kept], second[kept]
+    alike = torch.sign(truth[first] - truth[second]) * torch.sign(scores[first] - scores[second])
+    return (alike.double().mean().item() + 1) / 2, len(first)
+
+
 class KendallsW(MeanWithError):
     """Mean of Kendall's W over prompts, each rated by several raters, and its standard error; see `kendalls_w`."""
 

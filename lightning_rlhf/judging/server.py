@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -48,22 +48,31 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What requests took.
+    """What requests took; a reply that is there twice counts once, for it was paid once.
 
     Args:
-        tokens_in: tokens of prompts.
-        tokens_out: tokens that were generated.
-        requests: requests that were answered.
+        replies: tokens of the prompt and tokens that were generated, by a short name of the reply.
     """
 
-    tokens_in: int = 0
-    tokens_out: int = 0
-    requests: int = 0
+    replies: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out, self.requests + other.requests
-        )
+        return Usage({**self.replies, **other.replies})
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens of prompts."""
+        return sum(tokens for tokens, _ in self.replies.values())
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens that were generated."""
+        return sum(tokens for _, tokens in self.replies.values())
+
+    @property
+    def requests(self) -> int:
+        """Requests that were answered."""
+        return len(self.replies)
 
 
 class UnansweredError(Exception):
@@ -186,7 +195,7 @@ class JudgeServer:
         """Whether a reply had log-probabilities."""
         self.worked_before = False
         """Whether one had them in this process or in an earlier one with the same journal."""
-        self._bought = Usage()
+        self._requests = self._tokens_in = self._tokens_out = 0
         self._tries = self._from_journal = self._most_in_flight = 0
         self._busy = self._wall = 0.0
 
@@ -206,9 +215,9 @@ class JudgeServer:
             LogpsFile(self.journal).put({b"": b"judge calls"})  # before any reply is paid for
             return _run(self._ask(chains))
 
-    def cost(self, usage: Usage) -> float:
-        """Price of tokens, in the unit of ``price_in`` and ``price_out``."""
-        return (usage.tokens_in * self.price_in + usage.tokens_out * self.price_out) / 1e6
+    def prices(self, usage: Usage) -> dict[str, float]:
+        """Price of each reply by its name, in the unit of ``price_in`` and ``price_out``."""
+        return {name: self._price(*tokens) for name, tokens in usage.replies.items()}
 
     def report(self) -> dict[str, float]:
         """What this process asked for so far.
@@ -217,15 +226,18 @@ class JudgeServer:
         ``cost``; ``in_flight``, the mean number of requests at the server while it was asked, and ``most_in_flight``.
         """
         return {
-            "requests": float(self._bought.requests),
+            "requests": float(self._requests),
             "tries": float(self._tries),
             "from_journal": float(self._from_journal),
-            "tokens_in": float(self._bought.tokens_in),
-            "tokens_out": float(self._bought.tokens_out),
-            "cost": self.cost(self._bought),
+            "tokens_in": float(self._tokens_in),
+            "tokens_out": float(self._tokens_out),
+            "cost": self._price(self._tokens_in, self._tokens_out),
             "in_flight": self._busy / self._wall if self._wall else 0.0,
             "most_in_flight": float(self._most_in_flight),
         }
+
+    def _price(self, tokens_in: int, tokens_out: int) -> float:
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     async def _ask(self, chains: Sequence[Callable[[Session], Awaitable[T]]]) -> list[T]:
         start, busy = time.perf_counter(), self._busy
@@ -295,7 +307,7 @@ class Session:
         self.server, self._client = server, client
         self._places = asyncio.Semaphore(server.concurrency)
         self._journal = LogpsFile(server.journal)
-        self._asked: dict[bytes, asyncio.Task[Completion]] = {}
+        self._asked: dict[bytes, asyncio.Task[tuple[Completion, Usage]]] = {}
         self._in_flight = 0
         self.stopped: Exception | None = None
         """The error after which nothing more is sent."""
@@ -312,16 +324,16 @@ class Session:
             UnansweredError: if there is no answer.
             ServerError: if the endpoint cannot be used as it is set up.
         """
-        completion = await self._send(self._reading_request(prompt, prompt.answer, labels))
-        reading, usage = read_labels(completion, labels), usage_of(completion)
+        completion, usage = await self._send(self._reading_request(prompt, prompt.answer, labels))
+        reading = read_labels(completion, labels)
         for stem, probability in sorted(reading.open.items()):
             if self.server.assistant_prefill and probability > NEGLIGIBLE * (reading.mass + probability):
                 try:
-                    later = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
+                    later, used = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
                 except UnansweredError as error:
                     raise UnansweredError(error.status, error.fault, usage + error.usage) from None
                 reading = completed(reading, stem, read_labels(later, labels, stem, probability))
-                usage += usage_of(later)
+                usage += used
         return reading, usage
 
     async def write(
@@ -341,14 +353,14 @@ class Session:
             ServerError: if the endpoint cannot be used as it is set up.
         """
         random_fields = {"top_p": top_p, "seed": seed & 0x7FFFFFFF} if temperature > 0 else {}
-        completion = await self._send(
+        completion, usage = await self._send(
             self._request(prompt, prompt.answer, max_tokens=max_tokens, temperature=temperature, **random_fields)
         )
         text = completion.text
         # servers that continue a turn repeat its beginning
         if self.server.assistant_prefill and text.startswith(prompt.answer):
             text = text[len(prompt.answer) :]
-        return text.strip(), usage_of(completion)
+        return text.strip(), usage
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -370,25 +382,26 @@ class Session:
             messages = [{"role": "user", "content": f"{body}\n\n{answer}".rstrip()}]
         return {"model": self.server.model, "messages": messages, **fields, **self.server.extra}
 
-    async def _send(self, request: dict[str, Any]) -> Completion:
+    async def _send(self, request: dict[str, Any]) -> tuple[Completion, Usage]:
         """Answer a request, from the journal or the server; one that is asked for twice is sent once."""
         name = _digest(self.server.base_url, request)
         if name not in self._asked:
             self._asked[name] = asyncio.create_task(self._answer(name, request))
         return await self._asked[name]
 
-    async def _answer(self, name: bytes, request: dict[str, Any]) -> Completion:
+    async def _answer(self, name: bytes, request: dict[str, Any]) -> tuple[Completion, Usage]:
         stored = self._journal.get([name])
         if stored:
             self.server._from_journal += 1
-            return _answered(parse_completion(stored[name].decode()))
+            body = stored[name].decode()
+            return _answered(name, body, parse_completion(body))
         async with self._places:
             answer = await self._insist(request)
         works = {self._works: b"1"} if self.server.gives_logprobs and not self.server.worked_before else {}
         self.server.worked_before = self.server.worked_before or self.server.gives_logprobs
         self._journal.put({name: answer.body.encode(), **works})
         self._count(answer.completion)
-        return _answered(answer.completion)
+        return _answered(name, answer.body, answer.completion)
 
     async def _insist(self, request: dict[str, Any]) -> _Answer:
         """Send a request until it is answered or there is no use."""
@@ -449,7 +462,9 @@ class Session:
                 f"{self.server.base_url} does not say how many tokens a request took: costs are not counted",
                 stacklevel=2,
             )
-        self.server._bought += usage_of(completion)
+        self.server._requests += 1
+        self.server._tokens_in += completion.tokens_in or 0
+        self.server._tokens_out += completion.tokens_out or 0
 
 
 NEGLIGIBLE = 1e-3
@@ -460,11 +475,6 @@ NO_LOGPROBS = (
     "serve` and some hosts drop them silently: use a server or a model that gives them (vLLM, SGLang, llama.cpp), or "
     "LLMLabeler for a model on this machine"
 )
-
-
-def usage_of(completion: Completion) -> Usage:
-    """Tokens of a completion; none where the server does not count."""
-    return Usage(completion.tokens_in or 0, completion.tokens_out or 0, 1)
 
 
 def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | None = None) -> float | None:
@@ -486,16 +496,27 @@ def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | 
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's retry-after-ms."""
+    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's retry-after-ms.
+
+    A date is compared with the server's own clock where it says what that shows: ours may be wrong.
+    """
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after", "")
     try:
         seconds = float(milliseconds) / 1000 if milliseconds else float(value)
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except ValueError:
+        until, shown = _seconds_of(value), _seconds_of(headers.get("date", ""))
+        if until is None:
             return None
+        seconds = until - (now if shown is None else shown)
     return max(seconds, 0.0) if seconds == seconds else None
+
+
+def _seconds_of(date: str) -> float | None:
+    """A date of a header in seconds since 1970; None if it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
 
 
 def status_fault(code: int, message: str, error_code: str, headers: Mapping[str, str], first: bool) -> Fault:
@@ -552,10 +573,16 @@ def _digest(*parts: Any) -> bytes:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def _answered(completion: Completion) -> Completion:
+def _answered(name: bytes, body: str, completion: Completion) -> tuple[Completion, Usage]:
+    """A reply with its tokens, none where the server does not count.
+
+    It is named by what was asked and what was said: from the journal it is the same one, bought again another.
+    """
+    reply = _digest(name.hex(), body)[:8].hex()
+    usage = Usage({reply: (completion.tokens_in or 0, completion.tokens_out or 0)})
     if completion.refusal:
-        raise UnansweredError("refused", f"the judge refused: {completion.refusal[:200]}", usage_of(completion))
-    return completion
+        raise UnansweredError("refused", f"the judge refused: {completion.refusal[:200]}", usage)
+    return completion, usage
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Label
@@ -23,3 +24,31 @@ class AbstractLabeler(ABC):
         happens, and is never asked for again. A labeler that draws folds ``comparison.prompt.index`` into ``key``. A
         comparison that could not be judged gets a label with another status than ``"ok"``, never a made-up probability.
         """
+
+
+def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:
+    """What the cost of a label is made of, as an entry of its ``meta``; none for a label that costs nothing.
+
+    Args:
+        prices: price of each part, by a name without spaces or colons that is the same when it is asked for again.
+    """
+    parts = " ".join(f"{name}:{price!r}" for name, price in prices.items() if price)
+    return {"cost_parts": parts} if parts else {}
+
+
+def booked_once(label: Label, earlier: Sequence[Label]) -> Label:
+    """A label without that part of its cost which earlier attempts at the same comparison have booked.
+
+    Args:
+        label: a new attempt.
+        earlier: attempts that are in the ledger.
+    """
+    if "cost_parts" not in label.meta:
+        return label
+    booked = {name for attempt in earlier for name in _parts(attempt)}
+    return replace(label, cost=sum(price for name, price in _parts(label).items() if name not in booked))
+
+
+def _parts(label: Label) -> dict[str, float]:
+    parts = (part.partition(":") for part in str(label.meta.get("cost_parts", "")).split())
+    return {name: float(price) for name, _, price in parts}

@@ -12,6 +12,7 @@ from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
 from lightning_rlhf.judging.replies import Reading
 from lightning_rlhf.judging.server import JudgeServer, Session, UnansweredError, Usage
 from lightning_rlhf.judging.task import Style
+from lightning_rlhf.labelers.base import cost_parts
 from lightning_rlhf.labelers.judge import AbstractJudgeLabeler, both_orders
 from lightning_rlhf.labelers.reward import comparison_key
 from lightning_rlhf.randomness import Key
@@ -45,7 +46,8 @@ class ServerLabeler(AbstractJudgeLabeler):
     with b shown first; ``mass``, the smaller probability, of the two orders, that the judge answers with a label;
     ``rationale_forward`` and ``rationale_reverse``, the first ones; ``tokens_in``, ``tokens_out`` and ``requests``; and
     ``fault`` where there is no verdict. The cost of a label is the price of its tokens when they were bought: a second
-    run finds them in the journal, pays nothing, and notes the same cost.
+    run finds them in the journal, pays nothing, and notes the same cost. Within a ledger a reply is booked once, also
+    where a pair is judged again and a part of the answer is in the journal: ``cost_parts`` says what it is made of.
 
     Statuses: those of `JudgeServer`; also ``invalid`` where the label mass is below ``min_mass``, and ``truncated``
     where the responses alone are longer than ``max_prompt_chars``.
@@ -151,11 +153,13 @@ class ServerLabeler(AbstractJudgeLabeler):
     def _label(self, judged: Sequence[_Judgement]) -> Label:
         """Label of a comparison, from the judgements with a first and then those with b first."""
         usage = sum((each.usage for each in judged), Usage())
-        cost = self.server.cost(usage)
+        prices = self.server.prices(usage)
+        cost = sum(prices.values())
         meta: dict[str, float | int | str] = {
             "tokens_in": usage.tokens_in,
             "tokens_out": usage.tokens_out,
             "requests": usage.requests,
+            **cost_parts(prices),
         }
         if self.chain_of_thought:
             meta |= {"rationale_forward": judged[0].rationale, "rationale_reverse": judged[self.samples].rationale}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_rlhf.models.head import LogitRule
@@ -73,11 +72,14 @@ def head_gradients(
         tokens_per_batch: positions per forward pass at most; None puts everything in one.
 
     Raises:
-        ValueError: if the output head is no linear layer.
+        ValueError: if the output head is no linear layer; adapters on it, or a trained copy of it, are fine.
     """
     base = base_model(model)
     head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Linear):
+    plain = head
+    while isinstance(inner := getattr(plain, "base_layer", getattr(plain, "original_module", None)), nn.Module):
+        plain = inner
+    if not isinstance(plain, nn.Linear):
         raise ValueError(f"head gradients need a linear output head; {type(base).__name__} has {type(head).__name__}")
     if not groups:
         return torch.zeros(0, sketch.dim)
@@ -86,7 +88,7 @@ def head_gradients(
     if tokens_per_batch is not None:
         batches = split_by_tokens(groups, tokens_per_batch, layout)
     device = embedding(base).device
-    u, v = (factor.to(device) for factor in sketch.factors(head.out_features, head.in_features))
+    u, v = (factor.to(device) for factor in sketch.factors(plain.out_features, plain.in_features))
     found: dict[int, Tensor] = {}
     for batch in batches:
         packed = pack([groups[index] for index in batch], layout).to(device)
@@ -96,8 +98,9 @@ def head_gradients(
             kept.append(hidden.flatten(0, 1).index_select(0, predictors))
             return hidden[:1, :1]
 
-        with torch.no_grad(), evaluating(model.modules()), attending(base, packed), before_head(head, keep):
-            model(**model_inputs(base, packed), use_cache=False)
+        with torch.no_grad(), evaluating(model.modules()):
+            with attending(base, packed), before_head(head, keep):
+                model(**model_inputs(base, packed), use_cache=False)
             features = _token_features(kept[0], packed.targets, head, logit_rule(base, 1.0), u, v)
         total = features.new_zeros(len(packed.response_lengths), sketch.dim).index_add_(0, packed.owners, features)
         rows = iter(torch.split(total.cpu(), [len(groups[index][1]) for index in batch]))
@@ -105,12 +108,12 @@ def head_gradients(
     return torch.cat([found[index] for index in range(len(groups))])
 
 
-def _token_features(hidden: Tensor, targets: Tensor, head: nn.Linear, rule: LogitRule, u: Tensor, v: Tensor) -> Tensor:
+def _token_features(hidden: Tensor, targets: Tensor, head: nn.Module, rule: LogitRule, u: Tensor, v: Tensor) -> Tensor:
     """Feature of each token, [tokens, dim]."""
     parts = []
-    tile = max(1, LOGITS_AT_ONCE // head.out_features)
+    tile = max(1, LOGITS_AT_ONCE // u.shape[1])
     for states, tokens in zip(torch.split(hidden, tile), torch.split(targets, tile), strict=True):
-        logits = rule.apply(F.linear(states, head.weight, head.bias).float())
+        logits = rule.apply(head(states).float())
         residual = -logits.softmax(-1)
         residual.scatter_add_(1, tokens[:, None], torch.ones_like(residual[:, :1]))
         residual = residual * rule.slope(logits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss
 from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.logprobs import Layout, summed_logps
 from lightning_rlhf.models.reference import ReferenceRule
-from lightning_rlhf.models.save import load_weights
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 
@@ -92,11 +90,7 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         if self.policy is not None:
             return
         super().configure_model()
-        if self.start is not None:
-            if self.device_mesh is not None:
-                raise ValueError("model.start does not run on a sharded policy; use trainer/ddp, or no start")
-            policy: Any = self.policy
-            load_weights(policy, Path(self.start))
+        self.move_to(self.start)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of the pairs of a step, with reference log-probabilities as the sampler left them."""

@@ -17,6 +17,7 @@ from lightning_rlhf.models.load import (
 )
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
+from lightning_rlhf.models.save import load_weights
 from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.randomness import Key
@@ -108,6 +109,18 @@ class AbstractPolicyModule(AbstractStepModule):
                     f"LoRA, reference=fixed, or trainer/ddp"
                 )
             shard(self.policy, self.device_mesh["data_parallel"])
+
+    def move_to(self, start: str | None) -> None:
+        """Give the policy the weights of an earlier run's ``model`` folder; the reference stays where it is.
+
+        Raises:
+            ValueError: if the policy is sharded.
+        """
+        if start is None:
+            return
+        if self.device_mesh is not None:
+            raise ValueError("model.start does not run on a sharded policy; use trainer/ddp, or no start")
+        load_weights(self.policy, Path(start))
 
     def engine(self, decoding: Decoding) -> DecodeEngine | VLLMEngine:
         """Make a decode engine over the current policy and reference; vLLM, which takes long to start, only once."""

@@ -84,6 +84,8 @@ class PolicyGradientModule(AbstractPolicyModule):
             does.
         tokens_per_batch: tokens of one forward pass when rollouts are scored without gradient.
         use_vllm: let vLLM (extra ``vllm``) draw responses.
+        start: folder of an earlier run's ``model`` to start from, while ``policy`` stays the reference: a model of the
+            same shape, or with ``lora`` an adapter of the same shape; starts from ``policy`` when not given.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
@@ -116,6 +118,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         layout: Layout = "auto",
         tokens_per_batch: int = 4096,
         use_vllm: bool = False,
+        start: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
@@ -163,6 +166,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         self.value_learning_rate = value_learning_rate
         self.value_coefficient, self.value_clip = value_coefficient, value_clip
         self.value_model: Any = None
+        self.start = start
 
     @property
     def beta(self) -> float:
@@ -170,10 +174,11 @@ class PolicyGradientModule(AbstractPolicyModule):
         return kl_price(self.objective, self.kl_coefficient)
 
     def configure_model(self) -> None:
-        """Load policy, reference and value model, once."""
+        """Load policy, reference and value model, once, and move the policy to where it starts."""
         if self.policy is not None:
             return
         super().configure_model()
+        self.move_to(self.start)
         if not self.advantage.needs_values:
             return
         if self.device_mesh is not None:

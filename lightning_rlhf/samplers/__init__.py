@@ -8,6 +8,7 @@ from lightning_rlhf.samplers.mixture import MixtureSampler
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.samplers.pilaf import PILAFSampler
 from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
+from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.vanilla import VanillaSampler
 from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
@@ -21,6 +22,7 @@ __all__ = [
     "OfflineSampler",
     "PILAFSampler",
     "PolicyWeightedSampler",
+    "SIRPILAFSampler",
     "TPILAFSampler",
     "VanillaSampler",
     "WeightedVanillaSampler",

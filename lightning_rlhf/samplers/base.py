@@ -25,6 +25,7 @@ class AbstractPairSampler(ABC):
         method: name in the cost table; the class name when empty.
         first_law: what y^a is drawn from, for the cost table.
         second_law: what y^b is drawn from, for the cost table.
+        label_share: share of a round's comparisons that `worth_labels` chooses, in (0, 1].
     """
 
     passes_per_pair: float = 2.0
@@ -33,6 +34,7 @@ class AbstractPairSampler(ABC):
     method: str = ""
     first_law: str = "—"
     second_law: str = "—"
+    label_share: float = 1.0
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
@@ -41,6 +43,16 @@ class AbstractPairSampler(ABC):
         Called once per round for chunks of the round's prompts, under ``torch.inference_mode`` with the policy in eval
         mode; every chunk of a round gets the same ``key``, so fold in ``prompt.index`` before drawing.
         """
+
+    def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
+        """Positions of a drawn round's comparisons that are labelled, in any order; the default labels all.
+
+        Called on rank zero once a round is drawn, with all of its comparisons in order, and again if the run is
+        restarted before their labels are there: the answer must depend on them and on what was observed alone. Where it
+        leaves comparisons out, say so by ``label_share``, so that a budget of labels is met: ``ceil(label_share *
+        len(comparisons))`` of them at most.
+        """
+        return list(range(len(comparisons)))
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
         """Learn from the finished round.

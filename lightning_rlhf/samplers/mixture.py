@@ -36,6 +36,12 @@ class MixtureSampler(AbstractPairSampler):
             raise ValueError("a mixture needs at least one sampler; got an empty list")
         if any(isinstance(sampler, MixtureSampler) for sampler in samplers):
             raise ValueError("a mixture cannot hold a mixture; list all samplers in one and multiply the weights")
+        thrifty = next((sampler for sampler in samplers if sampler.label_share < 1), None)
+        if thrifty is not None:
+            raise ValueError(
+                f"a mixture labels all of its pairs, and {type(thrifty).__name__} would label a share of "
+                f"{thrifty.label_share:g} of them; give it label_share=1"
+            )
         weights = [1.0] * len(samplers) if weights is None else list(weights)
         if len(weights) != len(samplers):
             raise ValueError(f"got {len(weights)} weights for {len(samplers)} samplers; give one weight per sampler")

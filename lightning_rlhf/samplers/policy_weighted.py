@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
+from lightning_rlhf.estimators.design import best_pair, greedy_pairs, pair_values, policy_weight
 from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
@@ -44,6 +44,9 @@ class PolicyWeightedSampler(AbstractPairSampler):
         ahead: share of the information of a round that is counted before it is drawn, in [0, 1]: without it all prompts
             of a long round chase the same direction.
         decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I forgets nothing.
+        label_share: share of the prompts of a round whose pair is labelled, in (0, 1]: those that promise most, chosen
+            one after the other with the information of those before, so that they differ. ``passes`` are per pair
+            drawn, of which a label then takes ``1 / label_share``.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -59,6 +62,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         ridge: float = 100.0,
         ahead: float = 0.5,
         decay: float = 0.9,
+        label_share: float = 1.0,
     ) -> None:
         if n < 2 or dim < 1:
             raise ValueError(f"a pool needs n >= 2 responses and dim >= 1 numbers per gradient; got {n} and {dim}")
@@ -67,6 +71,9 @@ class PolicyWeightedSampler(AbstractPairSampler):
                 f"PolicyWeightedSampler expects ridge > 0, ahead in [0, 1] and decay in [0, 1]; "
                 f"got {ridge}, {ahead} and {decay}"
             )
+        if not 0 < label_share <= 1:
+            raise ValueError(f"label_share is the share of pairs that are labelled, in (0, 1]; got {label_share}")
+        self.label_share = label_share
         self.n, self.dim, self.tilt = n, dim, checked_tilt(tilt)
         self.ridge, self.ahead, self.decay = ridge, ahead, decay
         self.passes_per_pair = float(n if tilt is None else 2 * n)
@@ -98,8 +105,10 @@ class PolicyWeightedSampler(AbstractPairSampler):
         policy never varies in is then left alone, since nothing of J depends on it.
         """
         sigma = self.sigma
-        prior = self.ridge * sigma.diagonal().mean() * torch.eye(self.dim, dtype=torch.float64)
-        return self.information + (prior + self.ahead * self._round_size * sigma) / 2
+        return self.information + self._prior(sigma) + self.ahead * self._round_size * sigma / 2
+
+    def _prior(self, sigma: Tensor) -> Tensor:
+        return self.ridge * sigma.diagonal().mean() * torch.eye(self.dim, dtype=torch.float64) / 2
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
         """Draw a pool per prompt and keep one pair; branch ``"policy_weighted"``.
@@ -140,20 +149,38 @@ class PolicyWeightedSampler(AbstractPairSampler):
             comparisons.append(Comparison(prompt, a, b, "policy_weighted", passes=self.passes_per_pair, meta=meta))
         return comparisons
 
+    def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
+        """The pairs of a round that together promise most, greedily; all where ``label_share`` is 1."""
+        if self.label_share == 1 or not comparisons:
+            return list(range(len(comparisons)))
+        gaps, slopes = (torch.stack(parts) for parts in zip(*map(self._gap, comparisons), strict=True))
+        sigma = self.sigma
+        count = math.ceil(self.label_share * len(comparisons) - 1e-9)
+        return greedy_pairs(gaps, slopes, self.information + self._prior(sigma), sigma, count)
+
     def observe(self, comparisons: Sequence[Comparison]) -> None:
-        """Add the pairs of the finished round to I, and their pools to Sigma."""
+        """Add the labelled pairs of the finished round to I, and all pools to Sigma."""
+        labelled = self.worth_labels(comparisons)
         self._scatter *= self.decay
         self._freedom *= self.decay
+        for position in sorted(labelled):
+            gap, slope = self._gap(comparisons[position])
+            self.information += slope * torch.outer(gap, gap)
         for comparison in comparisons:
-            meta = comparison.meta
-            pool = unpacked(meta["pool"], meta["pool_scale"], self.dim)
-            gap = pool[meta["pool_first"]] - pool[meta["pool_second"]]
-            half = math.cosh(min(abs(meta["delta"]), 700.0) / 2)
-            self.information += torch.outer(gap, gap) / (4 * half * half)
+            pool = self._pool(comparison)
             self._scatter += pool.T @ pool
             self._freedom += len(pool) - 1
-        self._round_size = len(comparisons) or self._round_size
+        self._round_size = len(labelled) or self._round_size
         self._weight = None
+
+    def _pool(self, comparison: Comparison) -> Tensor:
+        return unpacked(comparison.meta["pool"], comparison.meta["pool_scale"], self.dim)
+
+    def _gap(self, comparison: Comparison) -> tuple[Tensor, Tensor]:
+        """Gradient of a pair's gap in implicit reward, [dim], and sigma' of the gap."""
+        pool, meta = self._pool(comparison), comparison.meta
+        slope = 1 / (2 * math.cosh(min(abs(meta["delta"]), 700.0) / 2)) ** 2
+        return pool[meta["pool_first"]] - pool[meta["pool_second"]], torch.tensor(slope, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """I, Sigma, and the size of a round."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_rlhf.worlds.judges import MenuJudgeLabeler, MenuScoreReward
 from lightning_rlhf.worlds.menu import MenuPrompts, MenuReward, menu_policy
 from lightning_rlhf.worlds.stories import StoryPrompts, stories_policy
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld
 
 
 __all__ = [
+    "MenuJudgeLabeler",
     "MenuPrompts",
     "MenuReward",
+    "MenuScoreReward",
     "Objective",
     "StoryPrompts",
     "TabularWorld",

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
 from lightning_rlhf.estimators.tabular import tilted_laws
-from lightning_rlhf.worlds.laws import PairLaw, Sampler
+from lightning_rlhf.samplers.sir_pilaf import pair_probabilities
+from lightning_rlhf.worlds.laws import PairLaw, Sampler, secant
+from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import TabularWorld
 
 
@@ -51,14 +53,37 @@ class AbstractArm(ABC):
             generators: one per world, of this arm's own.
         """
 
+    def learn(self, gaps: Tensor, labels: Tensor) -> None:
+        """Learn from labels: feature gaps [worlds, pairs, dimensions], and 1 where the first response won."""
+        del gaps, labels
+
     def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw | None:
         """The law of a pair, where it has a closed form."""
         del world, parameters
         return None
 
 
-class LawArm(AbstractArm):
-    """A sampler with a closed pair law.
+class AbstractLawArm(AbstractArm):
+    """A sampler with a closed pair law."""
+
+    @abstractmethod
+    def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
+        """The law of a pair."""
+
+    def draw(
+        self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
+    ) -> Pairs:
+        """Draw one pair per prompt of a round."""
+        pairs = self.pair_law(world, parameters)
+        size = pairs.law.shape[-1]
+        index = categorical(pairs.law.flatten(-2), prompts, 1, generators).squeeze(-1)
+        weight = pairs.weight.expand_as(pairs.law).flatten(-2)
+        rows = torch.arange(len(prompts))[:, None]
+        return Pairs(index // size, index % size, weight[rows, prompts, index])
+
+
+class LawArm(AbstractLawArm):
+    """A sampler whose pair law depends on policy, reference and beta alone.
 
     Args:
         sampler: one of `lightning_rlhf.worlds.laws`.
@@ -73,16 +98,66 @@ class LawArm(AbstractArm):
         """The law of a pair."""
         return self.sampler(world.log_policy(parameters), world.log_reference, world.beta)
 
+
+class SecantArm(AbstractLawArm):
+    """Policy pairs tilted by the secant towards a reward: the oracle's, or that of a model of the labels so far.
+
+    Args:
+        true_reward: take the oracle's reward, which nobody has, instead of a maximum-likelihood fit of its labels.
+        ridge: precision of the prior of the fit, in labels, > 0.
+        passes: see `AbstractArm`; of the pool that a language model would resample from.
+    """
+
+    def __init__(self, true_reward: bool = False, ridge: float = 1.0, passes: float = 8.0) -> None:
+        super().__init__(passes)
+        self.true_reward, self.ridge = true_reward, ridge
+        self._gaps: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._fitted = torch.zeros(0)
+
+    def reset(self, world: TabularWorld) -> None:
+        """Forget the labels."""
+        self._gaps, self._labels, self._fitted = [], [], world.origin()
+
+    def learn(self, gaps: Tensor, labels: Tensor) -> None:
+        """Fit the reward model to all labels."""
+        if self.true_reward:
+            return
+        self._gaps.append(gaps)
+        self._labels.append(labels)
+        record = torch.cat(self._gaps, 1), torch.cat(self._labels, 1)
+        self._fitted = maximum_likelihood(*record, torch.ones_like(record[1]), self._fitted, self.ridge)
+
+    def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
+        """The law of a pair."""
+        reward = world.reward if self.true_reward else torch.einsum("wxyd,wd->wxy", world.features, self._fitted)
+        return secant(world.log_policy(parameters), world.log_reference, world.beta, reward)
+
+
+class ResampledArm(AbstractArm):
+    """Resamples a pair of a pool of policy draws, as `lightning_rlhf.samplers.SIRPILAFSampler`.
+
+    Args:
+        n: draws per prompt, >= 2.
+        temperature: > 0.
+    """
+
+    def __init__(self, n: int = 8, temperature: float = 1.0) -> None:
+        super().__init__(passes=float(n))
+        self.n, self.temperature = n, temperature
+
     def draw(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Pairs:
-        """Draw one pair per prompt of a round."""
-        pairs = self.pair_law(world, parameters)
-        size = pairs.law.shape[-1]
-        index = categorical(pairs.law.flatten(-2), prompts, 1, generators).squeeze(-1)
-        weight = pairs.weight.expand_as(pairs.law).flatten(-2)
-        rows = torch.arange(len(prompts))[:, None]
-        return Pairs(index // size, index % size, weight[rows, prompts, index])
+        """Draw a pool per prompt and resample."""
+        pool = categorical(world.log_policy(parameters).exp(), prompts, self.n, generators)
+        rows = torch.arange(len(prompts))[:, None, None]
+        rewards = (world.features[rows, prompts[..., None], pool] * parameters[:, None, None]).sum(-1)
+        law = pair_probabilities(rewards, rewards, self.temperature).flatten(-2)
+        columns = torch.arange(prompts.shape[1])[None].expand(len(prompts), -1)
+        index = categorical(law, columns, 1, generators).squeeze(-1)
+        first, second = (pool.gather(-1, part[..., None]).squeeze(-1) for part in (index // self.n, index % self.n))
+        return Pairs(first, second, torch.ones_like(law[..., 0]))
 
 
 class PoolArm(AbstractArm):

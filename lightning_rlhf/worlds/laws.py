@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rlhf.estimators.pilaf import cosh_delta, pair_weight
+from lightning_rlhf.estimators.pilaf import cosh_delta, log_secant_slope, pair_weight
 from lightning_rlhf.estimators.tabular import differences, product_pair_law, tilted_laws, tilted_pair_law
 from lightning_rlhf.estimators.tabular import tpilaf_pair_law as exact_tpilaf
 
@@ -110,10 +110,7 @@ def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tenso
         reward: estimated reward of every response.
     """
     delta, target = beta * differences(log_policy - log_reference), differences(reward)
-    gap = target - delta
-    near = gap.abs() < 1e-6
-    slope = (target.sigmoid() - delta.sigmoid()) / torch.where(near, torch.ones_like(gap), gap)
-    slope = torch.where(near, delta.sigmoid() * (-delta).sigmoid(), slope)
+    slope = log_secant_slope(delta, target).exp()
     tilted = product_pair_law(log_policy, log_policy) / slope
     total = tilted.sum((-1, -2), keepdim=True)
     mean = total.mean(-3, keepdim=True) if total.dim() > 2 else total

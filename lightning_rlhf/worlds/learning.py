@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.worlds.arms import AbstractArm, LawArm, Pairs
 from lightning_rlhf.worlds.laws import vanilla
+from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld, deviation
 
 
@@ -98,6 +99,7 @@ def online(
         prompts, uniforms = streams.batch(pairs)
         drawn = arm.draw(world, parameters, prompts, streams.draws)
         gaps, labels = labelled(world, prompts, drawn, uniforms)
+        arm.learn(gaps, labels)
         error = labels - torch.einsum("wpd,wd->wp", gaps, parameters).sigmoid()
         gradient = -torch.einsum("wp,wp,wpd->wd", drawn.weight, error, gaps) / pairs
         seen.append(F.cosine_similarity(-gradient, world.gradient_j(parameters)))
@@ -145,6 +147,7 @@ def iterative(
         prompts, uniforms = streams.batch(pairs)
         drawn = arm.draw(world, parameters, prompts, streams.draws)
         fresh, fresh_labels = labelled(world, prompts, drawn, uniforms)
+        arm.learn(fresh, fresh_labels)
         error = fresh_labels - torch.einsum("wpd,wd->wp", fresh, parameters).sigmoid()
         ascent = torch.einsum("wp,wp,wpd->wd", drawn.weight, error, fresh)
         seen.append(F.cosine_similarity(ascent, world.gradient_j(parameters)))
@@ -184,32 +187,6 @@ def labelled(world: TabularWorld, prompts: Tensor, pairs: Pairs, uniforms: Tenso
     gaps = world.features[rows, prompts, pairs.first] - world.features[rows, prompts, pairs.second]
     reward = world.reward[rows, prompts, pairs.first] - world.reward[rows, prompts, pairs.second]
     return gaps, (uniforms < reward.sigmoid()).to(gaps)
-
-
-def maximum_likelihood(gaps: Tensor, labels: Tensor, weights: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """Fit all labels by Newton steps; shape [worlds, dimensions].
-
-    Args:
-        gaps: feature gaps of the pairs; shape [worlds, pairs, dimensions].
-        labels: 1 where the first response won; shape [worlds, pairs].
-        weights: weight of each pair; shape [worlds, pairs].
-        start: where to begin.
-        ridge: precision of the prior, > 0.
-    """
-    parameters = start
-    eye = torch.eye(gaps.shape[-1], dtype=gaps.dtype)
-    for _ in range(40):
-        delta = torch.einsum("wpd,wd->wp", gaps, parameters)
-        gradient = torch.einsum("wp,wp,wpd->wd", weights, labels - delta.sigmoid(), gaps) - ridge * parameters
-        curvature = weights * delta.sigmoid() * (-delta).sigmoid()
-        hessian = torch.einsum("wpd,wpe->wde", gaps * curvature[..., None], gaps) + ridge * eye
-        step = torch.linalg.solve(hessian, gradient)
-        # far from the optimum the curvature is nearly zero, and a full step would overshoot
-        length = step.norm(dim=-1, keepdim=True)
-        parameters = parameters + step * (2.0 / length.clamp_min(2.0))
-        if float(length.max()) < 1e-9:
-            break
-    return parameters
 
 
 class _Streams:

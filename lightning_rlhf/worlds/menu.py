@@ -57,13 +57,15 @@ class MenuReward(AbstractReward):
     Args:
         scale: what a unit of liking is worth, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1
             the menus of the reference have rewards of standard deviation 1.3 or so.
+        tastes: 0 for the world's own tastes; any other number draws tastes of the same law that have nothing to do with
+            them, for judges that are wrong.
     """
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, scale: float = 1.0, tastes: int = 0) -> None:
         if not 0 < scale < float("inf"):
             raise ValueError(f"MenuReward needs a finite scale > 0; got {scale}")
         self.scale = scale
-        generator = Key((VERSION, _TASTE)).generator()
+        generator = Key((VERSION, _TASTE, tastes) if tastes else (VERSION, _TASTE)).generator()
         # low rank: guests resemble each other, so that labels about one teach about others
         guests = torch.randn(len(GUESTS), _TASTES, generator=generator, dtype=torch.float64)
         dishes = torch.randn(_TASTES, len(DISHES), generator=generator, dtype=torch.float64)

@@ -8,8 +8,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, HFExport, LabelBudget, Summary
+from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, HFExport, LabelBudget, RewardAgreement, Summary
 from lightning_rlhf.callbacks.completions import cell, markdown
 from lightning_rlhf.evaluation import read_frontier
+from lightning_rlhf.rewards import AbstractReward, RewardOutput
+from lightning_rlhf.types import Prompt, Response
 
 
 def run(toy: ModuleType, folder: Path, callbacks: list[Callback], validate: bool = True, **options: Any) -> Any:
@@ -256,3 +259,31 @@ def test_two_processes_write_what_one_would(toy: ModuleType, tmp_path: Path) -> 
     assert [float(row["train/rewards/chosen"]) for row in rows if row["train/rewards/chosen"]] == [1.5, 1.5]
     assert [float(row["round/labels"]) for row in rows if row["round/labels"]] == [4.0, 4.0]
     assert [path.name for path in sorted(two.iterdir())] == [path.name for path in sorted(one.iterdir())]
+
+
+def test_reward_agreement_has_a_point_per_validation_and_survives_a_restart(toy: ModuleType, tmp_path: Path) -> None:
+    """The truth ranks answers by their prompt's number; a reward that forgets the last digits of it gets worse."""
+
+    class Forgetful(AbstractReward):
+        def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+            # the answers of step s are "answer NUMBER | s": from step 2 on the last of four answers is ranked first
+            steps = [int(response.text.split()[-1]) for response in responses]
+            return RewardOutput(
+                torch.tensor([p.index - 10.0 * (p.index == 3 and s >= 2) for p, s in zip(prompts, steps, strict=True)])
+            )
+
+    class OnePrompt(toy.ToyData):  # type: ignore[misc,name-defined]
+        reward = Forgetful()
+
+        def val_dataloader(self) -> Any:
+            prompts = [Prompt(i, (1,), "prompt") for i in range(4)]
+            return torch.utils.data.DataLoader(prompts, batch_size=3, collate_fn=list)  # type: ignore[arg-type]
+
+    other = SimpleNamespace(trainer=toy.trainer, ToyModule=toy.ToyModule, ToyData=OnePrompt)
+    cut_and_resume(other, tmp_path, lambda: [RewardAgreement()])  # type: ignore[arg-type]
+    with (tmp_path / "agreement.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["step"]), int(row["pairs"])) for row in rows] == [(0, 6), (2, 6), (4, 6)]
+    # three of six pairs hold the answer that is ranked wrongly
+    assert [float(row["agreement"]) for row in rows] == [1.0, 0.5, 0.5]
+    assert [float(row["training_reward"]) for row in rows] == [1.5, -1.0, -1.0]

@@ -36,6 +36,14 @@ def at(moment):
         time.sleep(float(deed[5:]))
     elif deed.startswith("limit"):  # no file may grow beyond so many bytes from now on
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(deed[5:]),) * 2)
+    elif deed.startswith("fill"):  # the file system of this folder
+        with open(deed[4:], "wb", buffering=0) as file:
+            for size in (2**16, 2**9, 1):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    continue
     elif deed == "raise":
         raise ConnectionError("the judge is gone")
     elif deed == "die":

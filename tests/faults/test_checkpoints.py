@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint
 
 from lightning_rlhf.checkpoints import check_writable, checked, damage, explained, history
 from lightning_rlhf.cli import main
@@ -59,9 +63,6 @@ def test_without_another_checkpoint_the_message_says_how_to_go_on(tmp_path: Path
     (tmp_path / "last.ckpt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"there is no other one. Restore a copy; or delete .*labels that the ledger"):
         checked(tmp_path / "last.ckpt")
-    sharded = tmp_path / "epoch=0-step=2.ckpt"
-    sharded.mkdir()
-    assert damage(sharded) == "it is incomplete: the run ended while it was written"
 
 
 def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(folder: Path, tiny_policy: Path) -> None:
@@ -95,6 +96,99 @@ def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> No
     sft("--trainer.max_epochs=1", "--model.learning_rate=1e-4")
     with pytest.raises(ValueError, match=r"learning_rate: 0\.0001 in the checkpoint, 0\.001 now"):
         sft("--trainer.max_epochs=2", "--model.learning_rate=1e-3")
+
+
+def shards(folder: Path, setting: Any = 0.1) -> Path:
+    """A sharded checkpoint as torch writes it, of one rank."""
+    state = {"state_dict": {"w": torch.arange(64.0), "v": torch.ones(8)}, "optimizer_0": {"lr": setting}}
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 1}, folder / "meta.pt")
+    return folder
+
+
+class Evil:
+    """What a checkpoint of a stranger may hold; unpickling it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+    def __deepcopy__(self, memo: Any) -> Any:  # torch copies what it saves
+        return self
+
+
+def test_shards_are_read_to_their_end_before_torch_loads_them(tmp_path: Path) -> None:
+    older, newest = (shards(tmp_path / f"epoch={n}-step={n}.ckpt") for n in (1, 2))
+    (tmp_path / "last.ckpt").symlink_to(newest.name)
+    assert damage(tmp_path / "last.ckpt") is None
+    (shard,) = newest.glob("*.distcp")
+    whole = {path: path.read_bytes() for path in newest.iterdir()}
+    place = whole[shard].index(torch.arange(64.0).numpy().tobytes())
+    flipped = whole[shard][:place] + b"\x01" + whole[shard][place + 1 :]
+    evil = pickle.dumps(Evil(tmp_path / "evil"))
+    cases: list[tuple[Path, bytes | None, str]] = [
+        (shard, flipped, "state_dict.w in .* is not what was written"),
+        (shard, whole[shard][:-100], "too short"),
+        (shard, None, "is missing"),
+        (newest / "meta.pt", None, "incomplete"),
+        (newest / "meta.pt", whole[newest / "meta.pt"][:-30], "cannot be read"),
+        (newest / ".metadata", None, "incomplete"),
+        (newest / ".metadata", whole[newest / ".metadata"][:-30], "index cannot be read"),
+        (newest / ".metadata", evil, "which no checkpoint needs"),
+        (newest / ".metadata", pickle.dumps([1]), "a list is no index"),
+    ]
+    for path, content, said in cases:
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"is damaged: .*{said}.*--ckpt_path=.*epoch=1-step=1\.ckpt"):
+            checked(tmp_path / "last.ckpt")
+        path.write_bytes(whole[path])
+    assert damage(newest) is None
+
+    # each of two processes reads a half; one of them finds the bit
+    shard.write_bytes(flipped)
+    assert sorted(damage(newest, rank, 2) is None for rank in (0, 1)) == [False, True]
+
+    shutil.rmtree(newest)
+    with pytest.raises(ValueError, match=r"does not exist.*--ckpt_path=.*epoch=1-step=1\.ckpt"):
+        checked(tmp_path / "last.ckpt")
+    assert damage(older) is None
+
+
+def test_code_among_the_tensors_of_a_sharded_checkpoint_is_not_run(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "epoch=1-step=1.ckpt", Evil(tmp_path / "evil"))
+    assert "might be code" in (damage(folder) or "")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_checkpoint_that_is_gone_is_no_new_beginning(folder: Path, tiny_policy: Path) -> None:
+    fit(folder, tiny_policy, "--trainer.max_epochs=2")
+    (folder / "run" / "checkpoints" / "last.ckpt").resolve().unlink()
+    with pytest.raises(ValueError, match=r"does not exist.*--ckpt_path=.*epoch=0-step=2\.ckpt"):
+        fit(folder, tiny_policy, "--trainer.max_epochs=3")
+
+
+def test_sharded_checkpoints_need_a_strategy_that_shards(folder: Path, tiny_policy: Path) -> None:
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    shards(folder / "run" / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"is sharded: continue with --config trainer/fsdp"):
+        fit(folder, tiny_policy, "--trainer.max_epochs=3")
+
+
+def test_the_command_line_wins_over_what_a_checkpoint_remembers(folder: Path, tiny_policy: Path) -> None:
+    """Also how often a checkpoint is written; and the end of the training is kept whatever that is."""
+    found = folder / "run" / "checkpoints"
+    fit(folder, tiny_policy, "--trainer.max_epochs=3", "--checkpoint_every=10", "--trainer.gradient_clip_val=0.5")
+    assert [path.name for path in history(found)] == ["epoch=3-step=6.ckpt"]  # of an epoch that begins
+    assert (found / "last.ckpt").is_symlink()
+    fit(folder, tiny_policy, "--trainer.max_epochs=6", "--checkpoint_every=2", "--trainer.gradient_clip_val=0.25")
+    assert [path.name for path in history(found)] == ["epoch=5-step=12.ckpt", "epoch=3-step=8.ckpt"]
+    starts = json.loads((folder / "run" / "run.json").read_text())["starts"]
+    assert [start["config"]["trainer"]["gradient_clip_val"] for start in starts] == [0.5, 0.25]
+    before = (found / "last.ckpt").stat().st_mtime_ns
+    fit(folder, tiny_policy, "--trainer.max_epochs=6", "--checkpoint_every=1")  # there is nothing left to do
+    assert (found / "last.ckpt").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

@@ -24,6 +24,9 @@ from lightning_rlhf.judging.server import backoff, retry_after, without_control_
 from lightning_rlhf.labelers import ServerLabeler
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import ServerScoreReward
+from lightning_rlhf.rounds import RoundCollector
+from lightning_rlhf.samplers import OfflineSampler
+from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 
@@ -215,6 +218,42 @@ def test_tokens_and_prices_are_counted(faults: ModuleType, make: Make) -> None:
     assert len(endpoint.requests) == 2
 
 
+def test_a_ledger_books_a_reply_once_however_often_a_pair_is_judged(
+    faults: ModuleType, make: Make, tmp_path: Path
+) -> None:
+    """Of the first pair one order fails at first; of the second the judge says nothing of use, for ever."""
+
+    def answer(before: int, request: dict[str, Any]) -> Any:
+        text = request["messages"][0]["content"]
+        if "no idea" in text:
+            number = {"id": str(time.monotonic_ns())}  # every server numbers its replies
+            return faults.completion("Well", {"Well": 0.9, "1": 0.02, "2": 0.02}) | number
+        second = "another answer" in text.partition("Response 2 -")[0]
+        return faults.Raw(error("oops"), 500) if second and before < 1 else faults.judge(request)
+
+    def label(endpoint: Any, attempts: int) -> float:
+        """A process of its own, as after a restart."""
+        with PreferenceStore(tmp_path / "ledger.sqlite") as store:
+            store.add_comparisons(0, [pair(0), pair(1, "no idea", "none")], [0, 1])
+            labeler = ServerLabeler(make(endpoint, retries=0, price_in=2.0, price_out=8.0))
+            RoundCollector(store, OfflineSampler(), labeler, KEY, label_attempts=attempts).label(0, 2)
+            return store.total_cost
+
+    each = (1000 * 2 + 10 * 8) / 1e6
+    with faults.FaultServer(answer) as endpoint:
+        assert label(endpoint, 1) == pytest.approx(3 * each)
+        assert label(endpoint, 3) == pytest.approx(4 * each)  # the order that had failed
+        assert len(endpoint.requests) == 5
+        # an attempt that finds no journal pays again
+        (tmp_path / "journal.sqlite").unlink()
+        assert label(endpoint, 4) == pytest.approx(6 * each)
+        assert len(endpoint.requests) == 7
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        first, second = ([(a.status, round(a.cost / each)) for a in store.history(i)] for i in (1, 2))
+    assert first == [("timeout", 1), ("ok", 1)]
+    assert second == [("invalid", 2), ("invalid", 0), ("invalid", 0), ("invalid", 2)]
+
+
 def test_a_server_that_counts_no_tokens_is_named_where_prices_are_set(faults: ModuleType, make: Make) -> None:
     def answer(_: int, request: dict[str, Any]) -> dict[str, Any]:
         reply: dict[str, Any] = faults.judge(request)
@@ -368,6 +407,9 @@ def test_retry_after_is_read_in_all_its_forms() -> None:
     date = "Fri, 31 Dec 1999 23:59:59 GMT"
     assert retry_after({"retry-after": date}, 946684799.0 - 30) == 30
     assert retry_after({"retry-after": date}, 946684799.0 + 30) == 0
+    # our clock may be wrong by a day, the server's is the one that counts
+    shown = {"retry-after": date, "date": "Fri, 31 Dec 1999 23:59:49 GMT"}
+    assert [retry_after(shown, 946684799.0 + skew) for skew in (-86400, 0, 86400)] == [10, 10, 10]
     for nothing in ({}, {"retry-after": "soon"}, {"retry-after": ""}, {"retry-after": "nan"}):
         assert retry_after(nothing, 0.0) is None
 

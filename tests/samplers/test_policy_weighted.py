@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from itertools import combinations
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
+from lightning_rlhf.estimators.design import best_pair, greedy_pairs, pair_values, policy_weight
 from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.samplers import PolicyWeightedSampler
+from lightning_rlhf.samplers import MixtureSampler, PolicyWeightedSampler, VanillaSampler
 from lightning_rlhf.samplers.policy_weighted import packed, unpacked
 from lightning_rlhf.types import Prompt
 
@@ -67,6 +69,42 @@ def test_best_pair_is_two_candidates_also_where_all_are_equal() -> None:
     # rounding does not choose between equal candidates
     values = torch.tensor([[0.0, 1.0, 1.0 + 1e-7], [1.0, 0.0, 0.0], [1.0 + 1e-7, 0.0, 0.0]])
     assert tuple(map(int, best_pair(values))) == (0, 1)
+
+
+def test_greedy_pairs_lower_the_trace_most_at_every_step_and_look_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gaps = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    gaps[7] = gaps[3]
+    slopes = torch.rand(12, generator=generator, dtype=torch.float64) / 4
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    sigma, information = root @ root.T, 0.3 * torch.eye(4, dtype=torch.float64)
+    chosen = greedy_pairs(gaps, slopes, information, sigma, 12)
+    assert sorted(chosen) == list(range(12))
+
+    def loss(positions: list[int]) -> float:
+        total = information + sum(slopes[i] * torch.outer(gaps[i], gaps[i]) for i in positions)
+        return float(torch.trace(torch.linalg.solve(total, sigma)))
+
+    for step, position in enumerate(chosen):
+        before = chosen[:step]
+        losses = {i: loss([*before, i]) for i in range(12) if i not in before}
+        assert losses[position] <= min(losses.values()) * (1 + 1e-3)
+    # together they do better than the pairs that promise most one by one, which may all look the same way
+    alone = sorted(range(12), key=lambda i: loss([i]))
+    assert loss(chosen[:4]) < loss(alone[:4])
+
+
+def test_a_share_of_the_pairs_is_labelled_and_counted(toy_engine: Any) -> None:
+    thrifty = PolicyWeightedSampler(n=4, dim=4, label_share=0.3)
+    drawn = thrifty.sample(prompts(20), toy_engine, Key((5,)))
+    chosen = thrifty.worth_labels(drawn)
+    assert len(set(chosen)) == 6 and thrifty.worth_labels(drawn) == chosen
+    everything = PolicyWeightedSampler(n=4, dim=4)
+    everything.observe([drawn[position] for position in chosen])
+    thrifty.observe(drawn)
+    torch.testing.assert_close(thrifty.information, everything.information)
+    with pytest.raises(ValueError, match="label_share=1"):
+        MixtureSampler([VanillaSampler(), thrifty])
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -152,7 +190,15 @@ def test_engines_without_weights_say_so(toy_engine: Any) -> None:
 
 
 def test_arguments_are_checked() -> None:
-    for wrong in ({"n": 1}, {"dim": 0}, {"ridge": 0.0}, {"ahead": 1.5}, {"decay": -0.1}, {"tilt": 0.0}):
+    for wrong in (
+        {"n": 1},
+        {"dim": 0},
+        {"ridge": 0.0},
+        {"ahead": 1.5},
+        {"decay": -0.1},
+        {"tilt": 0.0},
+        {"label_share": 0.0},
+    ):
         with pytest.raises(ValueError):
             PolicyWeightedSampler(**wrong)  # type: ignore[arg-type]
 
@@ -163,12 +209,20 @@ def test_packing_keeps_three_digits() -> None:
     assert unpacked(*packed(torch.zeros(2, 3, dtype=torch.float64)), 3).abs().max() == 0
 
 
-def test_head_gradients_sketch_the_gradient_that_autograd_finds(world: Any) -> None:
-    model = world.policy
+@pytest.mark.parametrize("head", ["plain", "adapter", "copy"])
+def test_head_gradients_sketch_the_gradient_that_autograd_finds(world: Any, head: str) -> None:
+    trained = model = copy.deepcopy(world.policy)
+    if head != "plain":
+        kinds = {"adapter": {"target_modules": ["lm_head"]}, "copy": {"modules_to_save": ["lm_head"]}}
+        trained = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **kinds[head]))
+        if head == "copy":
+            with torch.no_grad():
+                trained.get_base_model().get_output_embeddings().weight.mul_(1.5)
+        model = copy.deepcopy(trained).merge_and_unload()
     groups = [((0, 2, 1), [(1, 4), (3, 2, 4)]), ((0, 1), [(2, 4)])]
     sketch = HeadSketch(dim=16, seed=3)
-    found = head_gradients(model, groups, sketch)
-    weight = model.get_output_embeddings().weight
+    found = head_gradients(trained, groups, sketch)
+    weight = model.get_output_embeddings().weight.requires_grad_()
     u, v = sketch.factors(*weight.shape)
     rows = [(prompt, response) for prompt, responses in groups for response in responses]
     for features, (prompt, response) in zip(found, rows, strict=True):
@@ -178,7 +232,7 @@ def test_head_gradients_sketch_the_gradient_that_autograd_finds(world: Any) -> N
         (gradient,) = torch.autograd.grad(loss, weight)
         torch.testing.assert_close(features, ((u @ gradient) * v).sum(1), atol=1e-5, rtol=1e-4)
     # batches do not matter
-    torch.testing.assert_close(head_gradients(model, groups, sketch, tokens_per_batch=4), found, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(head_gradients(trained, groups, sketch, tokens_per_batch=4), found, atol=1e-6, rtol=1e-5)
 
 
 def test_sketch_keeps_inner_products_in_expectation() -> None:

@@ -17,6 +17,7 @@ from lightning_rlhf.samplers import (
     OfflineSampler,
     PILAFSampler,
     PolicyWeightedSampler,
+    SIRPILAFSampler,
     TPILAFSampler,
     VanillaSampler,
     WeightedVanillaSampler,
@@ -33,6 +34,7 @@ SAMPLERS: dict[str, Callable[[], AbstractPairSampler]] = {
     "weighted_vanilla": WeightedVanillaSampler,
     "policy_weighted": lambda: PolicyWeightedSampler(n=4, dim=8),
     "policy_weighted_tilted": lambda: PolicyWeightedSampler(n=4, dim=8, tilt=0.5),
+    "sir_pilaf": lambda: SIRPILAFSampler(n=4),
     "offline": OfflineSampler,
     "mixture": lambda: MixtureSampler([VanillaSampler(), TPILAFSampler(), BestOfNSampler(n=2)]),
 }

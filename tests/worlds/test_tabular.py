@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lightning_rlhf.estimators.tabular import differences, expected_dpo_loss, tilted_laws
-from lightning_rlhf.worlds.arms import LawArm, PoolArm, categorical
+from lightning_rlhf.worlds.arms import AbstractArm, LawArm, PoolArm, ResampledArm, SecantArm, categorical
 from lightning_rlhf.worlds.laws import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
-from lightning_rlhf.worlds.learning import iterative, labelled, maximum_likelihood, online, overfitted_start
+from lightning_rlhf.worlds.learning import iterative, labelled, online, overfitted_start
+from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import TabularWorld, deviation
 
 
@@ -95,6 +96,41 @@ def test_secant_law_aligns_the_gradient_exactly(world: TabularWorld, parameters:
     own = world.beta * (log_policy - world.log_reference)
     right = secant(log_policy, world.log_reference, world.beta, own)
     torch.testing.assert_close(right.law, t_pilaf(log_policy, world.log_reference, world.beta).law)
+
+
+def test_a_reward_fitted_to_the_labels_gives_the_secant_of_the_truth_in_the_end() -> None:
+    world = TabularWorld.draw([0, 1], beta=0.5, spread=2.0, num_prompts=4)
+    fitted, exact = SecantArm(), SecantArm(true_reward=True)
+    parameters = world.origin()
+    # prompts tell nothing of the truth yet: the law is that of a reward of zero
+    fitted.reset(world)
+    start = fitted.pair_law(world, parameters).law
+    torch.testing.assert_close(start, vanilla(world.log_reference, world.log_reference, 0.5).law)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    numbers = torch.stack([torch.rand(2, 20000, generator=g, dtype=torch.float64) for g in generators])
+    prompts = (numbers[:, 0] * 4).long()
+    drawn = LawArm(vanilla).draw(world, parameters, prompts, generators)
+    fitted.learn(*labelled(world, prompts, drawn, numbers[:, 1]))
+    laws = [arm.pair_law(world, parameters).law for arm in (fitted, exact)]
+    assert float((laws[0] - laws[1]).abs().sum((-1, -2)).max()) / 2 < 0.02
+    assert float((start - laws[1]).abs().sum((-1, -2)).max()) / 2 > 0.1
+
+
+def test_resampling_two_draws_is_vanilla_and_many_are_t_pilaf() -> None:
+    world = TabularWorld.draw([3], beta=0.5, spread=2.0, num_prompts=1, num_responses=4)
+    parameters = torch.randn(1, world.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_policy = world.log_policy(parameters)
+    prompts = torch.zeros(1, 20000, dtype=torch.int64)
+
+    def distance(arm: AbstractArm, law: torch.Tensor) -> float:
+        pairs = arm.draw(world, parameters, prompts, [torch.Generator().manual_seed(1)])
+        counts = torch.zeros(16, dtype=torch.float64)
+        counts.index_add_(0, 4 * pairs.first[0] + pairs.second[0], pairs.weight[0] / prompts.shape[1])
+        return float((counts.reshape(4, 4) - law[0, 0]).abs().sum() / 2)
+
+    wanted = [law(log_policy, world.log_reference, 0.5).law for law in (vanilla, t_pilaf)]
+    assert distance(ResampledArm(n=2), wanted[0]) < 0.02 < distance(ResampledArm(n=2), wanted[1])
+    assert distance(ResampledArm(n=64), wanted[1]) < 0.02 < distance(ResampledArm(n=64), wanted[0])
 
 
 def test_t_pilaf_is_better_aligned_than_vanilla_on_the_learners_path_only() -> None:

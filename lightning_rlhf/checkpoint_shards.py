@@ -1,0 +1,111 @@
+"""A sharded checkpoint, a folder, read to its end before torch loads it.
+
+FSDP2 writes one: ``meta.pt`` with plain data, a file of tensors per rank, and ``.metadata``, a pickle which says what
+lies where. torch would run whatever that pickle names, and the pickles of the optimizer's settings among the tensors;
+here they may hold plain data only, and all checksums must hold.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+
+META = "meta.pt"
+"""What a sharded checkpoint holds beside its shards; written last."""
+INDEX = ".metadata"
+"""What says where in the shards the tensors lie."""
+
+
+def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a sharded checkpoint, in words; None if it can be read to its end.
+
+    Args:
+        folder: the checkpoint.
+        rank: which of the processes reads; each reads its share of the tensors.
+        world: number of processes that read.
+
+    Raises:
+        OSError, ValueError, RuntimeError, zipfile.BadZipFile: if a part cannot be read at all.
+    """
+    if not (folder / META).is_file() or not (folder / INDEX).is_file():
+        return "it is incomplete: the run ended while it was written"
+    with zipfile.ZipFile(folder / META) as archive:
+        if (broken := archive.testzip()) is not None:
+            return f"part {broken} of {META} is not what was written"
+    try:
+        index = read_index(folder / INDEX)
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
+        return f"its index cannot be read ({error})"
+    for entry, place in list((index.storage_data or {}).items())[rank::world]:
+        shard = folder / place.relative_path
+        if Path(place.relative_path).name != place.relative_path or not shard.is_file():
+            return f"its file {place.relative_path} is missing"
+        with shard.open("rb") as file:
+            file.seek(place.offset)
+            part = io.BytesIO(file.read(place.length))
+        if len(part.getbuffer()) != place.length:
+            return f"its file {place.relative_path} is too short"
+        if not zipfile.is_zipfile(part):
+            return f"{entry.fqn} in {place.relative_path} is not what was written"
+        with zipfile.ZipFile(part) as archive:
+            if archive.testzip() is not None:
+                return f"{entry.fqn} in {place.relative_path} is not what was written"
+        if isinstance(index.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
+            part.seek(0)
+            try:
+                torch.load(part, weights_only=True)  # torch itself will load it without
+            except pickle.UnpicklingError:
+                return f"{entry.fqn} in {place.relative_path} is more than plain data, and might be code"
+    return None
+
+
+def read_index(path: Path) -> Metadata:
+    """Read what says where the tensors lie; nothing but plain data is unpickled.
+
+    Raises:
+        pickle.UnpicklingError: if there is anything else in it.
+    """
+    with path.open("rb") as file:
+        found = _PlainUnpickler(file).load()
+    if not isinstance(found, Metadata):
+        raise pickle.UnpicklingError(f"a {type(found).__name__} is no index")
+    return found
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows the classes of an index, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find a class of an index."""
+        known = (
+            (module == "torch.distributed.checkpoint.metadata" and name in _OF_INDEX)
+            or (module, name) in _OTHERS
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+_OF_INDEX = {
+    *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    *("BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+}
+_OTHERS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    ("pathlib._local", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}
