@@ -2,7 +2,8 @@
 
 Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept), and
 puts tables, machine and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke``
-does the same with two seeds and few labels, into a folder of its own, in a few minutes.
+does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only stories`` is about
+``compare/stories``, which takes longer, fetches a model with npm, and is left out otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.harness import machine
 from lightning_rlhf.cli import main
+from lightning_rlhf.comparison.curves import read_cell
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +27,11 @@ SMOKE = {
     "tabular": ["--experiment.seeds=2", "--experiment.arms=[Vanilla,PILAF,Policy-weighted]"],
     "menu": "compare/smoke",
     "rlaif": "compare/rlaif_smoke",
+    "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
 }
 """What makes a comparison short: arguments, or another comparison in its place."""
+ON_DEMAND = ("stories",)
+"""Comparisons that are run only when asked for."""
 
 
 def run(argv: list[str] | None = None) -> Path:
@@ -43,7 +48,7 @@ def run(argv: list[str] | None = None) -> Path:
     page = out / "results.md"
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     for name in SMOKE:
-        if options.only not in (None, name):
+        if name != options.only and (options.only or name in ON_DEMAND):
             continue
         folder = options.runs / name
         short = SMOKE[name] if options.smoke else []
@@ -65,7 +70,23 @@ def section(folder: Path, name: str, out: Path) -> str:
             pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
     shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return f"Measured on {machine()}, one thread per run, {today}.\n\n" + "\n\n".join(pictures) + f"\n\n{body}"
+    measured = f"Measured on {machine()}, one thread per run, {today}."
+    return "\n\n".join([measured, *pictures, body, *answers(folder)])
+
+
+def answers(folder: Path) -> list[str]:
+    """A table of each arm's first held-out answer with the first seed, before and after; none if runs wrote none."""
+    found: dict[tuple[str, str], tuple[int, list[str]]] = {}
+    for cell in folder.glob("cells/*/*/*/cell.json"):
+        identity, table = read_cell(cell)[1], cell.parent / "completions.md"
+        arm = (identity["setting"], identity["arm"])
+        if table.exists() and identity["seed"] <= found.get(arm, (identity["seed"], []))[0]:
+            found[arm] = identity["seed"], table.read_text(encoding="utf-8").splitlines()
+    if not found:
+        return []
+    head, rule, *_ = next(iter(found.values()))[1]
+    rows = [f"| {setting} | {arm} {lines[2]}" for (setting, arm), (_, lines) in sorted(found.items())]
+    return ["#### Answers", "\n".join([f"| setting | arm {head}", f"| --- | --- {rule}", *rows])]
 
 
 def spliced(text: str, name: str, content: str) -> str:

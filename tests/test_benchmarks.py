@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import results
 from benchmarks.harness import check_same, ids_in_order, model_folder
+from lightning_rlhf.comparison.curves import write_cell
 
 
 ROOT = Path(__file__).parents[1]
@@ -99,4 +101,36 @@ def test_the_peer_gets_the_pairs_of_our_steps(tmp_path: Path) -> None:
     assert served == [
         sorted((tuple(r["prompt_ids"]), (tuple(r["chosen_ids"]), tuple(r["rejected_ids"]))) for r in step)
         for step in steps
+    ]
+
+
+def test_results_run_a_world_on_demand_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(results, "main", lambda arguments: compared.append(arguments[1]))
+    monkeypatch.setattr(results, "section", lambda folder, name, out: f"about {name} in {folder.name}")
+    results.run([f"--out={tmp_path}"])
+    assert "compare/menu" in compared and "compare/stories" not in compared
+    compared.clear()
+    page = results.run([f"--out={tmp_path}", "--only=stories"])
+    assert compared == ["compare/stories"]
+    assert "<!-- begin stories -->\n\nabout stories in stories\n\n<!-- end stories -->" in page.read_text()
+
+
+def test_answers_are_the_first_of_each_arm_and_seed(tmp_path: Path) -> None:
+    assert results.answers(tmp_path) == []
+    for arm, seed in (("PILAF", 0), ("Best-of-8", 11), ("Best-of-8", 2), ("Vanilla", 0)):
+        folder = tmp_path / "cells" / "online" / arm / str(seed)
+        folder.mkdir(parents=True)
+        rows = [f"| one | {arm} {seed} |", "| two | no |"]
+        (folder / "completions.md").write_text("\n".join(["| prompt | before |", "| --- | --- |", *rows]))
+        # a run that has not ended has no cell
+        if arm != "Vanilla":
+            write_cell(folder / "cell.json", [], {"setting": "online", "arm": arm, "seed": seed})
+    heading, table = results.answers(tmp_path)
+    assert heading == "#### Answers"
+    assert table.splitlines() == [
+        "| setting | arm | prompt | before |",
+        "| --- | --- | --- | --- |",
+        "| online | Best-of-8 | one | Best-of-8 2 |",
+        "| online | PILAF | one | PILAF 0 |",
     ]

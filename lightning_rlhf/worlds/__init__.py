@@ -1,4 +1,4 @@
-"""Worlds small enough for many seeds: the truth is known exactly, so that samplers can be compared by it."""
+"""Worlds small enough for many seeds, whose oracles are functions, so that samplers can be compared by the truth."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_rlhf.worlds.judges import MenuJudgeLabeler, MenuScoreReward
 from lightning_rlhf.worlds.menu import MenuPrompts, MenuReward, menu_policy
+from lightning_rlhf.worlds.stories import StoryPrompts, stories_policy
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld
 
 
@@ -15,12 +16,14 @@ __all__ = [
     "MenuReward",
     "MenuScoreReward",
     "Objective",
+    "StoryPrompts",
     "TabularWorld",
     "menu_policy",
+    "stories_policy",
     "world_policy",
 ]
 
-POLICIES = {"menu": menu_policy}
+POLICIES = {"menu": menu_policy, "stories": stories_policy}
 """Folders of policies by the name of their world."""
 
 

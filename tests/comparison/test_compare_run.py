@@ -163,7 +163,7 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
 
 
 def test_named_comparisons_parse() -> None:
-    for name in ("tabular", "menu", "smoke", "smollm2"):
+    for name in ("tabular", "menu", "stories", "smoke", "smollm2"):
         assert yaml.safe_load(find_config(f"compare/{name}").read_text())["experiment"]
         with pytest.raises(SystemExit) as ended:
             main(["compare", f"compare/{name}", "--print_config"])
