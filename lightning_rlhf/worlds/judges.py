@@ -143,7 +143,7 @@ class MenuJudge:
         """Logit that the first position gets."""
 
     def utility(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
-        """What it thinks of each response: of mean 0 over the corpus, standard deviation 1 within a prompt; float64, [B]."""
+        """What it thinks of each response, of mean 0 over the corpus, deviation 1 within prompts; float64, [B]."""
         perceived = checked_score(self._oracle, prompts, responses)
         if self._noise:
             perceived = perceived + self._noise * self._error(prompts, responses)
@@ -244,9 +244,9 @@ class MenuScoreReward(AbstractReward):
     """The expected score from 1 to 10 that a judge of known quality gives, mapped to [-1, 1]: direct-RLAIF.
 
     The same judge as `MenuJudgeLabeler`. It gives score i with probability proportional to exp(-(i - m)^2 / 2), around
-    m = 5.5 + ``points`` * u, with u of mean 0 over the menus of the corpus, and standard deviation 1 within prompts. The ends of the
-    scale are hard: what is better than a 10 gets a 10. ``std`` of the output is that of the scores, on the scale of the
-    reward.
+    m = 5.5 + ``points`` * u, with u of mean 0 over the menus of the corpus, and standard deviation 1 within
+    prompts. The ends of the scale are hard: what is better than a 10 gets a 10. ``std`` of the output is that of the
+    scores, on the scale of the reward.
 
     Args:
         alignment: share of pairs that it orders as the oracle does, in (1/2, 1].
