@@ -213,12 +213,20 @@ def test_pickles_in_data_ledgers_and_weights_do_not_run(tmp_path: Path, tiny_pol
 
 
 def test_the_package_unpickles_nothing_but_plain_data() -> None:
-    calls = []
+    calls, modules = [], {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
     for file in [*(ROOT / "lightning_rlhf").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
-                assert not {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"} & set(names), file
+                # the index of sharded checkpoints is a pickle, read with a list of the classes that it may name
+                allowed = {"pickle"} if file.name == "checkpoint_shards.py" else set()
+                assert not (modules & set(names)) - allowed, file
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                assert node.attr in ("Unpickler", "UnpicklingError"), file
+            if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases):
+                assert "find_class" in [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) != "pickle.Unpickler", file
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "yaml.load", "yaml.unsafe_load"):
                 calls.append((file.name, {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only")))
     assert calls
