@@ -91,6 +91,7 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     Sharded tensors are looked at where they lie: the part of this rank.
     """
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    local = [tensor for tensor in local if tensor.numel()]  # fewer rows than ranks leave some with nothing
     norms = list(torch._foreach_norm(local, float("inf"))) if local else []
     if not norms:
         return torch.tensor(True)

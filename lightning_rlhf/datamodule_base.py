@@ -343,7 +343,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         due = self._due_round(epoch)
         module: Any = self.trainer.lightning_module
         # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
-        with gathered(module.policy), self.trainer.precision_plugin.forward_context():
+        with gathered(module), self.trainer.precision_plugin.forward_context():
             items = self.buffer(due)
         if not items:
             raise RuntimeError(
@@ -360,7 +360,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     def sample_only(self, rounds: list[int]) -> None:
         """Draw rounds into the ledger and buy no label."""
         module: Any = self.trainer.lightning_module
-        with gathered(module.policy):
+        with gathered(module):
             for index in rounds:
                 self.draw_only(index)
 

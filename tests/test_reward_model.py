@@ -359,23 +359,28 @@ def test_a_policy_of_another_family_is_refused(tmp_path: Path, tiny_policy: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model",
+    ("overlay", "model"),
     [
-        [],
-        [
-            *("--model.ensemble.kind=lora", "--model.ensemble.size=2", "--model.ensemble.diversity=0.1"),
-            *("--model.lora.r=2", "--model.lora.target_modules=[q_proj]"),
-        ],
+        ("ddp", []),
+        (
+            "ddp",
+            [
+                *("--model.ensemble.kind=lora", "--model.ensemble.size=2", "--model.ensemble.diversity=0.1"),
+                *("--model.lora.r=2", "--model.lora.target_modules=[q_proj]"),
+            ],
+        ),
+        ("fsdp", ["--model.ensemble.kind=linear", "--model.ensemble.size=2"]),
+        ("fsdp", ["--model.lora.r=2", "--model.lora.target_modules=[q_proj]"]),
     ],
-    ids=["single", "adapters"],
+    ids=["single", "adapters", "sharded", "sharded_lora"],
 )
-def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, model: list[str]) -> None:
+def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str, model: list[str]) -> None:
     # 22 rows: the last batch and the validation are uneven
     train, heldout = write_rows(tmp_path / "train.jsonl", 22), write_rows(tmp_path / "heldout.jsonl", 7, first=50)
     summaries, models = [], []
     for name, launcher, extra in (
         ("one", [], []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], ["--config=trainer/ddp"]),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], [f"--config=trainer/{overlay}"]),
     ):
         devices = [] if name == "one" else ["--trainer.devices=2", "--trainer.accelerator=cpu"]
         done = subprocess.run(

@@ -119,10 +119,10 @@ def place(tmp_path: Path, name: str) -> Path:
     ("overlay", "options"),
     [
         ("trainer/ddp", []),
-        # a value model does not run sharded
+        ("trainer/fsdp", []),
         ("trainer/fsdp", ["--model.advantage=RLOO", "--model.kl_placement=loss_k3", "--model.aggregation=sum"]),
     ],
-    ids=["ddp_ppo", "fsdp_rloo"],
+    ids=["ddp_ppo", "fsdp_ppo", "fsdp_rloo"],
 )
 def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str, options: list[str]) -> None:
     folder = place(tmp_path, "here")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.load import LoRA, load_scorer, lora_config, resolve_checkpoint, score_head
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
 from lightning_rlhf.models.scores import head_outputs
+from lightning_rlhf.models.sharding import shard_scorer
 from lightning_rlhf.models.shared_prefix import Group
 
 
@@ -143,13 +145,34 @@ class Scorer(nn.Module):
         names = [adapter_name(member) for member in range(self.size)]
         return [torch.cat([layer.lora_A[name].weight for name in names]) for layer in self._layers]
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard backbone and heads over processes (FSDP2), in place.
+
+        Raises:
+            ValueError: if members have adapters or models of their own.
+        """
+        if self.kind != "linear":
+            raise ValueError(
+                f"an ensemble of kind {self.kind!r} does not run sharded; use trainer/ddp, or one process, or "
+                f"model.ensemble.kind=linear"
+            )
+        shard_scorer(self.model, score_head(self.model, self.size), mesh)
+
+    def save(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write a folder that `open_scorer` opens, completely or not at all; call it on one rank.
 
         ``AutoModelForSequenceClassification`` opens it too where there is one head or several on one backbone, and
         gives a logit per member; adapters of a single model are merged, and lie beside it in ``adapter/``. Of other
         ensembles the folder holds ``backbone/`` and ``adapters/``, or ``members/``, which transformers and peft open.
+
+        Args:
+            folder: where to write.
+            tokenizer: the backbone's, saved with it.
+            state_dict: full tensors under the names of ``state_dict()``, for one that is sharded.
         """
+        state = None if state_dict is None else {k.removeprefix("models.0."): v for k, v in state_dict.items()}
         adapted = self._adapted[0]
         for name in ("reward_mean", "reward_std"):
             vars(self.config).pop(name, None)  # of the checkpoint that this one was trained from
@@ -157,10 +180,12 @@ class Scorer(nn.Module):
             self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
         with whole_folder(folder) as scratch:
             if self.kind == "linear":
-                weights = merged_state_dict(self.model) if adapted is not None else None
+                weights = merged_state_dict(self.model, state) if adapted is not None else state
                 self.model.save_pretrained(scratch, state_dict=weights)
                 if adapted is not None:
-                    adapted.save_pretrained(str(scratch / "adapter"), save_embedding_layers=False)
+                    trunk = f"{self.model.base_model_prefix}."
+                    own = state and {f"base_model.model.{k.removeprefix(trunk)}": v for k, v in state.items()}
+                    adapted.save_pretrained(str(scratch / "adapter"), state_dict=own, save_embedding_layers=False)
             else:
                 # no weights at the top: what opens them alone would leave members out without a word
                 self.config.save_pretrained(scratch)

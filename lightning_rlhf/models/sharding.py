@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
 
 
 _gathered: WeakSet[nn.Module] = WeakSet()
@@ -37,11 +38,26 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(root, mesh=mesh)
 
 
+def shard_scorer(model: PreTrainedModel, head: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a decoder with a head that is called apart from it, in place; the backbone may have adapters.
+
+    Args:
+        model: a model with a head, as ``AutoModelForSequenceClassification`` opens it.
+        head: its head.
+        mesh: the data-parallel processes.
+    """
+    shard(model.base_model, mesh)
+    fully_shard(head, mesh=mesh)
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold the whole model on every rank for a while, so that forward passes are no collectives; may nest.
+    """Hold sharded models on every rank whole for a while, so that forward passes are no collectives; may nest.
 
-    Entering and leaving are collectives: all ranks must do both. Does nothing to a model that is not sharded.
+    Entering and leaving are collectives: all ranks must do both. Does nothing to what is not sharded.
+
+    Args:
+        model: what has them inside, the same object wherever it nests: the LightningModule.
     """
     units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units or model in _gathered:

@@ -147,7 +147,7 @@ class AbstractPolicyModule(AbstractStepModule):
 
     def on_validation_epoch_start(self) -> None:
         """Gather a sharded policy: ranks answer different numbers of prompts."""
-        self._gathered.enter_context(gathered(self.policy))
+        self._gathered.enter_context(gathered(self))
 
     def on_validation_epoch_end(self) -> None:
         """Shard it again."""

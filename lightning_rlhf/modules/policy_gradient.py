@@ -31,6 +31,7 @@ from lightning_rlhf.models.logprobs import Layout, response_logps
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import ReferenceRule
 from lightning_rlhf.models.scores import response_values
+from lightning_rlhf.models.sharding import shard_scorer
 from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 from lightning_rlhf.types import Rollout
@@ -181,11 +182,6 @@ class PolicyGradientModule(AbstractPolicyModule):
         self.move_to(self.start)
         if not self.advantage.needs_values:
             return
-        if self.device_mesh is not None:
-            raise ValueError(
-                f"{type(self.advantage).__name__} needs a value model, which does not run sharded; use RLOO or GRPO, "
-                f"or trainer/ddp"
-            )
         self.value_model = load_scorer(
             self.value_checkpoint,
             dtype=self.dtype_name,
@@ -198,6 +194,8 @@ class PolicyGradientModule(AbstractPolicyModule):
             head = score_head(self.value_model)
             for parameter in head.parameters():
                 torch.nn.init.zeros_(parameter)
+        if self.device_mesh is not None:
+            shard_scorer(self.value_model, score_head(self.value_model), self.device_mesh["data_parallel"])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy, and the value model with a rate of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, l
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
+from lightning_rlhf.models.sharding import full_state_dict, gathered
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
@@ -104,6 +106,7 @@ class RewardModule(AbstractPreferenceModule):
         self.layout = layout
         self.tokens_per_batch = tokens_per_batch
         self.scorer: Any = None
+        self._gathered = ExitStack()
         self.pair_metrics = PairMetrics()
         size = 1 if ensemble is None else ensemble.size
         self.member_rewards: Any = torch.nn.ModuleList(MeanWithError() for _ in range(size))
@@ -112,17 +115,10 @@ class RewardModule(AbstractPreferenceModule):
         self.frozen_backbone = lora is not None or (ensemble is not None and ensemble.kind == "lora")
         self.strict_loading = not self.frozen_backbone
 
-    @property
-    def policy(self) -> torch.nn.Module:
-        """What the DataModule gathers when it is sharded, which this module never is."""
-        return self.scorer  # type: ignore[no-any-return]
-
     def configure_model(self) -> None:
         """Load the backbone, once."""
         if self.scorer is not None:
             return
-        if self.device_mesh is not None:
-            raise ValueError("RewardModule does not run sharded; use one process, or trainer/ddp")
         self.scorer = build_scorer(
             self.checkpoint,
             self.ensemble,
@@ -134,6 +130,9 @@ class RewardModule(AbstractPreferenceModule):
         )
         for model in self.scorer.models:
             model.config.pad_token_id = padding_id(self.tokenizer)
+        if self.device_mesh is not None:
+            self.scorer.to(self.trainer.strategy.root_device)
+            self.scorer.shard(self.device_mesh["data_parallel"])
         if self.policy_name is not None:
             check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
 
@@ -210,6 +209,10 @@ class RewardModule(AbstractPreferenceModule):
             "rewards/accuracies": reward_accuracy(chosen - rejected, figures["label"]).sum(),
         }
 
+    def on_validation_epoch_start(self) -> None:
+        """Gather a sharded model: ranks score different numbers of pairs."""
+        self._gathered.enter_context(gathered(self))
+
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Score both responses of held-out rows."""
         del batch_idx
@@ -232,6 +235,7 @@ class RewardModule(AbstractPreferenceModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and keep mean and standard deviation of the members' rewards as the normaliser."""
+        self._gathered.close()
         figures = self.pair_metrics.compute()
         if len(self.member_rewards) > 1:
             figures["members/accuracy"], _ = self.member_accuracy.compute()
@@ -254,7 +258,8 @@ class RewardModule(AbstractPreferenceModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained."""
-        if self.frozen_backbone:
+        # sharded weights are loaded by name: there the frozen ones must be present
+        if self.frozen_backbone and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
@@ -264,11 +269,12 @@ class RewardModule(AbstractPreferenceModule):
         ``AutoModelForSequenceClassification`` opens it too, unless it is an ensemble of another kind than ``linear``.
         Mean and standard deviation of the last validation are kept in it.
         """
+        state = full_state_dict(self.scorer)
         if self.global_rank == 0:
             tokenizer = copy.deepcopy(self.tokenizer)
             padding = self.scorer.config.pad_token_id
             tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
-            self.scorer.save(folder, tokenizer)
+            self.scorer.save(folder, tokenizer, state)
 
     def _scores(self, groups: Any, tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""

@@ -140,6 +140,8 @@ def test_finiteness_and_offenders_by_hand() -> None:
     fine = [torch.ones(3), torch.zeros(2, 2)]
     assert all_finite(fine)
     assert all_finite([])
+    # a rank of many holds nothing of a small tensor
+    assert all_finite([torch.zeros(0), *fine])
     for bad in (float("nan"), float("inf"), -float("inf")):
         assert not all_finite([*fine, torch.tensor([1.0, bad])])
     figures = {"loss": torch.tensor(float("nan")), "a": torch.tensor([1.0, float("inf")]), "b": torch.ones(2)}
