@@ -97,13 +97,11 @@ class RunCheckpoint(ModelCheckpoint):
                 trainer.save_checkpoint(partial, self.save_weights_only)
                 trainer.strategy.barrier()
                 if trainer.is_global_zero:
+                    aside = path.with_name(f".{path.name}.before{PARTIAL}")
                     if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
-                        aside = path.with_name(f".{path.name}.before{PARTIAL}")
                         os.replace(path, aside)
-                        os.replace(partial, path)
-                        _remove(aside)
-                    else:
-                        os.replace(partial, path)
+                    os.replace(partial, path)
+                    _remove(aside)
             except BaseException:
                 if trainer.is_global_zero:
                     _remove(partial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -188,7 +187,7 @@ class RoundCollector:
                 f"{name}.worth_labels returned {min(strange)} for a round of {len(rows)} comparisons; return positions "
                 f"from 0 to {len(rows) - 1}"
             )
-        most = math.ceil(self.sampler.label_share * len(rows) - 1e-9)
+        most = self.sampler.most_labels(len(rows))
         if len(chosen) > most:
             raise ValueError(
                 f"{name}.worth_labels wants {len(chosen)} labels for {len(rows)} comparisons, more than the {most} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from lightning_rlhf.collate import PreferenceBatch, StepBatch
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
+from lightning_rlhf.models.sharding import gathered
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.sums import RunningSums, logs_now
@@ -61,8 +63,17 @@ class AbstractStepModule(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self._sums = RunningSums()
+        self._gathered = ExitStack()
         self.step_figures: dict[str, Tensor] = {}
         """Loss of the newest training step and what its passes found, detached, before the optimizer steps."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Gather sharded models: ranks validate on different numbers of prompts."""
+        self._gathered.enter_context(gathered(self))
+
+    def on_validation_epoch_end(self) -> None:
+        """Shard them again."""
+        self._gathered.close()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

