@@ -57,6 +57,7 @@ from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.plan import plan
 from lightning_rlhf.run_record import RunRecord, check_settings
+from lightning_rlhf.stopping import Stopped
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -384,4 +385,9 @@ def main(args: list[str] | None = None) -> None:
     if argv and argv[0] in VERBS:
         run_verb(argv[0], argv[1:])
         return
-    RLHFCLI(args=args)
+    try:
+        RLHFCLI(args=args)
+    except Stopped:  # on every rank
+        ranks.leave()
+        raise
+    ranks.leave()

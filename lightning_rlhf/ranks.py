@@ -90,6 +90,16 @@ def any_rank(flag: bool) -> bool:
     return bool(up.item())
 
 
+def leave() -> None:
+    """End the process groups of a run that is over on every rank.
+
+    Lightning does it for NCCL. Where it is left to the exit of the interpreter, threads of gloo that still run abort
+    the process now and then, and a launcher takes a run that went well for one that failed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def end_with_parent() -> None:
     """Let the system kill this process when the one that started it dies; Linux alone has a way.
 

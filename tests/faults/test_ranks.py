@@ -48,7 +48,7 @@ except stopping.Stopped as error:
     say(f"stopped with {error.code}")
 except Exception as error:
     say(f"{type(error).__name__}: {error}")
-dist.destroy_process_group()  # as Lightning does: gloo's threads may abort a process that leaves it to the exit
+ranks.leave()
 """
 
 
