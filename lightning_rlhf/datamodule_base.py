@@ -23,7 +23,6 @@ from lightning_rlhf import ranks
 from lightning_rlhf.collate import StepBatch
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.loading import RankSampler, ResumableLoader, Step, epoch_order, group_by_length, plan
-from lightning_rlhf.models.sharding import gathered
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward
@@ -343,7 +342,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         due = self._due_round(epoch)
         module: Any = self.trainer.lightning_module
         # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
-        with gathered(module), self.trainer.precision_plugin.forward_context():
+        with module.gathered(), self.trainer.precision_plugin.forward_context():
             items = self.buffer(due)
         if not items:
             raise RuntimeError(
@@ -360,7 +359,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     def sample_only(self, rounds: list[int]) -> None:
         """Draw rounds into the ledger and buy no label."""
         module: Any = self.trainer.lightning_module
-        with gathered(module):
+        with module.gathered():
             for index in rounds:
                 self.draw_only(index)
 

@@ -167,6 +167,7 @@ def load_policy(
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    meta: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a policy for training, in train mode.
 
@@ -181,19 +182,21 @@ def load_policy(
         attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         trust_remote_code: run code that comes with the checkpoint.
+        meta: leave the weights out: all tensors are on the meta device.
 
     Raises:
         FileNotFoundError: if there is no such policy, or a Hub id is neither cached nor reachable.
         ValueError: if the checkpoint is no causal LM, holds no safetensors, or LoRA names layers the model lacks.
     """
-    model = _open_model(policy, dtype, attn_implementation, trust_remote_code)
+    model = _open_model(policy, dtype, attn_implementation, trust_remote_code, meta=meta)
     if gradient_checkpointing:
         # reentrant checkpoints lose the gradient where the inputs of a block need none, as under LoRA
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is None:
         return cast(PreTrainedModel, model.train())
-    adapted = cast(PeftModel, get_peft_model(model, lora_config(model, lora, policy, task_type="CAUSAL_LM")))
+    config = lora_config(model, lora, policy, task_type="CAUSAL_LM")
+    adapted = cast(PeftModel, get_peft_model(model, config, low_cpu_mem_usage=meta))
     refuse_tied_targets(adapted)
     return adapted.train()
 
@@ -228,6 +231,7 @@ def load_scorer(
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    meta: bool = False,
 ) -> PreTrainedModel:
     """Load a model with a linear head on the hidden state of a token, in train mode.
 
@@ -240,13 +244,14 @@ def load_scorer(
         attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         trust_remote_code: run code that comes with the checkpoint.
+        meta: leave the weights out: all tensors are on the meta device.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or a Hub id is neither cached nor reachable.
         ValueError: if the checkpoint has another number of labels than one asked for, or lacks weights other than the
             head's.
     """
-    model = _open_model(checkpoint, dtype, attn_implementation, trust_remote_code, num_scores=num_scores)
+    model = _open_model(checkpoint, dtype, attn_implementation, trust_remote_code, num_scores=num_scores, meta=meta)
     if gradient_checkpointing:
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -298,7 +303,12 @@ SCORE_HEADS = ("score", "classifier")
 
 
 def _open_model(
-    policy: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool, num_scores: int | None = None
+    policy: str,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    num_scores: int | None = None,
+    meta: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM, or a scorer, with weights from safetensors; all of them, but for the head of a scorer."""
     scorer = num_scores is not None
@@ -311,6 +321,8 @@ def _open_model(
             f"save the model again with save_pretrained"
         )
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if meta:
+        options["device_map"] = "meta"
     if scorer:
         options["num_labels"] = num_scores
         # a head of another size is left out; anything else that is, is found below

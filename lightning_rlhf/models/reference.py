@@ -18,9 +18,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from lightning_rlhf import ranks
 from lightning_rlhf.models.modes import evaluating
 
 
@@ -37,6 +38,11 @@ class AbstractReference(ABC):
 
     version: int = 0
 
+    @property
+    def own_model(self) -> PreTrainedModel | None:
+        """The model, where it is not the policy's; it may be sharded."""
+        return None
+
     @abstractmethod
     def active(self) -> AbstractContextManager[PreTrainedModel]:
         """Give the causal LM that computes the reference, in eval mode and without gradients, for the duration.
@@ -50,7 +56,7 @@ class AbstractReference(ABC):
         """Move the reference and count the move in ``version``.
 
         Args:
-            policy: the policy the reference was built from, with its present weights.
+            policy: the policy the reference was built from, with its present weights; sharded if the reference is.
             rule: ``previous`` copies the policy; ``ema`` keeps ``decay`` of the reference and takes the rest from the
                 policy.
             decay: share of the old reference under ``ema``, in [0, 1].
@@ -168,7 +174,7 @@ class AdapterSnapshotReference(AbstractReference):
         owners = {name: name.rpartition(".") for name in _trained(policy)}
         self._slots = {name: (self._model.get_submodule(path), leaf) for name, (path, _, leaf) in owners.items()}
         # float32 whatever the policy uses: in bfloat16 an average would not feel steps below 0.4 %
-        self._weights = _copies(_trained(policy), torch.float32)
+        self._weights = _copies({name: _full(tensor) for name, tensor in _trained(policy).items()}, torch.float32)
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
@@ -193,7 +199,7 @@ class AdapterSnapshotReference(AbstractReference):
         self._weights = {name: tensor.to(device) for name, tensor in self._weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": self.version, "weights": _copies(self._weights, device="cpu")}
+        return {"version": self.version, "weights": _saved(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _load(self._weights, state["weights"])
@@ -201,17 +207,20 @@ class AdapterSnapshotReference(AbstractReference):
 
 
 class FrozenCopyReference(AbstractReference):
-    """A copy of the whole policy, for full fine-tuning.
+    """A model of its own, for full fine-tuning; it may be sharded as the policy is.
 
     Args:
-        policy: the policy to copy; the copy is in eval mode and takes no gradients.
+        model: what becomes the reference: in eval mode, and without gradients.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        with torch.inference_mode(False):
-            self._model = _causal_lm(copy.deepcopy(policy)).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+    def __init__(self, model: Policy) -> None:
+        self._model: PreTrainedModel = _causal_lm(model).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         # the average at full precision, where the model itself has less
         self._average: dict[str, Tensor] = {}
+
+    @property
+    def own_model(self) -> PreTrainedModel:
+        return self._model
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
@@ -231,33 +240,35 @@ class FrozenCopyReference(AbstractReference):
         self.version += 1
 
     def to(self, device: torch.device | str) -> None:
-        self._model.to(device)
+        cast(nn.Module, self._model).to(device)
         self._average = {name: tensor.to(device) for name, tensor in self._average.items()}
 
     def state_dict(self) -> dict[str, Any]:
         # a reference that has not moved is the initial policy, which the run loads anyway
         weights = {**dict(self._model.named_parameters()), **self._average} if self.version else {}
-        return {"version": self.version, "weights": _copies(weights, device="cpu")}
+        return {"version": self.version, "weights": _saved(weights)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["version"]:
             weights = dict(self._model.named_parameters())
             _load(weights, state["weights"])
             self._average = {
-                name: tensor.to(weights[name].device, copy=True)
+                name: _like(weights[name], tensor)
                 for name, tensor in state["weights"].items()
                 if tensor.dtype != weights[name].dtype
             }
         super().load_state_dict(state)
 
 
-def build_reference(policy: Policy, rule: ReferenceRule) -> AbstractReference:
+def build_reference(policy: Policy, rule: ReferenceRule, original: Policy | None = None) -> AbstractReference:
     """Build the reference of a policy as it is now.
 
     Args:
         policy: the initial policy. A LoRA policy shares its base model with the reference; any other is copied.
         rule: ``fixed`` stays with the initial policy; ``previous`` and ``ema`` move when `AbstractReference.update` is
             called.
+        original: the same policy once more, which becomes the reference in place of a copy; a policy that is sharded
+            without LoRA needs one.
 
     Raises:
         ValueError: if the rule is unknown.
@@ -265,7 +276,8 @@ def build_reference(policy: Policy, rule: ReferenceRule) -> AbstractReference:
     if rule not in ("fixed", "previous", "ema"):
         raise ValueError(f"the reference rule must be 'fixed', 'previous' or 'ema'; got {rule!r}")
     if not isinstance(policy, PeftModel):
-        return FrozenCopyReference(policy)
+        with torch.inference_mode(False):
+            return FrozenCopyReference(copy.deepcopy(policy) if original is None else original)
     return AdapterOffReference(policy) if rule == "fixed" else AdapterSnapshotReference(policy)
 
 
@@ -279,17 +291,39 @@ def _trained(policy: Policy) -> dict[str, nn.Parameter]:
     return {name: p for name, p in _causal_lm(policy).named_parameters() if p.requires_grad}
 
 
-def _copies(
-    tensors: dict[str, Any], dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> dict[str, Tensor]:
-    """Detached copies that share no memory; ordinary tensors even when called under inference mode."""
+def _copies(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Detached copies that share no memory, sharded as they are; ordinary tensors even under inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return {name: tensor.detach().to(dtype=dtype, copy=True) for name, tensor in tensors.items()}
+
+
+def _saved(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Copies on the CPU for a checkpoint, which rank zero writes; it alone keeps those that are sharded elsewhere."""
+    kept = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
-            _refuse_sharded(name, tensor)
-        return {
-            name: t.detach().to(device=device or t.device, dtype=dtype or t.dtype, copy=True)
-            for name, t in tensors.items()
-        }
+            full = _full(tensor)
+            if ranks.rank() == 0 or full is tensor:
+                kept[name] = full.detach().to("cpu", copy=True)
+    return kept
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The tensor, gathered if it is sharded; then every rank must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(target: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of a whole tensor on the device of another one, and sharded as that is."""
+    tensor = tensor.to(target.device, copy=True)
+    if isinstance(target, DTensor):
+        return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+    return tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _move(target: dict[str, Any], source: dict[str, Any], rule: ReferenceRule, decay: float) -> None:
@@ -301,24 +335,27 @@ def _move(target: dict[str, Any], source: dict[str, Any], rule: ReferenceRule, d
     _check_same(target, source, "the policy")
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in target.items():
-            _refuse_sharded(name, source[name])
-            new = source[name].detach().to(tensor)
+            new = source[name].detach()
+            # both are sharded alike, or the target not at all
+            new = _local(new) if isinstance(tensor, DTensor) else _full(new)
+            old = _local(tensor)
             if rule == "ema" and tensor.is_floating_point():
-                tensor.lerp_(new, 1.0 - decay)
+                old.lerp_(new.to(old), 1.0 - decay)
             else:
-                tensor.copy_(new)
+                old.copy_(new)
 
 
 def _load(target: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Copy a checkpoint's tensors into ``target``."""
     _check_same(target, state, "the checkpoint")
-    _assign(target, state)
+    _assign(target, {name: _like(target[name], tensor) for name, tensor in state.items()})
 
 
 def _assign(target: dict[str, Any], source: dict[str, Tensor]) -> None:
+    """Copy tensors that are sharded as those of ``target`` into them."""
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in source.items():
-            target[name].copy_(tensor)
+            _local(target[name]).copy_(_local(tensor))
 
 
 def _check_same(target: dict[str, Any], source: dict[str, Any], origin: str) -> None:
@@ -335,11 +372,3 @@ def _check_same(target: dict[str, Any], source: dict[str, Any], origin: str) -> 
                 f"{name!r} has shape {tuple(source[name].shape)} in {origin} and {tuple(tensor.shape)} in the "
                 f"reference; both must come from the same model with the same LoRA settings"
             )
-
-
-def _refuse_sharded(name: str, tensor: Any) -> None:
-    if isinstance(tensor, DTensor):
-        raise ValueError(
-            f"{name!r} is sharded, and a moving reference copies whole tensors; "
-            f"use the rule 'fixed' and build the reference before sharding, or train with DDP"
-        )

@@ -233,6 +233,7 @@ def build_scorer(
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    meta: bool = False,
 ) -> Scorer:
     """Build a reward model for training, in train mode; what is to be drawn is, from torch's global generator.
 
@@ -245,6 +246,7 @@ def build_scorer(
         attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         trust_remote_code: run code that comes with the checkpoint.
+        meta: leave the weights out: all tensors are on the meta device.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -271,6 +273,7 @@ def build_scorer(
         "attn_implementation": attn_implementation,
         "gradient_checkpointing": gradient_checkpointing,
         "trust_remote_code": trust_remote_code,
+        "meta": meta,
     }
     if saved is not None and saved["kind"] != "linear":
         return _open_parts(Path(checkpoint).expanduser(), saved, options).train()
@@ -290,7 +293,7 @@ def build_scorer(
     trunk = cast(PreTrainedModel, model.base_model)
     config = lora_config(trunk, lora or LoRA(), checkpoint)
     names = [adapter_name(member) for member in range(size)] if kind == "lora" else ["default"]
-    adapted = cast(PeftModel, get_peft_model(trunk, config, adapter_name=names[0]))
+    adapted = cast(PeftModel, get_peft_model(trunk, config, adapter_name=names[0], low_cpu_mem_usage=meta))
     for name in names[1:]:
         adapted.add_adapter(name, config)
     _train_all_adapters(adapted)

@@ -1,4 +1,6 @@
-"""FSDP2: shard a causal LM over processes, and gather it once for a whole round of decoding.
+"""FSDP2: load a model sharded over processes, and gather it once for a whole round of decoding.
+
+Rank zero alone reads weights, into its main memory; no device holds more than its shards and one tensor meanwhile.
 
 Decoding makes a different number of forward passes on each rank, and a sharded forward pass is a collective: outside
 `gathered` the ranks would wait for each other for ever.
@@ -6,21 +8,26 @@ Decoding makes a different number of forward passes on each rank, and a sharded 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakSet
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
+from lightning_rlhf import ranks
 
-_gathered: WeakSet[nn.Module] = WeakSet()
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_gathered: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -50,37 +57,111 @@ def shard_scorer(model: PreTrainedModel, head: nn.Module, mesh: DeviceMesh) -> N
     fully_shard(head, mesh=mesh)
 
 
+def build_sharded(build: Callable[[bool], Model], cut: Callable[[Model], None], device: torch.device) -> Model:
+    """Build a model that is nowhere whole but in the main memory of rank zero; every rank must call.
+
+    Args:
+        build: makes the model; given True without its weights, on the meta device.
+        cut: shards it in place, as `shard` does.
+        device: where the shards of this rank go.
+
+    Raises:
+        RankError: on the other ranks, if rank zero could not build it.
+    """
+    with torch.random.fork_rng(devices=[]):  # nothing that is drawn here is kept
+        model = build(True)
+    cut(model)
+    model.to_empty(device=device)
+    for unit in _units(model):
+        # each occurrence of a tied weight was made anew; FSDP ties what it puts back in place
+        unit.unshard()
+        unit.reshard()
+    fill(model, lambda: build(False))
+    return model
+
+
+def fill(model: Model, build: Callable[[], Model]) -> None:
+    """Give a sharded model the weights and buffers of a whole one that rank zero alone builds; every rank must call.
+
+    Args:
+        model: the sharded model, on its device.
+        build: makes the whole one, anywhere.
+
+    Raises:
+        RankError: on the other ranks, if rank zero could not build it.
+    """
+    built: list[Model] = []
+    ranks.from_rank_zero(lambda: built.append(build()))
+    state = built[0].state_dict() if built else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
+    # those that no state_dict has, such as the frequencies of rotary embeddings
+    buffers = dict(built[0].named_buffers()) if built else {}
+    for name, buffer in model.named_buffers():
+        if built:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
+
+
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module, *more: nn.Module) -> Iterator[None]:
     """Hold sharded models on every rank whole for a while, so that forward passes are no collectives; may nest.
 
     Entering and leaving are collectives: all ranks must do both. Does nothing to what is not sharded.
 
     Args:
         model: what has them inside, the same object wherever it nests: the LightningModule.
+        more: models beside it.
     """
-    units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = _units(model, *more)
     if not units or model in _gathered:
         yield
         return
-    _gathered.add(model)
+    _gathered[model] = units
+    _unshard(units)
+    try:
+        yield
+    finally:
+        _reshard(units)
+        del _gathered[model]
+
+
+@contextmanager
+def scattered(model: nn.Module) -> Iterator[None]:
+    """Give back to every rank its shards alone, for a while within `gathered`, so that they can be changed.
+
+    Args:
+        model: the first argument of `gathered`; nothing is done outside of it.
+    """
+    units = _gathered.get(model, [])
+    _reshard(units)
+    try:
+        yield
+    finally:
+        _unshard(units)
+
+
+def _units(*models: nn.Module) -> list[Any]:
+    return [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _unshard(units: list[Any]) -> None:
     # validation runs in inference mode, and FSDP keeps the buffers that it makes here for training
     with torch.inference_mode(False), torch.no_grad():
         for unit in units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(True, recurse=False)
-        _gathered.discard(model)
+
+
+def _reshard(units: list[Any]) -> None:
+    for unit in units:
+        unit.reshard()
+        unit.set_reshard_after_forward(True, recurse=False)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """Collect the weights of a sharded model, on the CPU of rank zero; every rank must call. None if not sharded."""
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if not _units(model):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(model, options=options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -67,9 +67,17 @@ class AbstractStepModule(L.LightningModule, ABC):
         self.step_figures: dict[str, Tensor] = {}
         """Loss of the newest training step and what its passes found, detached, before the optimizer steps."""
 
+    def frozen_models(self) -> list[torch.nn.Module]:
+        """Models beside those that are trained, which are no part of this module, and may be sharded; none here."""
+        return []
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold all sharded models whole for a while, as `lightning_rlhf.models.sharding.gathered` does."""
+        return gathered(self, *self.frozen_models())
+
     def on_validation_epoch_start(self) -> None:
         """Gather sharded models: ranks validate on different numbers of prompts."""
-        self._gathered.enter_context(gathered(self))
+        self._gathered.enter_context(self.gathered())
 
     def on_validation_epoch_end(self) -> None:
         """Shard them again."""

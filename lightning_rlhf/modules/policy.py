@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.generation.vllm import VLLMEngine
@@ -17,7 +19,7 @@ from lightning_rlhf.models.load import (
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
 from lightning_rlhf.models.save import load_weights
-from lightning_rlhf.models.sharding import full_state_dict, shard
+from lightning_rlhf.models.sharding import build_sharded, fill, full_state_dict, scattered, shard
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
@@ -88,37 +90,50 @@ class AbstractPolicyModule(AbstractStepModule):
         """Load policy and reference, once."""
         if self.policy is not None:
             return
-        self.policy = load_policy(
+        self.policy, original = self._load(), None
+        if self.device_mesh is not None and self.lora is None and self.reference_rule is not None:
+            original = self._load()  # what is sharded cannot be copied
+        if self.reference_rule is not None:
+            self.reference = build_reference(self.policy, self.reference_rule, original)
+
+    def move_to(self, start: str | None) -> None:
+        """Give the policy the weights of an earlier run's ``model`` folder; the reference stays where it is."""
+        if start is None:
+            return
+
+        def moved() -> Any:
+            policy = self._open()
+            load_weights(policy, Path(start))
+            return policy
+
+        if self.device_mesh is not None:
+            fill(self.policy, moved)
+        else:
+            load_weights(self.policy, Path(start))
+
+    def _load(self) -> Any:
+        """Load the policy as it is before training, to where it is trained."""
+        device = self.trainer.strategy.root_device
+        if self.device_mesh is None:
+            return self._open().to(device)
+        mesh = self.device_mesh["data_parallel"]
+        return build_sharded(self._open, lambda policy: shard(policy, mesh), device)
+
+    def _open(self, meta: bool = False) -> Any:
+        return load_policy(
             self.checkpoint,
             lora=self.lora,
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing,
             trust_remote_code=self.trust_remote_code,
+            meta=meta,
         )
-        self.policy.to(self.trainer.strategy.root_device)
-        # before sharding: a reference of its own stays whole on every rank
-        if self.reference_rule is not None:
-            self.reference = build_reference(self.policy, self.reference_rule)
-        if self.device_mesh is not None:
-            if self.lora is None and self.reference_rule not in (None, "fixed"):
-                raise ValueError(
-                    f"reference={self.reference_rule} with full fine-tuning does not run on a sharded policy; use "
-                    f"LoRA, reference=fixed, or trainer/ddp"
-                )
-            shard(self.policy, self.device_mesh["data_parallel"])
 
-    def move_to(self, start: str | None) -> None:
-        """Give the policy the weights of an earlier run's ``model`` folder; the reference stays where it is.
-
-        Raises:
-            ValueError: if the policy is sharded.
-        """
-        if start is None:
-            return
-        if self.device_mesh is not None:
-            raise ValueError("model.start does not run on a sharded policy; use trainer/ddp, or no start")
-        load_weights(self.policy, Path(start))
+    def frozen_models(self) -> list[torch.nn.Module]:
+        """The reference of full fine-tuning."""
+        own = None if self.reference is None else self.reference.own_model
+        return [] if own is None else [own]
 
     def engine(self, decoding: Decoding) -> DecodeEngine | VLLMEngine:
         """Make a decode engine over the current policy and reference; vLLM, which takes long to start, only once."""
@@ -141,7 +156,8 @@ class AbstractPolicyModule(AbstractStepModule):
         """Move the reference as the rule says; the DataModule calls this before it draws round ``index``."""
         rule = self.reference_rule
         if self.reference is not None and rule in ("previous", "ema") and self.reference.version < index:
-            self.reference.update(self.policy, rule, self.ema_decay)
+            with scattered(self):
+                self.reference.update(self.policy, rule, self.ema_decay)
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
         """Answer held-out prompts and score the answers; the callbacks make reward, KL and J of them."""

@@ -31,7 +31,7 @@ from lightning_rlhf.models.logprobs import Layout, response_logps
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import ReferenceRule
 from lightning_rlhf.models.scores import response_values
-from lightning_rlhf.models.sharding import shard_scorer
+from lightning_rlhf.models.sharding import build_sharded, shard_scorer
 from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 from lightning_rlhf.types import Rollout
@@ -182,20 +182,29 @@ class PolicyGradientModule(AbstractPolicyModule):
         self.move_to(self.start)
         if not self.advantage.needs_values:
             return
-        self.value_model = load_scorer(
+        device = self.trainer.strategy.root_device
+        if self.device_mesh is None:
+            self.value_model = self._open_value_model().to(device)
+            return
+        mesh = self.device_mesh["data_parallel"]
+        self.value_model = build_sharded(
+            self._open_value_model, lambda model: shard_scorer(model, score_head(model), mesh), device
+        )
+
+    def _open_value_model(self, meta: bool = False) -> Any:
+        model = load_scorer(
             self.value_checkpoint,
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing,
             trust_remote_code=self.trust_remote_code,
-        ).to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+            meta=meta,
+        )
         if not is_scorer(self.value_checkpoint, self.trust_remote_code):
             # a random head would begin with random advantages
-            head = score_head(self.value_model)
-            for parameter in head.parameters():
+            for parameter in score_head(model).parameters():
                 torch.nn.init.zeros_(parameter)
-        if self.device_mesh is not None:
-            shard_scorer(self.value_model, score_head(self.value_model), self.device_mesh["data_parallel"])
+        return model
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy, and the value model with a rate of its own."""

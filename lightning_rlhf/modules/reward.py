@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, l
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
-from lightning_rlhf.models.sharding import full_state_dict
+from lightning_rlhf.models.sharding import build_sharded, full_state_dict
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
@@ -117,7 +117,17 @@ class RewardModule(AbstractPreferenceModule):
         """Load the backbone, once."""
         if self.scorer is not None:
             return
-        self.scorer = build_scorer(
+        if self.device_mesh is None:
+            self.scorer = self._open_scorer()
+        else:
+            mesh = self.device_mesh["data_parallel"]
+            root_device = self.trainer.strategy.root_device
+            self.scorer = build_sharded(self._open_scorer, lambda scorer: scorer.shard(mesh), root_device)
+        if self.policy_name is not None:
+            check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
+
+    def _open_scorer(self, meta: bool = False) -> Scorer:
+        scorer: Any = build_scorer(
             self.checkpoint,
             self.ensemble,
             self.lora,
@@ -125,14 +135,11 @@ class RewardModule(AbstractPreferenceModule):
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing,
             trust_remote_code=self.trust_remote_code,
+            meta=meta,
         )
-        for model in self.scorer.models:
+        for model in scorer.models:
             model.config.pad_token_id = padding_id(self.tokenizer)
-        if self.device_mesh is not None:
-            self.scorer.to(self.trainer.strategy.root_device)
-            self.scorer.shard(self.device_mesh["data_parallel"])
-        if self.policy_name is not None:
-            check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
+        return cast(Scorer, scorer)
 
     def engine(self, decoding: Decoding) -> DecodeEngine | None:
         """Make a decode engine over the policy, which is loaded at the first call; None without one."""

@@ -120,7 +120,7 @@ def adapter_snapshot() -> tuple[Any, AbstractReference]:
 @builder
 def frozen_copy() -> tuple[Any, AbstractReference]:
     policy = full_policy()
-    reference = FrozenCopyReference(policy)
+    reference = FrozenCopyReference(copy.deepcopy(policy))
     perturb(policy, 0.1, seed=2)
     return policy, reference
 
@@ -359,7 +359,7 @@ def test_refusals_name_the_problem(build: Callable[[], tuple[Any, AbstractRefere
 def test_frozen_copy_of_a_lora_policy_and_of_its_own_gradients() -> None:
     policy = lora_policy()
     policy(IDS).logits.sum().backward()
-    reference = FrozenCopyReference(policy)
+    reference = FrozenCopyReference(copy.deepcopy(policy))
     expected = logits(policy)
     perturb(policy, 1.0)
     assert torch.equal(reference_logits(reference), expected)
