@@ -6,6 +6,7 @@ by path; several merge from left to right, and a file may name its bases under `
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import logging
@@ -387,7 +388,8 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         RLHFCLI(args=args)
-    except Stopped:  # on every rank
-        ranks.leave()
+    except Stopped:
+        atexit.register(ranks.leave)
         raise
-    ranks.leave()
+    # at the exit, because another run may follow; and not after an error, when ranks may be left in a collective
+    atexit.register(ranks.leave)

@@ -91,10 +91,10 @@ def any_rank(flag: bool) -> bool:
 
 
 def leave() -> None:
-    """End the process groups of a run that is over on every rank.
+    """End the process groups, where there are any, before the interpreter ends; Lightning does it for NCCL.
 
-    Lightning does it for NCCL. Where it is left to the exit of the interpreter, threads of gloo that still run abort
-    the process now and then, and a launcher takes a run that went well for one that failed.
+    Threads of gloo that still run then abort the process now and then, and a launcher takes a run that went well for
+    one that failed.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

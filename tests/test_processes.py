@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.models.load import LoRA, load_policy, load_tokenizer, save_policy
 from lightning_rlhf.store import PreferenceStore
 
 
@@ -30,6 +31,7 @@ OPTIONS = [
     *("--data.heldout.limit=5", "--data.prompts_per_round=10", "--data.pairs_per_batch=4", "--data.replay=all"),
     *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=4", "--data.max_prompt_tokens=240"),
 ]
+LORA = ["--model.lora.r=2", "--model.lora.alpha=4"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -55,12 +57,19 @@ def run(folder: Path, policy: Path, name: str, launcher: list[str], *overlay: st
     ("overlay", "options"),
     [
         ("trainer/ddp", []),
-        ("trainer/fsdp", []),
-        ("trainer/fsdp", ["--model.lora.r=2", "--model.lora.alpha=4", "--model.reference=previous"]),
+        ("trainer/fsdp", ["--model.reference=ema", "--model.ema_decay=0.5", "--model.start=earlier"]),
+        ("trainer/fsdp", [*LORA, "--model.reference=previous", "--model.start=earlier"]),
     ],
-    ids=["ddp", "fsdp", "fsdp_lora_previous"],
+    ids=["ddp", "fsdp_ema", "fsdp_lora_previous"],
 )
 def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str, options: list[str]) -> None:
+    torch.manual_seed(1)
+    earlier = load_policy(str(tiny_policy), lora=LoRA(r=2, alpha=4) if options[:2] == LORA else None)
+    with torch.no_grad():
+        for parameter in earlier.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    save_policy(earlier, load_tokenizer(str(tiny_policy)), tmp_path / "earlier")
     one = run(tmp_path, tiny_policy, "one", [], "--config=trainer/cpu", *options)
     two = run(tmp_path, tiny_policy, "two", TWO, f"--config={overlay}", "--trainer.devices=2", *options)
 
@@ -77,7 +86,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     assert summaries[0]["labels"] == summaries[1]["labels"] == 20
     single, several = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one, two))
-    start = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "earlier" if overlay == "trainer/fsdp" else tiny_policy)
     moved = max((p - q).abs().max().item() for p, q in zip(single.parameters(), start.parameters(), strict=True))
     assert moved > 1e-4
     for p, q in zip(single.parameters(), several.parameters(), strict=True):

@@ -193,7 +193,9 @@ def test_two_sharded_processes_go_on_as_if_they_had_not_stopped(runs: Any, shard
         *(runs, TWO, "--config=trainer/fsdp", "--trainer.devices=2"),
         f"--trainer.strategy.save_distributed_checkpoint={str(sharded).lower()}",
     )
-    more = {name: GAE if name == "policy_gradient" else [] for name in RECIPES}
+    # a reference of its own that moves is sharded too
+    own = {"policy_gradient": GAE, "online": ["--model.reference=ema"]}
+    more = {name: own.get(name, []) for name in RECIPES}
     if not sharded:
         more = {name: more[name] for name in ("dpo_lora", "reward_model", "online")}
     place.stop_and_go_on(more)
