@@ -142,7 +142,7 @@ def estimate(
         load: the work.
         device: one of the devices.
         gpus: how many.
-        strategy: ``fsdp`` shards what is trained; ``ddp`` has it whole on every device.
+        strategy: ``fsdp`` shards policy and reference; ``ddp`` has them whole on every device.
         lora: rank of the adapters; the whole model is trained when not given.
         weight_bytes: bytes per weight: 4 for float32, 2 for bfloat16; gradients and AdamW's moments have the same.
         checkpointing: recompute activations.
@@ -153,8 +153,8 @@ def estimate(
     kept = {
         "weights": (whole + (0 if lora is None else trained * weight_bytes)) / shards,
         "AdamW": 2.0 * trained * weight_bytes / shards,
-        # with full fine-tuning the reference is a whole copy on every device; with LoRA it is the model itself
-        "reference": 0.0 if lora is not None else whole,
+        # with LoRA it is the model itself
+        "reference": 0.0 if lora is not None else whole / shards,
     }
     passes = max(load.tokens_per_pass, load.prompt + 2 * load.response)
     buckets = trained * weight_bytes if strategy == "ddp" and gpus > 1 else 0
@@ -170,7 +170,7 @@ def estimate(
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * weight_bytes
     decoding = {
         **kept,
-        "gathered policy": whole - whole / shards,
+        "gathered policy and reference": (1 if lora is not None else 2) * (whole - whole / shards),
         # every response is also decoded under the reference, for PILAF in half of the pairs
         "caches": 1.5 * load.rows * length * cache,
         "logits": 3.0 * 4 * load.rows * shape.vocabulary,

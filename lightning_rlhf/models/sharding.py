@@ -71,8 +71,9 @@ def build_sharded(build: Callable[[bool], Model], cut: Callable[[Model], None], 
     with torch.random.fork_rng(devices=[]):  # nothing that is drawn here is kept
         model = build(True)
     cut(model)
+    tied = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
     model.to_empty(device=device)
-    for unit in _units(model):
+    for unit in _units(model) if tied else []:
         # each occurrence of a tied weight was made anew; FSDP ties what it puts back in place
         unit.unshard()
         unit.reshard()
