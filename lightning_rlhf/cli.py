@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
@@ -262,7 +262,7 @@ class RLHFCLI(LightningCLI):
         if continued is not None:
             path = Path(continued)
             checked(path, self.trainer.global_rank, self.trainer.world_size)
-            if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+            if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise ValueError(
                     f"checkpoint {path} is sharded: continue with --config trainer/fsdp; or start another run, "
                     f"from <its run_dir>/model once it has ended"

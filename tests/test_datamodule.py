@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rlhf import DPOModule, PreferenceDataModule
@@ -586,6 +587,16 @@ def test_no_step_fetches_single_numbers(tmp_path: Path, tiny_policy: Path) -> No
     with Fetched() as control:
         torch.ones(1).item()
     assert control.count == 1
+
+
+def test_fsdp1_is_refused_before_a_model_is_loaded(tiny_policy: Path, tmp_path: Path) -> None:
+    policy, run = module(tiny_policy), trainer(tmp_path, 1)
+    policy.trainer = run
+    # Lightning itself refuses it where there is no GPU
+    run._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match="use --config trainer/fsdp"):
+        policy.setup("fit")
+    assert policy.policy is None
 
 
 def test_a_schedule_of_accumulation_is_refused(tmp_path: Path, tiny_policy: Path) -> None:

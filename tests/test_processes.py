@@ -35,12 +35,25 @@ LORA = ["--model.lora.r=2", "--model.lora.alpha=4"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run(folder: Path, policy: Path, name: str, launcher: list[str], *overlay: str) -> Path:
+def check_same_pairs(one: Path, two: Path) -> None:
+    """Fail unless both runs drew the same pairs, with the same labels and weights."""
+    with (
+        PreferenceStore(one / "ledger.sqlite", read_only=True) as expected,
+        PreferenceStore(two / "ledger.sqlite", read_only=True) as got,
+    ):
+        for a, b in zip(expected.preferences(), got.preferences(), strict=True):
+            assert (a.round, a.comparison.prompt) == (b.round, b.comparison.prompt)
+            assert (a.comparison.a.ids, a.comparison.b.ids) == (b.comparison.a.ids, b.comparison.b.ids)
+            assert a.probability == b.probability
+            assert a.comparison.weight == pytest.approx(b.comparison.weight, abs=1e-5)
+
+
+def run(folder: Path, policy: Path, name: str, launcher: list[str], *overlay: str, precision: str = "32-true") -> Path:
     (folder / "my_reward.py").write_text(REWARD)
     done = subprocess.run(
         [
             *(sys.executable, *launcher, "-m", "lightning_rlhf", *OPTIONS, f"--model.policy={policy}"),
-            *(*overlay, "--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--run_dir={name}"),
+            *(*overlay, "--trainer.accelerator=cpu", f"--trainer.precision={precision}", f"--run_dir={name}"),
         ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}", "OMP_NUM_THREADS": "1"},
@@ -72,17 +85,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str
     save_policy(earlier, load_tokenizer(str(tiny_policy)), tmp_path / "earlier")
     one = run(tmp_path, tiny_policy, "one", [], "--config=trainer/cpu", *options)
     two = run(tmp_path, tiny_policy, "two", TWO, f"--config={overlay}", "--trainer.devices=2", *options)
-
-    with (
-        PreferenceStore(one / "ledger.sqlite", read_only=True) as expected,
-        PreferenceStore(two / "ledger.sqlite", read_only=True) as got,
-    ):
-        for a, b in zip(expected.preferences(), got.preferences(), strict=True):
-            assert (a.round, a.comparison.prompt) == (b.round, b.comparison.prompt)
-            assert (a.comparison.a.ids, a.comparison.b.ids) == (b.comparison.a.ids, b.comparison.b.ids)
-            assert a.probability == b.probability
-            assert a.comparison.weight == pytest.approx(b.comparison.weight, abs=1e-5)
-
+    check_same_pairs(one, two)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     assert summaries[0]["labels"] == summaries[1]["labels"] == 20
     single, several = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one, two))
@@ -91,3 +94,23 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str
     assert moved > 1e-4
     for p, q in zip(single.parameters(), several.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_shards_take_the_steps_of_ddp_in_mixed_precision_and_with_accumulation(
+    tmp_path: Path, tiny_policy: Path
+) -> None:
+    options = ["--trainer.accumulate_grad_batches=2", "--trainer.devices=2", "--model.gradient_checkpointing=true"]
+    options += ["--data.prompts_per_round=12"]
+    folders = [
+        run(tmp_path, tiny_policy, name, TWO, f"--config=trainer/{name}", *options, precision="bf16-mixed")
+        for name in ("ddp", "fsdp")
+    ]
+    check_same_pairs(*folders)
+    start, ddp, fsdp = (
+        list(AutoModelForCausalLM.from_pretrained(folder).parameters())
+        for folder in (tiny_policy, *(folder / "model" for folder in folders))
+    )
+    assert max((p - q).abs().max().item() for p, q in zip(start, ddp, strict=True)) > 1e-4
+    for p, q in zip(ddp, fsdp, strict=True):
+        torch.testing.assert_close(p, q, atol=5e-5, rtol=1e-4)  # of a step, 1e-3

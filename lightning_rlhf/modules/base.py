@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -66,6 +67,19 @@ class AbstractStepModule(L.LightningModule, ABC):
         self._gathered = ExitStack()
         self.step_figures: dict[str, Tensor] = {}
         """Loss of the newest training step and what its passes found, detached, before the optimizer steps."""
+
+    def setup(self, stage: str) -> None:
+        """Check what the model will run on, before it is loaded.
+
+        Raises:
+            ValueError: under FSDP1, whose models cannot be gathered for forward passes that differ between ranks.
+        """
+        del stage
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy=fsdp is FSDP1, which cannot decode or score in rounds; use --config trainer/fsdp, "
+                "which is FSDP2 (ModelParallelStrategy)"
+            )
 
     def frozen_models(self) -> list[torch.nn.Module]:
         """Models beside those that are trained, which are no part of this module, and may be sharded; none here."""
