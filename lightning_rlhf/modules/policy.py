@@ -90,10 +90,10 @@ class AbstractPolicyModule(AbstractStepModule):
         """Load policy and reference, once."""
         if self.policy is not None:
             return
-        self.policy, original = self._load(), None
-        if self.device_mesh is not None and self.lora is None and self.reference_rule is not None:
-            original = self._load()  # what is sharded cannot be copied
+        self.policy = self._load()
         if self.reference_rule is not None:
+            # what is sharded cannot be copied
+            original = self._load() if self.device_mesh is not None and self.lora is None else None
             self.reference = build_reference(self.policy, self.reference_rule, original)
 
     def move_to(self, start: str | None) -> None:
