@@ -345,10 +345,11 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         with module.gathered(), self.trainer.precision_plugin.forward_context():
             items = self.buffer(due)
         if not items:
+            failed = self.round.failed
+            remedy = "a larger data.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
                 f"round {due} has no labelled {self.UNIT} to train on "
-                f"(failed labels: {self.round.failed or 'none'}; label budget: {self.label_budget}); check the "
-                f"labeler, or raise the budget"
+                f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
             )
         return items
 
@@ -366,9 +367,13 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     def teardown(self, stage: str) -> None:
         """Close the ledger."""
         super().teardown(stage)
-        if stage in ("fit", "predict") and self._store is not None:
-            self._store.close()
-            self._store = None
+        if stage in ("fit", "predict"):
+            self._close_ledger()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the ledger, which another run in this process may go on with."""
+        super().on_exception(exception)
+        self._close_ledger()
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps: which ledger, and how many rounds were learnt from. The rounds are in it."""
@@ -391,6 +396,11 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         if self._store is None and self.trainer.global_rank == 0:
             self._store = PreferenceStore(self.ledger)
             self._store.check_fingerprint({"seed": self.seed, **self.fingerprint})
+
+    def _close_ledger(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def _due_round(self, epoch: int) -> int:
         """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""

@@ -135,7 +135,10 @@ class RoundCollector:
 
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
         bought = self.label(index, chunk, num_prompts)
-        self._ledger.close_round(index, {"prompts": num_prompts, "failed": self._ledger.failed(index)})
+        failed = self._ledger.failed(index)
+        # a round in which every label failed is of no use: it stays open, for more attempts
+        if not failed or any(label is not None for _, _, label in self._rows(index, num_prompts)):
+            self._ledger.close_round(index, {"prompts": num_prompts, "failed": failed})
         return bought
 
     def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:

@@ -316,8 +316,12 @@ def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -
             del key
             return [Label(None, "timeout") for _ in comparisons]
 
-    with pytest.raises(RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4"):
+    with pytest.raises(RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.label_attempts"):
         trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(VanillaSampler(), Mute(0)))
+    again = data(VanillaSampler(), label_attempts=2)
+    trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=again)
+    with PreferenceStore(again.ledger, read_only=True) as store:
+        assert store.num_labels == 4
 
 
 def test_the_label_budget_cuts_the_last_round_and_stops(tmp_path: Path, tiny_policy: Path) -> None:
