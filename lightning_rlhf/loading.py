@@ -6,7 +6,6 @@ several, so that steps, checkpoints, schedules and logs never see it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,20 +136,27 @@ def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
 
     Lightning 2.6 takes up such an epoch once more: it asks for its loader again, with ``max_steps`` it runs an empty
     epoch and counts it, and it compares the batches done with the length of the *next* epoch, so that it skips as many
-    batches of a next round that is longer.
+    batches of a next round that is longer. From then on it counts fewer epochs started than processed, and so would
+    later checkpoints. Here such a checkpoint becomes one of the epoch's end.
     """
     if "loops" not in checkpoint:  # saved with weights only
         return
     fit_loop = checkpoint["loops"]["fit_loop"]
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    if epochs["total"]["processed"] == epochs["total"]["started"]:  # saved at the end of the epoch, or after it
+    ended = epochs["total"]["processed"] == epochs["total"]["started"]  # saved at the end of the epoch, or after it
+    if not ended and batches["is_last_batch"]:  # saved at the end of its last batch
+        ended = True
+        for count in (epochs["total"], epochs["current"]):
+            count["processed"] = count["started"]
+        if batches["total"]["completed"] < batches["total"]["processed"]:
+            batches["total"]["completed"] = batches["total"]["processed"]
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    if ended:
         for count in (epochs["total"], epochs["current"]):
             count["completed"] = count["processed"]
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
         fit_loop["state_dict"].pop("combined_loader", None)
-    elif batches["is_last_batch"]:  # saved at the end of its last batch
-        batches["current"]["completed"] = sys.maxsize - 1
 
 
 class RankSampler(DistributedSampler[Any]):

@@ -27,6 +27,7 @@ from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
 from lightning_rlhf.rounds import RoundCollector
 from lightning_rlhf.samplers import AbstractPairSampler, OfflineSampler, PILAFSampler, TPILAFSampler, VanillaSampler
+from lightning_rlhf.stopping import Stopped
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.sums import logs_now
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
@@ -408,6 +409,19 @@ class EveryStep(ModelCheckpoint):
         super().__init__(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
 
 
+class Leave(EveryStep):
+    """Ends the run after a step, with its checkpoint."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(folder)
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == self.step:
+            raise Stopped
+
+
 class EveryEpoch(ModelCheckpoint):
     """Keeps a checkpoint of every epoch's end, as the command line does."""
 
@@ -436,6 +450,7 @@ def test_a_run_continues_bitwise_from_every_checkpoint(
     data_options = {k: v for k, v in options.items() if k not in ("reference", "lora", "max_steps")}
 
     def fit(checkpoint: Path | None, *callbacks: Callback) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)  # adapters are drawn
         policy = module(tiny_policy, **model_options)
         loaded = data(sampler(), **data_options)
         run = trainer(tmp_path, 3, *callbacks, max_steps=max_steps)
@@ -452,6 +467,18 @@ def test_a_run_continues_bitwise_from_every_checkpoint(
     for checkpoint in checkpoints:
         continued = fit(checkpoint)
         assert all(torch.equal(straight[name], continued[name]) for name in straight), checkpoint.name
+    # stopped again and again: after every step; and at the end of a first epoch, then within the third
+    last = min(max_steps if max_steps > 0 else 1000, sum(lengths))
+    for number, stops in enumerate((range(1, last), (lengths[0], min(sum(lengths[:2]) + 1, last - 1)))):
+        left = None
+        for step in stops:
+            leave = Leave(tmp_path / f"chain{number}", step)
+            with pytest.raises(Stopped):
+                fit(left, leave)
+            left = Path(leave.best_model_path)
+            assert left.name.endswith(f"-step={step}.ckpt")
+        continued = fit(left)
+        assert all(torch.equal(straight[name], continued[name]) for name in straight), stops
 
 
 def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
