@@ -10,13 +10,17 @@ A `PreferenceDataModule` collects preferences in rounds, with the current policy
 reward. The command line puts the parts together: ``lightning-rlhf fit --config quickstart``.
 """
 
-from lightning_rlhf.datamodule import PreferenceDataModule
-from lightning_rlhf.generation.base import Decoding, Request
-from lightning_rlhf.modules import DPOModule, PolicyGradientModule
-from lightning_rlhf.randomness import Key
-from lightning_rlhf.rollout_datamodule import RolloutDataModule
-from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response, Rollout
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from lightning_rlhf.datamodule import PreferenceDataModule
+    from lightning_rlhf.generation.base import Decoding, Request
+    from lightning_rlhf.modules import DPOModule, PolicyGradientModule
+    from lightning_rlhf.randomness import Key
+    from lightning_rlhf.rollout_datamodule import RolloutDataModule
+    from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response, Rollout
 
 __version__ = "0.1.0"
 
@@ -35,3 +39,26 @@ __all__ = [
     "Rollout",
     "RolloutDataModule",
 ]
+
+_HOMES = {
+    "Comparison": "types",
+    "DPOModule": "modules",
+    "Decoding": "generation.base",
+    "Key": "randomness",
+    "Label": "types",
+    "PolicyGradientModule": "modules",
+    "Preference": "types",
+    "PreferenceDataModule": "datamodule",
+    "Prompt": "types",
+    "Request": "generation.base",
+    "Response": "types",
+    "Rollout": "types",
+    "RolloutDataModule": "rollout_datamodule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name at its first use: all of them take seconds, in which the command line must do other things."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

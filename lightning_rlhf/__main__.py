@@ -1,6 +1,16 @@
-"""Lets ``python -m lightning_rlhf`` stand for the ``lightning-rlhf`` command."""
+"""Where the command line starts: ``lightning-rlhf``, and ``python -m lightning_rlhf``."""
 
-from lightning_rlhf.cli import main
+from lightning_rlhf import stopping
+
+
+def main() -> None:
+    """Run the command line."""
+    if stopping.is_worker():
+        # first of all: a launcher may die in the seconds that the imports below take
+        stopping.end_with_parent()
+    from lightning_rlhf.cli import main as run
+
+    run()
 
 
 if __name__ == "__main__":

@@ -367,8 +367,6 @@ def hush() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     hush()
-    if ranks.is_worker():
-        ranks.end_with_parent()
     argv = sys.argv[1:] if args is None else args
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``

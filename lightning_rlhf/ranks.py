@@ -6,10 +6,6 @@ asks a judge, which may take hours. An error of one rank is raised on all, so th
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -98,24 +94,6 @@ def leave() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def end_with_parent() -> None:
-    """Let the system kill this process when the one that started it dies; Linux alone has a way.
-
-    A launcher that is killed leaves its ranks behind otherwise, which hold the ledger and the GPUs.
-    """
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died in between
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def is_worker(environment: dict[str, str] | None = None) -> bool:
-    """Whether this process is a rank that torchrun, or rank zero of Lightning, has started."""
-    env = os.environ if environment is None else environment
-    return "TORCHELASTIC_RUN_ID" in env or env.get("LOCAL_RANK", "0") != "0"
 
 
 # what a rank found: a value; or why there is none, with the error itself where it was raised

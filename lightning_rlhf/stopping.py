@@ -1,12 +1,17 @@
 """Ending a run when it is asked to: SIGTERM is noted, and acted on where nothing is half done.
 
 Cluster schedulers send SIGTERM, and SIGKILL some seconds later. Rounds look at the note between chunks, training
-between steps; `lightning_rlhf.checkpoints.StopOnSignal` writes the checkpoint.
+between steps; `lightning_rlhf.checkpoints.StopOnSignal` writes the checkpoint. And ending it with its launcher.
+
+Imports nothing that takes time.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -49,3 +54,21 @@ def check() -> None:
 def _note(number: int, frame: FrameType | None) -> None:
     del number, frame
     _asked.set()
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when the one that started it dies; Linux alone has a way.
+
+    A launcher that is killed leaves its ranks behind otherwise, which hold the ledger and the GPUs.
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_worker(environment: dict[str, str] | None = None) -> bool:
+    """Whether this process is a rank that torchrun, or rank zero of Lightning, has started."""
+    env = os.environ if environment is None else environment
+    return "TORCHELASTIC_RUN_ID" in env or env.get("LOCAL_RANK", "0") != "0"
