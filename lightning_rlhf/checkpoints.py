@@ -153,8 +153,9 @@ class NotedSignals(_SignalConnector):
 class StopOnSignal(L.Callback):
     """Ends the run in good order on SIGTERM: a checkpoint, a line that says so, and exit status 143.
 
-    It acts after the training step that is going on, or the chunk of a round that is being drawn or labelled; what is
-    drawn and labelled so far is in the ledger. Put it last among the callbacks.
+    It acts after the training step that is going on, the validation of an epoch that ends with it included, or the
+    chunk of a round that is being drawn or labelled; what is drawn and labelled so far is in the ledger. Put it last
+    among the callbacks.
 
     Args:
         save: writes the checkpoint and returns its path; None where the run keeps none.
@@ -169,13 +170,13 @@ class StopOnSignal(L.Callback):
         self._drawing = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """End the run here if some rank was asked to."""
-        if ranks.any_rank(stopping.asked()):
-            self._end(trainer)
-            raise stopping.Stopped
+        """End the run here if some rank was asked to; at the end of an epoch, once that is over."""
+        if not trainer.is_last_batch:
+            self._end_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that what follows is the next round."""
+        """End the run here if some rank was asked to; what follows is the next round."""
+        self._end_if_asked(trainer)
         self._drawing = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -186,6 +187,11 @@ class StopOnSignal(L.Callback):
             self._end(trainer)
         elif trainer.is_global_zero:
             print("stopped by SIGTERM; the same command goes on from there", flush=True)
+
+    def _end_if_asked(self, trainer: L.Trainer) -> None:
+        if ranks.any_rank(stopping.asked()):
+            self._end(trainer)
+            raise stopping.Stopped
 
     _told = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,28 @@ def test_sigterm_writes_a_checkpoint_and_nothing_is_done_or_bought_twice(make_ru
     bought = Counter((stopped.folder / "bought.txt").read_text().split())
     assert bought == Counter((straight.folder / "bought.txt").read_text().split())
     assert sum(bought.values()) == 24
+
+
+@pytest.mark.slow
+def test_sigterm_at_the_last_step_leaves_nothing_to_do_but_the_end(make_runs: Callable[[str], Any]) -> None:
+    # the budget is spent in round 1, after step 4; a third epoch would train on that round once more
+    names = ("FinalValidation", "KLMonitor", "RewardMonitor", "Summary", "LabelBudget")
+    options = [
+        *(f"--trainer.callbacks+=lightning_rlhf.callbacks.{name}" for name in names),
+        *("--trainer.callbacks.labels=16", "--trainer.limit_val_batches=1.0"),
+        *("--data.heldout=BuiltinPrompts", "--data.heldout.split=heldout", "--data.heldout.limit=4"),
+    ]
+    summaries = []
+    for name, faults in (("straight", [""]), ("stopped", ["step4=term", ""])):
+        runs = make_runs(name)
+        for fault in faults:
+            status, said = runs.run(*options, fault=fault)
+            assert status == (143 if fault else 0), said
+        assert (runs.folder / "run" / "checkpoints" / "last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
+        summaries.append(json.loads((runs.folder / "run" / "summary.json").read_text()))
+    assert summaries[0]["step_after"] == 4
+    for key in ("steps", "labels", "step_before", "step_after", "reward_before", "reward_after", "kl_after"):
+        assert summaries[0][key] == summaries[1][key], key
 
 
 @pytest.mark.slow
