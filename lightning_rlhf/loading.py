@@ -143,20 +143,20 @@ def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
         return
     fit_loop = checkpoint["loops"]["fit_loop"]
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    ended = epochs["total"]["processed"] == epochs["total"]["started"]  # saved at the end of the epoch, or after it
-    if not ended and batches["is_last_batch"]:  # saved at the end of its last batch
-        ended = True
+    if epochs["total"]["processed"] != epochs["total"]["started"]:
+        if not batches["is_last_batch"]:  # saved in the middle of the epoch
+            return
+        # saved at the end of its last batch, before it was counted
         for count in (epochs["total"], epochs["current"]):
             count["processed"] = count["started"]
         if batches["total"]["completed"] < batches["total"]["processed"]:
             batches["total"]["completed"] = batches["total"]["processed"]
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-    if ended:
-        for count in (epochs["total"], epochs["current"]):
-            count["completed"] = count["processed"]
-        batches["current"] = dict.fromkeys(batches["current"], 0)
-        batches["is_last_batch"] = False
-        fit_loop["state_dict"].pop("combined_loader", None)
+    for count in (epochs["total"], epochs["current"]):
+        count["completed"] = count["processed"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    fit_loop["state_dict"].pop("combined_loader", None)
 
 
 class RankSampler(DistributedSampler[Any]):

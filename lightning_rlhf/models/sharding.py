@@ -57,12 +57,15 @@ def shard_scorer(model: PreTrainedModel, head: nn.Module, mesh: DeviceMesh) -> N
     fully_shard(head, mesh=mesh)
 
 
-def build_sharded(build: Callable[[bool], Model], cut: Callable[[Model], None], device: torch.device) -> Model:
+def build_sharded(
+    build: Callable[[bool], Model], cut: Callable[[Model, DeviceMesh], None], mesh: DeviceMesh, device: torch.device
+) -> Model:
     """Build a model that is nowhere whole but in the main memory of rank zero; every rank must call.
 
     Args:
         build: makes the model; given True without its weights, on the meta device.
         cut: shards it in place, as `shard` does.
+        mesh: the data-parallel processes.
         device: where the shards of this rank go.
 
     Raises:
@@ -70,7 +73,7 @@ def build_sharded(build: Callable[[bool], Model], cut: Callable[[Model], None], 
     """
     with torch.random.fork_rng(devices=[]):  # nothing that is drawn here is kept
         model = build(True)
-    cut(model)
+    cut(model, mesh)
     tied = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
     model.to_empty(device=device)
     for unit in _units(model) if tied else []:

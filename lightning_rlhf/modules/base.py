@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,13 +13,14 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch, StepBatch
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
-from lightning_rlhf.models.sharding import gathered
+from lightning_rlhf.models.sharding import build_sharded, gathered
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.sums import RunningSums, logs_now
@@ -80,6 +82,18 @@ class AbstractStepModule(L.LightningModule, ABC):
                 "trainer.strategy=fsdp is FSDP1, which cannot decode or score in rounds; use --config trainer/fsdp, "
                 "which is FSDP2 (ModelParallelStrategy)"
             )
+
+    def placed(self, build: Callable[[bool], Any], cut: Callable[[Any, DeviceMesh], None]) -> Any:
+        """Build a model where it is trained: on the device of the run, in shards where models are sharded.
+
+        Args:
+            build: makes the model; given True without its weights, on the meta device.
+            cut: shards it in place, as `lightning_rlhf.models.sharding.shard` does.
+        """
+        device = self.trainer.strategy.root_device
+        if self.device_mesh is None:
+            return build(False).to(device)
+        return build_sharded(build, cut, self.device_mesh["data_parallel"], device)
 
     def frozen_models(self) -> list[torch.nn.Module]:
         """Models beside those that are trained, which are no part of this module, and may be sharded; none here."""

@@ -19,7 +19,7 @@ from lightning_rlhf.models.load import (
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
 from lightning_rlhf.models.save import load_weights
-from lightning_rlhf.models.sharding import build_sharded, fill, full_state_dict, scattered, shard
+from lightning_rlhf.models.sharding import fill, full_state_dict, scattered, shard
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
@@ -113,11 +113,7 @@ class AbstractPolicyModule(AbstractStepModule):
 
     def _load(self) -> Any:
         """Load the policy as it is before training, to where it is trained."""
-        device = self.trainer.strategy.root_device
-        if self.device_mesh is None:
-            return self._open().to(device)
-        mesh = self.device_mesh["data_parallel"]
-        return build_sharded(self._open, lambda policy: shard(policy, mesh), device)
+        return self.placed(self._open, shard)
 
     def _open(self, meta: bool = False) -> Any:
         return load_policy(

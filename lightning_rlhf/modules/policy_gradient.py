@@ -31,7 +31,7 @@ from lightning_rlhf.models.logprobs import Layout, response_logps
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.reference import ReferenceRule
 from lightning_rlhf.models.scores import response_values
-from lightning_rlhf.models.sharding import build_sharded, shard_scorer
+from lightning_rlhf.models.sharding import shard_scorer
 from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 from lightning_rlhf.types import Rollout
@@ -180,16 +180,10 @@ class PolicyGradientModule(AbstractPolicyModule):
             return
         super().configure_model()
         self.move_to(self.start)
-        if not self.advantage.needs_values:
-            return
-        device = self.trainer.strategy.root_device
-        if self.device_mesh is None:
-            self.value_model = self._open_value_model().to(device)
-            return
-        mesh = self.device_mesh["data_parallel"]
-        self.value_model = build_sharded(
-            self._open_value_model, lambda model: shard_scorer(model, score_head(model), mesh), device
-        )
+        if self.advantage.needs_values:
+            self.value_model = self.placed(
+                self._open_value_model, lambda model, mesh: shard_scorer(model, score_head(model), mesh)
+            )
 
     def _open_value_model(self, meta: bool = False) -> Any:
         model = load_scorer(

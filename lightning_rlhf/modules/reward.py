@@ -21,7 +21,7 @@ from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, l
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
-from lightning_rlhf.models.sharding import build_sharded, full_state_dict
+from lightning_rlhf.models.sharding import full_state_dict
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
@@ -117,14 +117,9 @@ class RewardModule(AbstractPreferenceModule):
         """Load the backbone, once."""
         if self.scorer is not None:
             return
-        if self.device_mesh is None:
-            self.scorer = self._open_scorer()
-        else:
-            mesh = self.device_mesh["data_parallel"]
-            root_device = self.trainer.strategy.root_device
-            self.scorer = build_sharded(self._open_scorer, lambda scorer: scorer.shard(mesh), root_device)
         if self.policy_name is not None:
             check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
+        self.scorer = self.placed(self._open_scorer, Scorer.shard)
 
     def _open_scorer(self, meta: bool = False) -> Scorer:
         scorer: Any = build_scorer(

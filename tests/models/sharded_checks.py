@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def on_rank_zero_only(build: Callable[..., Any]) -> Callable[[bool], Any]:
 def sharded_policy(path: str, mesh: DeviceMesh, **options: Any) -> Any:
     """A policy in shards."""
     build = on_rank_zero_only(lambda meta: load_policy(path, meta=meta, **options))
-    return build_sharded(build, lambda model: shard(model, mesh), torch.device("cpu"))
+    return build_sharded(build, shard, mesh, torch.device("cpu"))
 
 
 def moved(model: Any, seed: int) -> Any:
@@ -103,7 +103,7 @@ def scorer(path: str, mesh: DeviceMesh) -> None:
     options: dict[str, Any] = {"ensemble": Ensemble(kind="linear", size=2), "lora": LORA}
     torch.manual_seed(0)
     build = on_rank_zero_only(lambda meta: build_scorer(path, meta=meta, **options))
-    model = build_sharded(build, lambda scorer: cast(Scorer, scorer).shard(mesh), torch.device("cpu"))
+    model = build_sharded(build, Scorer.shard, mesh, torch.device("cpu"))
     torch.manual_seed(0)
     check_same(model, build_scorer(path, **options))
 
@@ -149,7 +149,7 @@ def no_weights(path: str, mesh: DeviceMesh) -> None:
         return load_policy(path, meta=True)
 
     try:
-        build_sharded(build, lambda model: shard(model, mesh), torch.device("cpu"))
+        build_sharded(build, shard, mesh, torch.device("cpu"))
     except (FileNotFoundError, ranks.RankError) as error:
         print(f"rank {dist.get_rank()}: {type(error).__name__}: {error}\n", end="", flush=True)
 
