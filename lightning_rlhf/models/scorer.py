@@ -345,10 +345,8 @@ def _open_parts(folder: Path, saved: dict[str, Any], options: dict[str, Any]) ->
         return Scorer(members, "independent")
     model = load_scorer(str(folder / "backbone"), num_scores=saved["size"], **options)
     names = [adapter_name(member) for member in range(saved["size"])]
-    adapters = folder / "adapters"
-    adapted = PeftModel.from_pretrained(model.base_model, str(adapters / names[0]), names[0], is_trainable=True)
-    for name in names[1:]:
-        adapted.load_adapter(str(adapters / name), name, is_trainable=True)
+    folders = {name: folder / "adapters" / name for name in names}
+    adapted = fit_adapters(model.base_model, folders, str(folder / "backbone"), trained=True)
     _train_all_adapters(adapted)
     return Scorer([model], "lora", adapted)
 
