@@ -296,8 +296,8 @@ def load_scorer(
     if not meta and not reads_last_token(model, num_scores):
         raise ValueError(
             f"{checkpoint!r} is a {type(model).__name__}, whose score is no linear function of the last token's hidden "
-            f"state (an encoder, or a head of several layers): it gives rewards as data.labeler.reward=RewardModelReward"
-            f", but cannot be trained here; use a decoder such as a causal LM"
+            f"state (an encoder, or a head of several layers): RewardModelReward takes it as a reward, but it cannot be "
+            f"trained here; use a decoder, such as a causal LM"
         )
     return cast(PreTrainedModel, model.train())
 
@@ -392,8 +392,8 @@ def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     beyond = [i for i in found if rows is not None and not 0 <= i < rows]
     if beyond:
         raise ValueError(
-            f"end-of-sequence id {beyond[0]} (eos_token_id of generation_config.json, or of the tokenizer) lies outside "
-            f"of the {rows} rows of the model's embedding; correct eos_token_id in generation_config.json and config.json"
+            f"end-of-sequence id {beyond[0]} lies outside of the {rows} rows of the model's embedding; correct "
+            f"eos_token_id in generation_config.json and config.json, or eos_token in tokenizer_config.json"
         )
     if not found:
         raise ValueError(
@@ -476,10 +476,8 @@ def _open_model(
     from_language_model = scorer and speaks and (new_head or any(_in_head(key) for key in replaced))
 
     def may_lack(key: str) -> bool:
-        new = (
-            new_head and _in_head(key) and (key in mismatched and num_scores != 1 if learnt else key not in mismatched)
-        )
-        return key in replaced or new
+        other_size = key in mismatched and num_scores != 1
+        return key in replaced or (new_head and _in_head(key) and (other_size or not learnt))
 
     check_keys(
         report,
@@ -731,9 +729,9 @@ def _merged_adapter(folder: Path, trust_remote_code: bool) -> Path:
                 )
         if not same:
             raise ValueError(
-                f"the adapter in {str(folder)!r} computes other numbers once it is merged into {base!r} (does it change "
-                f"an embedding that the base shares with its output head?); merge it where it was trained, and name "
-                f"the folder of the whole model"
+                f"the adapter in {str(folder)!r} computes other numbers once it is merged into {base!r} (perhaps it "
+                f"changes an embedding that the base shares with its output head); merge it where it was trained, and "
+                f"name the folder of the whole model"
             )
         _open_tokenizer(str(folder), trust_remote_code).save_pretrained(target)
 
