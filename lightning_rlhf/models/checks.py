@@ -225,14 +225,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     eos, unknown = tokenizer.eos_token, tokenizer.unk_token
     if eos is not None and (eos in added_on_opening(tokenizer) or (eos != unknown and _id(tokenizer, eos) is None)):
         raise ValueError(
-            f"the tokenizer of {name!r} has eos_token {eos!r}, which is not in its vocabulary, so that no model can have "
+            f"the tokenizer of {name!r} has eos_token {eos!r}, which is not in its vocabulary, so that no model has "
             f"learnt to write it; set eos_token in its tokenizer_config.json to the token that ends its texts"
         )
     if rows is None:
         return
     # text models of families that also read images have such tokens, which no text makes
     images = {_id(tokenizer, token) for key, token in tokenizer.special_tokens_map.items() if key.startswith(_NO_TEXT)}
-    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows and id_ not in images)
+    unseen = (
+        images
+        if unknown is None or _id(tokenizer, unknown) in _unknown_ids(tokenizer)
+        else {*images, _id(tokenizer, unknown)}
+    )
+    beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows and id_ not in unseen)
     if beyond:
         raise ValueError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens, and the embedding of the model {rows} rows: "
@@ -258,6 +263,11 @@ def default_of(config: PreTrainedConfig, field: str) -> object:
         return getattr(type(config.get_text_config())(), field, None)
     except Exception:  # configs that cannot be made without arguments, by whatever their own code raises
         return None
+
+
+def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of characters that no vocabulary of words holds; byte-level tokenizers have bytes for them."""
+    return set(cast(list[int], tokenizer("\u0dc4\U0001f9ff", add_special_tokens=False)["input_ids"]))
 
 
 _NO_TEXT = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
