@@ -296,8 +296,8 @@ def load_scorer(
     if not meta and not reads_last_token(model, num_scores):
         raise ValueError(
             f"{checkpoint!r} is a {type(model).__name__}, whose score is no linear function of the last token's hidden "
-            f"state (an encoder, or a head of several layers): RewardModelReward takes it as a reward, but it cannot be "
-            f"trained here; use a decoder, such as a causal LM"
+            f"state (an encoder, or a head of several layers): RewardModelReward takes it as a reward, but here it "
+            f"cannot be trained; use a decoder, such as a causal LM"
         )
     return cast(PreTrainedModel, model.train())
 

@@ -45,7 +45,8 @@ class RewardModelReward(AbstractReward):
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the model has no trained score head, or more than one label, or the folder lacks what ``normalize`` or ``combine`` needs.
+        ValueError: if the model has no trained score head, or more than one label, or the folder lacks what
+            ``normalize`` or ``combine`` needs.
     """
 
     def __init__(
