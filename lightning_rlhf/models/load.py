@@ -440,7 +440,8 @@ def _open_model(
             f"policy folder {policy!r} holds no .safetensors file; pickled weights can run code when opened: "
             f"save the model again with save_pretrained"
         )
-    config = _config_of(policy, trust_remote_code)
+    # of a merged adapter, not of its base
+    config = _config_of(str(source), trust_remote_code)
     if config is not None:
         check_not_quantised(config, source, policy)
         check_class(config, policy, trust_remote_code)
@@ -795,8 +796,12 @@ def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, tr
                 f"adapter_config.json (base_model_name_or_path, modules_to_save), or save it again with save_pretrained"
             ) from error
         missing = [key for key in loaded.missing_keys if f".{name}" in key]
-        if missing or loaded.unexpected_keys:
-            wrong, what = (missing, "lacks") if missing else (loaded.unexpected_keys, "has no place in the base for")
+        # peft writes trained embeddings a second time where the vocabulary has grown
+        copies = (".modules_to_save.", ".original_module.")
+        twice = {key for key in state for part in copies if part in key and key.replace(part, ".") in state}
+        unexpected = [key for key in loaded.unexpected_keys if key not in twice]
+        if missing or unexpected:
+            wrong, what = (missing, "lacks") if missing else (unexpected, "has no place in the base for")
             raise ValueError(
                 f"the adapter in {str(folder)!r} {what} {len(wrong)} weights, e.g. {wrong[0]!r}, with the base "
                 f"{base!r}; correct base_model_name_or_path in its adapter_config.json, or save it again with "

@@ -70,7 +70,8 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], None], name: str = 
 
 def configure(folder: Path, name: str = "config.json", **values: Any) -> None:
     file = folder / name
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    content = {**json.loads(file.read_text()), **values}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def score(path: Path, prompt: str = "Name a river.", answer: str = " The Elbe.", **options: Any) -> float:
@@ -395,7 +396,7 @@ def encoder(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> An
         "num_labels": 1,
         "initializer_range": 0.3,
         "max_position_embeddings": 80,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": 1 if family == "roberta" else tokenizer.pad_token_id,
     }
     model: Any
     if family == "bert":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Confi
 
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation.lanes import RecomputedLanes, SlotLanes, lanes_for
 from lightning_rlhf.models.logprobs import choose_layout, packed_scores, response_logps
 from lightning_rlhf.models.prefix_tree import next_token_logps
 from lightning_rlhf.models.reference import FrozenCopyReference
@@ -105,6 +107,7 @@ def test_scores_and_judgements_too(make: Callable[[], PreTrainedModel]) -> None:
         torch.testing.assert_close(logps, alone(make, row).logits[0, -1].log_softmax(-1)[[3, 7]], rtol=0, atol=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*decodes without a cache")
 @pytest.mark.parametrize("make", [longrope, dynamic])
 def test_rows_are_decoded_by_their_own_length(make: Callable[[], PreTrainedModel], tiny_policy: Path) -> None:
     model = make()
@@ -126,6 +129,17 @@ def test_rows_are_decoded_by_their_own_length(make: Callable[[], PreTrainedModel
                 row = alone(make, (*prompt, *response.ids[:n])).logits[0, -1].log_softmax(-1)
                 assert logp == pytest.approx(row[token].item(), abs=2e-4), (len(prompt), n)
             assert response.reference_logps == pytest.approx(response.policy_logps, abs=2e-4)
+
+
+def test_the_cache_is_kept_where_no_text_crosses_the_window() -> None:
+    for make, beyond in ((longrope, SlotLanes), (dynamic, RecomputedLanes)):
+        model = make()
+        assert lanes_for(model, [8, 20], 6) is SlotLanes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert lanes_for(model, [40, 20], 6) is beyond
+        with pytest.warns(UserWarning, match="beyond 32 tokens. Lower data.max_prompt_tokens"):
+            assert lanes_for(model, [29], 6) is RecomputedLanes
 
 
 def test_gradients_are_those_of_single_rows() -> None:
