@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch._dynamo
@@ -275,12 +275,14 @@ def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: i
     """
     base = base_model(model)
     if changes_while_decoding(base, prompts, new_tokens):
-        warnings.warn(
-            f"{type(base).__name__} decodes without a cache, every token from the start: its rotary embeddings depend "
-            f"on the length of a text beyond {rotary_window(base)} tokens. Lower data.max_prompt_tokens and "
-            f"data.decoding.max_new_tokens to stay within them",
-            stacklevel=2,
-        )
+        if base not in _WARNED:
+            _WARNED.add(base)
+            warnings.warn(
+                f"{type(base).__name__} decodes without a cache, every token from the start: its rotary embeddings "
+                f"depend on the length of a text beyond {rotary_window(base)} tokens. Lower data.max_prompt_tokens and "
+                f"data.decoding.max_new_tokens to stay within them",
+                stacklevel=2,
+            )
         return RecomputedLanes
     circumstances = (base.config._attn_implementation, embedding(base).dtype, embedding(base).device.type)
     known = _KINDS.get(base)
@@ -295,6 +297,8 @@ def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: i
         known = _KINDS[base] = (circumstances, SlotLanes if obstacle is None else RecomputedLanes)
     return known[1]
 
+
+_WARNED: WeakSet[PreTrainedModel] = WeakSet()
 
 _KINDS: WeakKeyDictionary[PreTrainedModel, tuple[object, type[AbstractLanes]]] = WeakKeyDictionary()
 

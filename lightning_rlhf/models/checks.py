@@ -35,14 +35,8 @@ def check_files(folder: Path) -> None:
         FileNotFoundError: if the index of the weights names a file that is not there.
     """
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt", ".bin", ".gguf") and file.is_file():
-            with file.open("rb") as stream:
-                start = stream.read(len(_LFS))
-            if start == _LFS:
-                raise ValueError(
-                    f"{file} is a git-lfs pointer and not the file itself; run `git lfs pull` in {folder}, or download "
-                    f"the file"
-                )
+        if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") or file.name == "adapter_model.bin":
+            check_no_pointer(file)
     for name in ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             read_json(folder / name)
@@ -61,6 +55,18 @@ def check_files(folder: Path) -> None:
                     f"{folder / name} lacks {key!r}, which {index.name} says that it holds; the files are of different "
                     f"models: download them again, or save the model again with save_pretrained"
                 )
+
+
+def check_no_pointer(file: Path) -> None:
+    """Raise if a file is what git leaves in the place of a large file that it has not fetched."""
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        start = stream.read(len(_LFS))
+    if start == _LFS:
+        raise ValueError(
+            f"{file} is a git-lfs pointer and not the file itself; run `git lfs pull` in {file.parent}, or download it"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import importlib.metadata
 import importlib.util
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -39,6 +39,7 @@ from lightning_rlhf.models.checks import (
     check_class,
     check_files,
     check_keys,
+    check_no_pointer,
     check_not_quantised,
     check_vocabulary,
     default_of,
@@ -61,9 +62,6 @@ __all__ = [
 
 CONVERTER = 1
 """Version of what `resolve_checkpoint` writes to the cache; raise it when the conversion changes."""
-
-ADAPTER_CONVERTER = 2
-"""The same, of merged adapters alone."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,11 +128,15 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"policy {policy!r}: no such file")
+        check_no_pointer(path)
         return _converted_gguf(path)
     if path.is_dir():
         check_files(path)
         if (path / "adapter_config.json").exists():
-            return _merged_adapter(path, trust_remote_code)
+            # imported here: adapters are put on models that this module opens
+            from lightning_rlhf.models.adapters import merged_adapter
+
+            return merged_adapter(path, trust_remote_code)
         if not (path / "config.json").exists():
             raise FileNotFoundError(
                 f"policy folder {policy!r} has neither config.json nor adapter_config.json; "
@@ -165,10 +167,10 @@ def load_tokenizer(
         ValueError: if the tokenizer has no end-of-sequence token, or one that is not in its vocabulary; or if it has
             tokens beyond the model's embedding.
     """
-    tokenizer = _open_tokenizer(policy, trust_remote_code)
+    tokenizer = open_tokenizer(policy, trust_remote_code)
     config = _config_of(policy, trust_remote_code)
     if config is not None:
-        check_vocabulary(tokenizer, config, _embedding_rows(policy, config), policy)
+        check_vocabulary(tokenizer, config, _rows_before_loading(policy, config), policy)
     if chat_template is not None:
         if "{" not in chat_template and not Path(chat_template).is_file():
             raise FileNotFoundError(f"chat_template {chat_template!r} is neither a Jinja template nor a file")
@@ -213,7 +215,7 @@ def load_policy(
         FileNotFoundError: if there is no such policy, or a Hub id is neither cached nor reachable.
         ValueError: if the checkpoint is no causal LM, holds no safetensors, or LoRA names layers the model lacks.
     """
-    model = _open_model(policy, dtype, attn_implementation, trust_remote_code, meta=meta)
+    model = open_model(policy, dtype, attn_implementation, trust_remote_code, meta=meta)
     if gradient_checkpointing:
         # reentrant checkpoints lose the gradient where the inputs of a block need none, as under LoRA
         enable: Any = model.gradient_checkpointing_enable
@@ -313,7 +315,7 @@ def open_classifier(
     new_head: bool = False,
 ) -> PreTrainedModel:
     """Open what ``AutoModelForSequenceClassification`` opens, whatever its head is; arguments as in `load_scorer`."""
-    return _open_model(
+    return open_model(
         checkpoint,
         dtype,
         attn_implementation,
@@ -340,7 +342,7 @@ def reads_last_token(model: PreTrainedModel, num_scores: int = 1) -> bool:
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 # a trunk without hidden states of this width: the class does something of its own in between
                 return False
-            if whole.shape != ours.shape or not _close(whole, ours):
+            if whole.shape != ours.shape or not nearly_equal(whole, ours):
                 return False
     return True
 
@@ -354,7 +356,7 @@ def probe_rows(config: PreTrainedConfig) -> list[list[int]]:
     return [(ids * 9)[:9], (ids * 9)[4:9]]
 
 
-def _close(left: Tensor, right: Tensor) -> bool:
+def nearly_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two results differ by rounding alone."""
     scale = max(1.0, right.abs().max().item())
     return (left.double() - right.double()).abs().max().item() <= 3 * torch.finfo(right.dtype).eps ** 0.5 * scale
@@ -385,7 +387,7 @@ def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
     found = tuple(dict.fromkeys(int(cast(int, i)) for i in ids if i is not None))
-    rows = _rows_of(model)
+    rows = embedding_rows(model)
     config = cast(PreTrainedConfig, model.config)
     # a small model often keeps the id of its family's first one, which it can never write
     found = tuple(i for i in found if rows is None or i < rows or i != default_of(config, "eos_token_id"))
@@ -416,8 +418,11 @@ def context_window(model_or_config: PreTrainedModel | PeftModel | PreTrainedConf
 SCORE_HEADS = ("score", "classifier")
 """What transformers calls the head of a sequence classifier."""
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""How the names of embeddings end."""
 
-def _open_model(
+
+def open_model(
     policy: str,
     dtype: str,
     attn_implementation: str | None,
@@ -544,14 +549,14 @@ def _check_named_class(named: str, model: PreTrainedModel, source: Path | str, p
             ours, theirs = model(input_ids=ids).logits, getattr(other(input_ids=ids), "logits", None)
             if theirs is None:
                 return  # a trunk without a head: its weights are all there, or `check_keys` would have said so
-            if ours.shape != theirs.shape or not _close(ours, theirs):
+            if ours.shape != theirs.shape or not nearly_equal(ours, theirs):
                 raise ValueError(
                     f"{policy!r} is a {named} (architectures in its config.json), and computes other numbers as a "
                     f"{type(model).__name__}, which it would be used as; {remedy}"
                 )
 
 
-def _rows_of(model: PreTrainedModel | PeftModel) -> int | None:
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int | None:
     """Rows of the embedding; None where there is no table."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     weight = getattr(embedding, "weight", None)
@@ -563,7 +568,7 @@ def _config_of(policy: str, trust_remote_code: bool) -> PreTrainedConfig | None:
     path = Path(policy).expanduser()
     if (path / "adapter_config.json").exists():
         try:
-            return _config_of(_base_name(path / "adapter_config.json"), trust_remote_code)
+            return _config_of(base_name(path / "adapter_config.json"), trust_remote_code)
         except FileNotFoundError:
             return None  # opening the adapter has an error for it
     source = resolve_checkpoint(policy, trust_remote_code=trust_remote_code)
@@ -576,25 +581,25 @@ def _config_of(policy: str, trust_remote_code: bool) -> PreTrainedConfig | None:
     return cast(PreTrainedConfig, config)
 
 
-def _embedding_rows(policy: str, config: PreTrainedConfig) -> int | None:
+def _rows_before_loading(policy: str, config: PreTrainedConfig) -> int | None:
     """Rows of the embedding of a checkpoint, without opening the model: of an adapter that has its own, those."""
     path = Path(policy).expanduser()
     if (path / "adapter_config.json").exists():
         file = path / "adapter_model.safetensors"
         shapes = {key: shape for key, (_, shape) in tensors_of(file).items()} if file.is_file() else {}
-        own = [shape[0] for key, shape in shapes.items() if key.replace(".base_layer.", ".").endswith(_EMBEDDINGS)]
+        own = [shape[0] for key, shape in shapes.items() if key.replace(".base_layer.", ".").endswith(EMBEDDINGS)]
         if own:
             return int(own[0])
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 
-def _open_tokenizer(policy: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def open_tokenizer(policy: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     adapter = Path(policy).expanduser() / "adapter_config.json"
     if adapter.exists():
         # merging takes the whole model; the tokenizer lies beside the adapter or with the base
         if not (adapter.parent / "tokenizer_config.json").exists():
-            return _open_tokenizer(_base_name(adapter), trust_remote_code)
+            return open_tokenizer(base_name(adapter), trust_remote_code)
         source: Path | str = adapter.parent
     else:
         source = resolve_checkpoint(policy)
@@ -688,155 +693,15 @@ def _converted_gguf(file: Path) -> Path:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
-    return cached(file.stem, _key(file_digest(file)), convert)
+    return cached(file.stem, digest_of(file_digest(file)), convert)
 
 
-def _merged_adapter(folder: Path, trust_remote_code: bool) -> Path:
-    """The safetensors folder made from a peft adapter and its base: a causal LM, or a reward model with its head."""
-    base = _base_name(folder / "adapter_config.json")
-    try:
-        source = resolve_checkpoint(base, trust_remote_code=trust_remote_code)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the base model of the adapter in {str(folder)!r} cannot be found; "
-            f"correct base_model_name_or_path in its adapter_config.json: {error}"
-        ) from error
-    # the base counts as well: by content if it is a folder, by name if it is on the Hub
-    parts = [
-        *sorted(folder.glob("adapter_*")),
-        *(sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []),
-    ]
-    key = _key(f"adapter {ADAPTER_CONVERTER}", str(source), *map(file_digest, parts))
-
-    def merge(target: Path) -> None:
-        # what peft draws before it loads must not change what a run draws later
-        with torch.random.fork_rng(devices=[]):
-            model = open_adapter(folder, trust_remote_code)
-            rows = [torch.tensor([row]) for row in probe_rows(cast(PreTrainedConfig, model.config))]
-            with evaluating(model.modules()):
-                expected = [model(input_ids=row).logits for row in rows]
-            try:
-                merged = cast(Any, model).merge_and_unload(safe_merge=True)
-            except (AttributeError, ValueError) as error:
-                raise ValueError(
-                    f"the adapter in {str(folder)!r} cannot be merged into its base ({error}); merge it where it was "
-                    f"trained, and name the folder of the whole model"
-                ) from error
-            merged.save_pretrained(target)
-            again = type(merged).from_pretrained(target)
-            with evaluating(again.modules()):
-                same = all(
-                    _close(again(input_ids=row).logits, logits) for row, logits in zip(rows, expected, strict=True)
-                )
-        if not same:
-            raise ValueError(
-                f"the adapter in {str(folder)!r} computes other numbers once it is merged into {base!r} (perhaps it "
-                f"changes an embedding that the base shares with its output head); merge it where it was trained, and "
-                f"name the folder of the whole model"
-            )
-        _open_tokenizer(str(folder), trust_remote_code).save_pretrained(target)
-
-    return cached(folder.resolve().name, key, merge)
-
-
-def open_adapter(folder: Path, trust_remote_code: bool = False) -> PeftModel:
-    """Open a peft adapter over its base as peft does, with its own head and embeddings, on the CPU in float32.
-
-    Args:
-        folder: what ``PeftModel.save_pretrained`` wrote.
-        trust_remote_code: run code that comes with the base.
-
-    Raises:
-        ValueError: if weights are left over or missing, in the adapter or in its base.
-    """
-    settings = read_json(folder / "adapter_config.json")
-    base = _base_name(folder / "adapter_config.json")
-    own = _adapter_weights(folder)
-    heads = {key: tensor for key, tensor in own.items() if key.partition(".")[0] in SCORE_HEADS}
-    mapped = (settings.get("auto_mapping") or {}).get("base_model_class") or ""
-    if heads or settings.get("task_type") == "SEQ_CLS" or "SequenceClassification" in mapped:
-        # of a head of several layers the last is the smallest
-        labels = min((len(tensor) for tensor in heads.values()), default=1)
-        model = _open_model(base, "float32", None, trust_remote_code, num_scores=labels, replaced=own)
-    else:
-        model = _open_model(base, "float32", None, trust_remote_code, replaced=own)
-    embedding = saved_embedding(own)
-    if embedding is not None and len(embedding) != _rows_of(model):
-        # all rows are in the adapter
-        model.resize_token_embeddings(len(embedding), mean_resizing=False)
-    return fit_adapters(model, {"default": folder}, base)
-
-
-def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, trained: bool = False) -> PeftModel:
-    """Put saved adapters on a model, all their weights.
-
-    Args:
-        model: what they were trained on, or its trunk.
-        folders: where each adapter lies, by the name it gets.
-        base: what to call the model in errors.
-        trained: whether they are trained further.
-
-    Raises:
-        ValueError: if an adapter lacks weights, or has some that the model has no place for.
-    """
-    adapted: Any = None
-    for name, folder in folders.items():
-        try:
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(
-                    cast(Any, model), str(folder), name, is_trainable=trained, torch_device="cpu"
-                )
-            else:
-                adapted.load_adapter(str(folder), name, is_trainable=trained, torch_device="cpu")
-            state = load_peft_weights(str(folder), device="cpu")
-            loaded: Any = set_peft_model_state_dict(adapted, state, adapter_name=name)
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"peft cannot open the adapter in {str(folder)!r} over {base!r}: {error}; correct its "
-                f"adapter_config.json (base_model_name_or_path, modules_to_save), or save it again with save_pretrained"
-            ) from error
-        missing = [key for key in loaded.missing_keys if f".{name}" in key]
-        # peft writes trained embeddings a second time where the vocabulary has grown
-        copies = (".modules_to_save.", ".original_module.")
-        twice = {key for key in state for part in copies if part in key and key.replace(part, ".") in state}
-        unexpected = [key for key in loaded.unexpected_keys if key not in twice]
-        if missing or unexpected:
-            wrong, what = (missing, "lacks") if missing else (unexpected, "has no place in the base for")
-            raise ValueError(
-                f"the adapter in {str(folder)!r} {what} {len(wrong)} weights, e.g. {wrong[0]!r}, with the base "
-                f"{base!r}; correct base_model_name_or_path in its adapter_config.json, or save it again with "
-                f"save_pretrained"
-            )
-    return cast(PeftModel, adapted)
-
-
-def saved_embedding(own: dict[str, Tensor]) -> Tensor | None:
-    """The embedding that an adapter was saved with; None if it uses the base's."""
-    found = [tensor for key, tensor in own.items() if key.endswith(_EMBEDDINGS)]
-    return found[0] if found else None
-
-
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-
-
-def _adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights in an adapter's file that replace those of the base, by the base's names."""
-    try:
-        state: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"the adapter folder {str(folder)!r} is incomplete: {error}; it needs adapter_model.safetensors"
-        ) from error
-    names = {key.removeprefix("base_model.model.").replace(".base_layer.", "."): t for key, t in state.items()}
-    return {key: tensor for key, tensor in names.items() if ".lora_" not in key}
-
-
-def _key(*parts: str) -> str:
+def digest_of(*parts: str) -> str:
     """Digest of what a converted folder depends on: its sources and the converter."""
     return hashlib.sha256("|".join((f"converter {CONVERTER}", *parts)).encode()).hexdigest()
 
 
-def _base_name(adapter_config: Path) -> str:
+def base_name(adapter_config: Path) -> str:
     base = read_json(adapter_config).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter_config} names no base model; set its base_model_name_or_path")

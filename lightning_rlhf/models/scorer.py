@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.models.adapters import fit_adapters
 from lightning_rlhf.models.checks import read_json
 from lightning_rlhf.models.load import (
     LoRA,
     context_window,
-    fit_adapters,
     load_scorer,
     lora_config,
     open_classifier,
@@ -244,7 +244,10 @@ class ClassifierScorer(nn.Module):
         self.means: list[float] | None = None
         self.stds: list[float] | None = None
         try:
-            probe = self.scores([((ids[0],), [tuple(ids[1:])]) for ids in probe_rows(model.config)])
+            # some classes read at the end of the text
+            eos = model.config.eos_token_id
+            end = (eos,) if isinstance(eos, int) and eos != model.config.pad_token_id else ()
+            probe = self.scores([((ids[0],), [(*ids[1:], *end)]) for ids in probe_rows(model.config)])
             shape = tuple(probe.shape)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(

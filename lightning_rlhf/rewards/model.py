@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
@@ -61,9 +62,6 @@ class RewardModelReward(AbstractReward):
         chat_template: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        # what is no reward model is better known before a policy is loaded
-        if isinstance(resolve_checkpoint(path, trust_remote_code=trust_remote_code), Path):
-            open_scorer(path, trust_remote_code=trust_remote_code, meta=True)
         check_rule(combine, coefficient)
         self.path, self.normalize, self.tokens_per_batch = path, normalize, tokens_per_batch
         self.combine: CombineRule = combine
@@ -72,6 +70,14 @@ class RewardModelReward(AbstractReward):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trust_remote_code = trust_remote_code
         self._loaded: tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase] | None = None
+        # what is no reward model is better known before a policy is loaded
+        if isinstance(resolve_checkpoint(path, trust_remote_code=trust_remote_code), Path):
+            scorer = open_scorer(path, trust_remote_code=trust_remote_code, meta=True)
+            if is_plain_decoder(scorer):
+                load_tokenizer(path, trust_remote_code=trust_remote_code, ends_texts=False)
+            else:
+                # only its numbers say whether it can be used
+                self._load()
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B]."""
@@ -162,6 +168,14 @@ class RewardModelReward(AbstractReward):
             )
             self._loaded = scorer.to(self.device), tokenizer
         return self._loaded
+
+
+def is_plain_decoder(scorer: Scorer | ClassifierScorer) -> bool:
+    """Whether a scorer is a linear ``score`` on a decoder by its names alone, of the class that its config names."""
+    config: Any = scorer.config
+    model = scorer.model
+    named = (getattr(config, "architectures", None) or [type(model).__name__])[0]
+    return named == type(model).__name__ and isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def pairs_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
