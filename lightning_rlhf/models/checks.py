@@ -238,11 +238,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         return
     # text models of families that also read images have such tokens, which no text makes
     images = {_id(tokenizer, token) for key, token in tokenizer.special_tokens_map.items() if key.startswith(_NO_TEXT)}
-    unseen = (
-        images
-        if unknown is None or _id(tokenizer, unknown) in _unknown_ids(tokenizer)
-        else {*images, _id(tokenizer, unknown)}
-    )
+    # transformers makes up an unknown token for byte-level tokenizers, which have no use for it
+    unseen = {*images, None if unknown is None else _id(tokenizer, unknown)}
     beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows and id_ not in unseen)
     if beyond:
         raise ValueError(
@@ -269,11 +266,6 @@ def default_of(config: PreTrainedConfig, field: str) -> object:
         return getattr(type(config.get_text_config())(), field, None)
     except Exception:  # configs that cannot be made without arguments, by whatever their own code raises
         return None
-
-
-def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of characters that no vocabulary of words holds; byte-level tokenizers have bytes for them."""
-    return set(cast(list[int], tokenizer("\u0dc4\U0001f9ff", add_special_tokens=False)["input_ids"]))
 
 
 _NO_TEXT = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")

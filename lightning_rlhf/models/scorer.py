@@ -448,13 +448,12 @@ def read_manifest(path: str) -> dict[str, Any] | None:
     if not manifest.is_file():
         return None
     content = read_json(manifest)
-    absent = [name for name in ("kind", "size", "means", "stds") if name not in content]
-    if absent or content["kind"] not in get_args(Kind) or not isinstance(content["size"], int):
+    if content.get("kind") not in get_args(Kind) or not isinstance(content.get("size"), int):
         raise ValueError(
-            f"{manifest} does not say which members there are ({content}); it needs kind, size, means and stds: take "
-            f"the whole folder that the run wrote"
+            f"{manifest} does not say which members there are ({content}); it needs kind and size: take the whole "
+            f"folder that the run wrote"
         )
-    return content
+    return {"means": None, "stds": None, **content}
 
 
 def _open_parts(folder: Path, saved: dict[str, Any], options: dict[str, Any]) -> Scorer:
