@@ -137,7 +137,7 @@ def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, tr
                 f"peft cannot open the adapter in {str(folder)!r} over {base!r}: {error}; correct its "
                 f"adapter_config.json (base_model_name_or_path, modules_to_save), or save it again with save_pretrained"
             ) from error
-        missing = [key for key in loaded.missing_keys if f".{name}" in key]
+        missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
         # peft writes trained embeddings a second time where the vocabulary has grown
         copies = (".modules_to_save.", ".original_module.")
         twice = {key for key in state for part in copies if part in key and key.replace(part, ".") in state}

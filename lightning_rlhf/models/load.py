@@ -482,8 +482,8 @@ def open_model(
     from_language_model = scorer and speaks and (new_head or any(_in_head(key) for key in replaced))
 
     def may_lack(key: str) -> bool:
-        other_size = key in mismatched and num_scores != 1
-        return key in replaced or (new_head and _in_head(key) and (other_size or not learnt))
+        new = num_scores != 1 if key in mismatched else not learnt
+        return key in replaced or (new_head and _in_head(key) and new)
 
     check_keys(
         report,
