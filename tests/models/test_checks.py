@@ -208,6 +208,13 @@ def test_tokens_beyond_the_embedding_are_refused_before_the_model_is_loaded(poli
         load_tokenizer(str(policy))
 
 
+def test_a_placeholder_of_images_needs_no_row_in_a_text_model(policy: Path) -> None:
+    AutoTokenizer.from_pretrained(policy, extra_special_tokens={"image_token": "<image_soft_token>"}).save_pretrained(
+        policy
+    )
+    assert len(load_tokenizer(str(policy))) == 261
+
+
 @pytest.mark.parametrize("spare_rows", [0, 12])
 def test_an_eos_token_that_does_not_exist_is_refused(policy: Path, spare_rows: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(policy)
@@ -352,6 +359,21 @@ def test_what_holds_no_trained_head_is_no_reward_model(tiny_policy: Path, reward
         for use in (RewardModelReward, open_scorer, build_scorer):
             with pytest.raises(ValueError, match=r"reward' .*" + message):
                 use(str(reward))
+
+
+def test_two_labels_are_refused_whatever_the_config_says(reward: Path) -> None:
+    configure(reward, architectures=None)
+    edit(reward, lambda s: s.update({"score.weight": torch.ones(2, 16)}))
+    with pytest.raises(ValueError, match="reward' has 2 labels"):
+        build_scorer(str(reward))
+
+
+def test_the_tokenizer_of_a_reward_model_is_checked_at_once(reward: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(reward)
+    tokenizer.add_tokens(["<cite>"])
+    tokenizer.save_pretrained(reward)
+    with pytest.raises(ValueError, match="'<cite>' has id 260"):
+        RewardModelReward(str(reward))
 
 
 def test_a_causal_lm_with_a_value_head_gets_no_new_head_without_a_word(policy: Path) -> None:
