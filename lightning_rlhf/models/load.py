@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.models.cache import cached, file_digest
 from lightning_rlhf.models.save import refuse_tied_targets, save_policy
+from lightning_rlhf.models.stops import stop_ids
 
 
 __all__ = [
@@ -276,15 +277,8 @@ def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
 
 
 def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's, and those of the model's generation config."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
-    found = tuple(dict.fromkeys(int(cast(int, i)) for i in ids if i is not None))
-    if not found:
-        raise ValueError(
-            "neither the tokenizer nor the generation config names an end-of-sequence token; set eos_token"
-        )
-    return found
+    """Token ids that end a response; see `lightning_rlhf.models.stops.stop_ids`."""
+    return stop_ids(getattr(model, "generation_config", None), tokenizer)
 
 
 def context_window(model_or_config: PreTrainedModel | PeftModel | PreTrainedConfig) -> int | None:

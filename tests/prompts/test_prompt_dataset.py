@@ -94,8 +94,14 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 def test_label_is_another_name_for_probability(tmp_path: Path) -> None:
     base = {"prompt": "x", "chosen": "a", "rejected": "b"}
-    rows = load(tmp_path, *({**base, "label": label} for label in (0.25, 1, 0, True, None)))
-    assert [row.pair.probability for row in rows if row.pair] == [0.25, 1.0, 0.0, 1.0, 1.0]
+    rows = load(tmp_path, *({**base, "label": label} for label in (0.25, 1, 0, None)))
+    assert [row.pair.probability for row in rows if row.pair] == [0.25, 1.0, 0.0, 1.0]
+    for label in (True, False, "good", 3, float("nan"), [1]):
+        with pytest.raises(ValueError, match=r"rows\.jsonl row 1: field 'label' must be a number in \[0, 1\], got"):
+            load(tmp_path, {**base, "label": label})
+    for name, value in (("probability", True), ("weight", True), ("weight", "2"), ("weight", float("inf"))):
+        with pytest.raises(ValueError, match=rf"rows\.jsonl row 1: field '{name}' must be a number"):
+            load(tmp_path, {**base, name: value})
     with pytest.raises(ValueError, match=r"row 1: field 'label' says 0.25, but 'probability' says 0.5"):
         load(tmp_path, {**base, "label": 0.25, "probability": 0.5})
     # without pairs a label means something else
@@ -112,7 +118,7 @@ def test_label_is_another_name_for_probability(tmp_path: Path) -> None:
         ({"chosen": [said("a"), said("b")]}, "field 'chosen' must have one message.*assistant, assistant"),
         ({"rejected": [{"from": "gpt", "value": "b"}]}, "field 'rejected' has no role and content in message 1"),
         ({"rejected": [{"role": "bot", "content": "b"}]}, "field 'rejected' has an unknown role.*'bot'.*use one of"),
-        ({"rejected": [said(["b"])]}, r"field 'rejected\[0\].content' must be text, got \['b'\]"),  # type: ignore[arg-type]
+        ({"rejected": [said(["b"])]}, r"field 'rejected\[0\].content' has a part 1 that is no text, got 'b'"),  # type: ignore[arg-type]
         ({"prompt": 1.5}, "field 'prompt' must be text or a list of messages"),
         ({"prompt": None}, "field 'prompt' is missing, and where the prompt ends cannot be told.*add a column"),
         ({"prompt": [USER, said("x")]}, "field 'prompt' has a prompt that ends with the assistant's turn"),
