@@ -34,8 +34,9 @@ class RewardModule(AbstractPreferenceModule):
 
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. The reward of a response is a linear function of the hidden state
     of its last token; of a turn in a conversation, of the last token that the chat template writes, which may be a
-    newline behind the end of turn. So ``AutoModelForSequenceClassification`` reads it too. It trains on recorded pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler
-    draws in rounds; labels come from the data or from any labeler.
+    newline behind the end of turn. So ``AutoModelForSequenceClassification`` reads it too. It trains on recorded pairs
+    (`OfflineSampler`), or, with ``policy``, on pairs that any sampler draws in rounds; labels come from the data or
+    from any labeler.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
     over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``. Of an ensemble these are about

@@ -163,7 +163,7 @@ def _dataset_rows(local: Path, path: str, split: str) -> Iterator[tuple[str, Row
 
 
 def _without_filling(value: Any) -> Any:
-    """A cell without the nulls that Arrow writes for fields that other rows have: in it, all objects have all fields."""
+    """A cell without the nulls that Arrow writes for fields that only other rows have."""
     if isinstance(value, list):
         return [_without_filling(item) for item in value]
     if isinstance(value, dict):

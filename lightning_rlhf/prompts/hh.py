@@ -21,8 +21,9 @@ class HHPrompts(AbstractPromptSource):
     r"""Conversations with a better and a worse last answer, from files in the format of HH-RLHF.
 
     A row has ``chosen`` and ``rejected``, each a transcript ``"\n\nHuman: ...\n\nAssistant: ..."``. All turns but the
-    last become the prompt. ``probability`` or ``label``, and ``weight``, are read as by `DatasetPrompts`. Transcripts that break the format are left out and counted in `report` by reason; a row
-    whose fields are missing or no text raises an error. A turn that quotes ``"\n\nHuman:"`` cannot be told from two.
+    last become the prompt. ``probability`` or ``label``, and ``weight``, are read as `DatasetPrompts` reads them.
+    Transcripts that break the format are left out and counted in `report` by reason; a row whose fields are missing or
+    no text raises an error. A turn that quotes ``"\n\nHuman:"`` cannot be told from two.
 
     Args:
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "Anthropic/hh-rlhf".

@@ -75,8 +75,8 @@ def turn_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = 
     return TurnFormat(opening, end, answered_ids[last + 1 :], writes_bos)
 
 
-def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """With how many equal ids two sequences begin."""
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """With how many equal ids, or characters, two sequences begin."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

@@ -23,7 +23,6 @@ date make prompts change from day to day; give such a tokenizer a template witho
 
 from __future__ import annotations
 
-import os.path
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -198,30 +197,27 @@ def encode_answers(
             library did before it read reward models at the end of the template.
     """
     renderer = _Renderer(tokenizer, None, CHAT_TEMPLATES.get(chat_template or "", chat_template), None)
-    texts, rests = [], []
+    texts, wholes = [], []
     for prompt, answer in zip(prompts, responses, strict=True):
-        source = f"prompt {prompt.index}"
         if prompt.messages is None:
             texts.append(prompt.text)
-            rests.append(answer.text)
+            wholes.append(prompt.text + answer.text)
             continue
+        source = f"prompt {prompt.index}"
         messages = (*prompt.messages, {"role": "assistant", "content": answer.text})
-        text, whole = (renderer.render(m, prompt.template_options, source) for m in (prompt.messages, messages))
-        renderer.check(prompt.messages, prompt.template_options, text, source)
-        shared = len(os.path.commonprefix([text, whole]))
-        texts.append(text[:shared])
-        rests.append(whole[shared:])
-    encoded = encode_all(tokenizer, texts)
-    wholes = encode_all(tokenizer, [text + rest for text, rest in zip(texts, rests, strict=True)])
+        texts.append(renderer.render(prompt.messages, prompt.template_options, source))
+        wholes.append(renderer.render(messages, prompt.template_options, source))
+        renderer.check(prompt.messages, prompt.template_options, texts[-1], source)
+    encoded = zip(encode_all(tokenizer, texts), encode_all(tokenizer, wholes), strict=True)
     pairs = []
-    for prompt, answer, text, bare, whole in zip(prompts, responses, rests, encoded, wholes, strict=True):
+    for prompt, answer, (bare, whole) in zip(prompts, responses, encoded, strict=True):
         if prompt.messages is not None:
             whole = renderer.read(whole, answer.finish_reason, reading)
             start = max(1, min(shared_length(bare, whole), len(whole) - 1))
             pairs.append((whole[:start], whole[start:]))
             continue
         front = renderer.with_front(bare, conversational=False)
-        ids = _after(tokenizer, [(bare, whole, text)])[0]
+        ids = _after(tokenizer, [(bare, whole, answer.text)])[0]
         chat = reading == "template" and renderer.format.asks(bare)
         source = f"prompt {prompt.index}"
         ended, _ = renderer.ended(ids, (), chat, answer.finish_reason, source)
@@ -336,13 +332,15 @@ class _Renderer:
         assert isinstance(text, str)
         return text
 
-    def check(self, messages: Sequence[Message], options: dict[str, Any], text: str, source: str) -> None:
-        """Check that a template has written what it got.
+    def check(
+        self, messages: Sequence[Message], options: dict[str, Any], text: str, source: str, first: int = 0
+    ) -> None:
+        """Check that a template has written what it got, from message ``first`` on.
 
         Raises:
             ValueError: naming the row and what is left out.
         """
-        for number, message in enumerate(messages):
+        for number, message in enumerate(messages[first:], start=first):
             content = message["content"]
             # most templates write a text as it is; where not, it is left out if another one makes no difference
             if (
@@ -412,7 +410,7 @@ class _Renderer:
         wholes = [self.render((*messages, answer), options, source) for answer in answers]
         for answer, whole in zip(answers, wholes, strict=True):
             if not holds_text_alone(answer):
-                self.check((*messages, answer), options, whole, source)
+                self.check((*messages, answer), options, whole, source, first=len(messages))
         if all(whole.startswith(text) for whole in wholes):
             rests = [whole[len(text) :] for whole in wholes]
             return text, [
@@ -437,7 +435,7 @@ class _Renderer:
     def _without_opening(self, messages: tuple[Message, ...], options: dict[str, Any], text: str, source: str) -> str:
         """The prompt up to where an answer begins, whatever it is."""
         written = [self.render((*messages, {"role": "assistant", "content": c}), options, source) for c in ("a", "b")]
-        start = os.path.commonprefix(written)
+        start = written[0][: shared_length(*written)]
         if not start or not text.startswith(start):
             self._rewrites(text, source)
         return start
