@@ -52,8 +52,8 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
     ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
     ``branch``, ``prompt_index``; ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit
     cut the response off; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
-    ``reward_b``; and ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones. Of
-    a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where they
+    ``reward_b``; ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones; and
+    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON. Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where they
     are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in place of
     one of the same name. The run may go on meanwhile.
 
@@ -96,9 +96,9 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     """Write all comparisons of a ledger, labelled or not, and return how many there are.
 
     Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the laws ``source_a`` and ``source_b`` they
-    were drawn from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta`` (implicit reward of a minus that of b; null where the
-    sampler did not compute it), ``round``, ``position`` and ``prompt_index``. Rollouts are written as
-    `export_ledger` writes them.
+    were drawn from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta``
+    (implicit reward of a minus that of b; null where the sampler did not compute it), ``round``, ``position`` and
+    ``prompt_index``. Rollouts are written as `export_ledger` writes them.
 
     Args:
         ledger: path of the ledger of a run.

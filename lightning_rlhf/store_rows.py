@@ -178,7 +178,7 @@ def _to_prompt(row: Sequence[Any]) -> Prompt:
     index, ids, text, messages, recorded, *responses = row
     if not isinstance(index, int) or not isinstance(text, str):
         raise TypeError(f"a prompt has number {index!r} and text {text!r}")
-    turns = None if messages is None else json.loads(messages)
+    turns: Any = None if messages is None else json.loads(messages)
     options: dict[str, Any] = {}
     if isinstance(turns, dict):
         turns, options = turns.get("turns"), turns.get("template_options", {})

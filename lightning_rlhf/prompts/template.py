@@ -91,8 +91,7 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     found = max((token for token in known if token and text.startswith(token)), key=len, default=None)
     if found is None:
         return None
-    (id_,) = tokenizer.convert_tokens_to_ids([found])
-    return int(id_)
+    return int(tokenizer.convert_tokens_to_ids([found])[0])
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

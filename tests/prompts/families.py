@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 
-WORDS = "the a river city name one two water answer question is are was in of to and not Elbe Rhine Berlin".split()
+WORDS = "the a river city name one two water answer question is are was in of to and not Elbe Rhine Berlin"
 _random = random.Random(0)
-CORPUS = [" ".join(_random.choice(WORDS) for _ in range(10)) + "." for _ in range(200)]
+CORPUS = [" ".join(_random.choice(WORDS.split()) for _ in range(10)) + "." for _ in range(200)]
 
 LLAMA2 = (
     "{% set start = 1 if messages[0]['role'] == 'system' else 0 %}{% for m in messages[start:] %}"
@@ -57,7 +57,8 @@ QWEN3 = (
     "{{ '<|im_start|>user\\n<tool_response>' + c + '</tool_response><|im_end|>\\n' }}"
     "{% else %}{{ '<|im_start|>' + m['role'] + '\\n' + c + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from lightning_rlhf.prompts import CHAT_TEMPLATES, tokenize_rows
+from lightning_rlhf import PreferenceDataModule
+from lightning_rlhf.generation.base import Decoding
+from lightning_rlhf.generation.text import drawn_text
+from lightning_rlhf.labelers import RecordedLabeler
+from lightning_rlhf.models.stops import add_stop_ids, stop_ids
+from lightning_rlhf.modules import RewardModule
+from lightning_rlhf.prompts import CHAT_TEMPLATES, DatasetPrompts, tokenize_rows
 from lightning_rlhf.prompts.tokenize import encode_answers
 from lightning_rlhf.rewards import RewardModelReward
+from lightning_rlhf.samplers import OfflineSampler
 from lightning_rlhf.types import Message, Prompt, PromptRow, RecordedPair, Response
 
 from .families import FAMILIES
@@ -21,6 +36,13 @@ Tokenizer = PreTrainedTokenizerFast
 LIMITS: dict[str, Any] = {"max_prompt_tokens": 400, "max_response_tokens": 400}
 USER: Message = {"role": "user", "content": "name the river."}
 TURNS: tuple[Message, ...] = (USER, {"role": "assistant", "content": "the Elbe."}, {"role": "user", "content": "one?"})
+SIZE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
 ANSWERS = ("The Elbe, Ärger \U0001f600.", "the Rhine.\nin two  lines", "\tnot <b>it</b>", "1")
 
 
@@ -53,9 +75,8 @@ def test_prompt_and_completion_are_the_templates_ids_up_to_the_end_of_turn(name:
     tokenizer = made(name)
     end = tokenizer.convert_tokens_to_ids(FAMILIES[name].end)
     for messages in conversations(name):
-        rows = [
-            PromptRow("r", messages=messages, pair=RecordedPair(a, b)) for a, b in zip(ANSWERS, ANSWERS[1:] + ("2",))
-        ]
+        pairs = zip(ANSWERS, (*ANSWERS[1:], "2"), strict=True)
+        rows = [PromptRow("r", messages=messages, pair=RecordedPair(a, b)) for a, b in pairs]
         rows += [PromptRow("r", messages=messages, completion=a) for a in ANSWERS]
         for row, prompt in zip(rows, tokenize_rows(rows, tokenizer, **LIMITS)[0], strict=True):
             texts = (row.completion,) if row.pair is None else (row.pair.chosen, row.pair.rejected)
@@ -131,16 +152,7 @@ def test_a_text_that_was_rendered_beforehand_ends_as_its_conversation_does(name:
 def test_a_reward_model_reads_the_whole_template(name: str, tmp_path: Path) -> None:
     tokenizer = made(name)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        num_labels=1,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**SIZE, vocab_size=len(tokenizer), num_labels=1, pad_token_id=0)
     model: Any = AutoModelForSequenceClassification.from_config(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -159,6 +171,80 @@ def test_a_reward_model_reads_the_whole_template(name: str, tmp_path: Path) -> N
     ((prompt, ids),) = encode_answers(prompts[:1], [Response((1,), "The Elbe.", "length")], tokenizer)
     assert tokenizer.decode(prompt + ids, skip_special_tokens=True).rstrip().endswith("The Elbe.")
     assert ids[-1] not in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(FAMILIES[name].end))
+
+
+@pytest.mark.parametrize("name", ["qwen2-base", "gemma3", "phi3"], indirect=True)
+def test_a_trained_reward_model_is_read_where_it_was_trained(name: str, tmp_path: Path) -> None:
+    """By this library and by transformers over the template; one of an earlier version where that one read it."""
+    tokenizer, backbone = made(name), tmp_path / "backbone"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=len(tokenizer), max_position_embeddings=64)).save_pretrained(
+        backbone
+    )
+    tokenizer.save_pretrained(backbone)
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": [USER], "chosen": [answer("The Elbe.")], "rejected": [answer("two")]}
+    rows.write_text(json.dumps(row))
+    data = PreferenceDataModule(
+        DatasetPrompts(str(rows)),
+        OfflineSampler(),
+        RecordedLabeler(),
+        heldout=DatasetPrompts(str(rows)),
+        pairs_per_batch=1,
+        epochs_per_round=None,
+        decoding=Decoding(max_new_tokens=24),
+    )
+    module = RewardModule(str(backbone), learning_rate=1e-2)
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, enable_progress_bar=False, enable_model_summary=False, **options
+    )
+    trainer.fit(module, datamodule=data)
+    module.save_pretrained(tmp_path / "model")
+    reward = RewardModelReward(str(tmp_path / "model"))
+    texts = ("The Elbe.", "two")
+    prompts, responses = [Prompt(0, (1,), "x", (USER,))] * 2, [Response((1,), text, "eos") for text in texts]
+    ours = reward.score(prompts, responses).mean
+    (trained,) = data._heldout
+    assert trained.pair is not None
+    with torch.no_grad():
+        own = module._scores([(trained.ids, tuple(response.ids for response in trained.pair))]).view(-1)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+        ids = [template_ids(tokenizer, USER, answer(text)) for text in texts]
+        states = [model.base_model(torch.tensor([one])).last_hidden_state[0, -1] for one in ids]
+        card = torch.cat([model.score(state) for state in states])
+    torch.testing.assert_close(ours, own)
+    torch.testing.assert_close(ours, card)
+    assert ours.mean().item() == pytest.approx(model.config.reward_mean, abs=1e-4)
+    # a folder as earlier versions wrote it: EOS behind the end of turn, and nothing else
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config.pop("reward_reading") == "template"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    end, eos = tokenizer.convert_tokens_to_ids(FAMILIES[name].end), tokenizer.eos_token_id
+    earlier = [one[: len(one) - 1 - one[::-1].index(end)] + ((end,) if end == eos else (end, eos)) for one in ids]
+    with torch.no_grad():
+        states = [model.base_model(torch.tensor([one])).last_hidden_state[0, -1] for one in earlier]
+        card = torch.cat([model.score(state) for state in states])
+    torch.testing.assert_close(RewardModelReward(str(tmp_path / "model")).score(prompts, responses).mean, card)
+
+
+def test_generation_stops_where_recorded_turns_end(name: str) -> None:
+    tokenizer = made(name)
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[name].end)
+    config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    assert set(stop_ids(config, tokenizer)) == {end, tokenizer.eos_token_id}
+    add_stop_ids(config, tokenizer)  # so does the model that is saved
+    saved = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    assert set(saved) == {end, tokenizer.eos_token_id}
+
+
+def test_a_drawn_text_continues_a_plain_prompt(name: str) -> None:
+    tokenizer = made(name)
+    for text in (" the Elbe.", "\nthe Elbe", "s."):
+        row = PromptRow("r", text="name the river", completion=text)
+        (prompt,), _ = tokenize_rows([row], tokenizer, **LIMITS)
+        assert prompt.completion is not None
+        assert drawn_text(tokenizer, prompt, prompt.completion.ids, ended=True) == text
 
 
 def test_reasoning_is_recorded_as_it_is_drawn() -> None:
