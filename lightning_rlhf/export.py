@@ -53,9 +53,11 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
     ``branch``, ``prompt_index``; ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit
     cut the response off; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
     ``reward_b``; ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones; and
-    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON. Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where they
-    are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in place of
-    one of the same name. The run may go on meanwhile.
+    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON.
+
+    Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where
+    they are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in
+    place of one of the same name. The run may go on meanwhile.
 
     Args:
         ledger: path of the ledger of a run.
