@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,7 +91,7 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     found = max((token for token in known if token and text.startswith(token)), key=len, default=None)
     if found is None:
         return None
-    return int(tokenizer.convert_tokens_to_ids([found])[0])
+    return cast(int, tokenizer.convert_tokens_to_ids(found))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

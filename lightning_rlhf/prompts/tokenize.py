@@ -208,19 +208,21 @@ def encode_answers(
         texts.append(renderer.render(prompt.messages, prompt.template_options, source))
         wholes.append(renderer.render(messages, prompt.template_options, source))
         renderer.check(prompt.messages, prompt.template_options, texts[-1], source)
-    encoded = zip(encode_all(tokenizer, texts), encode_all(tokenizer, wholes), strict=True)
+    encoded, together = encode_all(tokenizer, texts), encode_all(tokenizer, wholes)
+    cases = [
+        (bare, whole, answer.text) if prompt.messages is None else ((), whole, "")
+        for prompt, answer, bare, whole in zip(prompts, responses, encoded, together, strict=True)
+    ]
     pairs = []
-    for prompt, answer, (bare, whole) in zip(prompts, responses, encoded, strict=True):
+    for prompt, answer, bare, ids in zip(prompts, responses, encoded, _after(tokenizer, cases), strict=True):
         if prompt.messages is not None:
-            whole = renderer.read(whole, answer.finish_reason, reading)
+            whole = renderer.read(ids, answer.finish_reason, reading)
             start = max(1, min(shared_length(bare, whole), len(whole) - 1))
             pairs.append((whole[:start], whole[start:]))
             continue
-        front = renderer.with_front(bare, conversational=False)
-        ids = _after(tokenizer, [(bare, whole, answer.text)])[0]
         chat = reading == "template" and renderer.format.asks(bare)
-        source = f"prompt {prompt.index}"
-        ended, _ = renderer.ended(ids, (), chat, answer.finish_reason, source)
+        ended, _ = renderer.ended(ids, (), chat, answer.finish_reason, f"prompt {prompt.index}")
+        front = renderer.with_front(bare, conversational=False)
         pairs.append((front, renderer.format.closed(bare, ended) if chat else ended))
     return pairs
 
