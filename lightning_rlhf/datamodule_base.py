@@ -24,6 +24,7 @@ from lightning_rlhf.collate import StepBatch
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.loading import RankSampler, ResumableLoader, Step, epoch_order, group_by_length, plan
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
+from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.store import PreferenceStore
@@ -214,7 +215,15 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
             max_response_tokens=self.decoding.max_new_tokens,
             on_long_prompt=self.on_long_prompt,
             system_prompt=self.system_prompt,
+            end_ids=module.configured_end_ids,
         )
+        end = turn_format(module.tokenizer).end
+        if end is not None and end not in module.configured_end_ids and any(p.messages is not None for p in prompts):
+            token = module.tokenizer.convert_ids_to_tokens(end)
+            rank_zero_info(
+                f"{what} prompts: turns end with {token!r}, which the checkpoint does not stop at; responses end there "
+                f"from now on, and the saved model does"
+            )
         counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
         rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
         return prompts

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.store_rollouts import RolloutTable
-from lightning_rlhf.types import Comparison, Preference, Prompt, Rollout
+from lightning_rlhf.types import Comparison, Message, Preference, Prompt, Rollout
 
 
 Format = Literal["auto", "jsonl", "parquet"]
@@ -50,11 +50,14 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
 
     The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
     ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
-    ``branch``, ``prompt_index``; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
-    ``reward_b``; and ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones. Of
-    a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where they
-    are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in place of
-    one of the same name. The run may go on meanwhile.
+    ``branch``, ``prompt_index``; ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit
+    cut the response off; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
+    ``reward_b``; ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones; and
+    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON.
+
+    Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where
+    they are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in
+    place of one of the same name. The run may go on meanwhile.
 
     Args:
         ledger: path of the ledger of a run.
@@ -71,18 +74,23 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
     """
     target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
-        count, all_have_messages, any_has_rewards, any_is_recorded = 0, True, False, False
+        count, all_have_messages, any_has_rewards, any_is_recorded, any_has_options = 0, True, False, False, False
         for preference in store.preferences():
             count += 1
             all_have_messages &= preference.comparison.prompt.messages is not None
             any_has_rewards |= "reward_a" in preference.label.meta
             any_is_recorded |= _recorded(preference.comparison) is not None
+            any_has_options |= bool(preference.comparison.prompt.template_options)
         if not count and (drawn := _groups(store)):
             return _write_rollouts(drawn, target, kind, rows, best)
         if not count:
             raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
         conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
-        written = (preference_row(p, conversational, any_has_rewards, any_is_recorded) for p in store.preferences())
+        written: Iterable[Row] = (
+            preference_row(p, conversational, any_has_rewards, any_is_recorded)
+            | (_template_columns(p.comparison.prompt) if any_has_options and conversational else {})
+            for p in store.preferences()
+        )
         return _write(written, target, kind)
 
 
@@ -90,9 +98,9 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     """Write all comparisons of a ledger, labelled or not, and return how many there are.
 
     Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the laws ``source_a`` and ``source_b`` they
-    were drawn from, ``branch``, ``weight``, ``passes``, ``delta`` (implicit reward of a minus that of b; null where the
-    sampler did not compute it), ``round``, ``position`` and ``prompt_index``. Rollouts are written as
-    `export_ledger` writes them.
+    were drawn from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta``
+    (implicit reward of a minus that of b; null where the sampler did not compute it), ``round``, ``position`` and
+    ``prompt_index``. Rollouts are written as `export_ledger` writes them.
 
     Args:
         ledger: path of the ledger of a run.
@@ -140,6 +148,8 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
         "round": preference.round,
         "branch": comparison.branch,
         "prompt_index": comparison.prompt.index,
+        "finish_reason_chosen": chosen.finish_reason,
+        "finish_reason_rejected": rejected.finish_reason,
     }
     if rewards:
         row |= {"reward_chosen": label.meta.get(sides[0]), "reward_rejected": label.meta.get(sides[1])}
@@ -162,6 +172,8 @@ def comparison_row(round: int, position: int, comparison: Comparison) -> Row:
         "b": comparison.b.text,
         "source_a": comparison.a.source,
         "source_b": comparison.b.source,
+        "finish_reason_a": comparison.a.finish_reason,
+        "finish_reason_b": comparison.b.finish_reason,
         "branch": comparison.branch,
         "weight": comparison.weight,
         "passes": comparison.passes,
@@ -204,14 +216,30 @@ def _write_rollouts(groups: list[tuple[int, list[Rollout]]], target: Path, kind:
             raise ValueError("no rollout has a reward yet, so none is the best; leave best out")
     all_have_messages = all(rollout.prompt.messages is not None for _, rollouts in groups for rollout in rollouts)
     conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
+    any_has_options = any(rollout.prompt.template_options for _, rollouts in groups for rollout in rollouts)
     return _write(
-        (rollout_row(rollout, round, conversational) for round, rollouts in groups for rollout in rollouts),
+        (
+            rollout_row(rollout, round, conversational)
+            | (_template_columns(rollout.prompt) if any_has_options and conversational else {})
+            for round, rollouts in groups
+            for rollout in rollouts
+        ),
         target,
         kind,
     )
 
 
-def _messages(prompt: Prompt) -> list[dict[str, str]]:
+def _template_columns(prompt: Prompt) -> Row:
+    """What the chat template got beside the messages, as the columns that `DatasetPrompts` reads; JSON in strings."""
+    options = dict(prompt.template_options)
+    tools = options.pop("tools", None)
+    return {
+        "tools": None if tools is None else json.dumps(tools, ensure_ascii=False),
+        "chat_template_kwargs": json.dumps(options, ensure_ascii=False) if options else None,
+    }
+
+
+def _messages(prompt: Prompt) -> list[Message]:
     if prompt.messages is None:
         raise ValueError(
             f"prompt {prompt.index} is a text, not a conversation, so it has no conversational row; pass rows=plain"
@@ -262,6 +290,18 @@ def _write_jsonl(rows: Iterable[Row], path: Path) -> int:
     return count
 
 
+def _check_turns(rows: list[Row]) -> None:
+    """Check that turns hold what Parquet has columns for."""
+    for row in rows:
+        for name, value in row.items():
+            more = {key for turn in value for key in turn} - {"role", "content"} if isinstance(value, list) else set()
+            if more:
+                raise ValueError(
+                    f"messages in {name!r} of prompt {row['prompt_index']} hold {sorted(more)}, for which a Parquet "
+                    f"file of rows has no place; write .jsonl"
+                )
+
+
 def _write_parquet(rows: Iterable[Row], path: Path) -> int:
     rows = iter(rows)
     group = list(islice(rows, _ROW_GROUP))
@@ -271,6 +311,7 @@ def _write_parquet(rows: Iterable[Row], path: Path) -> int:
     count = 0
     with pq.ParquetWriter(path, schema) as writer:
         while group:
+            _check_turns(group)
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             count += len(group)
             group = list(islice(rows, _ROW_GROUP))

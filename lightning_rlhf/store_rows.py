@@ -136,7 +136,10 @@ def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:
     """The row number of a prompt, which is stored once per index and content."""
     where = f"prompt {prompt.index}"
     chosen, rejected = prompt.pair or (None, None)
-    messages = None if prompt.messages is None else json.dumps(prompt.messages)
+    turns: Any = prompt.messages
+    if prompt.template_options:
+        turns = {"turns": prompt.messages, "template_options": prompt.template_options}
+    messages = None if prompt.messages is None else json.dumps(turns)
     recorded = None if prompt.recorded is None else json.dumps(asdict(prompt.recorded))
     row = (prompt.index, _pack(prompt.ids, "i"), _text(prompt.text, where), messages, recorded)
     row += (*_response_row(chosen, where), *_response_row(rejected, where))
@@ -175,7 +178,10 @@ def _to_prompt(row: Sequence[Any]) -> Prompt:
     index, ids, text, messages, recorded, *responses = row
     if not isinstance(index, int) or not isinstance(text, str):
         raise TypeError(f"a prompt has number {index!r} and text {text!r}")
-    turns = None if messages is None else json.loads(messages)
+    turns: Any = None if messages is None else json.loads(messages)
+    options: dict[str, Any] = {}
+    if isinstance(turns, dict):
+        turns, options = turns.get("turns"), turns.get("template_options", {})
     if turns is not None and not (isinstance(turns, list) and all(map(_is_turn, turns))):
         raise TypeError(f"a prompt has the messages {messages!r}")
     return Prompt(
@@ -185,6 +191,7 @@ def _to_prompt(row: Sequence[Any]) -> Prompt:
         messages=None if turns is None else tuple(turns),
         pair=None if responses[0] is None else (_to_response(responses[:6]), _to_response(responses[6:])),
         recorded=None if recorded is None else RecordedPair(**json.loads(recorded)),
+        template_options=options,
     )
 
 
@@ -208,7 +215,9 @@ def _pack(values: Sequence[float] | None, kind: str) -> bytes | None:
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    return (
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content", 0), str | None)
+    )
 
 
 def _unpack(blob: bytes | None, kind: str) -> tuple[Any, ...] | None:

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
-Message = dict[str, str]
-"""One chat turn, ``{"role": "user" | "assistant" | "system", "content": "..."}``."""
+Message = dict[str, Any]
+"""One chat turn, ``{"role": "user" | "assistant" | "system" | ..., "content": "..."}``.
+
+``content`` is text, or None where the turn holds something else. Other fields, such as ``tool_calls``, are passed to
+the chat template as they are.
+"""
 
 FinishReason = Literal["eos", "length"]
 LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "timeout"]
@@ -47,6 +51,11 @@ class PromptRow:
         messages: conversational prompt, rendered with the chat template of the policy.
         pair: recorded completions, for preference rows.
         completion: text of the one recorded completion, for supervised rows.
+        template_options: what the chat template gets beside the messages, such as ``tools``.
+        answers: the recorded completions as messages, chosen before rejected, where they hold more than text; empty
+            otherwise.
+        finish_reasons: why the recorded completions ended, in the same order; empty if all of them ended by
+            themselves.
     """
 
     source: str
@@ -54,6 +63,9 @@ class PromptRow:
     messages: tuple[Message, ...] | None = None
     pair: RecordedPair | None = None
     completion: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    answers: tuple[Message, ...] = ()
+    finish_reasons: tuple[FinishReason, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,7 @@ class Prompt:
         pair: tokenised recorded pair (chosen, rejected), for offline preference rows.
         recorded: what the data row said about ``pair``.
         completion: tokenised recorded completion, for supervised rows; ledgers do not keep it.
+        template_options: what the chat template gets beside the messages, such as ``tools``.
     """
 
     index: int
@@ -77,6 +90,7 @@ class Prompt:
     pair: tuple[Response, Response] | None = None
     recorded: RecordedPair | None = None
     completion: Response | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ class Response:
 
     Args:
         ids: token ids, EOS included when it was sampled; never empty.
-        text: decoded text without special tokens.
+        text: decoded text without special tokens; of a recorded response, the text of the row to the letter.
         finish_reason: ``"eos"``, or ``"length"`` when the token limit cut it.
         policy_logps: log pi_theta of each token at sampling time, untempered, nats; None when not computed.
         reference_logps: log pi_ref of each token, nats; None when not computed.

@@ -11,8 +11,10 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from lightning_rlhf.export import export_comparisons, export_ledger
+from lightning_rlhf.models.load import load_tokenizer
+from lightning_rlhf.prompts import DatasetPrompts, LedgerPrompts, tokenize_rows
 from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.types import Comparison, Label, Message, Prompt, Response
+from lightning_rlhf.types import Comparison, Label, Message, Prompt, PromptRow, RecordedPair, Response
 
 
 LABELS = [
@@ -52,7 +54,8 @@ def load(path: Path) -> list[dict[str, Any]]:
 def test_plain_rows_have_the_more_probable_response_as_chosen(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / "new" / f"rows{suffix}"
     assert export_ledger(make_ledger(tmp_path), str(out)) == 3
-    common = {"weight": 1.5, "round": 2, "branch": "tilt"}
+    ends = {"finish_reason_chosen": "eos", "finish_reason_rejected": "eos"}
+    common = {"weight": 1.5, "round": 2, "branch": "tilt", **ends}
     assert load(out) == [
         {
             "prompt": f"<|user|>Q{i}",
@@ -84,6 +87,43 @@ def test_conversational_rows_are_lists_of_messages(tmp_path: Path, suffix: str) 
 
     export_ledger(ledger, str(out), rows="plain")  # in place of the old file
     assert load(out)[0]["prompt"] == "<|user|>Q0"
+
+
+def test_what_is_exported_is_read_back_as_it_was(tmp_path: Path, tiny_policy: Path) -> None:
+    """Ids, texts to the letter, where a response was cut off, and what the chat template got."""
+    tokenizer = load_tokenizer(str(tiny_policy))
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    calls = "{% for m in messages if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endfor %}"
+    tokenizer.chat_template = f"{tools}{calls}{tokenizer.chat_template}"
+    turns: tuple[Message, ...] = (
+        {"role": "user", "content": " Q "},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]},
+        {"role": "tool", "content": "x"},
+    )
+    pair = RecordedPair(" a\n", "b" * 40, 0.9)
+    kinds = {
+        "chat": [PromptRow("r", messages=turns, pair=pair, template_options={"tools": [{"name": "f"}]})],
+        "plain": [PromptRow("r", text="long prompt " * 9, pair=pair), PromptRow("r", text="Q", pair=pair)],
+    }
+    for kind, rows in kinds.items():
+        prompts, _ = tokenize_rows(
+            rows, tokenizer, max_prompt_tokens=90, max_response_tokens=20, on_long_prompt="truncate"
+        )
+        with PreferenceStore(tmp_path / f"{kind}.sqlite") as store:
+            pairs = [Comparison(p, *p.pair) for p in prompts if p.pair is not None]
+            store.add_labels(store.add_comparisons(0, pairs, range(len(pairs))), [Label(0.9)] * len(pairs))
+        export_ledger(str(tmp_path / f"{kind}.sqlite"), str(tmp_path / f"{kind}.jsonl"))
+        for source in (
+            DatasetPrompts(str(tmp_path / f"{kind}.jsonl")),
+            LedgerPrompts(str(tmp_path / f"{kind}.sqlite")),
+        ):
+            again, counts = tokenize_rows(source.load(), tokenizer, max_prompt_tokens=999, max_response_tokens=999)
+            assert not counts
+            assert [(p.ids, p.messages, p.pair) for p in again] == [(p.ids, p.messages, p.pair) for p in prompts]
+    assert prompts[0].pair is not None
+    assert [(r.text, r.finish_reason) for r in prompts[0].pair] == [(" a\n", "eos"), ("b" * 20, "length")]
+    with pytest.raises(ValueError, match=r"messages in 'prompt' of prompt 0 hold \['tool_calls'\].*write .jsonl"):
+        export_ledger(str(tmp_path / "chat.sqlite"), str(tmp_path / "chat.parquet"))
 
 
 def test_one_prompt_without_messages_makes_all_rows_plain_or_an_error(tmp_path: Path) -> None:
@@ -122,6 +162,8 @@ def test_comparisons_are_exported_with_and_without_labels(tmp_path: Path, suffix
         "b": "3b é",
         "source_a": "plus",
         "source_b": "plus",
+        "finish_reason_a": "eos",
+        "finish_reason_b": "eos",
         "branch": "tilt",
         "weight": 1.5,
         "passes": 4.0,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
@@ -25,12 +25,12 @@ from lightning_rlhf.models.load import (
     resolve_checkpoint,
 )
 from lightning_rlhf.models.reference import FrozenCopyReference
-from lightning_rlhf.prompts.dataset import parse_completion, parse_prompt
 from lightning_rlhf.prompts.files import SUFFIXES, read_rows
+from lightning_rlhf.prompts.messages import parse_completion, parse_prompt, turn_text
 from lightning_rlhf.prompts.text import text_response
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.types import FinishReason, PromptRow, Response
+from lightning_rlhf.types import FinishReason, Message, PromptRow, Response
 
 
 RECORDED = ("chosen", "rejected")
@@ -147,15 +147,17 @@ class Answerer:
         if not missing:
             return
         tokenizer = load_tokenizer(checkpoint, self.chat_template, self.trust_remote_code)
-        model = self._load(checkpoint)
-        window = context_window(model)
+        # rows are checked before the model is loaded
+        source = resolve_checkpoint(checkpoint, trust_remote_code=self.trust_remote_code)
+        window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.trust_remote_code))
         prompts, _ = tokenize_rows(
-            [replace(row, pair=None) for row in rows],
+            [replace(row, pair=None, answers=(), finish_reasons=()) for row in rows],
             tokenizer,
             max_prompt_tokens=1_000_000 if window is None else window - self.decoding.max_new_tokens,
             max_response_tokens=self.decoding.max_new_tokens,
             on_long_prompt=self.on_long_prompt,
         )
+        model = self._load(checkpoint)
         engine = DecodeEngine(
             model,
             None if self.reference is None else FrozenCopyReference(self._load(self.reference)),
@@ -220,7 +222,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
         # a text and a conversation of one turn are the same question
         names = [_named(prompt)]
         if not isinstance(prompt, str) and len(prompt) == 1:
-            names.append(_named(prompt[0]["content"]))
+            names.append(_named(turn_text(prompt[0])))
         text = next((answers[name] for name in names if name in answers), None)
         if text is None:
             raise ValueError(f"{name}: has no answer to the prompt of {row.source}; give a row for every prompt")
@@ -228,7 +230,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
     return found
 
 
-def _named(prompt: str | Sequence[dict[str, str]]) -> str:
+def _named(prompt: str | Sequence[Message]) -> str:
     return json.dumps(prompt, ensure_ascii=False)
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.lanes import AbstractLanes, Lane, Name, Row, lanes_for
+from lightning_rlhf.generation.text import drawn_text
 from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
 from lightning_rlhf.models.logprobs import base_model, response_logps
 from lightning_rlhf.models.modes import evaluating
@@ -205,7 +206,7 @@ class DecodeEngine(AbstractEngine):
         reason: FinishReason = "eos" if row.ids[-1] in self.eos_ids else "length"
         return Response(
             ids=tuple(row.ids),
-            text=str(self.tokenizer.decode(row.ids, skip_special_tokens=True)),
+            text=drawn_text(self.tokenizer, row.request.prompt, row.ids, reason == "eos"),
             finish_reason=reason,
             policy_logps=tuple(row.logps["policy"]) or None,
             reference_logps=tuple(row.logps["reference"]) or None,

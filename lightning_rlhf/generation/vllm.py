@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf import ranks
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.engine import with_logps
+from lightning_rlhf.generation.text import drawn_text
 from lightning_rlhf.models.logprobs import base_model
 from lightning_rlhf.models.reference import AbstractReference
 from lightning_rlhf.models.rotary import rotary_window
@@ -183,7 +184,7 @@ def drawn_response(
             f"the version of vLLM against the extra 'vllm', or use the built-in DecodeEngine"
         )
     reason: FinishReason = "eos" if ended else "length"
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    text = drawn_text(tokenizer, request.prompt, ids, ended)
     return Response(ids=ids, text=text, finish_reason=reason, source=request.source)
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from lightning_rlhf.judging.task import PairTask, Style, Task
+from lightning_rlhf.prompts.messages import turn_text
 from lightning_rlhf.types import Message, Prompt
 
 
@@ -171,9 +172,9 @@ def context_text(context: str | Sequence[Message]) -> str:
     if isinstance(context, str):
         return context
     if len(context) == 1:
-        return context[0]["content"]
+        return turn_text(context[0])
     # a turn may not speak for another
-    return "\n\n".join(f"{_speaker(turn['role'])}: {harmless(turn['content'], _TURNS)}" for turn in context)
+    return "\n\n".join(f"{_speaker(turn['role'])}: {harmless(turn_text(turn), _TURNS)}" for turn in context)
 
 
 def markers(task: Task) -> tuple[str, ...]:

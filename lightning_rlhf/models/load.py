@@ -48,6 +48,7 @@ from lightning_rlhf.models.checks import (
 )
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.save import refuse_tied_targets, save_policy
+from lightning_rlhf.models.stops import stop_ids
 
 
 __all__ = [
@@ -379,14 +380,12 @@ def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
 
 
 def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's, and those of the model's generation config.
+    """Token ids that end a response; see `lightning_rlhf.models.stops.stop_ids`.
 
     Raises:
         ValueError: if there is none, or one that the model cannot write.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
-    found = tuple(dict.fromkeys(int(cast(int, i)) for i in ids if i is not None))
+    found = stop_ids(getattr(model, "generation_config", None), tokenizer)
     rows = embedding_rows(model)
     config = cast(PreTrainedConfig, model.config)
     # a small model often keeps the id of its family's first one, which it can never write

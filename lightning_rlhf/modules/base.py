@@ -21,6 +21,7 @@ from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.sharding import build_sharded, gathered
+from lightning_rlhf.models.stops import configured_ids, saved_generation_config
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.sums import RunningSums, logs_now
@@ -122,6 +123,12 @@ class AbstractStepModule(L.LightningModule, ABC):
         """Longest sequence in tokens; None when the model sets no limit."""
         checkpoint = resolve_checkpoint(self.checkpoint)
         return context_window(AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code))
+
+    @cached_property
+    def configured_end_ids(self) -> tuple[int, ...]:
+        """Token ids at which generation stops by tokenizer and generation config; found without the weights."""
+        checkpoint = resolve_checkpoint(self.checkpoint)
+        return configured_ids(saved_generation_config(checkpoint, self.trust_remote_code), self.tokenizer)
 
     def engine(self, decoding: Decoding) -> AbstractEngine | None:
         """Make what responses are drawn with; None where there is no policy, and pairs must be recorded ones."""

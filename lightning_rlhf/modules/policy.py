@@ -20,6 +20,7 @@ from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
 from lightning_rlhf.models.save import load_weights
 from lightning_rlhf.models.sharding import fill, full_state_dict, scattered, shard
+from lightning_rlhf.models.stops import add_stop_ids
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
@@ -197,6 +198,7 @@ class AbstractPolicyModule(AbstractStepModule):
         """Write the policy as a folder that ``AutoModelForCausalLM`` opens; every rank calls, rank zero writes."""
         state = full_state_dict(self.policy)
         if self.global_rank == 0:
+            add_stop_ids(self.policy.generation_config, self.tokenizer)
             save_policy(self.policy, self.tokenizer, folder, state_dict=state)
 
 

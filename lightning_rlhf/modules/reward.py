@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReferen
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.models.sharding import full_state_dict
 from lightning_rlhf.modules.base import AbstractPreferenceModule
+from lightning_rlhf.prompts.template import TurnFormat, turn_format
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
 
@@ -31,8 +33,10 @@ class RewardModule(AbstractPreferenceModule):
     """A reward model trained on preferences by the Bradley-Terry loss, with soft labels.
 
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. The reward of a response is a linear function of the hidden state
-    of its last token. It trains on recorded pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler
-    draws in rounds; labels come from the data or from any labeler.
+    of its last token; of a turn in a conversation, of the last token that the chat template writes, which may be a
+    newline behind the end of turn. So ``AutoModelForSequenceClassification`` reads it too. It trains on recorded pairs
+    (`OfflineSampler`), or, with ``policy``, on pairs that any sampler draws in rounds; labels come from the data or
+    from any labeler.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
     over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``. Of an ensemble these are about
@@ -150,6 +154,17 @@ class RewardModule(AbstractPreferenceModule):
             eos_ids=end_of_sequence_ids(policy, self.tokenizer),
             tokens_per_batch=self.tokens_per_batch,
         )
+
+    @cached_property
+    def turns(self) -> TurnFormat:
+        """How the chat template writes the assistant's turn."""
+        return turn_format(self.tokenizer)
+
+    @cached_property
+    def context_window(self) -> int | None:
+        """Longest sequence in tokens, less what the template writes behind a turn; None without a limit."""
+        window = super().context_window
+        return None if window is None else window - len(self.turns.closing)
 
     def _frozen_policy(self, name: str) -> tuple[PreTrainedModel, AbstractReference | None]:
         """Policy and reference, on the device of the run; no modules of this one, so that no checkpoint holds them."""
@@ -270,11 +285,14 @@ class RewardModule(AbstractPreferenceModule):
             tokenizer = copy.deepcopy(self.tokenizer)
             padding = self.scorer.config.pad_token_id
             tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
+            for model in self.scorer.models:
+                model.config.reward_reading = "template"
             self.scorer.save(folder, tokenizer, state)
 
     def _scores(self, groups: Any, tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
+        groups = [(prompt, tuple(self.turns.closed(prompt, ids) for ids in answers)) for prompt, answers in groups]
         return scorer.scores(groups, layout=self.layout, tokens_per_batch=tokens_per_batch)
 
 

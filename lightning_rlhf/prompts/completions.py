@@ -3,7 +3,11 @@
 Each row is an object with some of these columns; text is a string or a list of ``{"role": ..., "content": ...}``:
 
 - prompt-completion: ``prompt`` and ``completion``;
-- conversational: ``messages``, which end with the assistant's turn.
+- conversational: ``messages``, which end with the assistant's turn;
+- optional: ``finish_reason``, "length" where a token limit cut the completion off, so that no end of turn follows;
+- optional, with conversations: ``tools`` and ``chat_template_kwargs``, for the chat template.
+
+Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: the chat template gets them.
 """
 
 from __future__ import annotations
@@ -11,16 +15,30 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.dataset import EMPTY, field_error, parse_completion, parse_messages, parse_prompt
-from lightning_rlhf.prompts.files import Row, read_rows
-from lightning_rlhf.types import PromptRow
+from lightning_rlhf.prompts.dataset import EMPTY
+from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.messages import (
+    field_error,
+    holds_text_alone,
+    parse_answer,
+    parse_finish_reasons,
+    parse_messages,
+    parse_prompt,
+    parse_template_options,
+    turn_text,
+)
+from lightning_rlhf.types import FinishReason, Message, PromptRow
+
+
+UNPROMPTED = "assistant turns that begin a conversation"
+UNANSWERABLE = "assistant turns behind another"
 
 
 class DatasetCompletions(AbstractPromptSource):
     """Prompts with completions to imitate, from a file, a folder or the Hugging Face Hub.
 
     Rows with an empty completion are left out and counted; any other row that cannot be used raises an error which
-    names it. Fields that are not listed here are ignored. Preference rows are read with ``completion_column=chosen``,
+    names it. Columns that are not listed here are ignored. Preference rows are read with ``completion_column=chosen``,
     and completions of a teacher are what ``lightning-rlhf sample`` and ``export`` write.
 
     Args:
@@ -32,6 +50,7 @@ class DatasetCompletions(AbstractPromptSource):
         messages_column: name of the column with whole conversations; used for rows that have no completion.
         turns: which of the assistant's turns in a conversation to learn: the ``last``, or ``all``, each a row of its
             own with the turns before it as the prompt.
+        ignored_fields: fields of messages, and columns for the chat template, to leave out.
     """
 
     def __init__(
@@ -43,10 +62,12 @@ class DatasetCompletions(AbstractPromptSource):
         completion_column: str = "completion",
         messages_column: str = "messages",
         turns: Literal["last", "all"] = "last",
+        ignored_fields: list[str] | None = None,
     ) -> None:
         self.path, self.split, self.limit = path, split, limit
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.turns = messages_column, turns
+        self.ignored_fields = tuple(ignored_fields or ())
 
     def load(self) -> list[PromptRow]:
         """Read and check all rows, in the order of the data.
@@ -72,25 +93,54 @@ class DatasetCompletions(AbstractPromptSource):
             return self._conversation(row, source)
         if row.get(self.prompt_column) is None:
             raise field_error(source, self.prompt_column, "is missing", "add it, or set prompt_column")
-        prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column)
+        if isinstance(row.get("label"), bool):
+            problem = f"says whether the completion is a good one, got {describe(row['label'])}"
+            raise field_error(source, "label", problem, "keep the good rows and drop the column")
+        prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column, self.ignored_fields)
         if isinstance(prompt, str) and isinstance(completion, list):
             prompt = ({"role": "user", "content": prompt},)
-        text = parse_completion(completion, prompt, source, self.completion_column)
-        if isinstance(prompt, str):
-            return [PromptRow(source, text=prompt, completion=text)]
-        return [PromptRow(source, messages=prompt, completion=text)]
+        answer = parse_answer(completion, prompt, source, self.completion_column, self.ignored_fields)
+        names = (
+            ("finish_reason",)
+            if self.completion_column == "completion"
+            else (f"finish_reason_{self.completion_column}",)
+        )
+        return [self._row(row, source, prompt, answer, parse_finish_reasons(row, names))]
+
+    def _row(
+        self,
+        row: Row,
+        source: str,
+        prompt: str | tuple[Message, ...],
+        answer: Message,
+        finish_reasons: tuple[FinishReason, ...] = (),
+    ) -> PromptRow:
+        conversational = not isinstance(prompt, str)
+        return PromptRow(
+            source,
+            text=prompt if isinstance(prompt, str) else None,
+            messages=None if isinstance(prompt, str) else prompt,
+            completion=turn_text(answer),
+            template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+            answers=() if holds_text_alone(answer) else (answer,),
+            finish_reasons=finish_reasons,
+        )
 
     def _conversation(self, row: Row, source: str) -> list[PromptRow]:
         if row.get(self.messages_column) is None:
             problem = f"and {self.messages_column!r} are both missing among {sorted(row)}"
             raise field_error(source, self.completion_column, problem, "add one, or set completion_column")
-        messages = parse_messages(row[self.messages_column], source, self.messages_column)
+        messages = parse_messages(row[self.messages_column], source, self.messages_column, self.ignored_fields)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             problem = "does not end with the assistant's answer to something"
             raise field_error(source, self.messages_column, problem, "add the answer, or drop the row")
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-        return [
-            PromptRow(source, messages=messages[:i], completion=messages[i]["content"])
-            for i in (places if self.turns == "all" else places[-1:])
-            if messages[i - 1]["role"] != "assistant"
-        ]
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        rows = []
+        for i in places if self.turns == "all" else places[-1:]:
+            if i == 0:
+                self.report[UNPROMPTED] += 1
+            elif messages[i - 1]["role"] == "assistant":
+                self.report[UNANSWERABLE] += 1
+            else:
+                rows.append(self._row(row, source, messages[:i], messages[i]))
+        return rows

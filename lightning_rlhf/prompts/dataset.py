@@ -5,7 +5,11 @@ Each row is an object with some of these columns; text is a string or a list of 
 - prompt-only: ``prompt``;
 - preference: ``prompt``, ``chosen``, ``rejected``;
 - preference with implicit prompt: ``chosen`` and ``rejected``, two conversations with the same beginning;
-- optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0.
+- optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0;
+  ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit cut the completion off;
+- optional, with conversations: ``tools`` and ``chat_template_kwargs``, for the chat template.
+
+Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: the chat template gets them.
 """
 
 from __future__ import annotations
@@ -15,11 +19,21 @@ from typing import Any, Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.messages import (
+    field_error,
+    holds_text_alone,
+    parse_answer,
+    parse_finish_reasons,
+    parse_messages,
+    parse_prompt,
+    parse_template_options,
+    turn_text,
+    without_final_answer,
+)
 from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
 
 
-ROLES = ("system", "user", "assistant")
 IDENTICAL = "identical completions"
 EMPTY = "empty completion"
 
@@ -28,7 +42,7 @@ class DatasetPrompts(AbstractPromptSource):
     """Prompts, with recorded pairs where there are any, from a file, a folder or the Hugging Face Hub.
 
     Rows whose completions are identical or empty say nothing about preferences: they are left out and counted. Any
-    other row that cannot be used raises an error which names it. Fields that are not listed here are ignored.
+    other row that cannot be used raises an error which names it. Columns that are not listed here are ignored.
 
     Args:
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
@@ -40,6 +54,7 @@ class DatasetPrompts(AbstractPromptSource):
         kind: "preference" requires pairs, "prompt" ignores them, "auto" takes them if the data has both columns.
         part: ``train`` or ``heldout`` takes one side of data that came without a split; ``all`` takes both.
         heldout_share: share of the prompts that ``part`` holds out, by a hash of their first message, in (0, 1).
+        ignored_fields: fields of messages, and columns for the chat template, to leave out.
     """
 
     def __init__(
@@ -53,6 +68,7 @@ class DatasetPrompts(AbstractPromptSource):
         kind: Literal["auto", "prompt", "preference"] = "auto",
         part: Part = "all",
         heldout_share: float = 0.2,
+        ignored_fields: list[str] | None = None,
     ) -> None:
         self.path = path
         self.split = split
@@ -63,6 +79,7 @@ class DatasetPrompts(AbstractPromptSource):
         self.kind = kind
         self.part: Part = part
         self.heldout_share = heldout_share
+        self.ignored_fields = tuple(ignored_fields or ())
 
     def load(self) -> list[PromptRow]:
         """Read and check all rows, in the order of the data.
@@ -110,7 +127,7 @@ class DatasetPrompts(AbstractPromptSource):
 
         prompt: str | tuple[Message, ...]
         if row.get(self.prompt_column) is not None:
-            prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column)
+            prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column, self.ignored_fields)
             # a text prompt beside completions that are messages is the user's turn (so in many sets on the Hub)
             if isinstance(prompt, str) and (isinstance(chosen, list) or isinstance(rejected, list)):
                 prompt = ({"role": "user", "content": prompt},)
@@ -119,17 +136,27 @@ class DatasetPrompts(AbstractPromptSource):
         else:
             prompt = self._implicit_prompt(chosen, rejected, source)
 
-        pair = None
-        if take_pairs:
-            pair = RecordedPair(
-                chosen=parse_completion(chosen, prompt, source, self.chosen_column),
-                rejected=parse_completion(rejected, prompt, source, self.rejected_column),
-                probability=parse_probability(row, source),
-                weight=parse_number(row, "weight", source, math.inf, default=1.0),
-            )
-        if isinstance(prompt, str):
-            return PromptRow(source=source, text=prompt, pair=pair)
-        return PromptRow(source=source, messages=prompt, pair=pair)
+        conversational = not isinstance(prompt, str)
+        columns: dict[str, Any] = {
+            "text": None if conversational else prompt,
+            "messages": prompt if conversational else None,
+            "template_options": parse_template_options(row, source, conversational, self.ignored_fields),
+        }
+        if not take_pairs:
+            return PromptRow(source, **columns)
+        answers = tuple(
+            parse_answer(value, prompt, source, name, self.ignored_fields)
+            for name, value in ((self.chosen_column, chosen), (self.rejected_column, rejected))
+        )
+        first, second = map(turn_text, answers)
+        weight = parse_number(row, "weight", source, math.inf, default=1.0)
+        return PromptRow(
+            source,
+            **columns,
+            pair=RecordedPair(first, second, parse_probability(row, source), weight),
+            answers=() if all(map(holds_text_alone, answers)) else answers,
+            finish_reasons=parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected")),
+        )
 
     def _implicit_prompt(self, chosen: Any, rejected: Any, source: str) -> tuple[Message, ...]:
         """Find the messages with which both conversations begin."""
@@ -142,8 +169,8 @@ class DatasetPrompts(AbstractPromptSource):
             )
             problem = "is missing, and where the prompt ends cannot be told from plain text"
             raise field_error(source, self.prompt_column, problem, remedy)
-        first = parse_messages(chosen, source, self.chosen_column)
-        second = parse_messages(rejected, source, self.rejected_column)
+        first = parse_messages(chosen, source, self.chosen_column, self.ignored_fields)
+        second = parse_messages(rejected, source, self.rejected_column, self.ignored_fields)
         length = 0
         while length < min(len(first), len(second)) - 1 and first[length] == second[length]:
             length += 1
@@ -162,77 +189,14 @@ def unusable_pair(pair: RecordedPair | None) -> str | None:
     return IDENTICAL if pair.chosen == pair.rejected else None
 
 
-def field_error(source: str, field: str, problem: str, remedy: str) -> ValueError:
-    """Build the error for a malformed field: where, what, and what to do."""
-    return ValueError(f"{source}: field {field!r} {problem}: {remedy}")
-
-
-def parse_text(value: Any, source: str, field: str) -> str:
-    """Check that a value is text that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise field_error(source, field, f"must be text, got {describe(value)}", "write a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        problem = f"holds half of a surrogate pair at character {error.start}"
-        raise field_error(source, field, problem, "remove it, or write the whole character") from error
-    return value
-
-
-def parse_messages(value: Any, source: str, field: str) -> tuple[Message, ...]:
-    """Check a list of messages, keeping role and content of each."""
-    if not isinstance(value, list) or not value:
-        problem = f"must be text or a list of messages, got {describe(value)}"
-        raise field_error(source, field, problem, 'write a string or [{"role": "user", "content": "..."}]')
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            problem = f"has no role and content in message {number}, got {describe(message)}"
-            raise field_error(source, field, problem, 'write {"role": "user", "content": "..."}')
-        if message["role"] not in ROLES:
-            problem = f"has an unknown role in message {number}, got {describe(message['role'])}"
-            raise field_error(source, field, problem, f"use one of {', '.join(ROLES)}")
-        content = parse_text(message["content"], source, f"{field}[{number - 1}].content")
-        messages.append({"role": str(message["role"]), "content": content})
-    return tuple(messages)
-
-
-def parse_prompt(value: Any, source: str, field: str) -> str | tuple[Message, ...]:
-    """Check a prompt, plain or conversational."""
-    if isinstance(value, str):
-        return parse_text(value, source, field)
-    return without_final_answer(parse_messages(value, source, field), source, field)
-
-
-def without_final_answer(messages: tuple[Message, ...], source: str, field: str) -> tuple[Message, ...]:
-    """Check that a conversation waits for the assistant to speak."""
-    if messages[-1]["role"] == "assistant":
-        problem = "has a prompt that ends with the assistant's turn"
-        raise field_error(source, field, problem, "end the prompt with the user's turn; completions hold the answers")
-    return messages
-
-
-def parse_completion(value: Any, prompt: str | tuple[Message, ...], source: str, field: str) -> str:
-    """Check a completion: text, or the assistant's message, with or without the prompt's messages before it."""
-    if isinstance(value, str):
-        return parse_text(value, source, field)
-    messages = parse_messages(value, source, field)
-    if messages[: len(prompt)] == prompt:
-        messages = messages[len(prompt) :]
-    if [message["role"] for message in messages] != ["assistant"]:
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        problem = f"must have one message by the assistant after the prompt, got messages by: {roles}"
-        raise field_error(source, field, problem, "put earlier turns into the prompt, the same for both completions")
-    return messages[0]["content"]
-
-
 def parse_number(row: Row, field: str, source: str, high: float, default: float) -> float:
     """Check a number between 0 and ``high``; a missing or null field is the default."""
     value = row.get(field)
     if value is None:
         return default
     # comparing before converting: float() of a huge integer raises OverflowError; NaN fails every comparison
-    if not isinstance(value, (int, float)) or not 0 <= value <= high or value > 1e300:
+    # a boolean is an int to Python, but says "this one is good", not how probable it is
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high or value > 1e300:
         bound = "in [0, 1]" if high == 1 else "finite and at least 0"
         problem = f"must be a number {bound}, got {describe(value)}"
         raise field_error(source, field, problem, "correct it, or rename the column if it means something else")

@@ -131,7 +131,7 @@ def _parquet_values(local: Path, path: str) -> Iterator[tuple[int, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield number, value
+                    yield number, {name: _without_filling(cell) for name, cell in value.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error}): write it again") from error
 
@@ -159,7 +159,16 @@ def _dataset_rows(local: Path, path: str, split: str) -> Iterator[tuple[str, Row
         )
         raise ValueError(f"{path}: cannot read split {split!r} of this {kind} ({cause}): {remedy}") from error
     for number, row in enumerate(loaded, start=1):
-        yield f"{path}[{split}] row {number}", row
+        yield f"{path}[{split}] row {number}", {name: _without_filling(cell) for name, cell in row.items()}
+
+
+def _without_filling(value: Any) -> Any:
+    """A cell without the nulls that Arrow writes for fields that only other rows have."""
+    if isinstance(value, list):
+        return [_without_filling(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_filling(item) for name, item in value.items() if item is not None}
+    return value
 
 
 def describe(value: object) -> str:

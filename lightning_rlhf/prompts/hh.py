@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.dataset import field_error, parse_text, unusable_pair
+from lightning_rlhf.prompts.dataset import parse_number, parse_probability, unusable_pair
 from lightning_rlhf.prompts.files import Row, read_rows
+from lightning_rlhf.prompts.messages import field_error, parse_finish_reasons, parse_text
 from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
 
@@ -19,8 +21,9 @@ class HHPrompts(AbstractPromptSource):
     r"""Conversations with a better and a worse last answer, from files in the format of HH-RLHF.
 
     A row has ``chosen`` and ``rejected``, each a transcript ``"\n\nHuman: ...\n\nAssistant: ..."``. All turns but the
-    last become the prompt. Transcripts that break the format are left out and counted in `report` by reason; a row
-    whose fields are missing or no text raises an error. A turn that quotes ``"\n\nHuman:"`` cannot be told from two.
+    last become the prompt. ``probability`` or ``label``, and ``weight``, are read as `DatasetPrompts` reads them.
+    Transcripts that break the format are left out and counted in `report` by reason; a row whose fields are missing or
+    no text raises an error. A turn that quotes ``"\n\nHuman:"`` cannot be told from two.
 
     Args:
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "Anthropic/hh-rlhf".
@@ -80,8 +83,10 @@ def parse_pair(row: Row, source: str) -> PromptRow | str:
             return problem
     if chosen[:-1] != rejected[:-1]:
         return "prompts differ"
-    pair = RecordedPair(chosen=chosen[-1]["content"], rejected=rejected[-1]["content"])
-    return unusable_pair(pair) or PromptRow(source=source, messages=tuple(chosen[:-1]), pair=pair)
+    weight = parse_number(row, "weight", source, math.inf, default=1.0)
+    pair = RecordedPair(chosen[-1]["content"], rejected[-1]["content"], parse_probability(row, source), weight)
+    reasons = parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected"))
+    return unusable_pair(pair) or PromptRow(source, messages=tuple(chosen[:-1]), pair=pair, finish_reasons=reasons)
 
 
 def split_turns(transcript: str) -> list[Message]:

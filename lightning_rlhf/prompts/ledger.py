@@ -50,9 +50,17 @@ class LedgerPrompts(AbstractPromptSource):
                     self.report[reason] += 1
                     continue
                 prompt = comparison.prompt
-                text = prompt.text if prompt.messages is None else None
-                source = f"{self.path} round {round_} position {position}"
-                rows.append(PromptRow(source, text, prompt.messages, pair))
+                reasons = (comparison.a.finish_reason, comparison.b.finish_reason)
+                rows.append(
+                    PromptRow(
+                        f"{self.path} round {round_} position {position}",
+                        text=prompt.text if prompt.messages is None else None,
+                        messages=prompt.messages,
+                        pair=pair,
+                        template_options=prompt.template_options,
+                        finish_reasons=reasons if "length" in reasons else (),
+                    )
+                )
         if not rows:
             raise ValueError(
                 f"{self.path}: none of its pairs can be used ({dict(self.report) or 'it holds none'}): wait until the "

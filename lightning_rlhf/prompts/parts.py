@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from lightning_rlhf.prompts.messages import turn_text
 from lightning_rlhf.types import PromptRow
 
 
@@ -42,6 +43,6 @@ def is_heldout(row: PromptRow, share: float) -> bool:
         row: the row; of a plain prompt, the whole text counts as its first message.
         share: share of the first messages that are held out, in (0, 1).
     """
-    first = row.messages[0]["content"] if row.messages is not None else row.text
+    first = turn_text(row.messages[0]) if row.messages is not None else row.text
     digest = hashlib.sha256((first or "").encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share

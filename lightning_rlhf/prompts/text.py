@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from lightning_rlhf.prompts.messages import turn_text
 from lightning_rlhf.types import Message, Prompt, PromptRow, Response
 
 
@@ -20,8 +22,13 @@ def text_prompts(rows: Sequence[PromptRow]) -> list[Prompt]:
     for index, row in enumerate(rows):
         text = transcript(row.messages) if row.messages is not None else row.text or ""
         recorded = row.pair
-        pair = None if recorded is None else (text_response(recorded.chosen), text_response(recorded.rejected))
-        prompts.append(Prompt(index, tuple(text.encode()), text, row.messages, pair, recorded))
+        pair = None
+        if recorded is not None:
+            ends = row.finish_reasons or ("eos", "eos")
+            chosen, rejected = text_response(recorded.chosen), text_response(recorded.rejected)
+            pair = (replace(chosen, finish_reason=ends[0]), replace(rejected, finish_reason=ends[1]))
+        ids = tuple(text.encode())
+        prompts.append(Prompt(index, ids, text, row.messages, pair, recorded, template_options=row.template_options))
     return prompts
 
 
@@ -32,5 +39,8 @@ def text_response(text: str, source: str = "dataset") -> Response:
 
 def transcript(messages: Sequence[Message]) -> str:
     """A conversation as text, one paragraph per turn, up to where the assistant speaks next."""
-    turns = [f"{SPEAKERS[m['role']]}: {m['content']}" if m["role"] in SPEAKERS else m["content"] for m in messages]
+    turns = [
+        f"{SPEAKERS.get(m['role'], m['role'].capitalize())}: {turn_text(m)}" if m["role"] != "system" else turn_text(m)
+        for m in messages
+    ]
     return "\n\n".join([*turns, "Assistant:"])

@@ -2,11 +2,19 @@
 
 The rules, the same for every tokenizer:
 
-- A plain prompt gets the special tokens that the tokenizer puts in front (BOS), never those it puts behind.
+- A plain prompt gets the special tokens that the tokenizer puts in front (BOS), never those it puts behind, and never a
+  BOS that it has already. A plain prompt that ends as the chat template asks the assistant to speak was rendered
+  beforehand: it gets BOS only if the template writes one.
 - A conversational prompt is rendered with the chat template; the template writes BOS, so the tokenizer adds none.
-- A completion is tokenised apart from its prompt and ids are concatenated: no token ever spans the border.
-- A completion ends with the tokenizer's EOS, unless the token limit cut it. Chat models stop at their end-of-turn
-  token, so ``tokenizer.eos_token`` should be that token; what a template writes behind it is left out.
+- Prompt and completion are tokenised as one text, and the completion is what follows the prompt's own ids. Where a
+  token would span the border, the prompt keeps the ids that a policy sees when it is asked, and the completion is
+  tokenised so that both together still read as the text.
+- A completion ends where a drawn one would: with the token that the chat template ends the assistant's turn with, or
+  EOS, unless the token limit cut it. What a template writes behind it is left out.
+- Answers are written by the chat template. Where it would leave a part of one out, such as the reasoning, the answer
+  follows the prompt to the letter, as it would if it were drawn.
+- Fields of messages that the template does not write are errors, or named in the counts where they only say what
+  belongs together (``tool_call_id``).
 
 Known: text inside a turn that looks like a special token (``"<|im_end|>"``) becomes that token, as it does with
 ``apply_chat_template`` everywhere; clean prompts from untrusted sources beforehand. And templates that write today's
@@ -15,16 +23,20 @@ date make prompts change from day to day; give such a tokenizer a template witho
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.prompts.dataset import EMPTY, IDENTICAL
-from lightning_rlhf.types import Message, Prompt, PromptRow, Response
+from lightning_rlhf.prompts.messages import TOOLS, field_error, holds_text_alone
+from lightning_rlhf.prompts.template import TurnFormat, shared_length, turn_format
+from lightning_rlhf.types import FinishReason, Message, Prompt, PromptRow, Response
 
 
 CHAT_TEMPLATES = {
@@ -44,6 +56,17 @@ CHAT_TEMPLATES = {
 LONG_PROMPT = "long prompts dropped"
 TRUNCATED_PROMPT = "long prompts truncated"
 TRUNCATED_COMPLETION = "truncated completions"
+ENDED_INSIDE = "completions cut at an end of turn inside"
+TO_THE_LETTER = "answers taken to the letter, which the chat template would shorten"
+WITHOUT_OPENING = "prompts without the end of the generation prompt, as their answers are written"
+PAST_REASONING = "reasoning of earlier turns, which the chat template leaves out"
+IGNORED_LINK = "message fields that the chat template leaves out: "
+
+LINKS = ("tool_call_id", "id", "index")
+"""Fields that only say what belongs together; templates may leave them out."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields with what the assistant thought; templates may leave them out of earlier turns."""
 
 TEXTS_AT_ONCE = 1024
 """Texts that the tokenizer gets in one call."""
@@ -58,6 +81,7 @@ def tokenize_rows(
     on_long_prompt: Literal["error", "drop", "truncate"] = "error",
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    end_ids: Collection[int] = (),
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Turn rows into tokenised prompts, and count what was dropped or truncated.
 
@@ -72,27 +96,26 @@ def tokenize_rows(
             the beginning except BOS.
         system_prompt: system message for conversations that have none.
         chat_template: Jinja chat template to use instead of the tokenizer's own, or the name "human_assistant".
+        end_ids: token ids at which generation stops, beside EOS and the template's end of turn.
 
     Raises:
-        ValueError: if a prompt is too long (and ``on_long_prompt`` is "error"), if there are conversations and no chat
-            template, if the template does not fit, or if no row is left.
+        ValueError: if a prompt is empty, or too long (and ``on_long_prompt`` is "error"), if there are conversations
+            and no chat template, if the template does not fit or leaves something out, or if no row is left.
     """
     if max_prompt_tokens < 1 or max_response_tokens < 1:
         raise ValueError(f"limits must be at least 1 token; got {max_prompt_tokens=} and {max_response_tokens=}")
     if on_long_prompt not in ("error", "drop", "truncate"):
         raise ValueError(f"on_long_prompt must be 'error', 'drop' or 'truncate'; got {on_long_prompt!r}")
-    renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template))
-    leading = leading_special_ids(tokenizer)
     counts: Counter[str] = Counter()
-    conversations = [renderer.conversation(row) for row in rows]
-    texts = [
-        (row.text or "") if messages is None else renderer.render(messages, row.source)
-        for row, messages in zip(rows, conversations, strict=True)
-    ]
-    encoded = encode_all(tokenizer, texts)
+    renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
+    written = [renderer.write(row) for row in rows]
     drafts = []
-    for index, (row, messages, text, bare_ids) in enumerate(zip(rows, conversations, texts, encoded, strict=True)):
-        ids = bare_ids if messages is not None else leading + bare_ids
+    encoded = encode_all(tokenizer, [one.text for one in written])
+    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True)):
+        ids = renderer.with_front(bare, conversational=one.messages is not None)
+        if not ids:
+            problem = "is empty, and the tokenizer puts no token in front of it"
+            raise field_error(row.source, "prompt", problem, "write a prompt, or drop the row")
         if len(ids) > max_prompt_tokens and on_long_prompt == "error":
             raise ValueError(
                 f"{row.source}: prompt has {len(ids)} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
@@ -101,17 +124,29 @@ def tokenize_rows(
         if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
             counts[LONG_PROMPT] += 1
         else:
-            drafts.append(Prompt(index=index, ids=ids, text=text, messages=messages, recorded=row.pair))
+            prompt = Prompt(
+                index, ids, one.text, one.messages, recorded=row.pair, template_options=row.template_options
+            )
+            drafts.append((prompt, bare, one))
 
     prompts = []
-    completions = _completions(drafts, rows, renderer)
-    for draft in drafts:
-        prompt = draft
-        answers = [next(completions) for _ in _answers(rows[draft.index])]
-        if any(len(ids) == 1 for ids in answers):  # nothing but EOS
+    completions = _completions(drafts, tokenizer)
+    for prompt, bare, one in drafts:
+        row = rows[prompt.index]
+        answers = [next(completions) for _ in one.rests]
+        if not all(one.rests):
             counts[EMPTY] += 1
             continue
-        recorded = [response(tokenizer, ids, max_response_tokens) for ids in answers]
+        recorded = []
+        for k, (ids, text) in enumerate(zip(answers, one.answers, strict=True)):
+            reason = row.finish_reasons[k] if row.finish_reasons else "eos"
+            chat = one.messages is not None or renderer.format.asks(bare)
+            ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
+            counts[ENDED_INSIDE] += inside
+            recorded.append(_response(tokenizer, ended, max_response_tokens, reason, None if inside else text))
+        if any(len(set(response.ids) - {*renderer.ends(end_ids)}) == 0 for response in recorded):  # nothing but EOS
+            counts[EMPTY] += 1
+            continue
         if len(recorded) == 2:
             if recorded[0].ids == recorded[1].ids:  # they differ in what was cut off, or in white space that is trimmed
                 counts[IDENTICAL] += 1
@@ -119,12 +154,14 @@ def tokenize_rows(
             prompt = replace(prompt, pair=(recorded[0], recorded[1]))
         elif recorded:
             prompt = replace(prompt, completion=recorded[0])
-        counts[TRUNCATED_COMPLETION] += sum(one.finish_reason == "length" for one in recorded)
+        counts[TRUNCATED_COMPLETION] += sum(
+            len(response.ids) == max_response_tokens and response.finish_reason == "length" for response in recorded
+        )
 
-        if len(draft.ids) > max_prompt_tokens:
+        if len(prompt.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
-            ids = truncate_left(draft.ids, max_prompt_tokens, tokenizer.bos_token_id)
-            prompt = replace(prompt, ids=ids, text=decode(tokenizer, ids, skip_special_tokens=False))
+            ids, text = renderer.truncated(prompt.ids, max_prompt_tokens)
+            prompt = replace(prompt, ids=ids, text=text)
         prompts.append(prompt)
     counts = +counts  # without zeros
     if not prompts:
@@ -135,52 +172,125 @@ def tokenize_rows(
     return prompts, dict(counts)
 
 
+Reading = Literal["template", "end_of_sequence"]
+
+
 def encode_answers(
     prompts: Sequence[Prompt],
     responses: Sequence[Response],
     tokenizer: PreTrainedTokenizerBase,
     *,
     chat_template: str | None = None,
+    reading: Reading = "template",
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Token ids of prompts and answers under another tokenizer than the one they were made with, from their texts.
 
-    By the rules above; an answer that was cut off gets no EOS.
+    Of a conversation they are, together, the ids that ``apply_chat_template`` gives for it, to the last one; only an
+    answer that was cut off has no end. A plain prompt and its answer are one text that ends with EOS.
 
     Args:
         prompts: the prompt of each answer.
         responses: the answers.
         tokenizer: the other tokenizer.
         chat_template: Jinja chat template to use instead of the tokenizer's own, or the name "human_assistant".
+        reading: ``end_of_sequence`` ends answers with EOS in place of what the template writes behind a turn, as this
+            library did before it read reward models at the end of the template.
     """
-    renderer = _Renderer(tokenizer, None, CHAT_TEMPLATES.get(chat_template or "", chat_template))
-    leading = leading_special_ids(tokenizer)
-    texts, answers = [], []
+    renderer = _Renderer(tokenizer, None, CHAT_TEMPLATES.get(chat_template or "", chat_template), None)
+    texts, wholes = [], []
     for prompt, answer in zip(prompts, responses, strict=True):
+        if prompt.messages is None:
+            texts.append(prompt.text)
+            wholes.append(prompt.text + answer.text)
+            continue
         source = f"prompt {prompt.index}"
-        text = prompt.text if prompt.messages is None else renderer.render(prompt.messages, source)
-        texts.append(text)
-        answers.append(renderer.completion(prompt.messages, text, answer.text, source))
+        messages = (*prompt.messages, {"role": "assistant", "content": answer.text})
+        texts.append(renderer.render(prompt.messages, prompt.template_options, source))
+        wholes.append(renderer.render(messages, prompt.template_options, source))
+        renderer.check(prompt.messages, prompt.template_options, texts[-1], source)
+    encoded, together = encode_all(tokenizer, texts), encode_all(tokenizer, wholes)
+    cases = [
+        (bare, whole, answer.text) if prompt.messages is None else ((), whole, "")
+        for prompt, answer, bare, whole in zip(prompts, responses, encoded, together, strict=True)
+    ]
     pairs = []
-    encoded = zip(prompts, responses, encode_all(tokenizer, texts), encode_all(tokenizer, answers), strict=True)
-    for prompt, answer, bare, written in encoded:
-        ids = bare if prompt.messages is not None else leading + bare
-        ended = until_eos(tokenizer, written, f"prompt {prompt.index}")
-        cut = answer.finish_reason == "length" and len(ended) > 1
-        pairs.append((ids, ended[:-1] if cut else ended))
+    for prompt, answer, bare, ids in zip(prompts, responses, encoded, _after(tokenizer, cases), strict=True):
+        if prompt.messages is not None:
+            whole = renderer.read(ids, answer.finish_reason, reading)
+            start = max(1, min(shared_length(bare, whole), len(whole) - 1))
+            pairs.append((whole[:start], whole[start:]))
+            continue
+        chat = reading == "template" and renderer.format.asks(bare)
+        ended, _ = renderer.ended(ids, (), chat, answer.finish_reason, f"prompt {prompt.index}")
+        front = renderer.with_front(bare, conversational=False)
+        pairs.append((front, renderer.format.closed(bare, ended) if chat else ended))
     return pairs
 
 
-class _Renderer:
-    """Writes prompts and answers as text, conversations with one chat template."""
+@dataclass(frozen=True)
+class _Written:
+    """A row as text.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, template: str | None) -> None:
+    Args:
+        text: the prompt.
+        messages: the conversation behind it.
+        rests: what follows the prompt, one per recorded completion; empty for a blank one.
+        answers: the completions to the letter; None where one is known by its ids alone.
+    """
+
+    text: str
+    messages: tuple[Message, ...] | None
+    rests: tuple[str, ...]
+    answers: tuple[str | None, ...]
+
+
+class _Renderer:
+    """Writes prompts and answers as text, conversations with one chat template.
+
+    Args:
+        tokenizer: the tokenizer.
+        system_prompt: system message for conversations that have none.
+        template: chat template in place of the tokenizer's own.
+        counts: gets what is worth a word; without it, what a template leaves out is a warning rather than an error.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str | None,
+        template: str | None,
+        counts: Counter[str] | None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.template = template
+        self.counts = counts
+        self.leading = leading_special_ids(tokenizer)
+        self._unwritten: str | None = None
+
+    @cached_property
+    def format(self) -> TurnFormat:
+        """How the template writes the assistant's turn."""
+        return turn_format(self.tokenizer, self.template)
+
+    def write(self, row: PromptRow) -> _Written:
+        """Write a row as text."""
+        messages = self.conversation(row)
+        answers = _answers(row)
+        texts = tuple(a["content"] if holds_text_alone(a) else None for a in answers)
+        if messages is None:
+            return _Written(row.text or "", None, tuple(text or "" for text in texts), texts)
+        text = self.render(messages, row.template_options, row.source)
+        self.check(messages, row.template_options, text, row.source)
+        blank = [holds_text_alone(answer) and not answer["content"].strip() for answer in answers]
+        if not answers or any(blank):
+            return _Written(text, messages, ("",) * len(answers), texts)
+        text, rests = self._rests(messages, row.template_options, text, answers, row.source)
+        return _Written(text, messages, tuple(rests), texts)
 
     def conversation(self, row: PromptRow) -> tuple[Message, ...] | None:
         """Put the system prompt before the messages of a row, unless they have their own; None for a plain prompt."""
-        if self.system_prompt is None or (row.messages is not None and row.messages[0]["role"] == "system"):
+        if self.system_prompt is None or (row.messages is not None and row.messages[0]["role"] in _SYSTEM):
             return row.messages
         if row.messages is None:
             raise ValueError(
@@ -188,21 +298,35 @@ class _Renderer:
             )
         return ({"role": "system", "content": self.system_prompt}, *row.messages)
 
-    def render(self, messages: tuple[Message, ...], source: str) -> str:
+    def render(self, messages: Sequence[Message], options: dict[str, Any], source: str) -> str:
         """Write a conversation as text; up to where the assistant speaks, unless the assistant has spoken last."""
         if self.template is None and not self.tokenizer.chat_template:
             raise ValueError(
                 f"{source}: the prompt is a conversation, and the tokenizer has no chat template: set chat_template to "
                 f"one (or to the name 'human_assistant'), use an instruction-tuned model, or use plain prompts"
             )
+        silent = [{**m, "content": ""} if m["content"] is None else m for m in messages]
+        if silent == list(messages):
+            return self._applied(messages, options, source)
+        # some templates tell "no text" from an empty one, others write the word None
+        as_empty = self._applied(silent, options, source)
+        try:
+            as_null = self._applied(messages, options, source)
+        except ValueError:
+            return as_empty
+        return as_empty if as_null.count("None") > as_empty.count("None") else as_null
+
+    def _applied(self, messages: Sequence[Message], options: dict[str, Any], source: str) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=self.template,
                 add_generation_prompt=messages[-1]["role"] != "assistant",
                 tokenize=False,
+                **options,
             )
-        except TemplateError as error:
+        # a template is a program: it fails as programs do over fields that it does not expect
+        except (TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{source}: the chat template refuses the conversation ({error}): change the turns of the row, or set "
                 f"chat_template to one that takes them"
@@ -210,42 +334,280 @@ class _Renderer:
         assert isinstance(text, str)
         return text
 
-    def completion(self, messages: tuple[Message, ...] | None, prompt: str, answer: str, source: str) -> str:
-        """Write an answer as text, from the end of the prompt up to EOS, which is left out; blank answers are empty."""
-        if messages is None or not answer.strip():
-            return answer if messages is None else ""
-        whole = self.render((*messages, {"role": "assistant", "content": answer}), source)
-        if not whole.startswith(prompt):
-            raise ValueError(
-                f"{source}: the chat template writes the prompt differently once it is answered, so that the answer "
-                f"cannot be cut off: set chat_template to one that only appends (prompt ends {prompt[-60:]!r})"
-            )
-        written = whole[len(prompt) :]
-        eos = self.tokenizer.eos_token
-        # EOS is searched behind the answer only: one inside is the business of `until_eos`
-        start = written.rfind(answer.strip())
-        behind = start + len(answer.strip()) if start >= 0 else 0
-        end = written.find(eos, behind) if eos else -1
-        return written[:end] if end >= 0 else written.rstrip()
+    def check(
+        self, messages: Sequence[Message], options: dict[str, Any], text: str, source: str, first: int = 0
+    ) -> None:
+        """Check that a template has written what it got, from message ``first`` on.
+
+        Raises:
+            ValueError: naming the row and what is left out.
+        """
+        for number, message in enumerate(messages[first:], start=first):
+            content = message["content"]
+            # most templates write a text as it is; where not, it is left out if another one makes no difference
+            if (
+                content
+                and content.strip() not in text
+                and self._same(messages, number, {"content": PLACEHOLDER}, options, text)
+            ):
+                self._leaves_out(source, f"content of message {number + 1}, by {message['role']!r}")
+            if message["role"] not in _USUAL_ROLES and self._same(messages, number, {"role": UNKNOWN}, options, text):
+                self._leaves_out(source, f"role {message['role']!r} of message {number + 1}")
+            for name in message.keys() - {"role", "content"}:
+                if self._same(messages, number, {name: None}, options, text):
+                    self._check_field(messages, number, name, options, source)
+        for name in options:
+            if name == TOOLS or name not in self._template_text():
+                fewer = {key: value for key, value in options.items() if key != name}
+                if self.render(messages, fewer, source) == text:
+                    self._leaves_out(source, f"{name!r}, which the row gives to the chat template")
+
+    def _check_field(
+        self, messages: Sequence[Message], number: int, name: str, options: dict[str, Any], source: str
+    ) -> None:
+        """Say that a field of a message is not written, unless templates leave it out by convention."""
+        role = messages[number]["role"]
+        if name in LINKS or (name == "name" and role in ("tool", "function", "ipython")):
+            if self.counts is not None:
+                self.counts[f"{IGNORED_LINK}{name}"] += 1
+            return
+        if name in REASONING and number < len(messages) - 1:
+            # templates of reasoning models write what was thought in the last turn alone
+            last = messages[: number + 1]
+            if not self._same(last, number, {name: None}, options, self.render(last, options, source)):
+                if self.counts is not None:
+                    self.counts[PAST_REASONING] += 1
+                return
+        self._leaves_out(source, f"field {name!r} of message {number + 1}, by {role!r}")
+
+    def _same(
+        self, messages: Sequence[Message], number: int, change: dict[str, Any], options: dict[str, Any], text: str
+    ) -> bool:
+        """Whether a change in one message makes no difference to the template; a None leaves the field out."""
+        changed = {name: value for name, value in {**messages[number], **change}.items() if value is not None}
+        changed.setdefault("content", None)
+        try:
+            return self.render([*messages[:number], changed, *messages[number + 1 :]], options, "") == text
+        except ValueError:
+            return False
+
+    def _leaves_out(self, source: str, what: str) -> None:
+        problem = f"{source}: the chat template does not write {what}"
+        if self.counts is None:
+            if self._unwritten != what:
+                warnings.warn(f"{problem}; it is lost on the model that reads this", stacklevel=4)
+            self._unwritten = what
+            return
+        raise ValueError(
+            f"{problem}: set chat_template to one that does, drop it from the data, or name it in ignored_fields"
+        )
+
+    def _template_text(self) -> str:
+        return self.template or str(self.tokenizer.chat_template)
+
+    def _rests(
+        self, messages: tuple[Message, ...], options: dict[str, Any], text: str, answers: Sequence[Message], source: str
+    ) -> tuple[str, list[str]]:
+        """What follows the prompt, up to the end of the turn or further; and the prompt that it follows."""
+        wholes = [self.render((*messages, answer), options, source) for answer in answers]
+        for answer, whole in zip(answers, wholes, strict=True):
+            if not holds_text_alone(answer):
+                self.check((*messages, answer), options, whole, source, first=len(messages))
+        if all(whole.startswith(text) for whole in wholes):
+            rests = [whole[len(text) :] for whole in wholes]
+            return text, [
+                self._trimmed(rest) if _holds(rest, answer) else self._to_the_letter(answer)
+                for rest, answer in zip(rests, answers, strict=True)
+            ]
+        # answered, the prompt lacks what the template asks with, such as the opening of a thought
+        start = self._without_opening(messages, options, text, source)
+        opening = text[len(start) :]
+        if not all(whole.startswith(start) for whole in wholes):
+            self._rewrites(text, source)
+        held = [_holds(whole[len(start) :], answer) for whole, answer in zip(wholes, answers, strict=True)]
+        if not any(held):
+            return text, [self._to_the_letter(answer, opening.strip()) for answer in answers]
+        if self.counts is not None:
+            self.counts[WITHOUT_OPENING] += 1
+        return start, [
+            self._trimmed(whole[len(start) :]) if kept else opening + self._to_the_letter(answer, opening.strip())
+            for whole, answer, kept in zip(wholes, answers, held, strict=True)
+        ]
+
+    def _without_opening(self, messages: tuple[Message, ...], options: dict[str, Any], text: str, source: str) -> str:
+        """The prompt up to where an answer begins, whatever it is."""
+        written = [self.render((*messages, {"role": "assistant", "content": c}), options, source) for c in ("a", "b")]
+        start = written[0][: shared_length(*written)]
+        if not start or not text.startswith(start):
+            self._rewrites(text, source)
+        return start
+
+    def _rewrites(self, text: str, source: str) -> None:
+        raise ValueError(
+            f"{source}: the chat template writes the prompt differently once it is answered, so that the answer "
+            f"cannot be cut off: set chat_template to one that only appends (prompt ends {text[-60:]!r})"
+        )
+
+    def _trimmed(self, rest: str) -> str:
+        """An answer as the template writes it; without white space at its end where no token ends the turn."""
+        return rest.rstrip() if self.format.end is None else rest
+
+    def _to_the_letter(self, answer: Message, opening: str = "") -> str:
+        """An answer as it would be drawn, with the end of the turn; an opening that the prompt has is not repeated."""
+        if self.counts is not None:
+            self.counts[TO_THE_LETTER] += 1
+        text = str(answer["content"])
+        if opening and text.lstrip().startswith(opening):
+            text = text.lstrip()[len(opening) :].lstrip("\n")
+        end = self.format.end
+        return text if end is None else text + str(self.tokenizer.convert_ids_to_tokens(end))
+
+    def with_front(self, bare: tuple[int, ...], *, conversational: bool) -> tuple[int, ...]:
+        """Ids of a prompt with the special tokens in front; BOS once, whatever the text begins with."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        has_front = bool(bare) and (bare[0] == bos or bare[: len(self.leading)] == self.leading)
+        rendered = not conversational and self.format.asks(bare) and not self.format.writes_bos
+        ids = bare if conversational or has_front or rendered else self.leading + bare
+        while bos is not None and bos != eos and ids[:2] == (bos, bos):
+            ids = ids[1:]
+        return ids
+
+    def ends(self, end_ids: Collection[int]) -> tuple[int, ...]:
+        """Token ids that end a completion."""
+        known = (self.tokenizer.eos_token_id, self.format.end, *end_ids)
+        return tuple(dict.fromkeys(id_ for id_ in known if isinstance(id_, int)))
+
+    def ended(
+        self, ids: tuple[int, ...], end_ids: Collection[int], chat: bool, reason: FinishReason, source: str
+    ) -> tuple[tuple[int, ...], bool]:
+        """Ids of a completion up to the first token that ends one; where there is none, one is appended.
+
+        Args:
+            ids: ids of the completion.
+            end_ids: what ends one, beside EOS and the template's end of turn.
+            chat: whether the prompt is a conversation, whose turns end as the template ends them.
+            reason: ``length`` leaves the end out.
+            source: where the row came from.
+
+        Returns:
+            The ids, and whether text is lost behind the end.
+        """
+        eos = self.tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise ValueError(f"{source}: the tokenizer has no EOS to end the completions: set tokenizer.eos_token")
+        ends = self.ends(end_ids)
+        first = next((place for place, id_ in enumerate(ids) if id_ in ends), len(ids))
+        end = self.format.end if chat and self.format.end is not None else eos
+        kept, last = ids[:first], ids[first : first + 1] or (end,)
+        behind = ids[first + 1 :]
+        if chat and self.format.closing and behind[-len(self.format.closing) :] == self.format.closing:
+            behind = behind[: -len(self.format.closing)]
+        inside = bool(behind) and bool(decode(self.tokenizer, behind, skip_special_tokens=True).strip())
+        return (kept if reason == "length" and kept else kept + last), inside
+
+    def read(self, ids: tuple[int, ...], reason: FinishReason, reading: Reading) -> tuple[int, ...]:
+        """Ids of an answered conversation as a reward model reads them; see `encode_answers`."""
+        end, closing, eos = self.format.end, self.format.closing, self.tokenizer.eos_token_id
+        cut = reason == "length"
+        if end is None:
+            return ids if reading == "template" or cut or eos is None else (*ids, eos)
+        ending = (end, *closing)
+        body = ids[: -len(ending)] if ids[-len(ending) :] == ending else ids
+        if cut:
+            return body
+        return ids if reading == "template" else body + ((end,) if end == eos or eos is None else (end, eos))
+
+    def truncated(self, ids: tuple[int, ...], length: int) -> tuple[tuple[int, ...], str]:
+        """Keep the end of a prompt, and its text, from which a plain prompt gets the same ids again.
+
+        Args:
+            ids: ids of the prompt.
+            length: how many to keep at most; some less, where the text would be tokenised otherwise.
+        """
+        kept = truncate_left(ids, length, self.tokenizer.bos_token_id, self.leading)
+        head = front_length(kept, self.tokenizer.bos_token_id, self.leading)
+        front, tail = kept[:head], kept[head:]
+        for start in range(min(len(tail), _ATTEMPTS)):
+            candidate = front + tail[start:]
+            for text in (decode(self.tokenizer, tail[start:]), decode(self.tokenizer, candidate)):
+                (bare,) = encode_all(self.tokenizer, [text])
+                if self.with_front(bare, conversational=False) == candidate:
+                    return candidate, text
+        return kept, decode(self.tokenizer, tail)
 
 
-def _answers(row: PromptRow) -> tuple[str, ...]:
-    """Texts of the recorded completions of a row: a pair, one, or none."""
+_SYSTEM = ("system", "developer")
+_USUAL_ROLES = ("system", "user", "assistant")
+_ATTEMPTS = 16
+UNKNOWN = "unknown_role"
+PLACEHOLDER = "Elbe"
+
+
+def _holds(written: str, answer: Message) -> bool:
+    """Whether a template has written all of an answer; white space does not matter."""
+    content = answer["content"]
+    if not content or content.strip() in written:
+        return True
+    return "".join(content.split()) in "".join(written.split())
+
+
+def _answers(row: PromptRow) -> tuple[Message, ...]:
+    """The recorded completions of a row as messages: a pair, one, or none."""
+    if row.answers:
+        return row.answers
     if row.pair is not None:
-        return row.pair.chosen, row.pair.rejected
-    return () if row.completion is None else (row.completion,)
+        texts: tuple[str, ...] = (row.pair.chosen, row.pair.rejected)
+    else:
+        texts = () if row.completion is None else (row.completion,)
+    return tuple({"role": "assistant", "content": text} for text in texts)
 
 
-def _completions(drafts: Sequence[Prompt], rows: Sequence[PromptRow], renderer: _Renderer) -> Iterator[tuple[int, ...]]:
+def _completions(
+    drafts: Sequence[tuple[Prompt, tuple[int, ...], _Written]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, ...]]:
     """Token ids of the recorded completions of the rows, in order, chosen before rejected."""
-    texts, sources = [], []
-    for draft in drafts:
-        source = rows[draft.index].source
-        for answer in _answers(rows[draft.index]):
-            texts.append(renderer.completion(draft.messages, draft.text, answer, source))
-            sources.append(source)
-    for ids, source in zip(encode_all(renderer.tokenizer, texts), sources, strict=True):
-        yield until_eos(renderer.tokenizer, ids, source)
+    # whole texts are long: no more of them at once than the tokenizer gets
+    flat = [(bare, one.text, rest) for _, bare, one in drafts for rest in one.rests]
+    for start in range(0, len(flat), TEXTS_AT_ONCE):
+        part = flat[start : start + TEXTS_AT_ONCE]
+        wholes = encode_all(tokenizer, [text + rest for _, text, rest in part])
+        yield from _after(tokenizer, [(bare, whole, rest) for (bare, _, rest), whole in zip(part, wholes, strict=True)])
+
+
+def _after(
+    tokenizer: PreTrainedTokenizerBase, cases: Sequence[tuple[tuple[int, ...], tuple[int, ...], str]]
+) -> list[tuple[int, ...]]:
+    """Token ids that follow a prompt.
+
+    Args:
+        tokenizer: the tokenizer.
+        cases: ids of the prompt, ids of prompt and rest in one piece, and the rest as text.
+    """
+    found = [whole[len(bare) :] if whole[: len(bare)] == bare else None for bare, whole, _ in cases]
+    open_ = [place for place, ids in enumerate(found) if ids is None]
+    if open_:
+        # a token spans the border: the rest is tokenised behind something neutral, until both parts read as the whole
+        specials = [token for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token) if token]
+        alone = encode_all(tokenizer, [cases[place][2] for place in open_])
+        for context in ("", *specials, "\n", ":", "0"):
+            if not open_:
+                break
+            (before,) = encode_all(tokenizer, [context])
+            texts = [context + cases[place][2] for place in open_]
+            left = []
+            for place, ids in zip(open_, encode_all(tokenizer, texts) if context else alone, strict=True):
+                bare, whole, _ = cases[place]
+                same = max(0, shared_length(bare, whole) - 4)
+                rest = ids[len(before) :]
+                expected = decode(tokenizer, whole[same:])
+                if ids[: len(before)] == before and decode(tokenizer, bare[same:] + rest) == expected:
+                    found[place] = rest
+                else:
+                    left.append(place)
+            open_ = left
+        for place in open_:  # a tokenizer that does not give a text back: nothing tells the ways apart
+            (found[place],) = encode_all(tokenizer, [cases[place][2]])
+    return [ids or () for ids in found]
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -262,9 +624,9 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
     return ids
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
-    """Text of token ids."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
+    """Text of token ids, with all white space that they stand for."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
@@ -282,24 +644,56 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return added[:1] if added[:1] == (tokenizer.bos_token_id,) else ()
 
 
-def truncate_left(ids: tuple[int, ...], length: int, bos_id: int | None) -> tuple[int, ...]:
-    """Keep the last ``length`` ids; a BOS at the beginning stays there."""
-    if ids[0] == bos_id and length > 1:
-        return ids[:1] + ids[len(ids) - length + 1 :]
-    return ids[len(ids) - length :]
+def front_length(ids: tuple[int, ...], bos_id: int | None, leading: tuple[int, ...]) -> int:
+    """With how many ids that a tokenizer puts in front a prompt begins."""
+    if leading and ids[: len(leading)] == leading:
+        return len(leading)
+    return int(ids[:1] == (bos_id,))
 
 
-def until_eos(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], source: str) -> tuple[int, ...]:
-    """Ids of a completion up to the first EOS; where it spells out none, one is appended."""
-    eos_id = tokenizer.eos_token_id
-    if not isinstance(eos_id, int):
-        raise ValueError(f"{source}: the tokenizer has no EOS to end the completions: set tokenizer.eos_token")
-    ids = (*ids, eos_id)
-    return ids[: ids.index(eos_id) + 1]
+def truncate_left(
+    ids: tuple[int, ...], length: int, bos_id: int | None, leading: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Keep the last ``length`` ids; BOS, or what the tokenizer puts in front, stays there, and there is one BOS.
+
+    Args:
+        ids: ids of a prompt.
+        length: how many to keep.
+        bos_id: BOS.
+        leading: what the tokenizer puts in front.
+    """
+    head = front_length(ids, bos_id, leading)
+    if length <= head:
+        head = 0
+    tail = ids[len(ids) - (length - head) :]
+    while head and len(tail) > 1 and tail[0] == bos_id:
+        tail = tail[1:]
+    return ids[:head] + tail
 
 
-def response(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], max_tokens: int) -> Response:
-    """Make a response of recorded ids, cut after ``max_tokens``; the text is decoded as that of drawn responses is."""
+def _response(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: tuple[int, ...],
+    max_tokens: int,
+    reason: FinishReason,
+    written: str | None,
+) -> Response:
+    """Make a response of recorded ids, cut after ``max_tokens``.
+
+    Args:
+        tokenizer: the tokenizer.
+        ids: ids, with the end.
+        max_tokens: how many to keep.
+        reason: why the row says that the completion ended.
+        written: text of the row; None where the ids alone tell the text.
+    """
     kept = ids[:max_tokens]
     text = decode(tokenizer, kept, skip_special_tokens=True)
-    return Response(ids=kept, text=text, finish_reason="eos" if len(kept) == len(ids) else "length", source="dataset")
+    end = str(tokenizer.convert_ids_to_tokens(ids[-1]))
+    if len(kept) == len(ids):
+        text = written if written is not None and end not in written else text
+        return Response(kept, text, reason, source="dataset")
+    if written is not None and written.lstrip().startswith(text.lstrip()):
+        # decoded alone, some tokenizers lose the space in front
+        text = written[: len(written) - len(written.lstrip())] + text.lstrip()
+    return Response(kept, text, "length", source="dataset")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.scorer import ClassifierScorer, Scorer, open_scorer
-from lightning_rlhf.prompts.tokenize import encode_answers, truncate_left
+from lightning_rlhf.prompts.tokenize import (
+    CHAT_TEMPLATES,
+    Reading,
+    encode_answers,
+    leading_special_ids,
+    truncate_left,
+)
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.rewards.combine import CombineRule, check_rule, combine, disagreement, standardised
 from lightning_rlhf.types import Prompt, Response
@@ -43,6 +49,9 @@ class RewardModelReward(AbstractReward):
         device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
         chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
         trust_remote_code: run code that comes with the checkpoint.
+        reading: where the reward is read: at the last token of ``template``, as ``AutoModelForSequenceClassification``
+            is used over ``apply_chat_template``, or at ``end_of_sequence``, EOS behind the end of turn. ``auto`` takes
+            the latter for reward models that earlier versions of this library saved after a validation.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -61,7 +70,11 @@ class RewardModelReward(AbstractReward):
         device: str | None = None,
         chat_template: str | None = None,
         trust_remote_code: bool = False,
+        reading: Literal["auto", "template", "end_of_sequence"] = "auto",
     ) -> None:
+        if reading not in ("auto", "template", "end_of_sequence"):
+            raise ValueError(f"reading must be 'auto', 'template' or 'end_of_sequence'; got {reading!r}")
+        self.reading: Literal["auto", "template", "end_of_sequence"] = reading
         check_rule(combine, coefficient)
         self.path, self.normalize, self.tokens_per_batch = path, normalize, tokens_per_batch
         self.combine: CombineRule = combine
@@ -84,9 +97,10 @@ class RewardModelReward(AbstractReward):
         scorer, tokenizer = self._load()
         if isinstance(scorer, ClassifierScorer) and pairs_texts(tokenizer) and self.chat_template is None:
             return RewardOutput(self._score_text_pairs(scorer, tokenizer, prompts, responses))
-        pairs = encode_answers(prompts, responses, tokenizer, chat_template=self.chat_template)
+        pairs = encode_answers(prompts, responses, tokenizer, reading=self._reading(scorer))
         window = scorer.window if isinstance(scorer, ClassifierScorer) else context_window(scorer.config)
         if window is not None:
+            leading = leading_special_ids(tokenizer)
             # each by itself: a score must not depend on what else is scored
             for index, (prompt, answer) in enumerate(pairs):
                 if len(answer) >= window:
@@ -96,7 +110,8 @@ class RewardModelReward(AbstractReward):
                         f"window"
                     )
                 if len(prompt) + len(answer) > window:
-                    pairs[index] = truncate_left(prompt, window - len(answer), tokenizer.bos_token_id), answer
+                    length = window - len(answer)
+                    pairs[index] = truncate_left(prompt, length, tokenizer.bos_token_id, leading), answer
         groups = [(ids, [answer for _, answer in same]) for ids, same in groupby(pairs, key=lambda pair: pair[0])]
         with evaluating(scorer.modules()):
             members = scorer.scores(groups, tokens_per_batch=self.tokens_per_batch).float().cpu()
@@ -132,6 +147,15 @@ class RewardModelReward(AbstractReward):
         given = types if all(map(len, types)) else []
         return scorer.scores(groups, tokens_per_batch=self.tokens_per_batch, types=given).view(-1).float().cpu()
 
+    def _reading(self, scorer: Scorer | ClassifierScorer) -> Reading:
+        """Where the model was trained to be read."""
+        if self.reading != "auto":
+            return self.reading
+        known = getattr(scorer.config, "reward_reading", None)
+        # statistics without a reading: saved by this library before it read at the end of the template
+        earlier = scorer.means is not None or scorer.size > 1 or hasattr(scorer.config, "reward_mean")
+        return "end_of_sequence" if known is None and earlier else "template"
+
     def _combined(self, members: Tensor, scorer: Scorer | ClassifierScorer) -> RewardOutput:
         """From what the members say to what is reported."""
         if scorer.means is None or scorer.stds is None or (scorer.size == 1 and not self.normalize):
@@ -161,8 +185,10 @@ class RewardModelReward(AbstractReward):
                 )
             if not known:
                 scorer.means = scorer.stds = None
+            template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)
             tokenizer = load_tokenizer(
                 self.path,
+                template,
                 trust_remote_code=self.trust_remote_code,
                 ends_texts=not isinstance(scorer, ClassifierScorer),
             )

@@ -85,3 +85,15 @@ def test_every_row_of_the_real_file_is_kept_or_counted() -> None:
     assert len(HHPrompts(str(HH), limit=10).load()) == 10
     with pytest.raises(ValueError, match=r"row 1: .*HHPrompts"):
         DatasetPrompts(str(HH), limit=10).load()
+
+
+def test_labels_beside_transcripts_are_read_and_checked(tmp_path: Path) -> None:
+    row = {"chosen": START + " a", "rejected": START + " b"}
+    path = tmp_path / "hh.jsonl"
+    path.write_text(json.dumps({**row, "label": 0.25, "weight": 2}))
+    (parsed,) = HHPrompts(str(path)).load()
+    assert parsed.pair is not None
+    assert (parsed.pair.probability, parsed.pair.weight) == (0.25, 2.0)
+    path.write_text(json.dumps({**row, "label": False}))
+    with pytest.raises(ValueError, match=r"hh\.jsonl row 1: field 'label' must be a number"):
+        HHPrompts(str(path)).load()

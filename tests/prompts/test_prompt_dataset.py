@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.prompts import DatasetPrompts
+from lightning_rlhf.prompts import DatasetCompletions, DatasetPrompts
 from lightning_rlhf.types import PromptRow, RecordedPair
 
 
@@ -94,8 +95,14 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 def test_label_is_another_name_for_probability(tmp_path: Path) -> None:
     base = {"prompt": "x", "chosen": "a", "rejected": "b"}
-    rows = load(tmp_path, *({**base, "label": label} for label in (0.25, 1, 0, True, None)))
-    assert [row.pair.probability for row in rows if row.pair] == [0.25, 1.0, 0.0, 1.0, 1.0]
+    rows = load(tmp_path, *({**base, "label": label} for label in (0.25, 1, 0, None)))
+    assert [row.pair.probability for row in rows if row.pair] == [0.25, 1.0, 0.0, 1.0]
+    for label in (True, False, "good", 3, float("nan"), [1]):
+        with pytest.raises(ValueError, match=r"rows\.jsonl row 1: field 'label' must be a number in \[0, 1\], got"):
+            load(tmp_path, {**base, "label": label})
+    for name, value in (("probability", True), ("weight", True), ("weight", "2"), ("weight", float("inf"))):
+        with pytest.raises(ValueError, match=rf"rows\.jsonl row 1: field '{name}' must be a number"):
+            load(tmp_path, {**base, name: value})
     with pytest.raises(ValueError, match=r"row 1: field 'label' says 0.25, but 'probability' says 0.5"):
         load(tmp_path, {**base, "label": 0.25, "probability": 0.5})
     # without pairs a label means something else
@@ -112,7 +119,7 @@ def test_label_is_another_name_for_probability(tmp_path: Path) -> None:
         ({"chosen": [said("a"), said("b")]}, "field 'chosen' must have one message.*assistant, assistant"),
         ({"rejected": [{"from": "gpt", "value": "b"}]}, "field 'rejected' has no role and content in message 1"),
         ({"rejected": [{"role": "bot", "content": "b"}]}, "field 'rejected' has an unknown role.*'bot'.*use one of"),
-        ({"rejected": [said(["b"])]}, r"field 'rejected\[0\].content' must be text, got \['b'\]"),  # type: ignore[arg-type]
+        ({"rejected": [said(["b"])]}, r"field 'rejected\[0\].content' has a part 1 that is no text, got 'b'"),  # type: ignore[arg-type]
         ({"prompt": 1.5}, "field 'prompt' must be text or a list of messages"),
         ({"prompt": None}, "field 'prompt' is missing, and where the prompt ends cannot be told.*add a column"),
         ({"prompt": [USER, said("x")]}, "field 'prompt' has a prompt that ends with the assistant's turn"),
@@ -276,3 +283,75 @@ def test_any_lines_give_rows_or_an_error_that_says_where(tmp_path: Path, lines: 
         assert row.pair is None or (0 <= row.pair.probability <= 1 and row.pair.weight >= 0)
         assert kind != "preference" or row.pair is not None
         assert kind != "prompt" or row.pair is None
+
+
+CALL = {"function": {"name": "gauge", "arguments": {"river": "Elbe"}}}
+
+
+def test_fields_of_messages_and_columns_for_the_template_are_kept(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL], "name": None}
+    parts = {
+        "role": "tool",
+        "content": [{"type": "text", "text": "2 "}, {"type": "text", "text": "m"}],
+        "name": "gauge",
+    }
+    row = {
+        "prompt": [USER, called, parts],
+        "chosen": [{"role": "assistant", "content": "two", "reasoning_content": "is it?"}],
+        "rejected": [called],
+        "tools": json.dumps([CALL]),
+        "chat_template_kwargs": {"enable_thinking": False},
+        "finish_reason_rejected": "length",
+    }
+    (parsed,) = load(tmp_path, row)
+    kept = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert parsed.messages == (USER, kept, {"role": "tool", "content": "2 m", "name": "gauge"})
+    assert parsed.answers == (row["chosen"][0], kept)
+    assert parsed.pair is not None
+    assert parsed.pair.chosen == "two\n[reasoning_content] is it?"
+    assert '"gauge"' in parsed.pair.rejected
+    assert parsed.template_options == {"tools": [CALL], "enable_thinking": False}
+    assert parsed.finish_reasons == ("eos", "length")
+    # the same from Parquet, which fills up what only other messages have
+    file = tmp_path / "rows.parquet"
+    Dataset.from_list([row]).to_parquet(str(file))
+    (again,) = DatasetPrompts(str(file)).load()
+    assert (again.messages, again.answers, again.pair) == (parsed.messages, parsed.answers, parsed.pair)
+    (tmp_path / "less.jsonl").write_text(json.dumps({**row, "prompt": [USER], "rejected": "b"}))
+    (less,) = DatasetPrompts(str(tmp_path / "less.jsonl"), ignored_fields=["reasoning_content", "tools"]).load()
+    assert (less.answers, less.template_options) == ((), {"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": None}]}, "field 'prompt' has no role and content in message 1"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, r"'prompt\[0\].content' has a part 1"),
+        ({"prompt": [{**USER, "weight": float("nan")}]}, r"'prompt\[0\].weight' cannot be written as JSON"),
+        ({"images": ["x.png"]}, "field 'images' cannot be read: models here read text"),
+        ({"tools": "{"}, "field 'tools' is no JSON"),
+        ({"tools": {"a": 1}}, "field 'tools' must be a list of tools"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "field 'chat_template_kwargs' may not hold 'tokenize'"),
+        ({"prompt": "x", "tools": [CALL]}, "field 'tools' is for the chat template, and the prompt is plain text"),
+    ],
+)
+def test_malformed_fields_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    row = {"prompt": [USER], "chosen": "a", "rejected": "b", **change}
+    with pytest.raises(ValueError, match=rf"rows\.jsonl row 1: .*{message}"):
+        load(tmp_path, row)
+
+
+def test_labels_of_single_completions_are_errors(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "x", "completion": "y", "label": false}')
+    with pytest.raises(ValueError, match=r"row 1: field 'label' says whether the completion is a good one"):
+        DatasetCompletions(str(file)).load()
+
+
+def test_turns_that_cannot_be_learnt_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    turns = [said("hi"), USER, said("a"), said("b")]
+    file.write_text(json.dumps({"messages": turns}))
+    source = DatasetCompletions(str(file), turns="all")
+    assert [row.completion for row in source.load()] == ["a"]
+    assert source.report == {"assistant turns that begin a conversation": 1, "assistant turns behind another": 1}

@@ -83,7 +83,8 @@ def test_plain_prompt_of_a_tokenizer_without_bos() -> None:
     tokenizer = byte_tokenizer()
     prompt = one(PromptRow("r", text="hers"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(list(prompt.ids)) == ["h", "ers"]
-    assert one(PromptRow("r", text=""), tokenizer).ids == ()
+    with pytest.raises(ValueError, match="row 2: field 'prompt' is empty, and the tokenizer puts no token in front"):
+        one(PromptRow("row 2", text=""), tokenizer)
 
 
 def test_conversation_is_rendered_and_bos_is_not_doubled() -> None:
@@ -94,8 +95,8 @@ def test_conversation_is_rendered_and_bos_is_not_doubled() -> None:
     assert prompt.ids == template_ids(word_tokenizer(), HELLO, add_generation_prompt=True)
 
 
-def test_plain_completions_are_tokenised_apart_and_end_with_eos() -> None:
-    # "h" + "ers" in one piece would be ["h", "ers"]; the border after "he" must survive
+def test_the_prompt_keeps_its_ids_where_a_token_would_span_the_border() -> None:
+    # "hers" in one piece would be ["h", "ers"]; the border after "he", which a policy is asked with, must survive
     tokenizer = byte_tokenizer()
     prompt = one(PromptRow("r", text="he", pair=RecordedPair("rs", "y", probability=0.9)), tokenizer)
     assert prompt.pair is not None
@@ -127,21 +128,30 @@ def test_conversational_completion_ends_with_the_end_of_turn() -> None:
     assert prompt.ids + prompt.pair[0].ids == whole[:-1]
 
 
-def test_template_without_eos_gets_one() -> None:
-    # end of turn and EOS differ: what the template writes is kept, without trailing white space, and EOS ends it
+def test_a_turn_ends_with_the_templates_end_of_turn_alone() -> None:
+    # end of turn and EOS differ: generation stops at the former, so it ends what is recorded, and nothing follows
     tokenizer = byte_tokenizer(eos="<|endoftext|>")
     pair = one(PromptRow("r", messages=HELLO, pair=RecordedPair("h", "no")), tokenizer).pair
     assert pair is not None
-    assert tokenizer.convert_ids_to_tokens(list(pair[0].ids)) == ["h", "<|im_end|>", "<|endoftext|>"]
+    assert tokenizer.convert_ids_to_tokens(list(pair[0].ids)) == ["h", "<|im_end|>"]
+
+
+def test_template_without_an_end_gets_eos() -> None:
+    # what the template writes is kept, without trailing white space, and EOS ends it
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}{{ m['content'] + '!\n\n' }}{% endfor %}")
+    pair = one(PromptRow("r", messages=HELLO, pair=RecordedPair("h", "no")), tokenizer).pair
+    assert pair is not None
+    assert tokenizer.convert_ids_to_tokens(list(pair[0].ids)) == ["h", "!", "<|im_end|>"]
 
 
 def test_eos_inside_a_completion_ends_it_as_it_would_have_ended_a_drawn_one() -> None:
-    pair = one(PromptRow("r", text="sky", pair=RecordedPair("red </s> blue", "green </s>")), word_tokenizer()).pair
-    assert pair is not None
-    assert [r.ids for r in pair] == [ids_of("red", "</s>"), ids_of("green", "</s>")]
-    pair = one(PromptRow("r", messages=HELLO, pair=RecordedPair("red </s> blue", "green")), word_tokenizer()).pair
-    assert pair is not None
-    assert [r.ids for r in pair] == [ids_of("red", "</s>"), ids_of("green", "</s>")]
+    for row in (PromptRow("r", text="sky"), PromptRow("r", messages=HELLO)):
+        row = replace(row, pair=RecordedPair("red </s> blue", "green </s>"))
+        (prompt,), counts = tokenize_rows([row], word_tokenizer(), max_prompt_tokens=9, max_response_tokens=9)
+        assert prompt.pair is not None
+        assert [r.ids for r in prompt.pair] == [ids_of("red", "</s>"), ids_of("green", "</s>")]
+        assert [r.text for r in prompt.pair] == ["red", "green"]
+        assert counts == {"completions cut at an end of turn inside": 1}
 
 
 def test_special_tokens_spelt_out_by_a_user_become_special_tokens() -> None:
@@ -161,7 +171,8 @@ def test_human_assistant_template_serves_models_without_one() -> None:
     prompt = one(row, tokenizer, chat_template="human_assistant")
     assert prompt.text == "\n\nHuman: red sky\n\nAssistant:"
     assert prompt.pair is not None
-    assert prompt.pair[0].text == " yes"
+    assert prompt.pair[0].text == "yes"  # to the letter, without the space that the template writes
+    assert tokenizer.decode(prompt.pair[0].ids, skip_special_tokens=True) == " yes"
     assert prompt.pair[0].ids[-1] == tokenizer.eos_token_id
     assert one(row, tokenizer, chat_template=CHAT_TEMPLATES["human_assistant"]) == prompt
 
@@ -206,7 +217,7 @@ def test_long_prompts_are_errors_dropped_or_truncated() -> None:
         (1, ids_of("<s>", "red", "sky")),
         (2, ids_of("<s>", "blue", "green")),
     ]
-    assert prompts[2].text == "<s> blue green"
+    assert prompts[2].text == "blue green"  # BOS is not in the text: the tokenizer adds it
     assert counts == {"long prompts truncated": 2}
     (prompt,), _ = tokenize_rows(
         [PromptRow("r", text="abcd")],
@@ -247,7 +258,7 @@ def test_long_completions_lose_their_end_and_are_counted() -> None:
 def test_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         PromptRow("r", messages=HELLO, pair=RecordedPair("hers", "no")),
-        PromptRow("r", text=""),
+        PromptRow("r", text="y"),
         PromptRow("r", text="he" * 40),  # dropped: the completions behind it must not slip
         PromptRow("r", text="he", pair=RecordedPair("rs", "y")),
         PromptRow("r", text="x", pair=RecordedPair("", "y")),
@@ -278,7 +289,7 @@ def test_the_tokenizer_gets_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
     rows = [PromptRow("r", text="he", pair=RecordedPair("rs", "y")) for _ in range(7)]
     tokenize_rows(rows, byte_tokenizer(), max_prompt_tokens=9, max_response_tokens=9)
-    assert sizes == [7, 14]
+    assert sizes == [7, 14, 7]  # prompts, whole texts, and the completions whose border a token spans
 
 
 def test_completions_need_an_eos() -> None:

@@ -1,0 +1,208 @@
+"""Messages of data rows: what is read of them, and how they are written where no chat template is involved.
+
+A message keeps all fields that hold something, so that the chat template gets them; `lightning_rlhf.prompts.tokenize`
+checks that it writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from lightning_rlhf.prompts.files import Row, describe
+from lightning_rlhf.types import FinishReason, Message
+
+
+ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation")
+TOOLS = "tools"
+TEMPLATE_OPTIONS = "chat_template_kwargs"
+NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of rows that are about more than text."""
+
+RESERVED = ("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message")
+"""Names that a row may not give to the chat template: the library does."""
+
+
+def field_error(source: str, field: str, problem: str, remedy: str) -> ValueError:
+    """Build the error for a malformed field: where, what, and what to do."""
+    return ValueError(f"{source}: field {field!r} {problem}: {remedy}")
+
+
+def parse_text(value: Any, source: str, field: str) -> str:
+    """Check that a value is text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise field_error(source, field, f"must be text, got {describe(value)}", "write a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        problem = f"holds half of a surrogate pair at character {error.start}"
+        raise field_error(source, field, problem, "remove it, or write the whole character") from error
+    return value
+
+
+def parse_messages(value: Any, source: str, field: str, ignored: Collection[str] = ()) -> tuple[Message, ...]:
+    """Check a list of messages, keeping every field that holds something.
+
+    Args:
+        value: the list.
+        source: where the row came from.
+        field: the column.
+        ignored: fields of messages to leave out.
+
+    Raises:
+        ValueError: naming row, field and message, for what is no message.
+    """
+    if not isinstance(value, list) or not value:
+        problem = f"must be text or a list of messages, got {describe(value)}"
+        raise field_error(source, field, problem, 'write a string or [{"role": "user", "content": "..."}]')
+    return tuple(_parse_message(message, number, source, field, ignored) for number, message in enumerate(value))
+
+
+def _parse_message(message: Any, number: int, source: str, field: str, ignored: Collection[str]) -> Message:
+    place = f"{field}[{number}]"
+    remedy = 'write {"role": "user", "content": "..."}'
+    if not isinstance(message, dict) or "role" not in message:
+        raise field_error(
+            source, field, f"has no role and content in message {number + 1}, got {describe(message)}", remedy
+        )
+    role = message["role"]
+    if role not in ROLES:
+        problem = f"has an unknown role in message {number + 1}, got {describe(role)}"
+        raise field_error(source, field, problem, f"use one of {', '.join(ROLES)}")
+    named = {key: kept for key, kept in message.items() if key not in ("role", "content") and key not in ignored}
+    others = {key: kept for key, kept in named.items() if kept is not None and kept not in ("", [], {})}
+    content = message.get("content")
+    if content is None and not others:
+        problem = f"has no role and content in message {number + 1}, got {describe(message)}"
+        raise field_error(source, field, problem, remedy)
+    if isinstance(content, list):
+        content = _joined_parts(content, source, f"{place}.content")
+    elif content is not None:
+        content = parse_text(content, source, f"{place}.content")
+    for key, kept in others.items():
+        _check_json(kept, source, f"{place}.{key}")
+    return {"role": role, "content": content, **others}
+
+
+def _joined_parts(parts: list[Any], source: str, field: str) -> str:
+    """Text of a content that is a list of parts."""
+    texts = []
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
+            problem = f"has a part {number + 1} that is no text, got {describe(part)}"
+            raise field_error(source, field, problem, 'models here read text: write {"type": "text", "text": "..."}')
+        texts.append(parse_text(part.get("text"), source, f"{field}[{number}].text"))
+    return "".join(texts)
+
+
+def _check_json(value: Any, source: str, field: str) -> None:
+    """Check that a value is what JSON can hold, as a ledger keeps it."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
+        problem = f"cannot be written as JSON ({error}), got {describe(value)}"
+        raise field_error(source, field, problem, "write text, numbers, lists and objects") from error
+
+
+def parse_prompt(value: Any, source: str, field: str, ignored: Collection[str] = ()) -> str | tuple[Message, ...]:
+    """Check a prompt, plain or conversational."""
+    if isinstance(value, str):
+        return parse_text(value, source, field)
+    return without_final_answer(parse_messages(value, source, field, ignored), source, field)
+
+
+def without_final_answer(messages: tuple[Message, ...], source: str, field: str) -> tuple[Message, ...]:
+    """Check that a conversation waits for the assistant to speak."""
+    if messages[-1]["role"] == "assistant":
+        problem = "has a prompt that ends with the assistant's turn"
+        raise field_error(source, field, problem, "end the prompt with the user's turn; completions hold the answers")
+    return messages
+
+
+def parse_answer(
+    value: Any, prompt: str | tuple[Message, ...], source: str, field: str, ignored: Collection[str] = ()
+) -> Message:
+    """Check a completion: text, or the assistant's message, with or without the prompt's messages before it."""
+    if isinstance(value, str):
+        return {"role": "assistant", "content": parse_text(value, source, field)}
+    messages = parse_messages(value, source, field, ignored)
+    if messages[: len(prompt)] == prompt:
+        messages = messages[len(prompt) :]
+    if [message["role"] for message in messages] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        problem = f"must have one message by the assistant after the prompt, got messages by: {roles}"
+        raise field_error(source, field, problem, "put earlier turns into the prompt, the same for both completions")
+    return messages[0]
+
+
+def parse_completion(value: Any, prompt: str | tuple[Message, ...], source: str, field: str) -> str:
+    """Text of a completion; see `parse_answer`."""
+    return turn_text(parse_answer(value, prompt, source, field))
+
+
+def parse_template_options(
+    row: Row, source: str, conversational: bool, ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """What a row gives to the chat template beside its messages: ``tools`` and ``chat_template_kwargs``.
+
+    Both are objects, or JSON in a string.
+
+    Args:
+        row: the row.
+        source: where it came from.
+        conversational: whether its prompt is a conversation.
+        ignored: columns to leave out.
+
+    Raises:
+        ValueError: if a column is malformed, goes with a plain prompt, or holds more than text.
+    """
+    for name in NO_TEXT:
+        if name not in ignored and row.get(name) not in (None, "", [], {}):
+            raise field_error(source, name, "cannot be read: models here read text", "drop it, or set ignored_fields")
+    options: dict[str, Any] = {}
+    for name, kind in ((TOOLS, list), (TEMPLATE_OPTIONS, dict)):
+        value = row.get(name)
+        if name in ignored or value in (None, "", [], {}):
+            continue
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise field_error(source, name, f"is no JSON ({error})", "write it as JSON") from error
+        if not isinstance(value, kind):
+            what = "a list of tools" if kind is list else "an object"
+            raise field_error(source, name, f"must be {what}, got {describe(value)}", "correct it, or drop it")
+        if not conversational:
+            problem = "is for the chat template, and the prompt is plain text"
+            raise field_error(source, name, problem, "write the prompt as messages, or set ignored_fields")
+        _check_json(value, source, name)
+        if name == TOOLS:
+            options[TOOLS] = value
+            continue
+        for key in sorted(set(value) & {*RESERVED, *options}):
+            raise field_error(source, name, f"may not hold {key!r}", "drop it: the library says so itself")
+        options |= value
+    return options
+
+
+def parse_finish_reasons(row: Row, names: tuple[str, ...]) -> tuple[FinishReason, ...]:
+    """Why the recorded completions of a row ended, by columns; empty if none was cut off by a token limit."""
+    found: tuple[FinishReason, ...] = tuple("length" if row.get(name) == "length" else "eos" for name in names)
+    return found if "length" in found else ()
+
+
+def holds_text_alone(message: Message) -> bool:
+    """Whether a message is nothing but a role and text."""
+    return isinstance(message["content"], str) and len(message) == 2
+
+
+def turn_text(message: Message) -> str:
+    """A message as text, for judges and transcripts: its content, and its other fields as JSON, one a line."""
+    content = message["content"] or ""
+    fields = [
+        f"[{name}] {kept if isinstance(kept, str) else json.dumps(kept, ensure_ascii=False)}"
+        for name, kept in message.items()
+        if name not in ("role", "content")
+    ]
+    return "\n".join([content, *fields] if content else fields)
