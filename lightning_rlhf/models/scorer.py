@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.models.dropout import saved_dropout
 from lightning_rlhf.models.load import LoRA, load_scorer, lora_config, resolve_checkpoint, score_head
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
@@ -178,7 +179,7 @@ class Scorer(nn.Module):
             vars(self.config).pop(name, None)  # of the checkpoint that this one was trained from
         if self.size == 1 and self.means is not None and self.stds is not None:
             self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
-        with whole_folder(folder) as scratch:
+        with whole_folder(folder) as scratch, saved_dropout(self):
             if self.kind == "linear":
                 weights = merged_state_dict(self.model, state) if adapted is not None else state
                 self.model.save_pretrained(scratch, state_dict=weights)
