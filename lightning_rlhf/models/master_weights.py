@@ -111,9 +111,11 @@ class MasterWeights(Optimizer):
 
     def _share_state(self) -> None:
         for weight, master in self._pairs():
-            if master in self.optimizer.state:
-                state = self.optimizer.state[master]
-                self.state[weight] = state if master is weight else {**state, MASTER: master.detach()}
+            state = self.optimizer.state.get(master, {})
+            if master is not weight:
+                self.state[weight] = {**state, MASTER: master.detach()}
+            elif state:
+                self.state[weight] = state
 
 
 def is_half(tensor: Tensor) -> bool:
