@@ -53,7 +53,7 @@ from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStep
 from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
 from lightning_rlhf.label_run import LabelRun
-from lightning_rlhf.models.precision import bf16_instructions, choose_precision, device_type_of
+from lightning_rlhf.models.precision import bf16_instructions, check_precision, choose_precision, device_type_of
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.plan import plan
@@ -142,6 +142,7 @@ class RLHFTrainer(L.Trainer):
             device_type = device_type_of(accelerator)
             precision, reason = choose_precision(device_type, bf16_instructions(device_type))
             rank_zero_info(f"precision: {precision}, {reason}")
+        check_precision(str(precision))
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         self._signal_connector = NotedSignals(self)
 
@@ -285,6 +286,7 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
     settings = {name: _plain(config[name]) for name in ("model", "data")}
     for name, part in (("model", model), ("data", datamodule)):
         free = part.FREE_SETTINGS if isinstance(part, AbstractStepModule | AbstractStepDataModule) else frozenset()
+        free = part.free_settings() if isinstance(part, AbstractStepModule) else free
         settings[name]["init_args"] = {k: v for k, v in settings[name]["init_args"].items() if k not in free}
     settings["data"]["init_args"].get("decoding", {}).pop("rows", None)
     settings["data"] = _without(settings["data"], FREE_OF_SERVERS)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 Strategy = Literal["ddp", "fsdp"]
 
 GIB = 2**30
+SINGLE = 4
+"""Bytes of a float32 number."""
 TILE_BYTES = 256 << 20
 """Room for logits, which the head computes in tiles, and for the workspace of kernels."""
 
@@ -144,26 +146,32 @@ def estimate(
         gpus: how many.
         strategy: ``fsdp`` shards policy and reference; ``ddp`` has them whole on every device.
         lora: rank of the adapters; the whole model is trained when not given.
-        weight_bytes: bytes per weight: 4 for float32, 2 for bfloat16; gradients and AdamW's moments have the same.
+        weight_bytes: bytes per weight of the model: 4 for float32, 2 for bfloat16, where AdamW also keeps a float32 copy
+            of what is trained. AdamW's moments and adapters are float32 in either case.
         checkpointing: recompute activations.
     """
     shards = gpus if strategy == "fsdp" else 1
     trained = shape.parameters if lora is None else shape.adapters(lora)
+    trained_bytes = weight_bytes if lora is None else SINGLE
     whole = float(shape.parameters * weight_bytes)
     kept = {
-        "weights": (whole + (0 if lora is None else trained * weight_bytes)) / shards,
-        "AdamW": 2.0 * trained * weight_bytes / shards,
+        "weights": (whole + (0 if lora is None else trained * SINGLE)) / shards,
+        "AdamW": 2.0 * trained * SINGLE / shards,
+        "float32 copies": float(trained * SINGLE if trained_bytes < SINGLE else 0) / shards,
         # with LoRA it is the model itself
         "reference": 0.0 if lora is not None else whole / shards,
     }
     passes = max(load.tokens_per_pass, load.prompt + 2 * load.response)
-    buckets = trained * weight_bytes if strategy == "ddp" and gpus > 1 else 0
+    buckets = trained * trained_bytes if strategy == "ddp" and gpus > 1 else 0
     # sharded layers are gathered one by one, two at a time
     gathered = 2 * whole / shape.layers if shards > 1 else 0.0
+    activations = float(passes * shape.activations(checkpointing) * weight_bytes)
     training = {
         **kept,
-        "gradients": trained * weight_bytes / shards + buckets,
-        "activations": float(passes * shape.activations(checkpointing) * weight_bytes),
+        "gradients": trained * trained_bytes / shards + buckets,
+        "activations": activations,
+        # a step turns gradients into float32, once the activations are gone
+        "float32 gradients": max(0.0, trained * (SINGLE - trained_bytes) / shards - activations),
         "gathered layers and logits": gathered + TILE_BYTES,
     }
     length = load.prompt + load.response

@@ -439,15 +439,16 @@ class EveryEpoch(ModelCheckpoint):
         (PILAFSampler, {"replay": "all", "max_steps": 1000}),
         (PILAFSampler, {"replay": "all", "max_steps": 8}),
         (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "tokens_per_batch": 1, "length_window": 2}),
+        (VanillaSampler, {"dtype": "bfloat16", "epochs_per_round": None}),
     ],
-    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch", "passes"],
+    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch", "passes", "bfloat16"],
 )
 def test_a_run_continues_bitwise_from_every_checkpoint(
     tmp_path: Path, tiny_policy: Path, sampler: type[AbstractPairSampler], options: dict[str, Any]
 ) -> None:
-    model_options = {k: v for k, v in options.items() if k in ("reference", "lora")}
+    model_options = {k: v for k, v in options.items() if k in ("reference", "lora", "dtype")}
     max_steps = options.get("max_steps", -1)
-    data_options = {k: v for k, v in options.items() if k not in ("reference", "lora", "max_steps")}
+    data_options = {k: v for k, v in options.items() if k not in ("reference", "lora", "dtype", "max_steps")}
 
     def fit(checkpoint: Path | None, *callbacks: Callback) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)  # adapters are drawn

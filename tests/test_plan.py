@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.models.load import LoRA, load_policy
 from lightning_rlhf.plan import SHAPES, TILE_BYTES, Device, Load, Shape, estimate, plan, shape_of
 
 
@@ -46,10 +47,13 @@ def test_memory_by_hand() -> None:
     one = estimate(shape, LOAD, DEVICE, 1)
     assert one.training == {
         "weights": size,
-        "AdamW": 2 * size,
+        # moments and copies of the weights are float32
+        "AdamW": 4 * size,
+        "float32 copies": 2 * size,
         "reference": size,
         "gradients": size,
         "activations": 1000 * 2 * (6 * 8 + 3 * 8 + 4 * 4 + 4 * 16) * 2,
+        "float32 gradients": 0,
         "gathered layers and logits": TILE_BYTES,
     }
     # ddp holds buckets of gradients beside the gradients
@@ -61,8 +65,24 @@ def test_memory_by_hand() -> None:
     assert sum(sharded.decoding[part] for part in parts) == 2 * size
     adapters = estimate(shape, LOAD, DEVICE, 1, lora=2)
     heads = 2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16)
-    assert adapters.training["AdamW"] == 2 * 2 * (2 * 2 * heads)
-    assert adapters.training["reference"] == 0
+    trained = 2 * 2 * heads
+    assert adapters.training["weights"] == size + 4 * trained
+    assert adapters.training["AdamW"] == 2 * 4 * trained
+    assert adapters.training["gradients"] == 4 * trained
+    assert adapters.training["reference"] == adapters.training["float32 copies"] == 0
+    single = estimate(shape, LOAD, DEVICE, 1, weight_bytes=4)
+    assert single.training["weights"] == single.training["gradients"] == single.training["AdamW"] / 2 == 2 * size
+    assert single.training["float32 copies"] == 0
+    short = Load(pairs=8, prompt=1, response=1, rows=4, tokens_per_pass=1)
+    stepping = estimate(SHAPES["1B"], short, DEVICE, 1).training
+    assert stepping["float32 gradients"] == 2 * SHAPES["1B"].parameters - stepping["activations"] > 0
+
+
+def test_adapters_count_what_peft_makes_of_them(tiny_policy: object) -> None:
+    policy = load_policy(str(tiny_policy), lora=LoRA(r=2), dtype="bfloat16")
+    adapters = [p for p in policy.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapters} == {torch.float32}
+    assert sum(p.numel() for p in adapters) == shape_of(str(tiny_policy)).adapters(2)
 
 
 def test_time_falls_with_devices_and_rises_with_work() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_rlhf.estimators.kl import k2, k3
 
 
-KLPlacement: TypeAlias = Literal["reward", "loss_k2", "loss_k3"]
+KLPlacement: TypeAlias = Literal["reward", "loss_k2", "loss_k3", "loss_k3_ratio"]
 Aggregation: TypeAlias = Literal["sum", "sequence_mean", "token_mean", "max_length"]
 
 
@@ -76,21 +76,30 @@ def clipped_value_loss(values: Tensor, sampling_values: Tensor, targets: Tensor,
     return torch.maximum(value_loss(values, targets), value_loss(near, targets))
 
 
-def kl_loss(logps: Tensor, reference_logps: Tensor, placement: KLPlacement) -> Tensor:
+def kl_loss(
+    logps: Tensor, reference_logps: Tensor, placement: KLPlacement, sampling_logps: Tensor | None = None
+) -> Tensor:
     """KL term of each token in the loss, unclamped; any shape. 0 where the KL is in the reward.
 
     On tokens of the policy itself, with X_t as it was drawn: the mean gradient of ``loss_k2`` is that of
     KL(pi || pi_ref) at X_t, the mean gradient of ``loss_k3`` that of KL(pi_ref || pi), though the mean value of k3 is
-    KL(pi || pi_ref). Neither sees that a token changes which states come later, as a penalty in the reward does: only
+    KL(pi || pi_ref). ``loss_k3_ratio`` is k3 times rho = pi / pi_sampling, through which the gradient flows too
+    (DeepSeek-V3.2, arXiv 2512.02556; what TRL's GRPO does unless told otherwise): its mean gradient is that of
+    KL(pi || pi_ref), also on tokens of an earlier policy. None of them sees that a token changes which states come later, as a penalty in the reward does: only
     ``reward`` has the gradient of the KL of whole responses.
 
     Args:
         logps: log pi of each token; carries gradient.
         reference_logps: log pi_ref of each token.
         placement: where the KL is.
+        sampling_logps: log pi when the token was drawn; for ``loss_k3_ratio``, which takes the policy to have drawn
+            the tokens when this is not given.
     """
     if placement == "reward":
         return torch.zeros_like(logps)
+    if placement == "loss_k3_ratio":
+        drawn = logps if sampling_logps is None else sampling_logps
+        return (logps - drawn.detach()).exp() * k3(logps, reference_logps.detach())
     return (k2 if placement == "loss_k2" else k3)(logps, reference_logps.detach())
 
 

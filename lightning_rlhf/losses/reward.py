@@ -16,18 +16,22 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Cross-entropy between the label p and the Bradley-Terry model of two rewards; shape [pairs].
 
-    With D = r(chosen) - r(rejected): ``-p log sigma(D - m) - (1 - p) log sigma(m - D)``. Soft labels as in RLAIF vs.
+    With D = r(chosen) - r(rejected) and the lead m = margin * (2p - 1): ``-p log sigma(D - m) - (1 - p) log sigma(m -
+    D)``. Soft labels as in RLAIF vs.
     RLHF (arXiv 2309.00267, section 2.2.1), where training on them distils the labeler; with p = 1 the loss of Stiennon
-    et al. 2020 (arXiv 2009.01325, eq. 1). At m = 0 the gradient by D is sigma(D) - p, and the minimum, at
-    D = logit(p), is the entropy of p. Adding a number to both rewards changes nothing.
+    et al. 2020 (arXiv 2009.01325, eq. 1). The gradient by D is sigma(D - m) - p, and the minimum, at D = logit(p) + m,
+    is the entropy of p. Exchanging the responses, and p for 1 - p, changes nothing, nor does a number added to both
+    rewards.
 
     Args:
         chosen_rewards: rewards of the preferred responses, [pairs]; carries gradient.
         rejected_rewards: rewards of the other responses, [pairs]; carries gradient.
         label: P(chosen preferred) in [0, 1], [pairs].
-        margin: by how much the chosen reward should lead at least, >= 0 (Llama 2, arXiv 2307.09288, section 3.2.2).
+        margin: by how much the reward of a surely preferred response should lead at least, >= 0 (Llama 2, arXiv
+            2307.09288, section 3.2.2). A label between counts for as much of it as it prefers one response, |2p - 1|,
+            so that a tie has none.
     """
-    difference = chosen_rewards - rejected_rewards - margin
+    difference = chosen_rewards - rejected_rewards - margin * (2 * label - 1)
     return -label * F.logsigmoid(difference) - (1 - label) * F.logsigmoid(-difference)
 
 

@@ -1,7 +1,7 @@
-"""``precision: auto``: bfloat16 where the device multiplies it fast, float32 elsewhere.
+"""Precision of a run: ``auto``, which the command line resolves when the Trainer is built, and what cannot work.
 
-Asked by the command line when the Trainer is built. Weights keep the type that ``model.dtype`` gives them, and
-the log-softmax is taken in float32 in either case.
+``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights keep the type that ``model.dtype``
+gives them, and the log-softmax is taken in float32 in either case.
 """
 
 from __future__ import annotations
@@ -38,6 +38,54 @@ def choose_precision(device_type: str, instructions: str | None) -> tuple[AutoPr
     if device_type in ("cpu", "cuda"):
         return "32-true", f"this {device} has no bf16 instructions"
     return "32-true", f"bfloat16 is not known to be fast on {device}"
+
+
+def check_precision(precision: str, plugin: str = "") -> None:
+    """Refuse a precision of Lightning that casts or exchanges the layers of the model.
+
+    Lightning would cast the policy but not its reference, and LoRA adapters and optimizer states with it.
+
+    Args:
+        precision: ``trainer.precision``.
+        plugin: class of the Trainer's precision plugin.
+
+    Raises:
+        ValueError: naming what to set.
+    """
+    remedies = {
+        "bf16-true": "for weights in bfloat16 set model.dtype=bfloat16 with trainer.precision=32-true or bf16-mixed",
+        "16-true": "for weights in half precision set model.dtype=bfloat16 with trainer.precision=32-true or "
+        "bf16-mixed; for float16 on a GPU, model.dtype=float32 with trainer.precision=16-mixed",
+        "64-true": "weights are float32 at most; set trainer.precision=32-true",
+    }
+    if precision.startswith("transformer-engine"):
+        remedy: str | None = "set trainer.precision=bf16-mixed"
+    elif plugin == "BitsandbytesPrecision":
+        remedy, precision = "set trainer.precision=bf16-mixed and leave the plugin out", plugin
+    else:
+        remedy = remedies.get({"64": "64-true"}.get(precision, precision))
+    if remedy is not None:
+        raise ValueError(f"trainer.precision={precision} is not supported: {remedy}")
+
+
+def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
+    """Refuse to train in float16 where small gradients would be 0.
+
+    Args:
+        dtype: ``model.dtype``.
+        precision: ``trainer.precision``.
+        trained_whole: whether weights of that type are trained, not adapters alone, which are float32.
+
+    Raises:
+        ValueError: naming what to set.
+    """
+    if dtype != "float16" or (precision == "16-mixed" and not trained_whole):
+        return
+    raise ValueError(
+        f"model.dtype=float16 cannot be trained {'as a whole' if trained_whole else f'with precision {precision}'}: "
+        f"gradients below 6e-8 would be 0. Set model.dtype=bfloat16; or model.dtype=float32 with "
+        f"trainer.precision=16-mixed on a GPU, which scales the loss"
+    )
 
 
 def bf16_instructions(device_type: str) -> str | None:

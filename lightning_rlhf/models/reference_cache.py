@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_rlhf.models.cache import cache_folder
+from lightning_rlhf.models.dropout import saved_dropout
 from lightning_rlhf.models.reference import AbstractReference, AdapterOffReference
 from lightning_rlhf.types import Prompt, Response
 
@@ -202,7 +203,8 @@ def model_digest(model: PreTrainedModel, *, without_adapter: bool = False) -> st
         tensors = {n.replace(".base_layer.", "."): t for n, t in tensors.items() if ".lora_" not in n}
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return None
-    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _CHANGES_NOTHING}
+    with saved_dropout(model):  # off or not, a reference computes without
+        config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _CHANGES_NOTHING}
     return _digest(f"{type(model).__qualname__} {json.dumps(config, sort_keys=True, default=str)}", tensors)
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.models.dropout import saved_dropout
+
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "README.md")
 _MODEL_FOLDERS = ("adapter", "adapters", "backbone", "members")
@@ -106,7 +108,10 @@ def save_policy(
         if merge or not isinstance(model, PeftModel):
             weights = merged_state_dict(model, state_dict) if isinstance(model, PeftModel) else state_dict
             base = model.get_base_model() if isinstance(model, PeftModel) else model
-            cast(PreTrainedModel, base).save_pretrained(scratch, state_dict=None if weights is None else dict(weights))
+            with saved_dropout(base):
+                cast(PreTrainedModel, base).save_pretrained(
+                    scratch, state_dict=None if weights is None else dict(weights)
+                )
         tokenizer.save_pretrained(scratch)
     return Path(folder)
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightning_rlhf.models.adapters import fit_adapters
 from lightning_rlhf.models.checks import read_json
+from lightning_rlhf.models.dropout import saved_dropout
 from lightning_rlhf.models.load import (
     LoRA,
     context_window,
@@ -191,7 +192,7 @@ class Scorer(nn.Module):
             vars(self.config).pop(name, None)  # of the checkpoint that this one was trained from
         if self.size == 1 and self.means is not None and self.stds is not None:
             self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
-        with whole_folder(folder) as scratch:
+        with whole_folder(folder) as scratch, saved_dropout(self):
             if self.kind == "linear":
                 weights = merged_state_dict(self.model, state) if adapted is not None else state
                 self.model.save_pretrained(scratch, state_dict=weights)

@@ -14,12 +14,15 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch, StepBatch
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.loading import forget_finished_epoch
+from lightning_rlhf.models.dropout import config_dropout
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
+from lightning_rlhf.models.master_weights import MasterWeights, is_half, refuse_half_weights
+from lightning_rlhf.models.precision import check_dtype, check_precision
 from lightning_rlhf.models.sharding import build_sharded, gathered
 from lightning_rlhf.models.stops import configured_ids, saved_generation_config
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
@@ -48,6 +51,11 @@ class AbstractStepModule(L.LightningModule, ABC):
         {"tokens_per_batch", "gradient_checkpointing", "layout", "attn_implementation", "use_vllm"}
     )
 
+    dtype_name: str = "float32"
+    """Floating-point type of the weights, ``model.dtype``."""
+    disable_dropout: bool = True
+    """Whether the dropout of the checkpoint is off in training."""
+
     def __init__(
         self,
         checkpoint: str,
@@ -61,10 +69,14 @@ class AbstractStepModule(L.LightningModule, ABC):
         self.checkpoint = checkpoint
         self.chat_template = chat_template
         self.trust_remote_code = trust_remote_code
-        if learning_rate <= 0:
+        if not 0 < learning_rate < float("inf"):
             raise ValueError(f"model.learning_rate must be > 0; got {learning_rate}")
         self.learning_rate = learning_rate
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"model.weight_decay must be >= 0; got {weight_decay}")
         self.weight_decay = weight_decay
+        if warmup_steps < 0:
+            raise ValueError(f"model.warmup_steps must be >= 0; got {warmup_steps}")
         self.warmup_steps = warmup_steps
         self._sums = RunningSums()
         self._gathered = ExitStack()
@@ -75,14 +87,33 @@ class AbstractStepModule(L.LightningModule, ABC):
         """Check what the model will run on, before it is loaded.
 
         Raises:
-            ValueError: under FSDP1, whose models cannot be gathered for forward passes that differ between ranks.
+            ValueError: under FSDP1, whose models cannot be gathered for forward passes that differ between ranks; or
+                under a precision that the model cannot be computed or trained in.
         """
-        del stage
+        plugin = self.trainer.precision_plugin
+        check_precision(str(plugin.precision), type(plugin).__name__)
+        if stage == "fit":
+            check_dtype(self.dtype_name, str(plugin.precision), self.trained_whole)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "trainer.strategy=fsdp is FSDP1, which cannot decode or score in rounds; use --config trainer/fsdp, "
                 "which is FSDP2 (ModelParallelStrategy)"
             )
+
+    @property
+    def trained_whole(self) -> bool:
+        """Whether weights of the checkpoint are trained, not adapters alone."""
+        return True
+
+    def free_settings(self) -> frozenset[str]:
+        """Arguments that change neither what this run draws nor what it learns, for this checkpoint."""
+        # runs of versions without this setting kept the dropout
+        kept = not self.disable_dropout or not config_dropout(self._checkpoint_config)
+        return self.FREE_SETTINGS | ({"disable_dropout"} if kept else set())
+
+    def on_fit_start(self) -> None:
+        """Refuse optimizers that the types of the weights do not suit."""
+        refuse_half_weights(self.trainer.optimizers, type(self).__name__)
 
     def placed(self, build: Callable[[bool], Any], cut: Callable[[Any, DeviceMesh], None]) -> Any:
         """Build a model where it is trained: on the device of the run, in shards where models are sharded.
@@ -121,8 +152,12 @@ class AbstractStepModule(L.LightningModule, ABC):
     @cached_property
     def context_window(self) -> int | None:
         """Longest sequence in tokens; None when the model sets no limit."""
+        return context_window(self._checkpoint_config)
+
+    @cached_property
+    def _checkpoint_config(self) -> PreTrainedConfig:
         checkpoint = resolve_checkpoint(self.checkpoint)
-        return context_window(AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code))
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def configured_end_ids(self) -> tuple[int, ...]:
@@ -194,13 +229,16 @@ class AbstractStepModule(L.LightningModule, ABC):
         """Leave the gradients: Lightning would empty them before the last backward pass of a step."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what is trained, with linear warm-up."""
+        """AdamW over what is trained, on float32 copies of weights in bfloat16, with linear warm-up."""
         groups = self.parameter_groups()
         parameters = [parameter for group in groups for parameter in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        optimizer: torch.optim.Optimizer
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
-        optimizer._step_supports_amp_scaling = False
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        if any(map(is_half, parameters)):
+            optimizer = MasterWeights(optimizer)
         warmup = max(self.warmup_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

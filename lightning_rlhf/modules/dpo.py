@@ -39,6 +39,7 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         start: folder of an earlier run's ``model`` to start from, while ``policy`` stays the reference: a model of the
             same shape, or with ``lora`` an adapter of the same shape; starts from ``policy`` when not given.
         trust_remote_code: run code that comes with the checkpoint.
+        disable_dropout: train without the dropout of the checkpoint, as TRL does; that of ``lora`` stays.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         use_vllm: bool = False,
         start: str | None = None,
         trust_remote_code: bool = False,
+        disable_dropout: bool = True,
     ) -> None:
         super().__init__(
             policy,
@@ -78,6 +80,7 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
             tokens_per_batch,
             use_vllm,
             trust_remote_code,
+            disable_dropout,
         )
         if beta <= 0:
             raise ValueError(f"model.beta must be > 0; got {beta}")

@@ -10,6 +10,7 @@ import torch
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.generation.vllm import VLLMEngine
+from lightning_rlhf.models.dropout import train_mode_difference, without_dropout
 from lightning_rlhf.models.load import (
     LoRA,
     end_of_sequence_ids,
@@ -25,6 +26,10 @@ from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import checked_score
 from lightning_rlhf.types import Prompt
+
+
+TRAIN_MODE_TOLERANCE = 0.1
+"""Nats by which log-probabilities in train mode and in eval mode may differ, by other kernels and their rounding."""
 
 
 class AbstractPolicyModule(AbstractStepModule):
@@ -46,6 +51,7 @@ class AbstractPolicyModule(AbstractStepModule):
         tokens_per_batch: tokens of one forward pass when log-probabilities are scored without gradient.
         use_vllm: let vLLM (extra ``vllm``) draw responses.
         trust_remote_code: run code that comes with the checkpoint.
+        disable_dropout: train without the dropout of the checkpoint; that of ``lora`` stays.
     """
 
     engine_beta: float = 1.0
@@ -68,6 +74,7 @@ class AbstractPolicyModule(AbstractStepModule):
         tokens_per_batch: int,
         use_vllm: bool,
         trust_remote_code: bool,
+        disable_dropout: bool,
     ) -> None:
         super().__init__(policy, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
         if not 0 <= ema_decay < 1:
@@ -76,6 +83,7 @@ class AbstractPolicyModule(AbstractStepModule):
         self.reference_rule = reference
         self.ema_decay = ema_decay
         self.dtype_name = dtype
+        self.disable_dropout = disable_dropout
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.layout = layout
@@ -117,7 +125,7 @@ class AbstractPolicyModule(AbstractStepModule):
         return self.placed(self._open, shard)
 
     def _open(self, meta: bool = False) -> Any:
-        return load_policy(
+        policy = load_policy(
             self.checkpoint,
             lora=self.lora,
             dtype=self.dtype_name,
@@ -126,6 +134,34 @@ class AbstractPolicyModule(AbstractStepModule):
             trust_remote_code=self.trust_remote_code,
             meta=meta,
         )
+        return without_dropout(policy) if self.disable_dropout else policy
+
+    @property
+    def trained_whole(self) -> bool:
+        """Whether the weights of the policy are trained, not adapters alone."""
+        return self.lora is None
+
+    def on_fit_start(self) -> None:
+        """Check the types of what is trained, and that the policy computes in training what it does in decoding.
+
+        Raises:
+            ValueError: if it does not, though its dropout is off.
+        """
+        super().on_fit_start()
+        if self.disable_dropout:
+            self._check_train_mode()
+
+    def _check_train_mode(self) -> None:
+        limit = min(16, self.context_window or 16)
+        ids = torch.arange(2 * limit).reshape(2, limit) % len(self.tokenizer)
+        with self.gathered(), self.trainer.precision_plugin.forward_context():
+            difference = train_mode_difference(self.policy, ids.to(self.device))
+        if not difference < TRAIN_MODE_TOLERANCE:
+            raise ValueError(
+                f"{self.checkpoint!r} computes other log-probabilities in training than in decoding, by up to "
+                f"{difference:.2g} nats, though its dropout is off: something else in it is random in train mode. Set "
+                f"that to zero in its config.json, or set model.disable_dropout=false to train with it"
+            )
 
     def frozen_models(self) -> list[torch.nn.Module]:
         """The reference of full fine-tuning."""

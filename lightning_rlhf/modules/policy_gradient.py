@@ -26,6 +26,7 @@ from lightning_rlhf.losses.policy_gradient import (
     response_weights,
     value_loss,
 )
+from lightning_rlhf.models.dropout import without_dropout
 from lightning_rlhf.models.load import LoRA, load_scorer, resolve_checkpoint, score_head
 from lightning_rlhf.models.logprobs import Layout, response_logps
 from lightning_rlhf.models.modes import evaluating
@@ -44,7 +45,7 @@ class PolicyGradientModule(AbstractPolicyModule):
     baseline, the KL penalty of each token inside the return. Which reward it climbs is the DataModule's business:
     a reward model makes it RLHF or RLAIF, a judge direct RLAIF. Logged on training steps, as means over prompts:
     ``train/policy_loss``, ``train/kl/k1`` and ``train/kl/k3`` (nats per response, of the policy as it is, over the
-    rollouts of the step), ``train/kl_loss/loss_k2`` or ``/loss_k3`` where the KL is in the loss,
+    rollouts of the step), ``train/kl_loss/`` and the placement where the KL is in the loss,
     ``train/ratio/clipped`` (share of tokens) with a clip, ``train/value_loss`` with a value model;
     ``train/kl_coefficient`` per epoch.
 
@@ -53,8 +54,9 @@ class PolicyGradientModule(AbstractPolicyModule):
         advantage: how rewards become advantages of tokens; `LearnedBaseline` when not given.
         beta: strength of the pull towards the reference: in [0, 1) for ``convex``, >= 0 for ``penalty``.
         objective: ``convex`` is J = (1 - beta) E[r] - beta KL, ``penalty`` is J = E[r] - beta KL.
-        kl_placement: ``reward`` puts the KL of each token into its reward, ``loss_k2`` and ``loss_k3`` an estimator of
-            it into the loss; only the first has the gradient of J.
+        kl_placement: ``reward`` puts the KL of each token into its reward; ``loss_k2``, ``loss_k3`` and
+            ``loss_k3_ratio``, which is k3 times the ratio to the law that drew the tokens as in TRL's GRPO, put an
+            estimator of it into the loss. Only the first has the gradient of J.
         kl_target: KL per response, nats, that beta is adapted to after each round (Ziegler et al. 2019, arXiv
             1909.08593, section 2.2); needs ``penalty``. Beta stays when not given.
         kl_gain: share of the relative error of the KL, cut to 20 %, by which beta is changed, > 0; the paper's 0.1.
@@ -88,6 +90,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         start: folder of an earlier run's ``model`` to start from, while ``policy`` stays the reference: a model of the
             same shape, or with ``lora`` an adapter of the same shape; starts from ``policy`` when not given.
         trust_remote_code: run code that comes with the checkpoint.
+        disable_dropout: train without the dropout of the checkpoint, as TRL does; that of ``lora`` stays.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class PolicyGradientModule(AbstractPolicyModule):
         use_vllm: bool = False,
         start: str | None = None,
         trust_remote_code: bool = False,
+        disable_dropout: bool = True,
     ) -> None:
         super().__init__(
             policy,
@@ -138,6 +142,7 @@ class PolicyGradientModule(AbstractPolicyModule):
             tokens_per_batch,
             use_vllm,
             trust_remote_code,
+            disable_dropout,
         )
         if kl_price(objective, beta) == float("inf"):
             raise ValueError("model.beta is 1, where the reward counts for nothing; take less")
@@ -198,7 +203,12 @@ class PolicyGradientModule(AbstractPolicyModule):
             # a random head would begin with random advantages
             for parameter in score_head(model).parameters():
                 torch.nn.init.zeros_(parameter)
-        return model
+        return without_dropout(model) if self.disable_dropout else model
+
+    @property
+    def trained_whole(self) -> bool:
+        """Whether weights of policy or value model are trained, not adapters alone."""
+        return super().trained_whole or self.advantage.needs_values
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy, and the value model with a rate of its own."""
@@ -302,7 +312,7 @@ class PolicyGradientModule(AbstractPolicyModule):
             if self.clip is not None:
                 figures["ratio/clipped"] = by_prompt(clipped_share(logps, sampling, advantages, self.clip), mean)
         if self.kl_placement != "reward":
-            kl_losses = by_prompt(kl_loss(logps, reference, self.kl_placement), per_token)
+            kl_losses = by_prompt(kl_loss(logps, reference, self.kl_placement, sampling), per_token)
             losses = losses + objective_weights(self.objective, self.kl_coefficient)[1] * kl_losses
             figures[f"kl_loss/{self.kl_placement}"] = kl_losses
         if self.value_model is not None:

@@ -18,6 +18,7 @@ from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
+from lightning_rlhf.models.dropout import without_dropout
 from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, load_tokenizer
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
@@ -53,7 +54,7 @@ class RewardModule(AbstractPreferenceModule):
         reference: causal LM that samplers such as `PILAFSampler` mix the policy with; give it only to those that do,
             since pairs are scored by it.
         beta: strength of the pull to the reference that the policy was trained with, > 0; the tilt of PILAF.
-        margin: by how much the chosen reward should lead at least, >= 0.
+        margin: by how much the chosen reward should lead at least, >= 0; times |2p - 1| for a soft label p.
         center_coefficient: weight of the squared sum of both rewards, which keeps their mean at zero, >= 0.
         learning_rate: peak learning rate of AdamW, > 0.
         weight_decay: decoupled weight decay of AdamW, >= 0.
@@ -65,6 +66,7 @@ class RewardModule(AbstractPreferenceModule):
         layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
         tokens_per_batch: tokens of one forward pass when pairs are scored without gradient.
         trust_remote_code: run code that comes with the checkpoint.
+        disable_dropout: train without the dropout of the checkpoint, as TRL does; that of ``lora`` stays.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class RewardModule(AbstractPreferenceModule):
         layout: Layout = "auto",
         tokens_per_batch: int = 4096,
         trust_remote_code: bool = False,
+        disable_dropout: bool = True,
     ) -> None:
         super().__init__(backbone, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
         if margin < 0 or center_coefficient < 0:
@@ -104,6 +107,7 @@ class RewardModule(AbstractPreferenceModule):
         self.margin = margin
         self.center_coefficient = center_coefficient
         self.dtype_name = dtype
+        self.disable_dropout = disable_dropout
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.layout = layout
@@ -138,7 +142,7 @@ class RewardModule(AbstractPreferenceModule):
         )
         for model in scorer.models:
             model.config.pad_token_id = padding_id(self.tokenizer)
-        return cast(Scorer, scorer)
+        return cast(Scorer, without_dropout(scorer) if self.disable_dropout else scorer)
 
     def engine(self, decoding: Decoding) -> DecodeEngine | None:
         """Make a decode engine over the policy, which is loaded at the first call; None without one."""

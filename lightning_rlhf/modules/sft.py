@@ -38,6 +38,7 @@ class SFTModule(AbstractPolicyModule):
         layout: ``auto`` packs rows without filling if the model can; ``padded`` never does.
         tokens_per_batch: tokens of one forward pass when held-out rows are scored.
         trust_remote_code: run code that comes with the checkpoint.
+        disable_dropout: train without the dropout of the checkpoint, which is kept as in TRL when not set.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SFTModule(AbstractPolicyModule):
         layout: Layout = "auto",
         tokens_per_batch: int = 4096,
         trust_remote_code: bool = False,
+        disable_dropout: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -72,6 +74,7 @@ class SFTModule(AbstractPolicyModule):
             tokens_per_batch,
             False,
             trust_remote_code,
+            disable_dropout,
         )
         self.aggregation = aggregation
         self._nats, self._greedy, self._per_response = MeanWithError(), MeanWithError(), MeanWithError()

@@ -54,6 +54,14 @@ DROPOUT = [*LORA, "--model.lora.dropout=0.2", "--model.learning_rate=1e-2"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     # 12 rows, 3 steps an epoch; in passes of a few tokens
     "dpo": ("step5=term", ["--config=dpo_offline", *RECORDED, "--model.learning_rate=1e-3", "--trainer.max_epochs=3"]),
+    # the optimizer has float32 copies of the weights
+    "dpo_bfloat16": (
+        "step5=term",
+        [
+            *("--config=dpo_offline", *RECORDED, "--model.dtype=bfloat16", "--model.learning_rate=1e-3"),
+            *("--trainer.gradient_clip_val=1.0", "--trainer.max_epochs=3"),
+        ],
+    ),
     "dpo_lora": (
         "step4=term",
         ["--config=dpo_offline", *RECORDED, *DROPOUT, "--data.tokens_per_batch=40", "--trainer.max_epochs=3"],
@@ -197,7 +205,7 @@ def test_two_sharded_processes_go_on_as_if_they_had_not_stopped(runs: Any, shard
     own = {"policy_gradient": GAE, "online": ["--model.reference=ema"]}
     more = {name: own.get(name, []) for name in RECIPES}
     if not sharded:
-        more = {name: more[name] for name in ("dpo_lora", "reward_model", "online")}
+        more = {name: more[name] for name in ("dpo_bfloat16", "dpo_lora", "reward_model", "online")}
     place.stop_and_go_on(more)
 
 

@@ -249,9 +249,9 @@ def test_value_losses_by_hand() -> None:
     torch.testing.assert_close(clipped, torch.tensor([3.24, 1.0, 0.81]))
 
 
-@pytest.mark.parametrize("placement", ["loss_k2", "loss_k3"])
+@pytest.mark.parametrize("placement", ["loss_k2", "loss_k3", "loss_k3_ratio"])
 def test_the_kl_in_the_loss_has_the_gradient_that_the_page_says(placement: str) -> None:
-    """Of the KL of the next token at each state drawn, forwards for k2 and backwards for k3."""
+    """Of the KL of the next token at each state drawn: backwards for k3, forwards for k2 and for k3 times the ratio."""
     table = POLICY.clone().requires_grad_()
     probability = per_response(table).exp().detach()
     tokens = kl_loss(per_token(table), per_token(REFERENCE), placement)  # type: ignore[arg-type]
@@ -261,12 +261,26 @@ def test_the_kl_in_the_loss_has_the_gradient_that_the_page_says(placement: str) 
     )
     log_policy, log_reference = table.log_softmax(-1), REFERENCE.log_softmax(-1)
     forwards, backwards = categorical_kl(log_policy, log_reference), categorical_kl(log_reference, log_policy)
-    (expected,) = torch.autograd.grad(visits @ (forwards if placement == "loss_k2" else backwards), table)
+    (expected,) = torch.autograd.grad(visits @ (backwards if placement == "loss_k3" else forwards), table)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
     # and k3 is unbiased in its value
-    if placement == "loss_k3":
+    if placement != "loss_k2":
         mean = (probability[:, None] * tokens).sum().detach()
         torch.testing.assert_close(mean, (visits @ forwards).detach())
+
+
+def test_the_ratio_makes_up_for_tokens_of_an_earlier_policy() -> None:
+    earlier = torch.randn(3, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    table = POLICY.clone().requires_grad_()
+    probability = per_response(earlier).exp()
+    tokens = kl_loss(per_token(table), per_token(REFERENCE), "loss_k3_ratio", per_token(earlier))
+    visits = torch.stack(
+        [torch.ones(()).double(), *(probability[[r[0] == v for r in RESPONSES]].sum() for v in (1, 2))]
+    )
+    found = (probability[:, None] * tokens).sum()
+    expected = visits @ categorical_kl(table.log_softmax(-1), REFERENCE.log_softmax(-1))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, table)[0] for loss in (found, expected)))
 
 
 def test_aggregations_by_hand() -> None:

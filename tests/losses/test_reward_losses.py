@@ -36,6 +36,21 @@ def test_hard_labels_and_margins_give_the_usual_loss() -> None:
     torch.testing.assert_close(bradley_terry_loss(D, -D, ones, 0.5), -torch.nn.functional.logsigmoid(2 * D - 0.5))
 
 
+def test_a_margin_counts_as_much_as_the_label_prefers_one_response() -> None:
+    difference = D.clone().requires_grad_()
+    bradley_terry_loss(difference, torch.zeros_like(D), P, 0.5).sum().backward()
+    torch.testing.assert_close(difference.grad, (D - 0.5 * (2 * P - 1)).sigmoid() - P)
+    # on a tie neither response is pushed, and it does not matter which of two comes first
+    tied = bradley_terry_loss(D, 2 * D, torch.full_like(D, 0.5), 0.5)
+    torch.testing.assert_close(tied, bradley_terry_loss(D, 2 * D, torch.full_like(D, 0.5)))
+    exchanged = bradley_terry_loss(2 * D, D, 1 - P, 0.5)
+    torch.testing.assert_close(exchanged, bradley_terry_loss(D, 2 * D, P, 0.5))
+    # the minimum is where sigma(difference - lead) is the label
+    p, lead = torch.tensor(0.78, dtype=torch.float64), 0.5 * 0.56
+    at_best = bradley_terry_loss(p.logit() + lead, torch.zeros_like(p), p, 0.5)
+    torch.testing.assert_close(at_best, -(p * p.log() + (1 - p) * (1 - p).log()))
+
+
 def test_the_penalty_vanishes_where_the_mean_reward_is_zero() -> None:
     torch.testing.assert_close(centering_penalty(D, -D), torch.zeros_like(D))
     assert centering_penalty(torch.tensor(1.0), torch.tensor(2.0)).item() == pytest.approx(9.0)

@@ -23,7 +23,10 @@ from lightning_rlhf.losses import (
     PairLogps,
     RobustLoss,
     SigmoidLoss,
+    clipped_loss,
     implicit_rewards,
+    kl_loss,
+    response_weights,
     reward_accuracy,
 )
 
@@ -169,3 +172,58 @@ def test_rewards_and_accuracy_equal_those_trl_logs(tmp_path: Path) -> None:
     assert rejected.mean().item() == pytest.approx(logged["rewards/rejected"], rel=1e-5)
     assert (BETA * pairs.margin()).mean().item() == pytest.approx(logged["rewards/margins"], rel=1e-5)
     assert reward_accuracy(pairs.margin(), pairs.label).mean().item() == pytest.approx(logged["rewards/accuracies"])
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_kl_of_grpo_equals_that_of_trl(corrected: bool, tmp_path: Path) -> None:
+    """TRL multiplies k3 by the importance ratio unless told otherwise; tokens here are those of another policy."""
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        beta=BETA,
+        epsilon=0.2,
+        loss_type="grpo",
+        num_generations=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        **({} if corrected else {"use_bias_correction_kl": False}),
+    )
+    model(0).save_pretrained(tmp_path)  # where TRL takes its reference from
+    trainer = trl.GRPOTrainer(
+        model=transformers.LlamaForCausalLM.from_pretrained(tmp_path),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a b"}]),
+        processing_class=tokenizer(),
+    )
+    prompt, completion = torch.tensor([[3, 4], [3, 4]]), torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    advantages = torch.tensor([0.7, -0.7])
+
+    def logps(network: Any) -> Tensor:
+        logits = network(input_ids=torch.cat([prompt, completion], 1)).logits[:, 1:-1]
+        return torch.as_tensor(logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0])
+
+    with torch.no_grad():
+        sampling, reference = logps(model(2)), logps(model(1))
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": completion,
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": sampling,
+        "ref_per_token_logps": reference,
+    }
+    trainer.current_gradient_accumulation_steps = 1
+    network = trainer.model.train()
+    theirs = trainer._compute_loss(network, inputs)
+    theirs_gradients = gradients_of(network, theirs)
+    ours_logps = logps(network)
+    tokens = clipped_loss(ours_logps, sampling, advantages[:, None], 0.2)
+    tokens = tokens + BETA * kl_loss(ours_logps, reference, "loss_k3_ratio" if corrected else "loss_k3", sampling)
+    weights = response_weights(mask.sum(1), "sequence_mean", 3.5, 4)
+    ours = (weights * (tokens * mask).sum(1)).mean()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients_of(network, ours), theirs_gradients, atol=1e-5, rtol=1e-4)

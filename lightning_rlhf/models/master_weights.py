@@ -1,0 +1,167 @@
+"""Float32 master weights for weights in bfloat16.
+
+bfloat16 keeps eight bits of a weight: a step of 5e-7 on a weight of 0.02 rounds to no step at all, and AdamW's average
+of squared gradients, which changes by 0.1 % per step, stands still. So the optimizer works on float32 copies, and the
+model computes with their rounded values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+MASTER = "master_weight"
+"""Name of the float32 weight in the optimizer's state, and so in checkpoints."""
+
+
+class MasterWeights(Optimizer):
+    """Lets an optimizer work on float32 copies of weights that have fewer bits.
+
+    Its groups hold the weights of the model, so that gradients are clipped and checked, and learning rates scheduled,
+    as without it; make a schedule from this optimizer, not from the one inside. The states of the optimizer are float32
+    too. Copies and states are in the state dict. Weights in float32 have no copy. Gradients are emptied by a step.
+
+    Args:
+        optimizer: any optimizer that needs no closure, just made; it is changed to work on the copies.
+
+    Raises:
+        ValueError: if the optimizer has taken a step already.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if optimizer.state:
+            raise ValueError(f"MasterWeights needs a fresh optimizer; this {type(optimizer).__name__} has taken steps")
+        super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
+        self.defaults = optimizer.defaults
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group["params"] = [_master(parameter) for parameter in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group` does."""
+        super().add_param_group(param_group)
+        if hasattr(self, "optimizer"):
+            masters = [_master(parameter) for parameter in self.param_groups[-1]["params"]]
+            self.optimizer.add_param_group({**self.param_groups[-1], "params": masters})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take a step on the copies and round them into the weights; weights without a gradient stay as they are.
+
+        A weight that was changed from outside since the last step, by loading another model say, becomes the copy.
+
+        Args:
+            closure: computes loss and gradients; called once.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._hand_settings_down()
+        stepped = []
+        for weight, master in self._pairs():
+            if master is weight:
+                continue
+            master.grad = None
+            if weight.grad is not None:
+                _follow(master, weight)
+                master.grad, weight.grad = weight.grad.float(), None
+                stepped.append((weight, master))
+        self.optimizer.step()
+        for weight, master in stepped:
+            _local(weight).copy_(_local(master))
+            master.grad = None
+        self._share_state()
+        return result
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restore what `state_dict` returned, in float32; torch's own would round it to the type of the weights.
+
+        A state without copies, of a run before there were any, begins with copies of the weights as they are.
+        """
+        states = state_dict["state"]
+        own = {key: {name: v for name, v in state.items() if name != MASTER} for key, state in states.items()}
+        self.optimizer.load_state_dict({**state_dict, "state": own})
+        for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
+            outer.update({name: value for name, value in inner.items() if name != "params"})
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, (weight, master) in zip(keys, self._pairs(), strict=True):
+            if master is not weight:
+                held = states.get(key, {}).get(MASTER)
+                _local(master).copy_(_local(weight if held is None else held))
+        self.state.clear()
+        self._share_state()
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights and their copies, in order."""
+        for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
+            yield from zip(outer["params"], inner["params"], strict=True)
+
+    def _hand_settings_down(self) -> None:
+        """Give the optimizer inside the learning rates and other settings of the groups, which a schedule may change."""
+        for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
+            inner.update({name: value for name, value in outer.items() if name != "params"})
+
+    def _share_state(self) -> None:
+        for weight, master in self._pairs():
+            state = self.optimizer.state.get(master, {})
+            if master is not weight:
+                self.state[weight] = {**state, MASTER: master.detach()}
+            elif state:
+                self.state[weight] = state
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor has fewer bits than float32."""
+    return tensor.is_floating_point() and tensor.itemsize < 4
+
+
+def refuse_half_weights(optimizers: Iterable[Optimizer], owner: str) -> None:
+    """Refuse optimizers that would work on weights in float16, or on weights in bfloat16 without copies.
+
+    Args:
+        optimizers: those of a run.
+        owner: who made them, for the message.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    for optimizer in optimizers:
+        kinds = {p.dtype for group in optimizer.param_groups for p in group["params"] if is_half(p)}
+        if torch.float16 in kinds:
+            raise ValueError(
+                f"{owner} trains weights in float16, whose small gradients are 0; set model.dtype=bfloat16, or "
+                f"model.dtype=float32 with trainer.precision=16-mixed on a GPU"
+            )
+        if kinds and not isinstance(optimizer, MasterWeights):
+            raise ValueError(
+                f"configure_optimizers of {owner} gives a {type(optimizer).__name__} on weights in bfloat16, which "
+                f"small steps would not change; return lightning_rlhf.models.master_weights.MasterWeights(optimizer) "
+                f"and make the schedule from that, or set model.dtype=float32"
+            )
+
+
+def _master(weight: Tensor) -> Tensor:
+    """A float32 copy of a weight with fewer bits, sharded as it is; any other weight itself."""
+    if not is_half(weight):
+        return weight
+    with torch.inference_mode(False), torch.no_grad():
+        return nn.Parameter(weight.detach().to(torch.float32, copy=True))
+
+
+def _follow(master: Tensor, weight: Tensor) -> None:
+    """Set a copy to its weight wherever it does not round to it."""
+    mine, theirs = _local(master), _local(weight)
+    mine.copy_(torch.where(mine.to(theirs.dtype) == theirs, mine, theirs.to(mine.dtype)))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
