@@ -343,6 +343,7 @@ def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Compariso
         "wins": {name: value.item() for name, value in wins.compute().items()},
         "judge": {name: value.item() for name, value in judge.compute().items()},
         "failed": store.failed(0),
+        "free_ties": store.count_ties(),
         "attempts": store.num_attempts,
         "cost": store.total_cost,
     }
@@ -407,11 +408,12 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "wins" in report:
         wins = report["wins"]
         failed = f"; {counted(report['failed'])}" if report["failed"] else ""
+        free = f"; {report['free_ties']} of equal answers, which nobody judged" if report.get("free_ties") else ""
         rows += [
             ("A preferred to B", percent(wins, "win_rate"), f"ties one half; {wins['pairs']:.0f} pairs{failed}"),
             ("at equal length", percent(wins, "length_controlled"), "logistic regression on length A / length B, at 1"),
             ("mean P(A preferred)", f"{wins['mean_probability']:.3f}", "counts how sure the labeler is"),
-            ("ties", percent(wins, "ties"), "P(A preferred) is exactly 1/2"),
+            ("ties", percent(wins, "ties"), f"P(A preferred) is exactly 1/2{free}"),
             ("cost", f"{report['cost']:.6g}", f"of {report['attempts']} label attempts, in the labeler's unit"),
         ]
     for side, figures in report.get("harmless", {}).items():

@@ -166,6 +166,7 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
     return {
         "pairs": len(rows),
         "labelled": store.num_labels,
+        "ties": store.count_ties(),
         "failed": store.failed(0),
         "attempts": store.num_attempts,
         "cost": store.total_cost,
@@ -177,7 +178,11 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
 
 
 def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> None:
-    """Give comparisons and their last labels, failed ones too, to a metric; lengths are characters."""
+    """Give comparisons and their last labels, failed ones too, to a metric; lengths are characters.
+
+    Free ties are left out: the labeler has not seen them.
+    """
+    judged = [(comparison, label) for comparison, label in judged if not label.is_free_tie]
     comparisons, labels = [comparison for comparison, _ in judged], [label for _, label in judged]
     metric.update(
         torch.tensor([float("nan") if x.probability is None else x.probability for x in labels], dtype=torch.float64),
@@ -198,12 +203,14 @@ def _noted(labels: list[Label], name: str) -> torch.Tensor:
 
 def label_lines(report: Mapping[str, Any]) -> list[str]:
     """A report as a few lines for the terminal."""
-    missing = report["pairs"] - report["labelled"]
+    ties = report.get("ties", 0)
+    missing = report["pairs"] - report["labelled"] - ties
     failed = f"; without a label {missing}: {counted(report['failed'])}" if missing else ""
+    free = f"; free ties (equal responses) {ties}" if ties else ""
     speed = f", {report['bought_now'] / report['seconds']:.3g} per second" if report["bought_now"] else ""
     first = (
         f"labelled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
-        f"cost {report['cost']:.6g}{failed}; {report['bought_now']} in this call{speed}"
+        f"cost {report['cost']:.6g}{failed}{free}; {report['bought_now']} in this call{speed}"
     )
     return [first, *judge_lines(report["figures"])]
 
