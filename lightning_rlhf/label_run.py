@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 from lightning_rlhf.evaluation.judges import JudgeMetrics
 from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
 from lightning_rlhf.export import Rows, check_target, export_ledger
+from lightning_rlhf.fingerprint import FREE_OF_SERVERS, described
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rounds import RoundCollector
+from lightning_rlhf.same_run import check_same_settings
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt
@@ -88,7 +90,8 @@ class LabelRun:
         prompts = self._load()
         with PreferenceStore(self.ledger) as store:
             decisive = {"verb": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
-            store.check_fingerprint({**decisive, **(settings or {})})
+            objects = {"labeler": described(self.labeler)} if settings is None else settings
+            check_same_settings(store, {**decisive, **objects}, {"pairs", *FREE_OF_SERVERS})
             check_same_pairs(store, prompts)
             collector = RoundCollector(
                 store,

@@ -21,7 +21,7 @@ import lightning as L
 
 import lightning_rlhf
 from lightning_rlhf.fingerprint import comparable, differences, without_new_defaults
-from lightning_rlhf.same_run import without_prompts
+from lightning_rlhf.same_run import without_arguments
 
 
 PACKAGES = ("lightning-rlhf", "torch", "lightning", "transformers", "peft", "tokenizers", "jsonargparse", "numpy")
@@ -75,7 +75,7 @@ def check_settings(checkpoint: Mapping[str, Any], path: Path, now: Mapping[str, 
     new, _ = without_new_defaults(old, new)
     if any(isinstance(part, Mapping) and "rows" in part for part in checkpoint.values()):
         # the state of the DataModule knows the rows by their content
-        old, new = without_prompts(old), without_prompts(new)
+        old, new = without_arguments(old, "prompts"), without_arguments(new, "prompts")
     lines = differences(old, new, "in the checkpoint")
     if lines:
         raise ValueError(

@@ -14,8 +14,16 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_rlhf.fingerprint import comparable, differences, without_new_defaults
+from lightning_rlhf.fingerprint import (
+    FREE_OF_MODELS,
+    comparable,
+    differences,
+    with_contents,
+    without,
+    without_new_defaults,
+)
 from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Prompt, Response
 
 
@@ -24,6 +32,7 @@ ROWS, HELDOUT_ROWS = "training_rows", "heldout_rows"
 NAMED = 100_000
 """Rows up to which a digest of each is kept, so that a message can name the first that differs."""
 _SHORT = 4
+_OBJECTS = {"labeler", "reward"}
 
 
 def digest_of_rows(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -126,9 +135,12 @@ def check_same_run(
         new = {name: value for name, value in now.items() if name in known_to_both}
         old = {name: value for name, value in old.items() if name in known_to_both}
         new, added = without_new_defaults(old, new)
+        if store.num_labels == RolloutTable(store).count_scores() == 0:
+            # drawn, but judged by nobody: another judge may do it, as where the first one never answered
+            old, new = without_arguments(old, "labeler", "reward"), without_arguments(new, "labeler", "reward")
         if stored_rows is not None:
             lines = row_differences(stored_rows, rows, prompts, source, "in the ledger")
-            old, new = without_prompts(old), without_prompts(new)
+            old, new = without_arguments(old, "prompts"), without_arguments(new, "prompts")
         else:
             lines = prompt_differences(store, prompts, source)
         lines = [*differences(old, new, "in the ledger"), *lines]
@@ -147,12 +159,41 @@ def check_same_run(
     store.set_values({"fingerprint": now, ROWS: rows})
 
 
-def without_prompts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the source of the rows, which count by their content."""
+def check_same_settings(store: PreferenceStore, settings: Mapping[str, Any], free: set[str]) -> None:
+    """The same for verbs that compare their rows themselves.
+
+    Args:
+        store: the ledger, open for writing.
+        settings: what a continued run must share with it, plain JSON.
+        free: settings that may change.
+
+    Raises:
+        ValueError: naming every setting that differs, with both values.
+    """
+    now = json.loads(json.dumps(with_contents(dict(settings))))
+    stored = store.fingerprint()
+    if stored is not None:
+        old, new = without(stored, free | FREE_OF_MODELS), without(now, free | FREE_OF_MODELS)
+        # what an earlier version did not note of a run from Python
+        missing = {name for name in _OBJECTS if (name in old) != (name in new)}
+        old, new = ({n: v for n, v in tree.items() if n not in missing} for tree in (old, new))
+        new, _ = without_new_defaults(old, new)
+        lines = differences(old, new, "in the ledger")
+        if lines:
+            raise ValueError(
+                f"the settings differ from those that the run in {store.path} was started with:\n"
+                + "\n".join(lines)
+                + f"\nGo back to the old settings, use another run folder, or delete {store.path.parent} to start over."
+            )
+    store.set_fingerprint(now)
+
+
+def without_arguments(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Settings without some arguments of the DataModule, such as the source of rows that count by their content."""
     data = settings.get("data")
     if not isinstance(data, dict):
         return dict(settings)
-    arguments = {name: value for name, value in data.get("init_args", {}).items() if name != "prompts"}
+    arguments = {name: value for name, value in data.get("init_args", {}).items() if name not in names}
     return {**settings, "data": {**data, "init_args": arguments}}
 
 
