@@ -191,13 +191,19 @@ def _described_function(function: Any, depth: int) -> dict[str, Any]:
 
 
 def code_digest(code: Any) -> str | None:
-    """Digest of the source of a class or function, in which comments and layout do not count; None without a source."""
+    """Digest of the source of a function, in which comments and layout do not count; None without a source.
+
+    A lambda counts by its bytecode: its source is a line that may hold several.
+    """
+    compiled = getattr(code, "__code__", None)
     try:
-        source = textwrap.dedent(inspect.getsource(code))
-        return _digest(ast.dump(ast.parse(source)).encode())
+        if getattr(code, "__name__", "") != "<lambda>":
+            return _digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(code)))).encode())
     except (OSError, TypeError, SyntaxError, ValueError):
-        compiled = getattr(code, "__code__", None)
-        return None if compiled is None else _digest(compiled.co_code, repr(compiled.co_consts).encode())
+        pass
+    if compiled is None:
+        return None
+    return _digest(compiled.co_code, repr((compiled.co_consts, compiled.co_names)).encode())
 
 
 def _class_path(kind: type) -> str:
