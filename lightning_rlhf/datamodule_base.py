@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 
 from lightning_rlhf import ranks
 from lightning_rlhf.collate import StepBatch
-from lightning_rlhf.fingerprint import KeepsArguments, run_settings
+from lightning_rlhf.fingerprint import KeepsArguments, code_of_plugins, run_settings
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.loading import RankSampler, ResumableLoader, Step, epoch_order, group_by_length, plan
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward
-from lightning_rlhf.same_run import check_same_run, digest_of_rows, note_heldout, row_differences
+from lightning_rlhf.same_run import check_same_run, digest_of_rows, note_code, note_heldout, row_differences
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Prompt
 
@@ -111,6 +111,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         self._prompts: list[Prompt] = []
         self._heldout: list[Prompt] = []
         self._tokenizer: Any = None
+        self._rows: dict[str, Any] = digest_of_rows([])
         self._accumulate = 1
 
     @abstractmethod
@@ -145,12 +146,13 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         if not self._prompts or self._tokenizer is not tokenizer:
             self._tokenizer = tokenizer
             self._prompts = self._load(self.prompt_source, "training")
+            self._rows = digest_of_rows(self._prompts)
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps: a digest of the rows, which must be the same when the run goes on."""
-        return {"rows": digest_of_rows(self._prompts)}
+        return {"rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`.
@@ -161,9 +163,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         rows: Mapping[str, Any] | None = state_dict.get("rows")
         if rows is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        lines = row_differences(
-            rows, digest_of_rows(self._prompts), self._prompts, self._named_source(), "in the checkpoint"
-        )
+        lines = row_differences(rows, self._rows, self._prompts, self._named_source(), "in the checkpoint")
         if lines:
             raise ValueError(
                 "the checkpoint was trained on other rows:\n"
@@ -468,6 +468,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             check_same_run(
                 self._store, {"seed": self.seed, **settings}, self._prompts, self._named_source(), restores_weights
             )
+            note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
             note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
         except BaseException:
             self._close_ledger()

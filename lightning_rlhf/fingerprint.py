@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -146,6 +147,8 @@ def described(value: Any, depth: int = 0) -> Any:
         return {"tensor": list(value.shape), "digest": _digest(_tensor_bytes(value))}
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
         return value.item() if getattr(value, "shape", None) == () else described(torch.as_tensor(value))
+    if isinstance(value, functools.partial):
+        return {"function": described([value.func, value.args, value.keywords], depth + 1)}
     if inspect.isroutine(value):
         return _described_function(value, depth)
     return _described_object(value, depth)
@@ -184,14 +187,14 @@ def _described_function(function: Any, depth: int) -> dict[str, Any]:
     tree: dict[str, Any] = {"function": getattr(inner, "__qualname__", str(inner)), "code": code_digest(inner)}
     cells = getattr(inner, "__closure__", None) or ()
     if cells:
-        tree["closure"] = [described(cell.cell_contents, depth + 1) for cell in cells]
+        tree["closure"] = [described(_cell_value(cell), depth + 1) for cell in cells]
     if getattr(function, "__self__", None) is not None and not inspect.ismodule(function.__self__):
         tree["self"] = described(function.__self__, depth + 1)
     return tree
 
 
 def code_digest(code: Any) -> str | None:
-    """Digest of the source of a function, in which comments and layout do not count; None without a source.
+    """Digest of the source of a function or class, in which comments and layout do not count; None without a source.
 
     A lambda counts by its bytecode: its source is a line that may hold several.
     """
@@ -204,6 +207,46 @@ def code_digest(code: Any) -> str | None:
     if compiled is None:
         return None
     return _digest(compiled.co_code, repr((compiled.co_consts, compiled.co_names)).encode())
+
+
+def code_of_plugins(*objects: Any) -> dict[str, str]:
+    """Digests of the code of a user's own classes, by class path, and of plain values that it took from around it.
+
+    Args:
+        objects: what a run is made of; their arguments are looked through, too.
+    """
+    found: dict[str, str] = {}
+    _collect_code(list(objects), found, 0)
+    return found
+
+
+def _collect_code(value: Any, found: dict[str, str], depth: int) -> None:
+    if depth > _DEPTH:
+        return
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _collect_code(inner, found, depth + 1)
+        return
+    if not isinstance(value, KeepsArguments):
+        return
+    kind = type(value)
+    if not kind.__module__.startswith("lightning_rlhf."):
+        methods = [member for member in vars(kind).values() if inspect.isfunction(member)]
+        cells = [cell for method in methods for cell in method.__closure__ or ()]
+        values = [_cell_value(cell) for cell in cells]
+        outer = [repr(value) for value in values if isinstance(value, bool | int | float | str)]
+        code = code_digest(kind) or "".join(str(code_digest(method)) for method in methods)
+        found[_class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
+    _collect_code(value.__dict__.get("_arguments", {}), found, depth + 1)
+
+
+def _cell_value(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
 
 
 def _class_path(kind: type) -> str:

@@ -27,8 +27,8 @@ from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Prompt, Response
 
 
-ROWS, HELDOUT_ROWS = "training_rows", "heldout_rows"
-"""What a ledger remembers of the rows."""
+ROWS, HELDOUT_ROWS, CODE = "training_rows", "heldout_rows", "code"
+"""What a ledger remembers of the rows, and of a user's own classes."""
 NAMED = 100_000
 """Rows up to which a digest of each is kept, so that a message can name the first that differs."""
 _SHORT = 4
@@ -209,6 +209,24 @@ def prompt_differences(store: PreferenceStore, prompts: Sequence[Prompt], source
                 f"data, the tokenizer, or how texts become tokens has changed"
             ]
     return []
+
+
+def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
+    """Warn if a user's own class has other code than when the rounds so far were drawn and labelled.
+
+    Args:
+        store: the ledger, open for writing.
+        code: what `lightning_rlhf.fingerprint.code_of_plugins` gives.
+    """
+    before: dict[str, str] = store.value(CODE) or {}
+    changed = sorted(name for name in code if before.get(name, code[name]) != code[name])
+    if changed and store.is_drawn():
+        rank_zero_warn(
+            f"the code of {', '.join(changed)} has changed since the run in {store.path} began; the rounds that it "
+            f"holds stay as they were drawn and labelled"
+        )
+    if {**before, **code} != before:
+        store.set_values({CODE: {**before, **code}})
 
 
 def note_heldout(store: PreferenceStore, heldout: Sequence[Prompt], source: str) -> None:
