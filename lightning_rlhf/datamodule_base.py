@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -430,6 +430,8 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     def teardown(self, stage: str) -> None:
         """Close the ledger."""
         super().teardown(stage)
+        if stage == "fit" and self.trainer.global_step > 0:
+            vars(self.trainer.lightning_module)[_TRAINED] = True
         if stage in ("fit", "predict"):
             self._close_ledger()
 
@@ -468,6 +470,11 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             check_same_run(
                 self._store, {"seed": self.seed, **settings}, self._prompts, self._named_source(), restores_weights
             )
+            if _TRAINED in vars(self.trainer.lightning_module) and not restores_weights and self._store.is_drawn():
+                rank_zero_warn(
+                    f"the model in memory has been trained before, and this fit begins at round 0 of {self.ledger}, "
+                    f"which was drawn with the model as it was then; pass ckpt_path to go on, or use another folder"
+                )
             note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
             note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
         except BaseException:
@@ -555,5 +562,7 @@ def at_least_one(**settings: int | None) -> None:
             raise ValueError(f"data.{name} must be at least 1; got {value}")
 
 
+# mark of a module that a fit has trained
+_TRAINED = "_trained_in_rounds"
 # key paths below the run seed; 1 and 2 are those of the round collectors
 _PROMPTS, _ORDER, _WINDOWS = 3, 4, 5

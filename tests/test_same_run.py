@@ -170,6 +170,13 @@ def test_other_code_of_a_users_class_is_a_warning(tmp_path: Path, tiny_policy: P
         fit(tmp_path, DPOModule(str(tiny_policy)), pairs(source, reward=reward(-1)))
 
 
+def test_a_trained_module_on_its_first_round_again_is_a_warning(tmp_path: Path, tiny_policy: Path) -> None:
+    module, source = DPOModule(str(tiny_policy)), BuiltinPrompts("train", limit=4)
+    fit(tmp_path, module, pairs(source))
+    with pytest.warns(UserWarning, match="has been trained before, and this fit begins at round 0"):
+        fit(tmp_path, module, pairs(source))
+
+
 def test_one_datamodule_serves_two_runs(tmp_path: Path, tiny_policy: Path) -> None:
     data = pairs(BuiltinPrompts("train", limit=4))
     other = other_policy(tiny_policy, tmp_path / "other")
