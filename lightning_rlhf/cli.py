@@ -248,7 +248,7 @@ class RLHFCLI(LightningCLI):
         """Continue a run that was stopped, or measure the policy once before training."""
         settings = self.config[self.subcommand]
         self.datamodule.fingerprint = fingerprint(settings, self.model, self.datamodule)
-        if self.trainer.fast_dev_run:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._leave_nothing_behind()
             return
         check_writable(self.run_dir)

@@ -92,7 +92,8 @@ def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[
         free: frozenset[str] = getattr(part, "FREE_SETTINGS", frozenset())
         arguments = settings[name].get("init_args", {})
         kept[name] = {**settings[name], "init_args": {k: v for k, v in arguments.items() if k not in free}}
-    return with_contents(comparable(kept))
+    found: dict[str, Any] = with_contents(comparable(kept))
+    return found
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -105,7 +106,12 @@ def test_a_collapsed_policy_trains_on_ties_and_ends_where_a_budget_would_never_b
     loaded = PreferenceDataModule(
         BuiltinPrompts("train", limit=2), VanillaSampler(), labeler, decoding=cold, pairs_per_batch=2
     )
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
     trainer = L.Trainer(
         default_root_dir=tmp_path, max_epochs=-1, enable_model_summary=False, callbacks=[LabelBudget(5)], **options
     )
