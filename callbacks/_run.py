@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -63,10 +65,17 @@ def beta(pl_module: LightningModule) -> float:
 
 
 def root(trainer: Trainer) -> Path:
-    """The folder of the run, made if need be."""
+    """The folder of the run, made if need be; under ``fast_dev_run`` one that is gone with the Trainer."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer not in _TRIALS:
+            _TRIALS[trainer] = tempfile.TemporaryDirectory(prefix="fast_dev_run-")
+        return Path(_TRIALS[trainer].name)
     folder = Path(trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+_TRIALS: WeakKeyDictionary[Trainer, tempfile.TemporaryDirectory[str]] = WeakKeyDictionary()
 
 
 def show_image(trainer: Trainer, key: str, path: Path) -> None:

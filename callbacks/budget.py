@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rlhf.callbacks._run import preference_source
+
+
+PATIENCE = 20
+"""Rounds in a row without a label after which a run with a budget ends."""
 
 
 class LabelBudget(Callback):
@@ -14,7 +19,9 @@ class LabelBudget(Callback):
 
     The DataModule cuts the last round to what is left, so never more than ``labels`` are bought; the run trains on that
     round as on the others, and stops before it would draw another. Only labels with a verdict count. A run that is
-    resumed after its budget was spent trains on nothing more; to go on, resume it with a larger budget.
+    resumed after its budget was spent trains on nothing more; to go on, resume it with a larger budget. Pairs of equal
+    responses are no labels: a run whose last `PATIENCE` rounds held nothing else would never spend its budget, and
+    stops with a warning.
 
     Args:
         labels: labels the run may buy in all, over all its restarts, >= 1.
@@ -25,6 +32,7 @@ class LabelBudget(Callback):
             raise ValueError(f"LabelBudget needs at least one label; got labels={labels}")
         self.labels = labels
         self._round_done_at = 0
+        self._idle_rounds = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the DataModule the budget before it draws."""
@@ -50,8 +58,16 @@ class LabelBudget(Callback):
         # A round may be trained on for several epochs: the last one is finished as the others were.
         if source.epochs_per_round is None or (trainer.current_epoch + 1) % source.epochs_per_round != 0:
             return
-        self._round_done_at = source.num_labels
+        before, self._round_done_at = self._round_done_at, source.num_labels
+        self._idle_rounds = self._idle_rounds + 1 if self._round_done_at == before else 0
         if self._round_done_at >= self.labels:
+            trainer.should_stop = True
+        elif self._idle_rounds >= PATIENCE:
+            rank_zero_warn(
+                f"the last {PATIENCE} rounds brought no label: the two responses of every pair were equal, so that the "
+                f"policy has collapsed. The run stops at {self._round_done_at} of {self.labels} labels; raise "
+                f"data.decoding.temperature, or start from another policy"
+            )
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,5 +24,6 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export; all ranks take part, since a sharded policy must be gathered, and rank zero writes."""
-        folder: Path = root(trainer) / self.folder
+        # a trial writes into its own folder, whatever this one is
+        folder: Path = root(trainer) / (Path(self.folder).name if trainer.fast_dev_run else self.folder)  # type: ignore[attr-defined]
         cast(Any, pl_module).save_pretrained(folder)

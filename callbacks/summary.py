@@ -38,9 +38,10 @@ class Summary(HeldOutCallback):
 
     The result: held-out mean reward before and after training with standard errors, the paired difference over the same
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
-    nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds. The first
-    validation of the run counts as before, the latest as after; both live in the checkpoint, as do the seconds. Figures
-    that the run cannot know, such as rewards without a reward function, are left out of the line and null in the file.
+    nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
+    free ties (pairs of equal responses), where there are any. The first validation of the run counts as before, the
+    latest as after; both live in the checkpoint, as do the seconds. Figures that the run cannot know, such as rewards
+    without a reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.
@@ -68,10 +69,12 @@ class Summary(HeldOutCallback):
         self._seconds_before, self._started = self._seconds(), None
         source = preference_source(trainer)
         passes = source.passes_per_pair
+        ties = getattr(source, "num_ties", 0)
         result = {
             **result_of(self._before, self._after, beta(pl_module)),
             "steps": trainer.global_step,
             "labels": source.num_labels,
+            **({"ties": ties} if ties else {}),
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
         }
@@ -146,6 +149,8 @@ def closing_line(result: Mapping[str, Any]) -> str:
     if trained and result["j_before"] is not None and result["j_after"] is not None:
         parts.append(f"J {rounded(result['j_before'])} -> {rounded(result['j_after'])}")
     parts.append(f"{result['labels']} labels")
+    if result.get("ties"):
+        parts.append(f"{result['ties']} free ties (equal responses)")
     if result["passes_per_pair"] is not None:
         parts.append(f"{result['passes_per_pair']:.1f} passes per pair")
     return ", ".join([*parts, f"{result['seconds']:.0f} s"])

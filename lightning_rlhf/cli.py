@@ -49,12 +49,12 @@ from lightning_rlhf import ranks
 from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.checkpoints import NotedSignals, RunCheckpoint, StopOnSignal, check_writable, checked, meta
 from lightning_rlhf.comparison import CompareRun
-from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStepDataModule
+from lightning_rlhf.datamodule_base import AbstractRoundDataModule
 from lightning_rlhf.evaluation_run import EvaluationRun
 from lightning_rlhf.export import export_comparisons, export_ledger
+from lightning_rlhf.fingerprint import FREE_OF_MODELS, FREE_OF_SERVERS, decisive, without
 from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, check_precision, choose_precision, device_type_of
-from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.plan import plan
 from lightning_rlhf.run_record import RunRecord, check_settings
@@ -249,6 +249,9 @@ class RLHFCLI(LightningCLI):
         """Continue a run that was stopped, or measure the policy once before training."""
         settings = self.config[self.subcommand]
         self.datamodule.fingerprint = fingerprint(settings, self.model, self.datamodule)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._leave_nothing_behind()
+            return
         check_writable(self.run_dir)
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
@@ -272,6 +275,12 @@ class RLHFCLI(LightningCLI):
         elif self.datamodule.heldout_source is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
+    def _leave_nothing_behind(self) -> None:
+        """Let a trial run of a few batches neither go on from a checkpoint nor write one, nor be recorded."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StopOnSignal):
+                callback.save = None
+
     def before_sample(self) -> None:
         """Tie the ledger to the settings."""
         self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
@@ -284,13 +293,7 @@ LIGHTNINGS_CHECKPOINTS = ("best", "hpc", "last", "registry")
 def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
     """Settings that decide what is drawn, labelled and learnt, as plain data; the classes name those that do not."""
     settings = {name: _plain(config[name]) for name in ("model", "data")}
-    for name, part in (("model", model), ("data", datamodule)):
-        free = part.FREE_SETTINGS if isinstance(part, AbstractStepModule | AbstractStepDataModule) else frozenset()
-        free = part.free_settings() if isinstance(part, AbstractStepModule) else free
-        settings[name]["init_args"] = {k: v for k, v in settings[name]["init_args"].items() if k not in free}
-    settings["data"]["init_args"].get("decoding", {}).pop("rows", None)
-    settings["data"] = _without(settings["data"], FREE_OF_SERVERS)
-    return {**settings, "seed_everything": config.get("seed_everything")}
+    return {**decisive(settings, model, datamodule), "seed_everything": config.get("seed_everything")}
 
 
 VERBS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
@@ -300,15 +303,11 @@ VERBS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
 }
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
-FREE_OF_SERVERS = {
-    *("base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal", "price_in", "price_out")
-}
-"""Settings of a `JudgeServer` that may change within a run: where, how and at what price a model is asked."""
-
 FREE_OF_VERBS = {
     *FREE_OF_SERVERS,
+    *FREE_OF_MODELS,
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
-    *("limit", "device", "tokens_per_batch", "compile"),
+    *("limit", "compile"),
 }
 """Settings of a verb, or of the objects it is given, that may change when it is called again."""
 
@@ -323,7 +322,7 @@ def run_verb(verb: str, args: list[str]) -> None:
         args = ["--config", *args]
     parser.add_class_arguments(kind, as_group=False)
     config = parser.parse_args(args)
-    settings = _without(_plain(config), FREE_OF_VERBS)
+    settings = without(_plain(config), FREE_OF_VERBS)
     values = parser.instantiate(config).as_dict()
     values.pop("config")
     kind(**values).run(settings)
@@ -341,13 +340,6 @@ def run_pipeline(args: list[str]) -> None:
     if not all(sign for _, sign, _ in changed):
         parser.error(f"--set takes NAME=VALUE; got {' '.join(config.set)}")
     Pipeline(config.pipeline, config.run_dir, {name: value for name, _, value in changed}).run()
-
-
-def _without(value: Any, names: set[str]) -> Any:
-    """A tree of plain data without the branches of some names."""
-    if isinstance(value, dict):
-        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
-    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

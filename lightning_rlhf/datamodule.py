@@ -6,6 +6,7 @@ a round is read from the ledger, so that a killed run continues with the pairs a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -97,11 +98,18 @@ class PreferenceDataModule(AbstractRoundDataModule):
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
+        self._untaught = copy.deepcopy(sampler.state_dict())
 
     @property
     def passes_per_pair(self) -> float:
         """Model forward passes per token position and pair, counted over all pairs drawn; every rank must ask."""
         return ranks.from_rank_zero(lambda: self._store.mean_passes() if self._store is not None else float("nan"))
+
+    @property
+    def num_ties(self) -> int:
+        """Pairs of equal responses in the rounds up to the newest one; every rank must ask."""
+        before = self.round.index + 1 if self.round is not None else 0
+        return ranks.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
 
     @property
     def label_share(self) -> float:
@@ -118,6 +126,11 @@ class PreferenceDataModule(AbstractRoundDataModule):
         batch = collate_preferences(items)
         batch.weight[len(batch) - step.num_idle :] = 0.0
         return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
+
+    def forget_rounds(self) -> None:
+        """Forget all rounds, and let the sampler be as it was given."""
+        self.round, self._rounds = None, {}
+        self.sampler.load_state_dict(copy.deepcopy(self._untaught))
 
     def buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""

@@ -6,8 +6,9 @@ from the ledger, so that a killed run continues with what it had drawn and paid 
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,18 +16,21 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lightning_rlhf import ranks
 from lightning_rlhf.collate import StepBatch
+from lightning_rlhf.fingerprint import KeepsArguments, code_of_plugins, run_settings
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.loading import RankSampler, ResumableLoader, Step, epoch_order, group_by_length, plan
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.same_run import check_same_run, digest_of_rows, note_code, note_heldout, row_differences
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Prompt
 
@@ -34,7 +38,7 @@ from lightning_rlhf.types import Prompt
 DEFAULT_DECODING = Decoding()
 
 
-class AbstractStepDataModule(L.LightningDataModule, ABC):
+class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
     """Serves batches that are optimizer steps, in one pass or in several, exactly resumable.
 
     Implement `items`, `length` and `collate`.
@@ -98,7 +102,8 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
         )
         self.seed = seed
         self.fingerprint: dict[str, Any] = {}
-        """Settings that a continued run must share with the ledger; the command line fills it in."""
+        """Settings that a continued run must share with the ledger, where the command line gives them; what the
+        objects of the run say of themselves when empty."""
         self.round: Any = None
         """The newest round, for callbacks; None where there are no rounds."""
         self.epochs_per_round: int | None = None
@@ -106,6 +111,8 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
         """Most labels that may be bought in total; the last round is cut to it. The `LabelBudget` callback sets it."""
         self._prompts: list[Prompt] = []
         self._heldout: list[Prompt] = []
+        self._tokenizer: Any = None
+        self._rows: dict[str, Any] = digest_of_rows([])
         self._accumulate = 1
 
     @abstractmethod
@@ -131,10 +138,44 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
             # the hook that resamples: Lightning asks for the training loader anew in every epoch
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
             self._take_over_accumulation()
-        if not self._prompts:
+        if stage == "validate" and self.heldout_source is None and self.trainer.state.fn == TrainerFn.VALIDATING:
+            raise ValueError(
+                "there is nothing to validate on: set data.heldout to the rows that are held out, e.g. "
+                "--data.heldout=DatasetPrompts --data.heldout.path=heldout.jsonl"
+            )
+        tokenizer = self.trainer.lightning_module.tokenizer
+        if not self._prompts or self._tokenizer is not tokenizer:
+            self._tokenizer = tokenizer
             self._prompts = self._load(self.prompt_source, "training")
+            self._rows = digest_of_rows(self._prompts)
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps: a digest of the rows, which must be the same when the run goes on."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: if a run would go on with other rows.
+        """
+        rows: Mapping[str, Any] | None = state_dict.get("rows")
+        if rows is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        lines = row_differences(rows, self._rows, self._prompts, self._named_source(), "in the checkpoint")
+        if lines:
+            raise ValueError(
+                "the checkpoint was trained on other rows:\n"
+                + "\n".join(lines)
+                + "\nRestore the data; or start another run in another folder, which can begin with these weights."
+            )
+
+    def _named_source(self, source: AbstractPromptSource | None = None, what: str = "training rows") -> str:
+        """Rows and the file they come from, for messages."""
+        found = source if source is not None else self.prompt_source
+        return f"{what} of {getattr(found, 'path', type(found).__name__)}"
 
     @property
     def key(self) -> Key:
@@ -144,6 +185,11 @@ class AbstractStepDataModule(L.LightningDataModule, ABC):
     @property
     def num_labels(self) -> int:
         """Labels bought for the rounds up to the newest one; 0 where nothing is labelled. Every rank must ask."""
+        return 0
+
+    @property
+    def num_ties(self) -> int:
+        """Pairs of equal responses, ties that cost nothing; 0 where nothing is labelled. Every rank must ask."""
         return 0
 
     @property
@@ -304,6 +350,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         self.ledger_path = ledger
         self._observed = 0
         self._store: PreferenceStore | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @abstractmethod
     def buffer(self, due: int) -> Sequence[Any]:
@@ -330,11 +377,22 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """Labels that a prompt of a round costs."""
         return 1
 
+    @abstractmethod
+    def forget_rounds(self) -> None:
+        """Forget the rounds of an earlier fit, and what was learnt from them: a fit reads its own from its ledger."""
+
     def setup(self, stage: str) -> None:
-        """Read and check the rows, before any model is loaded, and open the ledger."""
+        """Read and check the rows, before any model is loaded, and open the ledger.
+
+        Raises:
+            ValueError: if the ledger holds the rounds of another run; the message names what differs.
+        """
         super().setup(stage)
+        if stage == "fit":
+            self._observed = 0
+            self.forget_rounds()
         if stage in ("fit", "predict"):
-            self._open_ledger()
+            ranks.from_rank_zero(self._open_ledger)
 
     @property
     def num_labels(self) -> int:
@@ -343,12 +401,17 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
     @property
     def ledger(self) -> Path:
-        """Path of the ledger."""
+        """Path of the ledger; under ``fast_dev_run`` in a folder that is gone when the run ends."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="fast_dev_run-")
+            return Path(self._scratch.name) / "ledger.sqlite"
         return Path(self.ledger_path or Path(self.trainer.default_root_dir) / "ledger.sqlite")
 
     def items(self, epoch: int) -> Sequence[Any]:
-        """Draw the round that is due, once."""
+        """Draw the round that is due, once; a run that is over draws none, and reads back what there is."""
         due = self._due_round(epoch)
+        if self._is_over(epoch) and not self._all_closed(due):
+            return []
         module: Any = self.trainer.lightning_module
         # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
         with module.gathered(), self.trainer.precision_plugin.forward_context():
@@ -376,6 +439,8 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     def teardown(self, stage: str) -> None:
         """Close the ledger."""
         super().teardown(stage)
+        if stage == "fit" and self.trainer.global_step > 0:
+            vars(self.trainer.lightning_module)[_TRAINED] = True
         if stage in ("fit", "predict"):
             self._close_ledger()
 
@@ -386,15 +451,18 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps: which ledger, and how many rounds were learnt from. The rounds are in it."""
-        return {"run_id": self._store.run_id if self._store is not None else None, "observed": self._observed}
+        run_id = self._store.run_id if self._store is not None else None
+        return {**super().state_dict(), "run_id": run_id, "observed": self._observed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`.
 
         Raises:
-            ValueError: if the checkpoint belongs to another ledger than the one in the run folder.
+            ValueError: if the checkpoint belongs to another ledger than the one in the run folder, or to other rows.
         """
-        if self._store is not None and state_dict["run_id"] != self._store.run_id:
+        super().load_state_dict(state_dict)
+        is_trial = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._store is not None and state_dict["run_id"] != self._store.run_id and not is_trial:
             raise ValueError(
                 f"the checkpoint belongs to ledger {state_dict['run_id']}, but {self.ledger} is "
                 f"{self._store.run_id}; put the run's own ledger back, or start over in an empty run folder"
@@ -402,20 +470,48 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         self._observed = state_dict["observed"]
 
     def _open_ledger(self) -> None:
-        if self._store is None and self.trainer.global_rank == 0:
-            self._store = PreferenceStore(self.ledger)
-            self._store.check_fingerprint({"seed": self.seed, **self.fingerprint})
+        if self._store is not None:
+            return
+        settings = self.fingerprint or run_settings(self.trainer.lightning_module, self)
+        self._store = PreferenceStore(self.ledger)
+        try:
+            restores_weights = self.trainer.ckpt_path is not None
+            check_same_run(
+                self._store, {"seed": self.seed, **settings}, self._prompts, self._named_source(), restores_weights
+            )
+            if _TRAINED in vars(self.trainer.lightning_module) and not restores_weights and self._store.is_drawn():
+                rank_zero_warn(
+                    f"the model in memory has been trained before, and this fit begins at round 0 of {self.ledger}, "
+                    f"which was drawn with the model as it was then; pass ckpt_path to go on, or use another folder"
+                )
+            note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
+            note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
+        except BaseException:
+            self._close_ledger()
+            raise
 
     def _close_ledger(self) -> None:
         if self._store is not None:
             self._store.close()
             self._store = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def _is_over(self, epoch: int) -> bool:
+        """Whether the run is over before this epoch; Lightning asks for its loader all the same."""
+        steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
+        return steps_over or (self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0))
+
+    def _all_closed(self, due: int) -> bool:
+        """Whether the ledger holds the rounds up to ``due`` as they ended; every rank must ask."""
+        return ranks.from_rank_zero(
+            lambda: self._store is not None and set(range(due + 1)) <= set(self._store.rounds())
+        )
 
     def _due_round(self, epoch: int) -> int:
         """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""
-        steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
-        epochs_over = self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0)
-        if steps_over or epochs_over:
+        if self._is_over(epoch):
             epoch = max(epoch - 1, 0)
         due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
         budget = self.label_budget
@@ -427,6 +523,9 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """Prompts of a round: consecutive pieces of an endless stream of shuffled passes over the data set."""
         total = len(self._prompts)
         size = self.prompts_per_round or total
+        trial = int(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if trial:  # no more than its batches need: what it draws and buys is thrown away
+            size = min(size, trial * self.items_per_batch * self._accumulate)
         if self.label_budget is not None:
             if self.label_budget % self.labels_per_prompt:
                 raise ValueError(
@@ -472,5 +571,7 @@ def at_least_one(**settings: int | None) -> None:
             raise ValueError(f"data.{name} must be at least 1; got {value}")
 
 
+# mark of a module that a fit has trained
+_TRAINED = "_trained_in_rounds"
 # key paths below the run seed; 1 and 2 are those of the round collectors
 _PROMPTS, _ORDER, _WINDOWS = 3, 4, 5

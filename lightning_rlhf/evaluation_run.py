@@ -34,6 +34,7 @@ from lightning_rlhf.evaluation.report import (
     write_whole,
 )
 from lightning_rlhf.evaluation.wins import HarmlessRate, WinRate
+from lightning_rlhf.fingerprint import FREE_OF_SERVERS, described
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.label_run import LabelRun, progress_bar, update
 from lightning_rlhf.labelers.base import AbstractLabeler
@@ -42,6 +43,7 @@ from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.rounds import RoundCollector
+from lightning_rlhf.same_run import check_same_settings
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.samplers.draws import coin
 from lightning_rlhf.store import PreferenceStore
@@ -155,9 +157,12 @@ class EvaluationRun:
             # what answers are drawn with, but for how many at once
             drawn = {k: v for k, v in vars(self.decoding).items() if k not in ("rows", "compile")}
             mine = {"verb": "evaluate", "seed": self.seed, "policies": policies, "drawn": drawn}
-            others = {k: v for k, v in (settings or {}).items() if k not in ("a", "b", "decoding", "harmless_above")}
-            others = identified(others)
-            store.check_fingerprint({**mine, "prompts_digest": Key(_bytes(prompts)).seed(), **others})
+            objects = {"labeler": self.labeler, "reward": self.reward}
+            given = described(objects) if settings is None else settings
+            others = {k: v for k, v in given.items() if k not in ("a", "b", "decoding", "harmless_above")}
+            now = {**mine, "prompts_digest": Key(_bytes(prompts)).seed(), **identified(others)}
+            # the prompts count by their digest; the pairs have a ledger of their own
+            check_same_settings(store, now, {"prompts", "pairs", *FREE_OF_SERVERS})
             answers = {side: self._answers(side, rows) for side in self.names}
             scores = {side: self._scores(side, prompts, answers[side]) for side in self.names if self.reward}
             verdicts = self._compare(store, prompts, answers) if self.labeler is not None and "B" in answers else []
@@ -238,7 +243,7 @@ class EvaluationRun:
             chunk=self.chunk,
             seed=self.seed,
         )
-        return run.run({name: settings[name] for name in ("pairs", "labeler") if name in settings})
+        return run.run({name: settings[name] for name in ("pairs", "labeler") if name in settings} or None)
 
     # ---- what is left behind ---------------------------------------------------------------------------------------
 
@@ -343,6 +348,7 @@ def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Compariso
         "wins": {name: value.item() for name, value in wins.compute().items()},
         "judge": {name: value.item() for name, value in judge.compute().items()},
         "failed": store.failed(0),
+        "free_ties": store.count_ties(),
         "attempts": store.num_attempts,
         "cost": store.total_cost,
     }
@@ -407,11 +413,12 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "wins" in report:
         wins = report["wins"]
         failed = f"; {counted(report['failed'])}" if report["failed"] else ""
+        free = f"; {report['free_ties']} of equal answers, which nobody judged" if report.get("free_ties") else ""
         rows += [
             ("A preferred to B", percent(wins, "win_rate"), f"ties one half; {wins['pairs']:.0f} pairs{failed}"),
             ("at equal length", percent(wins, "length_controlled"), "logistic regression on length A / length B, at 1"),
             ("mean P(A preferred)", f"{wins['mean_probability']:.3f}", "counts how sure the labeler is"),
-            ("ties", percent(wins, "ties"), "P(A preferred) is exactly 1/2"),
+            ("ties", percent(wins, "ties"), f"P(A preferred) is exactly 1/2{free}"),
             ("cost", f"{report['cost']:.6g}", f"of {report['attempts']} label attempts, in the labeler's unit"),
         ]
     for side, figures in report.get("harmless", {}).items():

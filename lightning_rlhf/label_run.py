@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 from lightning_rlhf.evaluation.judges import JudgeMetrics
 from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
 from lightning_rlhf.export import Rows, check_target, export_ledger
+from lightning_rlhf.fingerprint import FREE_OF_SERVERS, described
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rounds import RoundCollector
+from lightning_rlhf.same_run import check_same_settings
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt
@@ -88,7 +90,8 @@ class LabelRun:
         prompts = self._load()
         with PreferenceStore(self.ledger) as store:
             decisive = {"verb": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
-            store.check_fingerprint({**decisive, **(settings or {})})
+            objects = {"labeler": described(self.labeler)} if settings is None else settings
+            check_same_settings(store, {**decisive, **objects}, {"pairs", *FREE_OF_SERVERS})
             check_same_pairs(store, prompts)
             collector = RoundCollector(
                 store,
@@ -166,6 +169,7 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
     return {
         "pairs": len(rows),
         "labelled": store.num_labels,
+        "ties": store.count_ties(),
         "failed": store.failed(0),
         "attempts": store.num_attempts,
         "cost": store.total_cost,
@@ -177,7 +181,11 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
 
 
 def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> None:
-    """Give comparisons and their last labels, failed ones too, to a metric; lengths are characters."""
+    """Give comparisons and their last labels, failed ones too, to a metric; lengths are characters.
+
+    Free ties are left out: the labeler has not seen them.
+    """
+    judged = [(comparison, label) for comparison, label in judged if not label.is_free_tie]
     comparisons, labels = [comparison for comparison, _ in judged], [label for _, label in judged]
     metric.update(
         torch.tensor([float("nan") if x.probability is None else x.probability for x in labels], dtype=torch.float64),
@@ -198,12 +206,14 @@ def _noted(labels: list[Label], name: str) -> torch.Tensor:
 
 def label_lines(report: Mapping[str, Any]) -> list[str]:
     """A report as a few lines for the terminal."""
-    missing = report["pairs"] - report["labelled"]
+    ties = report.get("ties", 0)
+    missing = report["pairs"] - report["labelled"] - ties
     failed = f"; without a label {missing}: {counted(report['failed'])}" if missing else ""
+    free = f"; free ties (equal responses) {ties}" if ties else ""
     speed = f", {report['bought_now'] / report['seconds']:.3g} per second" if report["bought_now"] else ""
     first = (
         f"labelled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
-        f"cost {report['cost']:.6g}{failed}; {report['bought_now']} in this call{speed}"
+        f"cost {report['cost']:.6g}{failed}{free}; {report['bought_now']} in this call{speed}"
     )
     return [first, *judge_lines(report["figures"])]
 

@@ -6,6 +6,7 @@ and GRPO. A round is read from the ledger, so that a killed run continues with t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -104,6 +105,7 @@ class RolloutDataModule(AbstractRoundDataModule):
         """The newest round, for callbacks."""
         self._moments = torch.zeros(3, dtype=torch.float64)
         self._groups: list[RolloutGroup] = []
+        self._untaught = copy.deepcopy(reward.state_dict())
 
     @property
     def labels_per_prompt(self) -> int:
@@ -120,6 +122,12 @@ class RolloutDataModule(AbstractRoundDataModule):
         batch = collate_rollouts(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)
         batch.weight[len(batch) - step.num_idle :] = 0.0
         return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
+
+    def forget_rounds(self) -> None:
+        """Forget the round and the statistics of the rewards, and let the reward be as it was given."""
+        self.round, self._groups = None, []
+        self._moments = torch.zeros(3, dtype=torch.float64)
+        self.reward.load_state_dict(copy.deepcopy(self._untaught))
 
     def buffer(self, due: int) -> list[RolloutGroup]:
         """Prompts of the round that is due, with their rollouts and advantages."""

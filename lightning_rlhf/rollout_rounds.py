@@ -34,6 +34,7 @@ class RolloutRound:
         labels_bought: scores bought in this process; those read back from the ledger are not counted.
         failed: scores that failed, by status; none: a reward that cannot score stops the run.
         preferences: none; callbacks on pairs find nothing to report.
+        ties: pairs of equal responses; none.
     """
 
     index: int
@@ -44,6 +45,7 @@ class RolloutRound:
     labels_bought: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     preferences: Sequence[Preference] = ()
+    ties: int = 0
 
     @property
     def rollouts(self) -> list[Rollout]:

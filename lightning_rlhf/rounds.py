@@ -44,9 +44,17 @@ class Round:
     labelling_seconds: float = 0.0
     labels_bought: int = 0
 
+    @property
+    def ties(self) -> int:
+        """Free ties: pairs of equal responses. They are among the preferences."""
+        return sum(preference.label.is_free_tie for preference in self.preferences)
+
 
 class RoundCollector:
     """Draws rounds and buys their labels, through the ledger.
+
+    Two equal responses are a free tie: the labeler is not asked, and no label is counted. The pair stays in its round
+    with P = 0.5: the loss is a mean over all pairs, and the gradient of this one is zero.
 
     Whatever a killed run left of a round is taken from the ledger; only what is missing is drawn and labelled.
 
@@ -137,12 +145,15 @@ class RoundCollector:
         bought = self.label(index, chunk, num_prompts)
         failed = self._ledger.failed(index)
         # a round in which every label failed is of no use: it stays open, for more attempts
-        if not failed or any(label is not None for _, _, label in self._rows(index, num_prompts)):
+        labels = [label for _, _, label in self._rows(index, num_prompts)]
+        if not failed or any(label is not None and not label.is_free_tie for label in labels):
             self._ledger.close_round(index, {"prompts": num_prompts, "failed": failed})
         return bought
 
     def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:
         """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many.
+
+        Pairs of equal responses become free ties first, and are not shown to the labeler.
 
         Args:
             index: number of the round.
@@ -152,12 +163,13 @@ class RoundCollector:
         assert self.store is not None
         bought = 0
         key = self.key.fold(_LABELLING, index)
-        worth: set[int] | None = None
+        rows = self._rows(index, num_prompts)
+        worth = self._worth(rows)
+        self.store.add_ties([id_ for id_, c, label in rows if id_ in worth and label is None and c.has_equal_responses])
         for attempt in range(self.label_attempts):
             # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
             asked = self.store.attempts(index)
             rows = self._rows(index, num_prompts)
-            worth = self._worth(rows) if worth is None else worth
             open_ = [
                 (id_, c) for id_, c, label in rows if id_ in worth and label is None and asked.get(id_, 0) == attempt
             ]

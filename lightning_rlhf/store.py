@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning_rlhf.fingerprint import differences
 from lightning_rlhf.store_file import (
     check_is_ledger,
     connect,
@@ -26,17 +28,21 @@ from lightning_rlhf.store_file import (
     get_value,
     prepare_for_writing,
     readable,
+    schema_version,
     set_value,
     take_lease,
 )
 from lightning_rlhf.store_rows import (
     INSERT_ATTEMPT,
     INSERT_COMPARISON,
+    IS_TIE,
+    PROMPT_COLUMNS,
     SELECT_COMPARISONS,
     attempt_row,
     comparison_row,
     decode,
     find_or_add_prompt,
+    to_prompt,
 )
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt
 
@@ -130,6 +136,17 @@ class PreferenceStore:
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
+    def value(self, key: str) -> Any:
+        """What the run remembers under a key, plain JSON; None if nothing."""
+        with self.reading() as db:
+            return get_value(db, key)
+
+    def set_values(self, values: dict[str, Any]) -> None:
+        """Remember plain JSON by key, in one transaction, in place of what was remembered."""
+        with self.writing() as db:
+            for key, value in values.items():
+                set_value(db, key, value)
+
     def fingerprint(self) -> dict[str, Any] | None:
         """The settings that determine the draws, as stored; None if never set."""
         with self.reading() as db:
@@ -156,7 +173,7 @@ class PreferenceStore:
             raise ValueError(
                 f"the settings differ from those that the run in {self.path} was started with:\n"
                 + "\n".join(lines)
-                + f"\nGo back to the old settings, use another run folder, or delete {self.path.parent} to start over."
+                + f"\nGo back to the old settings, use another run folder, or delete {self.path} to start over."
             )
 
     # -- comparisons and labels ---------------------------------------------------------------------------------------
@@ -232,7 +249,7 @@ class PreferenceStore:
         with self.writing() as db:
             for identity, label, row in zip(ids, labels, rows, strict=True):
                 known = db.execute(
-                    "SELECT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
+                    f"SELECT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') OR {IS_TIE} "
                     "FROM comparisons c WHERE c.id = ?",
                     (identity,),
                 ).fetchone()
@@ -248,6 +265,51 @@ class PreferenceStore:
                 "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
                 (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
             )
+
+    def add_ties(self, ids: Sequence[int]) -> None:
+        """Note that comparisons have equal responses: they read back as ties that cost nothing and were not bought.
+
+        They count neither as labels nor as attempts; one that is noted already stays.
+
+        Args:
+            ids: comparisons without a label, as numbered by `add_comparisons`.
+
+        Raises:
+            ValueError: if a comparison is unknown or has a label.
+        """
+        now = time.time()
+        with self.writing() as db:
+            for identity in ids:
+                known = db.execute(
+                    "SELECT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
+                    "FROM comparisons c WHERE c.id = ?",
+                    (identity,),
+                ).fetchone()
+                if known is None or known[0]:
+                    what = "no comparison" if known is None else "a label for comparison"
+                    raise ValueError(f"{what} {identity} in {self.path}; pass ids of comparisons whose label is None")
+            db.executemany("INSERT OR IGNORE INTO ties VALUES (?, ?)", [(identity, now) for identity in ids])
+
+    def count_ties(self, before: int | None = None) -> int:
+        """Number of pairs of equal responses, in rounds before round ``before`` or in all."""
+        with self.reading() as db:
+            if schema_version(db) < 3:
+                return 0
+            query = "SELECT COUNT(*) FROM ties t JOIN comparisons c ON c.id = t.comparison WHERE c.round < ?"
+            return int(db.execute(query, (sys.maxsize if before is None else before,)).fetchone()[0])
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompts of all comparisons and rollouts, each once, in no order that means anything."""
+        with self.reading() as db:
+            rows = db.execute(f"SELECT {', '.join(PROMPT_COLUMNS)} FROM prompts").fetchall()
+        with readable(self.path, "the table of prompts"):
+            yield from map(to_prompt, rows)
+
+    def is_drawn(self) -> bool:
+        """Whether the ledger holds a comparison or a rollout."""
+        with self.reading() as db:
+            tables = ("comparisons", "rollouts") if schema_version(db) >= 2 else ("comparisons",)
+            return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
         """The comparisons of a round in order of position, each with its id and its label, None if it has none yet."""
@@ -284,7 +346,7 @@ class PreferenceStore:
                 "SELECT last.status, COUNT(*) FROM comparisons c "
                 "JOIN attempts last ON last.id = (SELECT MAX(id) FROM attempts WHERE comparison = c.id) "
                 "WHERE c.round = ? AND NOT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
-                "GROUP BY last.status ORDER BY last.status",
+                f"AND NOT {self._is_tie(db)} GROUP BY last.status ORDER BY last.status",
                 (round,),
             ).fetchall()
         return dict(rows)
@@ -324,10 +386,14 @@ class PreferenceStore:
 
     def _page(self, round: int, after: int, limit: int) -> list[tuple[int, int, Comparison, Label | None]]:
         with self.reading() as db:
-            rows = db.execute(SELECT_COMPARISONS, (round, after, limit)).fetchall()
+            rows = db.execute(SELECT_COMPARISONS.format(tie=self._is_tie(db)), (round, after, limit)).fetchall()
         prompts: dict[int, Prompt] = {}
         with readable(self.path, f"round {round}"):
             return [decode(row, prompts) for row in rows]
+
+    @staticmethod
+    def _is_tie(db: sqlite3.Connection) -> str:
+        return IS_TIE if schema_version(db) >= 3 else "0"
 
     # -- rounds and totals --------------------------------------------------------------------------------------------
 
@@ -393,30 +459,3 @@ class PreferenceStore:
     def _total(self, column: str) -> float:
         with self.reading() as db:
             return float(db.execute(f"SELECT {column} FROM totals").fetchone()[0])
-
-
-def differences(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
-    """One line per setting that differs between two trees of plain data, with both values.
-
-    Args:
-        then: what is stored.
-        now: what is asked for.
-        where: says in a line where the stored value lies.
-    """
-    old, new = _flatten(then), _flatten(now)
-    keys = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
-    return [f"  {key}: {_shown(old, key)} {where}, {_shown(new, key)} now" for key in sorted(keys)]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _shown(flat: dict[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "(absent)"

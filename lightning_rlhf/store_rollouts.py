@@ -5,6 +5,7 @@ A score may have cost a call of a judge, so it is on the disk when `add_scores` 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -116,8 +117,10 @@ class RolloutTable:
                 return []
             return [round for (round,) in db.execute("SELECT DISTINCT round FROM rollouts ORDER BY round")]
 
-    def count_scores(self, before: int) -> int:
-        """Number of scores in rounds before round ``before``."""
+    def count_scores(self, before: int = sys.maxsize) -> int:
+        """Number of scores in rounds before round ``before``; in all when not given."""
         with self.store.reading() as db:
+            if schema_version(db) < 2:
+                return 0
             query = "SELECT COUNT(*) FROM scores s JOIN rollouts r ON r.id = s.rollout WHERE r.round < ?"
             return int(db.execute(query, (before,)).fetchone()[0])

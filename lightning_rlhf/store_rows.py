@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response, Rollout
+from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response, Rollout, free_tie
 
 
 def _response_columns(side: str) -> list[str]:
@@ -48,6 +48,10 @@ ROLLOUT_SCHEMA = [
     "CREATE TRIGGER scores_are_never_deleted BEFORE DELETE ON scores BEGIN SELECT RAISE(ABORT, 'append-only'); END",
 ]
 """What version 2 of the schema added."""
+TIE_SCHEMA = [
+    "CREATE TABLE IF NOT EXISTS ties (comparison INTEGER PRIMARY KEY REFERENCES comparisons, time REAL NOT NULL)"
+]
+"""What version 3 of the schema added: pairs of equal responses, which nobody was asked about."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -66,6 +70,7 @@ SCHEMA = [
     "CREATE TABLE totals (attempts INTEGER NOT NULL, labels INTEGER NOT NULL, cost REAL NOT NULL)",
     "INSERT INTO totals VALUES (0, 0, 0.0)",
     *ROLLOUT_SCHEMA,
+    *TIE_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"
@@ -82,10 +87,12 @@ SELECT_ROLLOUTS = (
 INSERT_ATTEMPT = f"INSERT INTO attempts (comparison, status, probability, cost, meta, time) VALUES ({_marks(6)})"
 SELECT_COMPARISONS = (
     f"SELECT c.position, c.id, c.{', c.'.join(COMPARISON_COLUMNS)}, c.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
-    "l.probability, l.cost, l.meta FROM comparisons c JOIN prompts p ON p.id = c.prompt "
+    "l.probability, l.cost, l.meta, {tie} FROM comparisons c JOIN prompts p ON p.id = c.prompt "
     "LEFT JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
     "WHERE c.round = ? AND c.position > ? ORDER BY c.position LIMIT ?"
 )
+IS_TIE = "EXISTS (SELECT 1 FROM ties WHERE ties.comparison = c.id)"
+"""Whether a comparison is a free tie; put 0 in its place for a ledger of an older version, which has none."""
 
 
 def comparison_row(comparison: Comparison, where: str) -> tuple[Any, ...]:
@@ -127,7 +134,7 @@ def decode_rollout(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int,
     identity, position, temperature, values = row[:4]
     response, prompt, prompt_columns, (reward, std) = row[4:10], row[10], row[11:-2], row[-2:]
     if prompt not in prompts:
-        prompts[prompt] = _to_prompt(prompt_columns)
+        prompts[prompt] = to_prompt(prompt_columns)
     drawn = _to_response(response)
     return identity, position, Rollout(prompts[prompt], drawn, temperature, _unpack(values, "d"), reward, std)
 
@@ -160,9 +167,10 @@ def decode(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Co
         prompts: prompts decoded so far, by row number; extended, so that a prompt that occurs often is decoded once.
     """
     position, identity, branch, weight, passes, meta = row[:6]
-    a, b, prompt, prompt_columns, (probability, cost, label_meta) = row[6:12], row[12:18], row[18], row[19:-3], row[-3:]
+    a, b, prompt, prompt_columns = row[6:12], row[12:18], row[18], row[19:-4]
+    probability, cost, label_meta, is_tie = row[-4:]
     if prompt not in prompts:
-        prompts[prompt] = _to_prompt(prompt_columns)
+        prompts[prompt] = to_prompt(prompt_columns)
     pair = (_to_response(a), _to_response(b))
     if not isinstance(weight, float) or not isinstance(passes, float) or not isinstance(branch, str):
         raise TypeError(f"a comparison has weight {weight!r}, passes {passes!r} and branch {branch!r}")
@@ -171,10 +179,13 @@ def decode(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Co
         raise TypeError(f"a comparison has the meta {meta!r}")
     comparison = Comparison(prompts[prompt], *pair, branch, weight, passes, known)
     label = None if probability is None else Label(probability, "ok", cost, json.loads(label_meta))
+    if label is None and is_tie:
+        label = free_tie()
     return position, identity, comparison, label
 
 
-def _to_prompt(row: Sequence[Any]) -> Prompt:
+def to_prompt(row: Sequence[Any]) -> Prompt:
+    """Read the `PROMPT_COLUMNS` of a prompt."""
     index, ids, text, messages, recorded, *responses = row
     if not isinstance(index, int) or not isinstance(text, str):
         raise TypeError(f"a prompt has number {index!r} and text {text!r}")

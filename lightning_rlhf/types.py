@@ -145,6 +145,14 @@ class Comparison:
     passes: float = 2.0
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_equal_responses(self) -> bool:
+        """Whether nobody can tell the responses apart: the same tokens, or the same text.
+
+        Bytes that are no text are all decoded to the same replacement character: there the tokens alone count.
+        """
+        return self.a.ids == self.b.ids or (self.a.text == self.b.text and "\ufffd" not in self.a.text)
+
     def swap(self) -> Comparison:
         """The same comparison with the two responses exchanged, and what ``meta`` says of their order turned round."""
         meta = dict(self.meta)
@@ -171,6 +179,11 @@ class Label:
     cost: float = 1.0
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_free_tie(self) -> bool:
+        """Whether nobody was asked, since the responses are equal; see `free_tie`."""
+        return self.meta.get(FREE_TIE) is True
+
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.probability is not None):
             raise ValueError(
@@ -178,6 +191,15 @@ class Label:
             )
         if self.probability is not None and not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"P(a preferred) must lie in [0, 1]; got {self.probability}")
+
+
+FREE_TIE = "free_tie"
+"""Entry of a label's ``meta`` that is true where nobody was asked."""
+
+
+def free_tie() -> Label:
+    """The label of a pair of equal responses: P = 0.5, given without asking anybody, and no label that was bought."""
+    return Label(0.5, cost=0.0, meta={FREE_TIE: True})
 
 
 @dataclass(frozen=True)

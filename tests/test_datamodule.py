@@ -482,6 +482,25 @@ def test_a_run_continues_bitwise_from_every_checkpoint(
         assert all(torch.equal(straight[name], continued[name]) for name in straight), stops
 
 
+def test_a_sampler_goes_on_with_what_it_had_learnt_where_the_ledger_lacks_the_later_rounds(
+    tmp_path: Path, tiny_policy: Path
+) -> None:
+    drawn = []
+    for name, parts in (("straight", [3]), ("stopped", [2, 3])):
+        left: Path | None = None
+        for epochs in parts:
+            keep = EveryEpoch(tmp_path / name / "checkpoints")
+            loaded = data(TPILAFSampler(), prompts_per_round=6)
+            policy = module(tiny_policy)
+            trainer(tmp_path / name, epochs, keep).fit(policy, datamodule=loaded, ckpt_path=left)
+            left = Path(keep.best_model_path)
+        assert loaded.round is not None
+        assert loaded.round.index == 2
+        drawn.append([(c.a.ids, c.b.ids, c.weight, c.meta["tilt_probability"]) for c in loaded.round.comparisons])
+    assert drawn[0] == drawn[1]
+    assert {probability for *_, probability in drawn[0]} != {0.5}  # it had learnt something
+
+
 def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
     trainer(tmp_path / "a", 1, EveryStep(tmp_path / "a" / "checkpoints")).fit(
         module(tiny_policy), datamodule=data(VanillaSampler())
@@ -494,7 +513,9 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path, tiny_policy: 
 def test_fast_dev_run_and_overfit_batches_draw_once(tmp_path: Path, tiny_policy: Path) -> None:
     sampler = Counting()
     trainer(tmp_path / "fast", 1, fast_dev_run=True).fit(module(tiny_policy), datamodule=data(sampler))
-    assert len(sampler.calls) == 2
+    # what one batch needs, and nothing is left behind
+    assert [len(call) for call in sampler.calls] == [2]
+    assert not (tmp_path / "fast" / "ledger.sqlite").exists()
 
 
 class Steps(Callback):
@@ -544,7 +565,9 @@ def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, t
             prompts_per_round=7,
             epochs_per_round=None,
         )
-        run = trainer(tmp_path, 2, RewardMonitor(), steps, accumulate_grad_batches=accumulate, log_every_n_steps=1)
+        # other settings are another run
+        folder = tmp_path / f"{pairs}-{accumulate}-{tokens}"
+        run = trainer(folder, 2, RewardMonitor(), steps, accumulate_grad_batches=accumulate, log_every_n_steps=1)
         run.fit(policy, datamodule=loaded)
         assert run.global_step == 4
         assert run.accumulate_grad_batches == accumulate

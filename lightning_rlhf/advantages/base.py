@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_rlhf.estimators.returns import returns_to_go
+from lightning_rlhf.fingerprint import KeepsArguments
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Episodes:
         return self.rewards.sum(1)
 
 
-class AbstractAdvantage(ABC):
+class AbstractAdvantage(KeepsArguments, ABC):
     """Says how much better than expected each token did.
 
     Subclass it, implement ``__call__``, and name your class by its path: ``--model.advantage=my_file.MyAdvantage``. It

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Label
 
 
-class AbstractLabeler(ABC):
+class AbstractLabeler(KeepsArguments, ABC):
     """Says which of two responses is better, and how sure it is.
 
     Subclass it, implement `label`, and name your class by its path: ``--data.labeler=my_file.MyLabeler``.

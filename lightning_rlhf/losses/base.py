@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.losses.preference import (
     cdpo_loss,
     hinge_loss,
@@ -61,7 +62,7 @@ class PairLogps:
         return chosen - (self.policy_rejected - self.reference_rejected) / self.rejected_length
 
 
-class AbstractPreferenceLoss(ABC):
+class AbstractPreferenceLoss(KeepsArguments, ABC):
     """Turns log-probabilities of pairs into one loss per pair.
 
     Subclass it, implement ``__call__``, and name your class by its path: ``--model.loss=my_file.MyLoss``. Honour soft

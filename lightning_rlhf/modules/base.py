@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch, StepBatch
+from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.loading import forget_finished_epoch
 from lightning_rlhf.models.dropout import config_dropout
@@ -30,7 +31,7 @@ from lightning_rlhf.randomness import Key
 from lightning_rlhf.sums import RunningSums, logs_now
 
 
-class AbstractStepModule(L.LightningModule, ABC):
+class AbstractStepModule(KeepsArguments, L.LightningModule, ABC):
     """A model trained on batches of our DataModules, each an optimizer step that may take several passes.
 
     Implement `pass_outputs`. `training_step` returns ``loss`` and what the passes found, for callbacks.

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from functools import cached_property
 
+from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.types import PromptRow
 
 
-class AbstractPromptSource(ABC):
+class AbstractPromptSource(KeepsArguments, ABC):
     """Says which prompts to train on, and which recorded completions come with them.
 
     Subclass it, implement `load`, and name your class by its path: ``--data.prompts=my_file.MyPrompts``. A source knows

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.types import Prompt, Response
 
 
@@ -28,7 +29,7 @@ class RewardOutput:
     members: Tensor | None = None
 
 
-class AbstractReward(ABC):
+class AbstractReward(KeepsArguments, ABC):
     """Scores a response to a prompt.
 
     Subclass it, implement `score`, and name your class by its path:

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Prompt
 
 
-class AbstractPairSampler(ABC):
+class AbstractPairSampler(KeepsArguments, ABC):
     """Draws the pairs of responses that a labeler will be asked about.
 
     Subclass it, implement `sample`, and name your class by its path: ``--data.sampler=my_file.MySampler``. Samplers

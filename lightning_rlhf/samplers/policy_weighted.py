@@ -151,12 +151,19 @@ class PolicyWeightedSampler(AbstractPairSampler):
 
     def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
         """The pairs of a round that together promise most, greedily; all where ``label_share`` is 1."""
-        if self.label_share == 1 or not comparisons:
-            return list(range(len(comparisons)))
-        gaps, slopes = (torch.stack(parts) for parts in zip(*map(self._gap, comparisons), strict=True))
-        sigma = self.sigma
         count = self.most_labels(len(comparisons))
-        return greedy_pairs(gaps, slopes, self.information + self._prior(sigma), sigma, count)
+        if count == len(comparisons):
+            return list(range(count))
+        # equal responses teach nothing: what their gap has is rounding
+        equal = [i for i, comparison in enumerate(comparisons) if comparison.has_equal_responses]
+        different = [i for i, comparison in enumerate(comparisons) if not comparison.has_equal_responses]
+        if len(different) <= count:
+            return [*different, *equal[: count - len(different)]]
+        gaps, slopes = (
+            torch.stack(parts) for parts in zip(*(self._gap(comparisons[i]) for i in different), strict=True)
+        )
+        sigma = self.sigma
+        return [different[i] for i in greedy_pairs(gaps, slopes, self.information + self._prior(sigma), sigma, count)]
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
         """Add the pairs that were shown to the labeler to I, with a verdict or without, and all pools to Sigma."""

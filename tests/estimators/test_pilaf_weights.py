@@ -149,6 +149,17 @@ def test_running_estimate_by_hand() -> None:
     assert running.state_dict() == state
 
 
+def test_a_prompt_that_was_not_drawn_decays_once_per_round() -> None:
+    running = RunningZZ(strength=1.0, decay=0.5)
+    running.observe([0, 1], [math.acosh(9), math.acosh(2)])
+    for _ in range(3):
+        running.observe([1], [math.acosh(2)])
+    # of 9 and 1 an eighth is left after three rounds without the prompt
+    assert running.zz(0) == pytest.approx((running.zz_bar + 9 / 8) / (1 + 1 / 8), rel=1e-14)
+    running.observe([0], [math.acosh(9)])
+    assert running.zz(0) == pytest.approx((running.zz_bar + 9 / 16 + 9) / (1 + 1 / 16 + 1), rel=1e-14)
+
+
 def test_decay_of_one_averages_all_rounds_and_zero_keeps_the_last() -> None:
     rounds = [(4.0, 2.0), (1.0, 1.5)]
     for decay, expected in ((1.0, (4 + 2 + 1 + 1.5) / 4), (0.0, 1.25)):

@@ -26,6 +26,7 @@ from transformers import (
 from lightning_rlhf.generation import lanes
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine, draw_tokens
+from lightning_rlhf.models.logprobs import response_logps
 from lightning_rlhf.models.reference import AdapterOffReference, FrozenCopyReference
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt, Response
@@ -131,6 +132,17 @@ def test_first_token_follows_the_mixed_and_tempered_law() -> None:
     decode = engine(policy, reference, max_new_tokens=1, temperature=temperature, rows=1000)
     counts = Counter(response.ids[0] for response in decode.generate(asked))
     assert chisquare([counts[t] for t in range(5)], (law * draws).tolist()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_recorded_log_probabilities_are_those_of_the_policy_at_any_temperature(temperature: float) -> None:
+    policy, reference = build("llama", 0), build("llama", 1)
+    decode = engine(policy, reference, temperature=temperature)
+    asked = [Request(prompt, Key((4, prompt.index))) for prompt in prompts(5)]
+    for response, request in zip(decode.generate(asked, reference_logps=True), asked, strict=True):
+        for model, recorded in ((policy, response.policy_logps), (reference, response.reference_logps)):
+            (expected,) = response_logps(model, [(request.prompt.ids, [response.ids])])
+            assert recorded == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_vanilla_rows_run_no_reference_unless_asked() -> None:

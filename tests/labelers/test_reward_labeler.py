@@ -55,6 +55,21 @@ def test_argmax_calls_only_equal_rewards_a_tie() -> None:
     assert [label.cost for label in labels] == [0.5, 0.5, 0.5]
 
 
+def test_labels_are_drawn_anew_for_other_responses_and_other_attempts() -> None:
+    """Bernoulli labels at P = 0.5: whatever names the random number, 64 pairs that differ in it differ in labels."""
+    labeler = RewardLabeler(TextReward())
+    pair = comparison(3, 0.0, 0.0)
+
+    def probabilities(comparisons: Sequence[Comparison], key: Key = KEY) -> set[float | None]:
+        return {label.probability for label in labeler.label(comparisons, key)}
+
+    others = [Response((9, salt), "0.0", "eos") for salt in range(64)]
+    assert probabilities([pair] * 64) in ({0.0}, {1.0})
+    assert probabilities([replace(pair, a=other) for other in others]) == {0.0, 1.0}
+    assert probabilities([replace(pair, b=other) for other in others]) == {0.0, 1.0}
+    assert {p for attempt in range(64) for p in probabilities([pair], KEY.fold(attempt))} == {0.0, 1.0}
+
+
 def test_bernoulli_labels_have_the_frequency_of_bradley_terry() -> None:
     """4000 draws at P = sigmoid(1) = 0.731: within 4 standard errors (0.028) of it, and every label is hard."""
     labels = RewardLabeler(TextReward()).label([comparison(i, 1.0, 0.0) for i in range(4000)], KEY)
