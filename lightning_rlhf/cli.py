@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from importlib import resources
@@ -28,7 +29,6 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -206,6 +206,15 @@ class RLHFCLI(LightningCLI):
         """Add the run folder."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of everything the run leaves.")
         parser.add_argument("--checkpoint_every", type=int, default=1, help="Epochs between checkpoints.")
+        parser.add_argument(
+            "--checkpoint_every_steps", type=int | None, default=None, help="Steps between checkpoints, besides."
+        )
+        parser.add_argument(
+            "--checkpoint_every_minutes",
+            type=float | None,
+            default=20.0,
+            help="Minutes after which a checkpoint is written within an epoch; null writes none.",
+        )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -235,14 +244,58 @@ class RLHFCLI(LightningCLI):
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
             callbacks = [*callbacks, ProgressBar()]
-        keeps_checkpoints = self._get(self.config_init, "trainer.enable_checkpointing") is not False
-        if keeps_checkpoints and not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            every = self._get(self.config_init, "checkpoint_every")
-            checkpoint = RunCheckpoint(self.run_dir / "checkpoints", every_n_epochs=every)
-            callbacks = [*callbacks, checkpoint]
-        own = [callback for callback in callbacks if isinstance(callback, RunCheckpoint)]
-        callbacks = [*callbacks, StopOnSignal(own[0].save_now if own else None)]
+        if self._get(self.config_init, "trainer.barebones"):
+            raise ValueError(
+                "trainer.barebones=true switches off checkpoints, logs and the checks of a run: leave it out, or try a "
+                "config with --trainer.fast_dev_run=true"
+            )
+        own = None
+        if self._get(self.config_init, "trainer.enable_checkpointing") is not False:
+            own = self._run_checkpoint(callbacks)
+            # always there, and behind those of the user: its state then holds theirs
+            callbacks = [*(callback for callback in callbacks if callback is not own), own]
+        callbacks = [*callbacks, StopOnSignal(own.save_now if own else None)]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_checkpoint(self, callbacks: list[L.Callback]) -> RunCheckpoint:
+        """What keeps the checkpoints that the run continues from: of the run's own settings, or given among callbacks.
+
+        Raises:
+            ValueError: if one is given that writes elsewhere, where nobody would look.
+        """
+        folder = self.run_dir / "checkpoints"
+        for callback in callbacks:
+            if isinstance(callback, RunCheckpoint):
+                if Path(str(callback.dirpath)).resolve() != folder.resolve():
+                    raise ValueError(
+                        f"trainer.callbacks has a RunCheckpoint for {callback.dirpath}, but the run continues from "
+                        f"{folder}: take it out and set --run_dir; for further checkpoints use Lightning's "
+                        f"ModelCheckpoint"
+                    )
+                return callback
+        epochs, steps, minutes = (
+            self._get(self.config_init, f"checkpoint_every{unit}") for unit in ("", "_steps", "_minutes")
+        )
+        return RunCheckpoint(folder, epochs, steps, minutes)
+
+    def _name_what_is_missing(self) -> None:
+        """Say what the settings of the Trainer take from a run, in a line each."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, RunCheckpoint) for callback in callbacks):
+            rank_zero_info(
+                "trainer.enable_checkpointing=false: this run keeps no checkpoints; one that is stopped begins its "
+                "training again, on what the ledger holds"
+            )
+        names = {type(callback).__name__ for callback in callbacks}
+        missing = [name for name in ("FinalValidation", "HFExport", "Summary") if name not in names]
+        if "Summary" in missing and names & {"PairSummary", "LossSummary"}:
+            missing.remove("Summary")
+        if missing:
+            rank_zero_info(
+                f"trainer.callbacks replaces the callbacks of the configs, and leaves out {', '.join(missing)}"
+                + (": no model/ folder is written at the end" if "HFExport" in missing else "")
+                + "; --trainer.callbacks+=NAME adds to them instead"
+            )
 
     def before_fit(self) -> None:
         """Continue a run that was stopped, or measure the policy once before training."""
@@ -251,7 +304,11 @@ class RLHFCLI(LightningCLI):
         check_writable(self.run_dir)
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+        self._name_what_is_missing()
         last = self.run_dir / "checkpoints" / "last.ckpt"
+        if self.config_init.fit.ckpt_path == "last":
+            # ours, whatever other callbacks keep
+            self.config_init.fit.ckpt_path = str(last) if last.exists() or last.is_symlink() else None
         # a link to nothing is a checkpoint that is gone, not a run that begins
         if self.config_init.fit.ckpt_path is None and (last.exists() or last.is_symlink()):
             print(f"continuing from {last}; use another --run_dir to start afresh")
@@ -371,6 +428,14 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``
         sys.path.insert(0, os.getcwd())
+    try:
+        _run(argv, args)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C (SIGINT); what was kept before stays, and the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _run(argv: list[str], args: list[str] | None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
