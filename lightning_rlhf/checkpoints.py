@@ -24,6 +24,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector  # has no public name
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -237,6 +238,19 @@ class NotedSignals(_SignalConnector):
             stopping.listen(requeue_signal(self.trainer))
         else:
             stopping.end_at_once_on_interrupt()
+
+
+class ExplicitCheckpoints(_CheckpointConnector):
+    """Lightning's choice of a checkpoint, but a run that names none begins afresh.
+
+    Lightning looks through the folders of all callbacks for the newest file where one is an `OnExceptionCheckpoint`.
+    """
+
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
+        if ckpt_path is None and model_provided and not requeued:
+            return None
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
 
 def requeue_signal(trainer: L.Trainer) -> int | None:

@@ -47,7 +47,15 @@ import lightning_rlhf.samplers
 import lightning_rlhf.worlds  # noqa: F401  imported so that short class names are found
 from lightning_rlhf import ranks
 from lightning_rlhf.callbacks import ProgressBar
-from lightning_rlhf.checkpoints import NotedSignals, RunCheckpoint, StopOnSignal, check_writable, checked, meta
+from lightning_rlhf.checkpoints import (
+    ExplicitCheckpoints,
+    NotedSignals,
+    RunCheckpoint,
+    StopOnSignal,
+    check_writable,
+    checked,
+    meta,
+)
 from lightning_rlhf.comparison import CompareRun
 from lightning_rlhf.datamodule_base import AbstractRoundDataModule, AbstractStepDataModule
 from lightning_rlhf.evaluation_run import EvaluationRun
@@ -144,6 +152,7 @@ class RLHFTrainer(L.Trainer):
             rank_zero_info(f"precision: {precision}, {reason}")
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         self._signal_connector = NotedSignals(self)
+        self._checkpoint_connector = ExplicitCheckpoints(self)
 
     def sample(
         self,
