@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +67,7 @@ from lightning_rlhf.models.precision import bf16_instructions, choose_precision,
 from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.plan import plan
+from lightning_rlhf.plugins import check_built, constructor_error
 from lightning_rlhf.run_record import RunRecord, check_settings
 from lightning_rlhf.stopping import Stopped
 
@@ -236,6 +239,16 @@ class RLHFCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: what the command line says wins over what a checkpoint remembers."""
 
+    def instantiate_classes(self) -> None:
+        """Build the objects of the configuration.
+
+        Raises:
+            TypeError: if one would not be built, because the argument that it is given to has no type.
+            ValueError: what a constructor said, and which.
+        """
+        with told_by_constructors(self.config[self.subcommand]):
+            super().instantiate_classes()
+
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
@@ -342,6 +355,25 @@ class RLHFCLI(LightningCLI):
         self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
 
 
+@contextmanager
+def told_by_constructors(config: Namespace) -> Iterator[None]:
+    """Check that a configuration can be built, and make errors of its constructors short.
+
+    Raises:
+        TypeError: if an object would not be built.
+        ValueError: what a constructor said, and which.
+    """
+    check_built(config)
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        message = constructor_error(error, config)
+        if message is None:
+            raise
+        # what jsonargparse adds holds the whole configuration
+        raise ValueError(message) from None
+
+
 LIGHTNINGS_CHECKPOINTS = ("best", "hpc", "last", "registry")
 """Values of ``--ckpt_path`` that Lightning itself resolves."""
 
@@ -388,7 +420,8 @@ def run_verb(verb: str, args: list[str]) -> None:
     parser.add_class_arguments(kind, as_group=False)
     config = parser.parse_args(args)
     settings = _without(_plain(config), FREE_OF_VERBS)
-    values = parser.instantiate(config).as_dict()
+    with told_by_constructors(config):
+        values = parser.instantiate(config).as_dict()
     values.pop("config")
     kind(**values).run(settings)
 

@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf.callbacks import NonFiniteGuard
 from lightning_rlhf.checkpoints import RunCheckpoint, history
@@ -96,7 +96,7 @@ def test_checkpoints_by_steps_and_by_minutes(folder: Path, tiny_policy: Path) ->
     fit(folder, tiny_policy, {}, *rare, "--checkpoint_every_minutes=1e-9", f"--run_dir={again}")
     assert [path.name for path in history(again / "checkpoints")] == ["epoch=0-step=2.ckpt", "epoch=0-step=1.ckpt"]
     for wrong in ("--checkpoint_every_steps=0", "--checkpoint_every_minutes=0", "--checkpoint_every=0"):
-        with pytest.raises((ValueError, SystemExit), match="checkpoint_every|2"):
+        with pytest.raises((ValueError, SystemExit), match=r"checkpoint_every|2"):
             fit(folder, tiny_policy, {}, *rare, wrong, f"--run_dir={folder / 'third'}")
 
 

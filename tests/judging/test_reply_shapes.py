@@ -228,7 +228,7 @@ def test_what_an_earlier_version_left_in_the_journal_is_asked_for_again_once(
         bought = list(endpoint.requests)
         with sqlite3.connect(tmp_path / "journal.sqlite") as journal:
             for request in bought:
-                body = (UNUSABLE + [json.dumps(changed("usage", "prompt_tokens", "10")).encode()])[of_number(request)]
+                body = [*UNUSABLE, json.dumps(changed("usage", "prompt_tokens", "10")).encode()][of_number(request)]
                 name = _digest(endpoint.base_url, request)
                 assert journal.execute("UPDATE logps SET value = ? WHERE key = ?", (body, name)).rowcount == 1
         for asked in (2 * len(UNUSABLE), 0):
@@ -290,8 +290,7 @@ def replies(draw: st.DrawFn) -> Any:
 def test_any_reply_is_read_or_refused_as_unreadable(reply: Any) -> None:
     try:
         completion = parse_completion(json.dumps(reply))
-    except UnreadableError as error:
-        assert str(error)
+    except UnreadableError:
         return
     completion.text.encode()
     completion.refusal.encode()
