@@ -42,7 +42,7 @@ def check_plugin(seat: str, value: object, kind: type) -> None:
         )
     else:
         remedy = f"give an object of a subclass of {kind.__name__}"
-    raise TypeError(f"{seat} must be a {kind.__name__}; got {_shown(value)}: {remedy}")
+    raise TypeError(f"{seat} must be an {kind.__name__}; got {_shown(value)}: {remedy}")
 
 
 def _of(value: object, name: str) -> Any:

@@ -139,11 +139,11 @@ def test_an_error_of_a_constructor_is_the_cause_and_the_place(fit: Any) -> None:
 def test_from_python_the_seat_is_named() -> None:
     described: Any = {"class_path": "plug.Letters"}
     prompts = BuiltinPrompts("train")
-    with pytest.raises(TypeError, match=r"data\.labeler must be a AbstractLabeler; got the description of a plug"):
+    with pytest.raises(TypeError, match=r"data\.labeler must be an AbstractLabeler; got the description of a plug"):
         PreferenceDataModule(prompts, VanillaSampler(), described)
     with pytest.raises(TypeError, match=r"data\.sampler must be .*got the class VanillaSampler: give an object"):
         PreferenceDataModule(prompts, VanillaSampler, RecordedLabeler())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"RewardLabeler\.reward must be a AbstractReward; got 'plug\.Letters'"):
+    with pytest.raises(TypeError, match=r"RewardLabeler\.reward must be an AbstractReward; got 'plug\.Letters'"):
         RewardLabeler("plug.Letters")  # type: ignore[arg-type]
 
     class Duck:
