@@ -31,6 +31,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -263,6 +264,9 @@ class RLHFCLI(LightningCLI):
             ]
         callbacks = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if self._get(self.config_init, "trainer.logger") is False:
+            # of the configs; Lightning refuses it without a logger
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
             callbacks = [*callbacks, ProgressBar()]
@@ -332,7 +336,8 @@ class RLHFCLI(LightningCLI):
             # ours, whatever other callbacks keep
             self.config_init.fit.ckpt_path = str(last) if last.exists() or last.is_symlink() else None
         # a link to nothing is a checkpoint that is gone, not a run that begins
-        if self.config_init.fit.ckpt_path is None and (last.exists() or last.is_symlink()):
+        found = not self.trainer.fast_dev_run and (last.exists() or last.is_symlink())
+        if self.config_init.fit.ckpt_path is None and found:
             print(f"continuing from {last}; use another --run_dir to start afresh")
             self.config_init.fit.ckpt_path = str(last)
         continued = self.config_init.fit.ckpt_path

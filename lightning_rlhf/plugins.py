@@ -14,7 +14,11 @@ from jsonargparse import __file__ as _jsonargparse
 
 T = TypeVar("T")
 
-CLASS_PATH = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*")
+CLASS_PATH = re.compile(r"([A-Za-z_]\w*\.)+_*[A-Z]\w*")
+"""How a class is named, so that no file name is imported."""
+
+ANYTHING = re.compile(r"((\w+\.)?Optional\[)?(\w+\.)?(Any|object)\]?( *\| *None)?")
+"""Annotations that say nothing."""
 
 
 def check_plugin(seat: str, value: object, kind: type) -> None:
@@ -89,6 +93,10 @@ def returned(plugin: object, method: str, made: object, count: int, kind: type[T
     return found
 
 
+SEATS = ("samplers", "labelers", "rewards", "losses", "advantages", "prompts")
+"""Packages whose classes may be named without them."""
+
+
 # ---- objects that were not built ---------------------------------------------------------------------------------
 
 
@@ -158,10 +166,16 @@ def _typed(cls: type, name: str) -> bool:
             continue
         parameters = inspect.signature(made).parameters
         if name in parameters:
-            return parameters[name].annotation not in (inspect.Parameter.empty, Any, object, "Any", "object")
+            return not ANYTHING.fullmatch(_spelt(parameters[name].annotation))
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return True  # of a dataclass, or of something whose signature is made otherwise
     return True
+
+
+def _spelt(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return "Any"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _described(value: Any) -> str | None:
@@ -174,8 +188,10 @@ def _described(value: Any) -> str | None:
             return name
         items = vars(value).values() if isinstance(value, Namespace) else value.values()
         return next(filter(None, map(_described, items)), None)
-    if isinstance(value, str) and "." in value and _plugged(_imported(value)):
-        return value
+    if isinstance(value, str):
+        ours = (f"lightning_rlhf.{seat}.{value}" for seat in SEATS)
+        names = [value] if "." in value else ours if value[:1].isupper() else ()
+        return next((name for name in names if _plugged(_imported(name))), None)
     return None
 
 
@@ -200,14 +216,15 @@ def constructor_error(error: BaseException, config: Any) -> str | None:
         error: what came out when the configuration was built.
         config: the configuration.
     """
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None and cause not in causes:
-        causes.append(cause)
-    root = causes[-1]
-    if root is error and "Namespace(" not in str(error):
+    root = error
+    while _wrapped(root):
+        if root.__cause__ is None:
+            return str(root).partition("\nGiven value type:")[0]
+        root = root.__cause__
+    if root is error:
         return None
     place = _raised_in(root)
-    said = str(root) if root is not error else str(error).partition("\nGiven value type:")[0]
+    said = str(root)
     kind = "" if isinstance(root, ValueError) else f"{type(root).__name__}: "
     if place is None:
         return f"{kind}{said}"
@@ -215,6 +232,11 @@ def constructor_error(error: BaseException, config: Any) -> str | None:
     paths = [path for path, found, _ in _classes(config, "") if issubclass(found, cls)]
     at = f" at {paths[0]}" if paths else ""
     return f"{kind}{said}\n(from the constructor of {cls.__module__}.{cls.__qualname__}{at}; {where})"
+
+
+def _wrapped(error: BaseException) -> bool:
+    """Whether an error is one of jsonargparse, which repeats the whole value around what happened."""
+    return re.search(r"Namespace\(|Given value type:|Problem with given class_path", str(error)) is not None
 
 
 def _raised_in(error: BaseException) -> tuple[type, str] | None:

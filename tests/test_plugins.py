@@ -94,6 +94,7 @@ def fit(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> A
             "data.labeler.reward",
             "AbstractReward",
         ),
+        (["--data.labeler=plug.Bare", "--data.labeler.reward=LexiconReward"], "data.labeler.reward", "AbstractReward"),
         (
             ["--data.sampler=plug.Sampler", "--data.sampler.others=[{class_path: plug.Sampler}]"],
             "data.sampler.others",

@@ -65,13 +65,13 @@ def test_a_users_own_checkpoints_stand_beside_ours(
     folder: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str], callbacks: Any
 ) -> None:
     ours = folder / "run" / "checkpoints"
-    for epochs in (1, 2, 3):
+    for epochs in (1, 2):
         fit(folder, tiny_policy, {"callbacks": callbacks}, f"--trainer.max_epochs={epochs}")
         assert ("continuing from" in capsys.readouterr().out) == (epochs > 1)
         assert (ours / "last.ckpt").resolve() == history(ours)[0].resolve()
         assert history(ours)[0].name == f"epoch={epochs - 1}-step={2 * epochs}.ckpt"
     names = {path.name for path in ours.iterdir()} - {"user"}
-    assert names == {"last.ckpt", "epoch=2-step=6.ckpt", "epoch=1-step=4.ckpt"}
+    assert names == {"last.ckpt", "epoch=1-step=4.ckpt", "epoch=0-step=2.ckpt"}
     if callbacks in ([saver(save_last=True, save_top_k=-1)],):
         assert (ours / "user" / "last.ckpt").exists()
 
