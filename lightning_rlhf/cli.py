@@ -500,6 +500,9 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         RLHFCLI(args=args)
     except Stopped:
         atexit.register(ranks.leave)
+        if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            # a rank that Lightning's rank zero has started: it would kill itself over another status than 0
+            raise SystemExit(0) from None
         raise
     # at the exit, because another run may follow; and not after an error, when ranks may be left in a collective
     atexit.register(ranks.leave)
