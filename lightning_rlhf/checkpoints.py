@@ -10,7 +10,9 @@ import errno
 import os
 import re
 import shutil
+import signal
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +21,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector  # has no public name
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -51,12 +57,34 @@ class RunCheckpoint(ModelCheckpoint):
     that is killed while it writes continues from the checkpoint before. Lightning's own callback would write each
     checkpoint twice.
 
+    Others may keep checkpoints of their own beside it: a `ModelCheckpoint` that would write into this folder, as one
+    without ``dirpath`` does in a run without loggers, writes into its sub-folder ``user``.
+
     Args:
         folder: where they lie.
         every_n_epochs: epochs between them, >= 1.
+        every_n_steps: optimizer steps between them besides, >= 1; none when not given.
+        every_n_minutes: minutes after which one is written besides, > 0; none when not given. One that falls due at the
+            last step of an epoch is written when the epoch is over.
+
+    Raises:
+        ValueError: if an interval is out of range.
     """
 
-    def __init__(self, folder: Path, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+    ) -> None:
+        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise ValueError(
+                f"checkpoint_every and checkpoint_every_steps must be at least 1; got {every_n_epochs} and "
+                f"{every_n_steps}"
+            )
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise ValueError(f"checkpoint_every_minutes must be > 0, or null; got {every_n_minutes}")
         super().__init__(
             folder,
             save_last="link",
@@ -65,6 +93,34 @@ class RunCheckpoint(ModelCheckpoint):
             # a run that goes on from its first checkpoint would write last-v1.ckpt beside a last.ckpt that stays
             enable_version_counter=False,
         )
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self._saved_at = time.monotonic()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep other checkpoints out of the folder.
+
+        Raises:
+            ValueError: if checkpoints would be written in the background.
+        """
+        super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "trainer.plugins has AsyncCheckpointIO, which writes a checkpoint after the run has gone on: last.ckpt "
+                "would name a file that is not there yet. Take it out"
+            )
+        own = Path(str(self.dirpath)).resolve()
+        for other in trainer.checkpoint_callbacks:
+            if other is self or not isinstance(other, ModelCheckpoint):
+                continue
+            folder = other.dirpath
+            if folder is None and not trainer.loggers:  # what Lightning is about to choose
+                folder = os.path.join(trainer.default_root_dir, "checkpoints")
+            if folder is not None and Path(folder).resolve() == own:
+                other.dirpath = str(own / "user")
+                rank_zero_info(
+                    f"{own} is where the run keeps the checkpoints that it continues from: those of your "
+                    f"{type(other).__name__} go to {other.dirpath}"
+                )
 
     def save_now(self, trainer: L.Trainer) -> Path:
         """Write a checkpoint between the regular ones, and return it; every rank calls."""
@@ -79,6 +135,29 @@ class RunCheckpoint(ModelCheckpoint):
         """Note where this start begins."""
         super().on_train_start(trainer, pl_module)
         self._began_at = trainer.global_step
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Write a checkpoint within an epoch if one is due."""
+        if not trainer.is_last_batch:
+            self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the checkpoint of the epoch, or one that fell due at its last step."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        if (self.every_n_steps is None and self.every_n_minutes is None) or self._should_skip_saving_checkpoint(
+            trainer
+        ):
+            return
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if not due and self.every_n_minutes is not None:
+            # the clocks of ranks differ
+            due = ranks.any_rank(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
+        if due:
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the end of the training, whatever ``every_n_epochs`` is."""
@@ -97,6 +176,13 @@ class RunCheckpoint(ModelCheckpoint):
                 trainer.save_checkpoint(partial, self.save_weights_only)
                 trainer.strategy.barrier()
                 if trainer.is_global_zero:
+                    if not partial.exists():
+                        raise OSError(
+                            errno.ENOENT,
+                            f"{type(trainer.strategy.checkpoint_io).__name__} has written no checkpoint there: take it "
+                            f"out of trainer.plugins",
+                            str(partial),
+                        )
                     aside = path.with_name(f".{path.name}.before{PARTIAL}")
                     if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
                         os.replace(path, aside)
@@ -107,6 +193,7 @@ class RunCheckpoint(ModelCheckpoint):
                     _remove(partial)
                 raise
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             # as Lightning does, but once the file has its name
             for logger in trainer.loggers:
@@ -138,24 +225,49 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class NotedSignals(_SignalConnector):
-    """Lightning's signal handling, but SIGTERM is only noted while a run trains.
+    """Lightning's signal handling, but signals are only noted while a run trains or draws.
 
-    Lightning's own handler runs collectives wherever the signal finds a rank, and waits for ranks that are elsewhere.
+    Lightning's own handlers run collectives wherever a signal finds a rank, and wait for ranks that are elsewhere; its
+    handler of SIGINT ends all without a checkpoint.
     """
 
     def register_signal_handlers(self) -> None:
-        """Register Lightning's handlers, and ours in place of that for SIGTERM; `teardown` takes them away."""
+        """Register Lightning's handlers, and ours in place of some; `teardown` takes them away."""
         super().register_signal_handlers()
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            stopping.listen()
+        if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.PREDICTING):
+            stopping.listen(requeue_signal(self.trainer))
+        else:
+            stopping.end_at_once_on_interrupt()
+
+
+class ExplicitCheckpoints(_CheckpointConnector):
+    """Lightning's choice of a checkpoint, but a run that names none begins afresh.
+
+    Lightning looks through the folders of all callbacks for the newest file where one is an `OnExceptionCheckpoint`.
+    """
+
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
+        if ckpt_path is None and model_provided and not requeued:
+            return None
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+
+
+def requeue_signal(trainer: L.Trainer) -> int | None:
+    """The signal by which SLURM says that it will queue the job again; None where it does not."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue or os.name != "posix":
+        return None
+    return int(environment.requeue_signal or signal.SIGUSR1)
 
 
 class StopOnSignal(L.Callback):
-    """Ends the run in good order on SIGTERM: a checkpoint, a line that says so, and exit status 143.
+    """Ends the run in good order when it is asked to: a checkpoint, a line that says so, and an exit status.
 
-    It acts after the training step that is going on, the validation of an epoch that ends with it included, or the
-    chunk of a round that is being drawn or labelled; what is drawn and labelled so far is in the ledger. Put it last
-    among the callbacks.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it, with status 143, 130 and 129; the signal of SLURM's auto-requeue also
+    queues the job again. It acts after the training step that is going on, the validation of an epoch that ends with it
+    included, or the chunk of a round that is being drawn or labelled; what is drawn and labelled so far is in the
+    ledger. Put it last among the callbacks. With `RLHFTrainer` or Lightning's own Trainer.
 
     Args:
         save: writes the checkpoint and returns its path; None where the run keeps none.
@@ -164,6 +276,11 @@ class StopOnSignal(L.Callback):
     def __init__(self, save: Callable[[L.Trainer], Path] | None) -> None:
         self.save = save
         self._drawing = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note signals, where the Trainer does not yet; it puts back what it found there."""
+        if not stopping.listens():
+            stopping.listen(requeue_signal(trainer))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note that the round is drawn."""
@@ -184,24 +301,31 @@ class StopOnSignal(L.Callback):
         if not isinstance(exception, stopping.Stopped) or self._told:
             return
         if self._drawing:
-            self._end(trainer)
-        elif trainer.is_global_zero:
-            print("stopped by SIGTERM; the same command goes on from there", flush=True)
+            self._end(trainer, exception.signal)
+        else:
+            self._tell(trainer, exception.signal, "; the same command goes on from there")
 
     def _end_if_asked(self, trainer: L.Trainer) -> None:
-        if ranks.any_rank(stopping.asked()):
-            self._end(trainer)
-            raise stopping.Stopped
+        number = ranks.largest(stopping.asked_by())
+        if number:
+            self._end(trainer, number)
+            raise stopping.Stopped(number)
 
     _told = False
 
-    def _end(self, trainer: L.Trainer) -> None:
+    def _end(self, trainer: L.Trainer, number: int) -> None:
         self._told = True
         where = "nothing was saved, since the run keeps no checkpoints"
-        if self.save is not None:
+        if self.save is not None and not trainer.fast_dev_run:
             where = f"checkpoint {self.save(trainer)}; the same command goes on from there"
-        if trainer.is_global_zero:
-            print(f"stopped by SIGTERM after step {trainer.global_step}: {where}", flush=True)
+        self._tell(trainer, number, f" after step {trainer.global_step}: {where}")
+
+    def _tell(self, trainer: L.Trainer, number: int, how: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        print(f"stopped by {stopping.name_of(number)}{how}", flush=True)
+        if number == requeue_signal(trainer):
+            print(stopping.requeue_job(), flush=True)
 
 
 def history(folder: Path) -> list[Path]:

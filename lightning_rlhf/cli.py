@@ -11,8 +11,11 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +31,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -47,7 +50,15 @@ import lightning_rlhf.samplers
 import lightning_rlhf.worlds  # noqa: F401  imported so that short class names are found
 from lightning_rlhf import ranks
 from lightning_rlhf.callbacks import ProgressBar
-from lightning_rlhf.checkpoints import NotedSignals, RunCheckpoint, StopOnSignal, check_writable, checked, meta
+from lightning_rlhf.checkpoints import (
+    ExplicitCheckpoints,
+    NotedSignals,
+    RunCheckpoint,
+    StopOnSignal,
+    check_writable,
+    checked,
+    meta,
+)
 from lightning_rlhf.comparison import CompareRun
 from lightning_rlhf.datamodule_base import AbstractRoundDataModule
 from lightning_rlhf.evaluation_run import EvaluationRun
@@ -57,6 +68,7 @@ from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.models.precision import bf16_instructions, check_precision, choose_precision, device_type_of
 from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.plan import plan
+from lightning_rlhf.plugins import check_built, constructor_error
 from lightning_rlhf.run_record import RunRecord, check_settings
 from lightning_rlhf.stopping import Stopped
 
@@ -145,6 +157,7 @@ class RLHFTrainer(L.Trainer):
         check_precision(str(precision))
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         self._signal_connector = NotedSignals(self)
+        self._checkpoint_connector = ExplicitCheckpoints(self)
 
     def sample(
         self,
@@ -207,6 +220,15 @@ class RLHFCLI(LightningCLI):
         """Add the run folder."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of everything the run leaves.")
         parser.add_argument("--checkpoint_every", type=int, default=1, help="Epochs between checkpoints.")
+        parser.add_argument(
+            "--checkpoint_every_steps", type=int | None, default=None, help="Steps between checkpoints, besides."
+        )
+        parser.add_argument(
+            "--checkpoint_every_minutes",
+            type=float | None,
+            default=20.0,
+            help="Minutes after which a checkpoint is written within an epoch; null writes none.",
+        )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -218,6 +240,16 @@ class RLHFCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: what the command line says wins over what a checkpoint remembers."""
+
+    def instantiate_classes(self) -> None:
+        """Build the objects of the configuration.
+
+        Raises:
+            TypeError: if one would not be built, because the argument that it is given to has no type.
+            ValueError: what a constructor said, and which.
+        """
+        with told_by_constructors(self.config[self.subcommand]):
+            super().instantiate_classes()
 
     @property
     def run_dir(self) -> Path:
@@ -233,17 +265,64 @@ class RLHFCLI(LightningCLI):
             ]
         callbacks = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if self._get(self.config_init, "trainer.logger") is False:
+            # of the configs; Lightning refuses it without a logger
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
             callbacks = [*callbacks, ProgressBar()]
-        keeps_checkpoints = self._get(self.config_init, "trainer.enable_checkpointing") is not False
-        if keeps_checkpoints and not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            every = self._get(self.config_init, "checkpoint_every")
-            checkpoint = RunCheckpoint(self.run_dir / "checkpoints", every_n_epochs=every)
-            callbacks = [*callbacks, checkpoint]
-        own = [callback for callback in callbacks if isinstance(callback, RunCheckpoint)]
-        callbacks = [*callbacks, StopOnSignal(own[0].save_now if own else None)]
+        if self._get(self.config_init, "trainer.barebones"):
+            raise ValueError(
+                "trainer.barebones=true switches off checkpoints, logs and the checks of a run: leave it out, or try a "
+                "config with --trainer.fast_dev_run=true"
+            )
+        own = None
+        if self._get(self.config_init, "trainer.enable_checkpointing") is not False:
+            own = self._run_checkpoint(callbacks)
+            # always there, and behind those of the user: its state then holds theirs
+            callbacks = [*(callback for callback in callbacks if callback is not own), own]
+        callbacks = [*callbacks, StopOnSignal(own.save_now if own else None)]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_checkpoint(self, callbacks: list[L.Callback]) -> RunCheckpoint:
+        """What keeps the checkpoints that the run continues from: of the run's own settings, or given among callbacks.
+
+        Raises:
+            ValueError: if one is given that writes elsewhere, where nobody would look.
+        """
+        folder = self.run_dir / "checkpoints"
+        for callback in callbacks:
+            if isinstance(callback, RunCheckpoint):
+                if Path(str(callback.dirpath)).resolve() != folder.resolve():
+                    raise ValueError(
+                        f"trainer.callbacks has a RunCheckpoint for {callback.dirpath}, but the run continues from "
+                        f"{folder}: take it out and set --run_dir; for further checkpoints use Lightning's "
+                        f"ModelCheckpoint"
+                    )
+                return callback
+        epochs, steps, minutes = (
+            self._get(self.config_init, f"checkpoint_every{unit}") for unit in ("", "_steps", "_minutes")
+        )
+        return RunCheckpoint(folder, epochs, steps, minutes)
+
+    def _name_what_is_missing(self) -> None:
+        """Say what the settings of the Trainer take from a run, in a line each."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, RunCheckpoint) for callback in callbacks):
+            rank_zero_info(
+                "trainer.enable_checkpointing=false: this run keeps no checkpoints; one that is stopped begins its "
+                "training again, on what the ledger holds"
+            )
+        names = {type(callback).__name__ for callback in callbacks}
+        missing = [name for name in ("FinalValidation", "HFExport", "Summary") if name not in names]
+        if "Summary" in missing and names & {"PairSummary", "LossSummary"}:
+            missing.remove("Summary")
+        if missing:
+            rank_zero_info(
+                f"trainer.callbacks replaces the callbacks of the configs, and leaves out {', '.join(missing)}"
+                + (": no model/ folder is written at the end" if "HFExport" in missing else "")
+                + "; --trainer.callbacks+=NAME adds to them instead"
+            )
 
     def before_fit(self) -> None:
         """Continue a run that was stopped, or measure the policy once before training."""
@@ -255,9 +334,14 @@ class RLHFCLI(LightningCLI):
         check_writable(self.run_dir)
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+        self._name_what_is_missing()
         last = self.run_dir / "checkpoints" / "last.ckpt"
+        if self.config_init.fit.ckpt_path == "last":
+            # ours, whatever other callbacks keep
+            self.config_init.fit.ckpt_path = str(last) if last.exists() or last.is_symlink() else None
         # a link to nothing is a checkpoint that is gone, not a run that begins
-        if self.config_init.fit.ckpt_path is None and (last.exists() or last.is_symlink()):
+        found = not self.trainer.fast_dev_run and (last.exists() or last.is_symlink())
+        if self.config_init.fit.ckpt_path is None and found:
             print(f"continuing from {last}; use another --run_dir to start afresh")
             self.config_init.fit.ckpt_path = str(last)
         continued = self.config_init.fit.ckpt_path
@@ -284,6 +368,25 @@ class RLHFCLI(LightningCLI):
     def before_sample(self) -> None:
         """Tie the ledger to the settings."""
         self.datamodule.fingerprint = fingerprint(self.config[self.subcommand], self.model, self.datamodule)
+
+
+@contextmanager
+def told_by_constructors(config: Namespace) -> Iterator[None]:
+    """Check that a configuration can be built, and make errors of its constructors short.
+
+    Raises:
+        TypeError: if an object would not be built.
+        ValueError: what a constructor said, and which.
+    """
+    check_built(config)
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        message = constructor_error(error, config)
+        if message is None:
+            raise
+        # what jsonargparse adds holds the whole configuration
+        raise ValueError(message) from None
 
 
 LIGHTNINGS_CHECKPOINTS = ("best", "hpc", "last", "registry")
@@ -323,7 +426,8 @@ def run_verb(verb: str, args: list[str]) -> None:
     parser.add_class_arguments(kind, as_group=False)
     config = parser.parse_args(args)
     settings = without(_plain(config), FREE_OF_VERBS)
-    values = parser.instantiate(config).as_dict()
+    with told_by_constructors(config):
+        values = parser.instantiate(config).as_dict()
     values.pop("config")
     kind(**values).run(settings)
 
@@ -365,6 +469,14 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``
         sys.path.insert(0, os.getcwd())
+    try:
+        _run(argv, args)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C (SIGINT); what was kept before stays, and the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _run(argv: list[str], args: list[str] | None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
@@ -382,6 +494,9 @@ def main(args: list[str] | None = None) -> None:
         RLHFCLI(args=args)
     except Stopped:
         atexit.register(ranks.leave)
+        if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            # a rank that Lightning's rank zero has started: it would kill itself over another status than 0
+            raise SystemExit(0) from None
         raise
     # at the exit, because another run may follow; and not after an error, when ranks may be left in a collective
     atexit.register(ranks.leave)

@@ -17,6 +17,7 @@ from lightning_rlhf.datamodule_base import DEFAULT_DECODING, AbstractRoundDataMo
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
 from lightning_rlhf.loading import Step
+from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.rounds import Round, RoundCollector, refreshed
@@ -92,6 +93,10 @@ class PreferenceDataModule(AbstractRoundDataModule):
             seed,
         )
         at_least_one(label_attempts=label_attempts, replay=replay if isinstance(replay, int) else 1)
+        check_plugin("data.sampler", sampler, AbstractPairSampler)
+        check_plugin("data.labeler", labeler, AbstractLabeler)
+        if reward is not None:
+            check_plugin("data.reward", reward, AbstractReward)
         self.sampler, self.labeler = sampler, labeler
         self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler) else None)
         self.replay, self.label_attempts = replay, label_attempts

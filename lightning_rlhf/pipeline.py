@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_rlhf.evaluation.report import write_whole
+from lightning_rlhf.stopping import run_child
 
 
 STAGE_VERBS = ("fit", "label", "sample", "export", "evaluate")
@@ -23,6 +23,8 @@ STAGE_FIELDS = {"name", "verb", "config", "options"}
 PIPELINE_FIELDS = {"run_dir", "variables", "stages", "report"}
 REPORT_FIELDS = {"policies", "baseline", "beta", "options"}
 DONE = "done.json"
+STOPPED = (129, 130, 143)
+"""Exit statuses of a stage that a signal has ended in good order."""
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
@@ -157,7 +159,10 @@ class Pipeline:
         print(f"{stage.name} ({number}): lightning-rlhf {' '.join(stage.arguments)}", flush=True)
         stage.folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        status = subprocess.run([sys.executable, "-m", "lightning_rlhf", *stage.arguments], check=False).returncode
+        status = run_child([sys.executable, "-m", "lightning_rlhf", *stage.arguments])
+        if status in STOPPED:
+            print(f"stage {stage.name!r} was stopped; the same command goes on from there", flush=True)
+            raise SystemExit(status)
         if status:
             raise SystemExit(f"stage {stage.name!r} ended with status {status}; the same command goes on from there")
         seconds = time.monotonic() - start

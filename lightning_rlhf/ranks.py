@@ -79,11 +79,16 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
 
 def any_rank(flag: bool) -> bool:
     """Whether a flag is up on some rank; every rank must ask."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all ranks; every rank must ask."""
     if world_size() == 1:
-        return flag
-    up = torch.tensor([int(flag)])
-    dist.all_reduce(up, op=dist.ReduceOp.MAX, group=_group())
-    return bool(up.item())
+        return number
+    most = torch.tensor([number])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=_group())
+    return int(most.item())
 
 
 def leave() -> None:
@@ -111,6 +116,8 @@ def _outcome(compute: Callable[[], Any]) -> _Outcome:
 
 def _sendable(outcome: _Outcome) -> _Outcome:
     kind, value = outcome
+    if kind == "stopped":
+        return kind, value.signal
     return outcome if kind == "value" else (kind, f"{type(value).__name__}: {value}")
 
 
@@ -120,7 +127,7 @@ def _raise_first(outcomes: list[Any], mine: _Outcome | None) -> None:
         raise mine[1]
     for number, (kind, value) in enumerate(outcomes):
         if kind == "stopped":
-            raise Stopped
+            raise Stopped(value)
         if kind == "error":
             raise RankError(f"process {number} of {world_size()} stopped with {value}")
 

@@ -19,6 +19,7 @@ from lightning_rlhf.datamodule_base import DEFAULT_DECODING, AbstractRoundDataMo
 from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.loading import Step
+from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.rollout_rounds import RolloutCollector, RolloutRound
@@ -98,6 +99,9 @@ class RolloutDataModule(AbstractRoundDataModule):
         at_least_one(responses_per_prompt=responses_per_prompt)
         if not 0 <= missing_eos_penalty < float("inf"):
             raise ValueError(f"data.missing_eos_penalty must be finite and at least 0; got {missing_eos_penalty}")
+        check_plugin("data.reward", reward, AbstractReward)
+        if heldout_reward is not None:
+            check_plugin("data.heldout_reward", heldout_reward, AbstractReward)
         self.reward, self.heldout_reward = reward, heldout_reward or reward
         self.responses_per_prompt = responses_per_prompt
         self.normalize_rewards, self.missing_eos_penalty = normalize_rewards, missing_eos_penalty

@@ -16,6 +16,7 @@ from lightning_rlhf import ranks, stopping
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
 from lightning_rlhf.models.reference_cache import ReferenceCache
+from lightning_rlhf.plugins import returned
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.store import PreferenceStore
@@ -130,12 +131,8 @@ class RoundCollector:
 
     def _draw(self, prompts: Sequence[Prompt], engine: DecodeEngine | None, key: Key) -> list[Comparison]:
         stopping.check()
-        drawn = list(self.sampler.sample(prompts, engine, key)) if prompts else []  # type: ignore[arg-type]
-        if len(drawn) != len(prompts):
-            raise ValueError(
-                f"{type(self.sampler).__name__}.sample returned {len(drawn)} comparisons for {len(prompts)} prompts; "
-                f"return one per prompt, in order"
-            )
+        made = self.sampler.sample(prompts, engine, key) if prompts else []  # type: ignore[arg-type]
+        drawn = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
         return drawn if engine is None else with_reference_logps(drawn, engine, self.reference_cache)
 
     def _keep(self, index: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> None:
@@ -179,12 +176,9 @@ class RoundCollector:
                 for start in range(0, len(open_), chunk):
                     stopping.check()
                     part = open_[start : start + chunk]
-                    labels = list(self.labeler.label([comparison for _, comparison in part], key.fold(attempt)))
-                    if len(labels) != len(part):
-                        raise ValueError(
-                            f"{type(self.labeler).__name__}.label returned {len(labels)} labels for {len(part)} "
-                            f"comparisons; return one per comparison, in order"
-                        )
+                    labels = labelled(
+                        self.sampler, self.labeler, [comparison for _, comparison in part], key.fold(attempt)
+                    )
                     if attempt:
                         earlier = [self.store.history(id_) for id_, _ in part]
                         labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
@@ -224,6 +218,25 @@ class RoundCollector:
         rows = self._rows(index, (self._ledger.round_info(index) or {}).get("prompts"))
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
+
+
+def labelled(
+    sampler: AbstractPairSampler, labeler: AbstractLabeler, comparisons: Sequence[Comparison], key: Key
+) -> list[Label]:
+    """Label comparisons: by what came with the draws where that is a label, by the labeler otherwise.
+
+    Raises:
+        TypeError: if the labeler returned something else than labels.
+        ValueError: if it returned another number of them.
+    """
+    verdicts = getattr(sampler, "verdicts", None)
+    labels: list[Label | None] = verdicts(comparisons) if verdicts is not None else [None] * len(comparisons)
+    asked = [place for place, label in enumerate(labels) if label is None]
+    if asked:
+        made = labeler.label([comparisons[place] for place in asked], key)
+        for place, label in zip(asked, returned(labeler, "label", made, len(asked), Label, "comparisons"), strict=True):
+            labels[place] = label
+    return [label for label in labels if label is not None]
 
 
 def chunks_without_repeats(

@@ -44,6 +44,23 @@ LABEL_TOKENS = 16
 _SLOT = "\x02slot\x02"
 
 
+class Written(str):
+    """A text that a judge wrote.
+
+    Args:
+        text: the text.
+        cut: whether the limit of tokens ended it.
+    """
+
+    cut: bool
+
+    def __new__(cls, text: str, *, cut: bool = False) -> Written:
+        """Make the string."""
+        made = super().__new__(cls, text)
+        made.cut = cut
+        return made
+
+
 class LocalJudge:
     """Reads what a causal LM would answer; loaded at first use, frozen, in eval mode.
 
@@ -165,6 +182,9 @@ class LocalJudge:
             max_new_tokens: longest text in tokens.
             temperature: 0 takes the most probable token at each step.
             top_p: nucleus mass in (0, 1].
+
+        Returns:
+            The texts, each a `Written`.
         """
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=max(temperature, GREEDY), top_p=top_p)
         engine = DecodeEngine(
@@ -179,7 +199,7 @@ class LocalJudge:
         texts = [Prompt(i, self.prompt_ids(prompt), prompt.text) for i, prompt in enumerate(prompts)]
         with torch.autocast(self.device.partition(":")[0], enabled=False):
             drawn = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
-        return [response.text for response in drawn]
+        return [Written(response.text, cut=response.finish_reason == "length") for response in drawn]
 
     # ---- token ids -------------------------------------------------------------------------------------------------
 
@@ -208,13 +228,16 @@ class LocalJudge:
         keys = [_key(prefix, spelling) for prefix in prefixes]
         file = self._file
         known = {} if file is None else file.get(keys)
+        # a row that is damaged, or of a judge that overflowed, is computed again
+        known = {key: value for key, value in known.items() if _usable(value, len(spelling.written))}
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
             with torch.autocast(self.device.partition(":")[0], enabled=False):
                 fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
             values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
             if file is not None:
-                file.put(values)
+                kept = {key: value for key, value in values.items() if _usable(value, len(spelling.written))}
+                file.put(kept, replace=True)
             known |= values
         rows = np.stack([np.frombuffer(known[key], "<f4") for key in keys])
         return torch.from_numpy(rows.copy())
@@ -230,6 +253,11 @@ class LocalJudge:
             return None
         folder = Path(value).expanduser() if value else cache_folder() / "judge_logps"
         return CacheFile(folder / f"{digest}-{self.dtype}.sqlite", "judge", VARIABLE)
+
+
+def _usable(value: bytes, count: int) -> bool:
+    """Whether a row holds that many log-probabilities, and numbers."""
+    return isinstance(value, bytes) and len(value) == 4 * count and not np.isnan(np.frombuffer(value, "<f4")).any()
 
 
 def _key(prefix: Ids, spelling: LabelSpelling) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,8 @@ class Completion:
         tokens_in: tokens of the prompt; None if the server does not count.
         tokens_out: tokens that were generated; None if the server does not count.
         stopped: whether the judge came to an end by itself.
+        cut: whether it was stopped by the limit of tokens.
+        reasoning: what a thinking model wrote in a field of its own, before its answer.
     """
 
     text: str
@@ -48,6 +51,8 @@ class Completion:
     tokens_in: int | None = None
     tokens_out: int | None = None
     stopped: bool = False
+    cut: bool = False
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,62 +92,183 @@ TINY = 1e-12
 """Least probability of a label: log-probabilities stay finite."""
 
 
+MOST_CHARACTERS = 16 * 2**20
+"""Longest body that is read; a label with its log-probabilities takes some thousands."""
+
+MOST_TOKENS = 10**9
+"""Counts of tokens beyond this are none."""
+
+SLACK = 0.05
+"""How far rounding may take a log-probability above 0, and the sum of the probabilities listed at a place above 1."""
+
+
 class UnreadableError(ValueError):
     """A body that is no chat completion.
 
     Args:
         message: what is wrong with it.
         cut: whether it begins as JSON does and breaks off.
+        code: HTTP status that the body itself names, where it reports an error.
+        error_code: the short name of that error.
     """
 
-    def __init__(self, message: str, *, cut: bool = False) -> None:
+    def __init__(self, message: str, *, cut: bool = False, code: int | None = None, error_code: str = "") -> None:
         super().__init__(message)
-        self.cut = cut
+        self.cut, self.code, self.error_code = cut, code, error_code
 
 
 def parse_completion(body: str) -> Completion:
-    """Read the body of a reply.
+    """Read the body of a reply; every field is checked before it is used.
+
+    What labels are read from must be as the API says. Fields that only describe the reply (usage, finish reason,
+    refusal, reasoning) count as absent where they have another type.
 
     Raises:
-        UnreadableError: if it is no chat completion.
+        UnreadableError: if it is no chat completion; the message names the field.
     """
+    if len(body) > MOST_CHARACTERS:
+        raise UnreadableError(f"the reply has {len(body)} characters, more than the {MOST_CHARACTERS} that are read")
     try:
         raw = json.loads(body)
-    except ValueError:
-        cut = body.lstrip().startswith("{")
+    except (ValueError, RecursionError):
+        cut = body.lstrip().startswith("{") and not body.rstrip().endswith("}")
         message = "the reply breaks off in the middle" if cut else f"the reply is no JSON: {body[:80]!r}"
         raise UnreadableError(message, cut=cut) from None
-    try:
-        choice = raw["choices"][0]
-        message, logprobs = choice["message"], choice.get("logprobs")
-        text, refusal = message.get("content") or "", message.get("refusal") or ""
-        usage = raw.get("usage") or {}
-        if choice.get("finish_reason") == "content_filter":
-            refusal = refusal or "content filter"
-        content = (logprobs or {}).get("content")
-        places = None if content is None or (text and not content) else tuple(map(_place, content))
-        if not isinstance(text, str) or not isinstance(refusal, str):
-            raise TypeError
-        counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        return Completion(text, places, refusal, *counts, stopped=choice.get("finish_reason") == "stop")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise UnreadableError(f"the reply is no chat completion: {body[:80]!r}") from None
+    if not isinstance(raw, dict):
+        raise _wrong("the reply", "an object", raw)
+    choices = raw.get("choices")
+    if not choices:
+        _raise_reported(raw)
+    if not isinstance(choices, list) or not choices:
+        raise _wrong("choices", "a list with one entry at least", choices)
+    choice = choices[0]
+    if not isinstance(choice, dict):
+        raise _wrong("choices[0]", "an object", choice)
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        _raise_reported(choice)
+        raise _wrong("choices[0].message", "an object", message)
+    finish = choice.get("finish_reason")
+    if finish == "error":
+        _raise_reported(choice)
+        raise UnreadableError("the server reports an error (finish_reason 'error')")
+    refusal = _text_of(message.get("refusal"))
+    if finish == "content_filter":
+        refusal = refusal or "content filter"
+    text = _content(message.get("content"))
+    usage = raw.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    return Completion(
+        text,
+        _places(choice.get("logprobs"), text),
+        refusal,
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        stopped=finish == "stop",
+        cut=finish == "length",
+        reasoning=_text_of(message.get("reasoning_content")) or _text_of(message.get("reasoning")),
+    )
 
 
-def _place(raw: Mapping[str, Any]) -> Place:
+def _wrong(field: str, expected: str, found: Any) -> UnreadableError:
+    return UnreadableError(f"the reply is no chat completion: {field} must be {expected}; got {_shown(found)}")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def _raise_reported(raw: Mapping[str, Any]) -> None:
+    """Raise the error that a reply of status 200 reports, where it reports one, as hosts that pass on requests do."""
+    error = raw.get("error")
+    if not error:
+        return
+    code = error.get("code") if isinstance(error, dict) else None
+    said = error.get("message") if isinstance(error, dict) else error
+    text = _plain(said if isinstance(said, str) else json.dumps(error))[:300]
+    number = int(code) if isinstance(code, int | str) and re.fullmatch(r"[45]\d\d", str(code)) else None
+    raise UnreadableError(
+        f"the server reports an error in a reply of status 200: {text}",
+        code=number,
+        error_code=_text_of(code)[:80],
+    )
+
+
+def _plain(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can spell and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _text_of(value: Any) -> str:
+    return _plain(value) if isinstance(value, str) else ""
+
+
+def _content(value: Any) -> str:
+    """Text of a message: a string, null, or a list of parts, of which those that are text count."""
+    if value is None or isinstance(value, str):
+        return _plain(value or "")
+    if not isinstance(value, list):
+        raise _wrong("message.content", "a string, a list of parts or null", value)
+    texts = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise _wrong("message.content", "a string, a list of parts or null", value)
+        if part.get("type") == "text":
+            if not isinstance(part.get("text"), str):
+                raise _wrong("the text of a part of message.content", "a string", part.get("text"))
+            texts.append(part["text"])
+    return _plain("".join(texts))
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:
+        return None
+    return int(value) if value == int(value) else None
+
+
+def _places(logprobs: Any, text: str) -> tuple[Place, ...] | None:
+    """Tokens with what is listed in place of each; None where the server gives no log-probabilities."""
+    if logprobs is not None and not isinstance(logprobs, dict):
+        raise _wrong("logprobs", "an object or null", logprobs)
+    content = (logprobs or {}).get("content")
+    if content is None:
+        return None
+    if not isinstance(content, list):
+        raise _wrong("logprobs.content", "a list or null", content)
+    return None if text and not content else tuple(map(_place, content))
+
+
+def _place(raw: Any) -> Place:
+    chosen, probability = _token(raw, "an entry of logprobs.content")
+    others = raw.get("top_logprobs")
+    if others is not None and not isinstance(others, list):
+        raise _wrong("top_logprobs", "a list or null", others)
     listed: dict[str, float] = {}
-    for each in raw.get("top_logprobs") or ():
+    for each in others or ():
         # tokens with other ids may have the same text
-        listed[str(each["token"])] = listed.get(str(each["token"]), 0.0) + _probability(each)
-    listed.setdefault(str(raw["token"]), _probability(raw))
-    return Place(str(raw["token"]), listed)
+        token, share = _token(each, "an entry of top_logprobs")
+        listed[token] = listed.get(token, 0.0) + share
+    if sum(listed.values()) > 1 + SLACK:
+        raise UnreadableError(
+            f"the reply is no chat completion: the probabilities of top_logprobs sum to {sum(listed.values()):.3g}, so "
+            f"that they are no log-probabilities"
+        )
+    listed.setdefault(chosen, probability)
+    return Place(chosen, listed)
 
 
-def _probability(raw: Mapping[str, Any]) -> float:
-    value = float(raw["logprob"])
-    if math.isnan(value):
-        raise ValueError
-    return math.exp(min(value, 0.0))
+def _token(raw: Any, field: str) -> tuple[str, float]:
+    """Text and probability of a token."""
+    if not isinstance(raw, dict):
+        raise _wrong(field, "an object", raw)
+    token, logprob = raw.get("token"), raw.get("logprob")
+    if not isinstance(token, str):
+        raise _wrong(f"token in {field}", "a string", token)
+    number = not isinstance(logprob, bool) and isinstance(logprob, int | float)
+    if not number or logprob != logprob or logprob > SLACK:
+        raise _wrong(f"logprob in {field}", "a number of 0 at most", logprob)
+    return _plain(token), math.exp(max(min(logprob, 0), -1000))
 
 
 def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", probability: float = 1.0) -> Reading:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -325,6 +325,8 @@ class Session:
             ServerError: if the endpoint cannot be used as it is set up.
         """
         completion, usage = await self._send(self._reading_request(prompt, prompt.answer, labels))
+        if not completion.places or (completion.reasoning.strip() and not completion.text.strip()):
+            raise _nothing_said(completion, usage)
         reading = read_labels(completion, labels)
         for stem, probability in sorted(reading.open.items()):
             if self.server.assistant_prefill and probability > NEGLIGIBLE * (reading.mass + probability):
@@ -332,8 +334,10 @@ class Session:
                     later, used = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
                 except UnansweredError as error:
                     raise UnansweredError(error.status, error.fault, usage + error.usage) from None
-                reading = completed(reading, stem, read_labels(later, labels, stem, probability))
                 usage += used
+                if not later.places:
+                    raise _nothing_said(later, usage)
+                reading = completed(reading, stem, read_labels(later, labels, stem, probability))
         return reading, usage
 
     async def write(
@@ -349,7 +353,8 @@ class Session:
             seed: names the text where it is random, to the server and in the journal.
 
         Raises:
-            UnansweredError: if there is no answer.
+            UnansweredError: if there is no answer, or an empty one: ``truncated`` where the tokens were used up before
+                it, as by a model that thinks first, ``invalid`` otherwise.
             ServerError: if the endpoint cannot be used as it is set up.
         """
         random_fields = {"top_p": top_p, "seed": seed & 0x7FFFFFFF} if temperature > 0 else {}
@@ -360,6 +365,8 @@ class Session:
         # servers that continue a turn repeat its beginning
         if self.server.assistant_prefill and text.startswith(prompt.answer):
             text = text[len(prompt.answer) :]
+        if not text.strip():
+            raise _nothing_said(completion, usage)
         return text.strip(), usage
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -391,15 +398,16 @@ class Session:
 
     async def _answer(self, name: bytes, request: dict[str, Any]) -> tuple[Completion, Usage]:
         stored = self._journal.get([name])
-        if stored:
+        known = _readable(stored[name], request) if stored else None
+        if known is not None:
             self.server._from_journal += 1
-            body = stored[name].decode()
-            return _answered(name, body, parse_completion(body))
+            return _answered(name, known.body, known.completion)
         async with self._places:
             answer = await self._insist(request)
         works = {self._works: b"1"} if self.server.gives_logprobs and not self.server.worked_before else {}
         self.server.worked_before = self.server.worked_before or self.server.gives_logprobs
-        self._journal.put({name: answer.body.encode(), **works})
+        # what is there is a reply that cannot be used, of an earlier version or damaged
+        self._journal.put({name: answer.body.encode("utf-8", "replace"), **works}, replace=bool(stored))
         self._count(answer.completion)
         return _answered(name, answer.body, answer.completion)
 
@@ -432,7 +440,9 @@ class Session:
         try:
             async with asyncio.timeout(server.timeout):
                 raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
-            body = server._without_key(raw.http_response.text)
+            content: bytes = raw.http_response.content
+            # JSON is UTF-8, whatever the header says
+            body = server._without_key(content.decode(json.detect_encoding(content), "replace"))
         except (TimeoutError, openai.APITimeoutError):
             return Fault("timeout", f"no answer within {server.timeout:g} s", again=True)
         except openai.APIStatusError as error:
@@ -449,6 +459,9 @@ class Session:
         try:
             completion = parse_completion(body)
         except UnreadableError as error:
+            if error.code is not None or error.error_code:
+                found = status_fault(error.code or 400, str(error), error.error_code, raw.headers, first=False)
+                return replace(found, again=found.again or (error.code is None and found.status == "invalid"))
             return Fault("truncated" if error.cut else "invalid", str(error), again=True)
         if request.get("logprobs") and not completion.refusal:
             if completion.places is None:
@@ -583,6 +596,31 @@ def _answered(name: bytes, body: str, completion: Completion) -> tuple[Completio
     if completion.refusal:
         raise UnansweredError("refused", f"the judge refused: {completion.refusal[:200]}", usage)
     return completion, usage
+
+
+def _readable(stored: Any, request: dict[str, Any]) -> _Answer | None:
+    """A reply from the journal; None if it does not answer the request, as those that earlier versions let pass."""
+    body = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
+    try:
+        completion = parse_completion(body)
+    except UnreadableError:
+        return None
+    usable = not request.get("logprobs") or completion.refusal or completion.places is not None
+    return _Answer(body, completion) if usable else None
+
+
+def _nothing_said(completion: Completion, usage: Usage) -> UnansweredError:
+    """What an empty answer is."""
+    if completion.cut or completion.reasoning.strip():
+        return UnansweredError(
+            "truncated",
+            "the judge had used up its tokens before it answered"
+            + (", by thinking" if completion.reasoning.strip() else "")
+            + ": raise max_rationale_tokens, or switch its thinking off, e.g. by server.extra="
+            "{chat_template_kwargs: {enable_thinking: false}}",
+            usage,
+        )
+    return UnansweredError("invalid", "the judge answers with nothing", usage)
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -77,7 +79,10 @@ class AbstractJudgeLabeler(AbstractLabeler):
         )
 
     def verdict(self, logps: Tensor, masses: Tensor) -> tuple[float | None, dict[str, float]]:
-        """P(a preferred), None where the label mass is below ``min_mass``, and what a label's ``meta`` holds about it.
+        """P(a preferred), and what a label's ``meta`` holds about it.
+
+        None where the label mass is below ``min_mass``, or a log-probability is not a number, as where float16
+        overflows; such figures are left out of ``meta``.
 
         Args:
             logps: log-probabilities of the labels with a and with b shown first, [2, samples, 2].
@@ -89,10 +94,22 @@ class AbstractJudgeLabeler(AbstractLabeler):
             "first_reverse": first_probability(reverse).mean().item(),
             "mass": masses.mean(1).min().item(),
         }
-        if meta["mass"] < self.min_mass:
+        meta = {name: value for name, value in meta.items() if math.isfinite(value)}
+        if len(meta) < 3 or meta["mass"] < self.min_mass:
             return None, meta
         probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean().item()
         return min(max(probability, 0.0), 1.0), meta
+
+    def fault(self, figures: Mapping[str, float]) -> str:
+        """Why `verdict` gave no probability, from its figures."""
+        if len(figures) < 3:
+            return (
+                "the judge's log-probabilities are not finite: float16 overflows in some models, take dtype=bfloat16 "
+                "or float32"
+            )
+        return f"the judge answers with a label with a probability of {figures['mass']:.2g} only " + (
+            f"(min_mass={self.min_mass})"
+        )
 
 
 def both_orders(sample: Sample) -> tuple[Sample, Sample]:

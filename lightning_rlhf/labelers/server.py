@@ -49,8 +49,9 @@ class ServerLabeler(AbstractJudgeLabeler):
     run finds them in the journal, pays nothing, and notes the same cost. Attempts at one comparison of a ledger book a
     reply once, also where a part of the answer is in the journal: ``cost_parts`` says what it is made of.
 
-    Statuses: those of `JudgeServer`; also ``invalid`` where the label mass is below ``min_mass``, and ``truncated``
-    where the responses alone are longer than ``max_prompt_chars``.
+    Statuses: those of `JudgeServer`; also ``invalid`` where the label mass is below ``min_mass`` or the judge answers
+    with nothing, and ``truncated`` where the responses alone are longer than ``max_prompt_chars``, or where the judge
+    had used up its tokens, e.g. by thinking, before it wrote a word of its answer.
 
     Args:
         server: the endpoint.
@@ -172,9 +173,5 @@ class ServerLabeler(AbstractJudgeLabeler):
         probability, figures = self.verdict(logps, masses)
         meta |= figures
         if probability is None:
-            fault = (
-                f"the judge answers with a label with a probability of {figures['mass']:.2g} only "
-                f"(min_mass={self.min_mass})"
-            )
-            return Label(None, "invalid", cost, meta | {"fault": fault})
+            return Label(None, "invalid", cost, meta | {"fault": self.fault(figures)})
         return Label(probability, "ok", cost, meta)

@@ -111,14 +111,15 @@ class LogpsFile:
             rows = [(key, db.execute("SELECT value FROM logps WHERE key = ?", (key,)).fetchone()) for key in keys]
         return {key: row[0] for key, row in rows if row is not None}
 
-    def put(self, values: Mapping[bytes, bytes]) -> None:
-        """Add values; a key that is there already keeps its value."""
+    def put(self, values: Mapping[bytes, bytes], replace: bool = False) -> None:
+        """Add values; a key that is there already keeps its value, unless ``replace`` says otherwise."""
         if not values:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            db.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", values.items())
+            how = "REPLACE" if replace else "IGNORE"
+            db.executemany(f"INSERT OR {how} INTO logps VALUES (?, ?)", values.items())
             db.execute("COMMIT")
 
     @contextmanager
@@ -150,11 +151,11 @@ class CacheFile(LogpsFile):
                 return super().get(keys)
         return {}
 
-    def put(self, values: Mapping[bytes, bytes]) -> None:
+    def put(self, values: Mapping[bytes, bytes], replace: bool = False) -> None:
         """Add values, if they can be written and nothing has failed before."""
         if self.usable:
             with self._forgiving():
-                super().put(values)
+                super().put(values, replace)
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:

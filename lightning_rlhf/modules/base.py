@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,6 +29,7 @@ from lightning_rlhf.models.sharding import build_sharded, gathered
 from lightning_rlhf.models.stops import configured_ids, saved_generation_config
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.safety import check_trainer, essential_callbacks
 from lightning_rlhf.sums import RunningSums, logs_now
 
 
@@ -115,6 +117,17 @@ class AbstractStepModule(KeepsArguments, L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Refuse optimizers that the types of the weights do not suit."""
         refuse_half_weights(self.trainer.optimizers, type(self).__name__)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Callbacks that a training run must have, whatever list the Trainer was given.
+
+        Raises:
+            ValueError: if the Trainer has one that cannot work with rounds.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        check_trainer(self.trainer)
+        return essential_callbacks(self.trainer)
 
     def placed(self, build: Callable[[bool], Any], cut: Callable[[Any, DeviceMesh], None]) -> Any:
         """Build a model where it is trained: on the device of the run, in shards where models are sharded.

@@ -13,6 +13,7 @@ from lightning_rlhf.models.logprobs import Layout, summed_logps
 from lightning_rlhf.models.reference import ReferenceRule
 from lightning_rlhf.modules.base import AbstractPreferenceModule
 from lightning_rlhf.modules.policy import AbstractPolicyModule
+from lightning_rlhf.plugins import check_plugin
 
 
 class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
@@ -84,6 +85,8 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
         )
         if beta <= 0:
             raise ValueError(f"model.beta must be > 0; got {beta}")
+        if loss is not None:
+            check_plugin("model.loss", loss, AbstractPreferenceLoss)
         self.loss = loss if loss is not None else SigmoidLoss()
         self.beta = self.engine_beta = beta
         self.start = start
@@ -107,7 +110,14 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
     def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
         """The part of one pass in the loss of its step, with gradient, and the figures that callbacks read."""
         pairs, num_tokens = self._pair_logps(batch)
-        loss = (pairs.weight * self.loss(pairs, self.beta)).sum() / (batch.num_global or len(batch))
+        losses = self.loss(pairs, self.beta)
+        if not isinstance(losses, torch.Tensor) or losses.shape != pairs.weight.shape:
+            # a mean over pairs would be spread over them without a word
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else f"a {type(losses).__name__}"
+            raise ValueError(
+                f"{type(self.loss).__name__} returned {found}; return one loss per pair, {tuple(pairs.weight.shape)}"
+            )
+        loss = (pairs.weight * losses).sum() / (batch.num_global or len(batch))
         counted = slice(0, len(batch) - batch.num_idle)
         chosen = implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta)
         rejected = implicit_rewards(pairs.policy_rejected, pairs.reference_rejected, self.beta)

@@ -35,6 +35,7 @@ from lightning_rlhf.models.scores import response_values
 from lightning_rlhf.models.sharding import shard_scorer
 from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.modules.policy import AbstractPolicyModule
+from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.types import Rollout
 
 
@@ -161,6 +162,8 @@ class PolicyGradientModule(AbstractPolicyModule):
                 f"model.kl_target multiplies beta by a factor after each round, which needs objective=penalty and "
                 f"beta > 0; got objective={objective}, beta={beta}"
             )
+        if advantage is not None:
+            check_plugin("model.advantage", advantage, AbstractAdvantage)
         self.advantage = advantage if advantage is not None else LearnedBaseline()
         self.kl_coefficient = beta
         """Beta as it is; `kl_target` adapts it."""

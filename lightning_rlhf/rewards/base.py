@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_rlhf.fingerprint import KeepsArguments
@@ -38,7 +39,10 @@ class AbstractReward(KeepsArguments, ABC):
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
-        """Score ``responses[i]`` as an answer to ``prompts[i]``; the same whatever other answers there are."""
+        """Score ``responses[i]`` as an answer to ``prompts[i]``; the same whatever other answers there are.
+
+        The mean alone, as a tensor, an array or a list of numbers, is taken as well.
+        """
 
     def observe(self, output: RewardOutput) -> None:
         """Learn from a finished round of rollouts.
@@ -64,23 +68,67 @@ class AbstractReward(KeepsArguments, ABC):
         del state
 
 
+def as_output(reward: AbstractReward, made: Any, count: int) -> RewardOutput:
+    """Make an output of what a reward returned: one, or its ``mean`` alone as a tensor, an array or a list.
+
+    Args:
+        reward: who returned it.
+        made: what came back.
+        count: number of responses, B.
+
+    Raises:
+        TypeError: if it holds no numbers; the message names the class and what belongs there.
+        ValueError: if it has another shape.
+    """
+    name = type(reward).__name__
+    parts = made if isinstance(made, RewardOutput) else RewardOutput(made)
+    mean = _numbers(name, "mean", parts.mean, count)
+    std = None if parts.std is None else _numbers(name, "std", parts.std, count)
+    members = None if parts.members is None else _numbers(name, "members", parts.members, count, ndim=2)
+    return RewardOutput(mean, std, members)
+
+
+def _numbers(name: str, what: str, value: Any, count: int, ndim: int = 1) -> Tensor:
+    expected = f"return RewardOutput({what}=...) with a tensor of floats, one number per response, in order"
+    try:
+        if not isinstance(value, Tensor | Sequence) and not hasattr(value, "__array__"):
+            raise TypeError
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(_plain(value))
+        if tensor.is_complex():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        shown = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"{name}.score returned {shown} as its {what}; {expected}") from None
+    if tensor.ndim != ndim or len(tensor) != count:
+        raise ValueError(
+            f"{name}.score returned a {what} of shape {tuple(tensor.shape)} for {count} responses; "
+            f"return one number per response, in order"
+        )
+    return tensor
+
+
+def _plain(value: Any) -> Any:
+    """A list without the tensors and arrays of one number that it may hold; arrays as they are."""
+    if isinstance(value, str | bytes):
+        raise TypeError
+    if not isinstance(value, Sequence):
+        return value
+    return [item.item() if hasattr(item, "item") and getattr(item, "ndim", 1) == 0 else item for item in value]
+
+
 def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
     """Call a reward and check what came back; mean and std [B], float64 on the CPU.
 
     Raises:
+        TypeError: if the reward returned no numbers.
         ValueError: if the reward returned another number of values than there are responses, or one that is not finite;
             the message names the first offending prompt.
     """
-    output = reward.score(prompts, responses)
+    output = as_output(reward, reward.score(prompts, responses), len(responses))
     name = type(reward).__name__
     mean = output.mean.detach().double().cpu()
     std = None if output.std is None else output.std.detach().double().cpu()
-    for what, values in (("mean", mean), ("std", std)):
-        if values is not None and values.shape != (len(responses),):
-            raise ValueError(
-                f"{name}.score returned a {what} of shape {tuple(values.shape)} for {len(responses)} responses; "
-                f"return one number per response, in order"
-            )
+    for values in (mean, std):
         for prompt, response, value in zip(prompts, responses, [] if values is None else values.tolist(), strict=False):
             if not math.isfinite(value):
                 raise ValueError(

@@ -101,6 +101,12 @@ class LLMScoreReward(AbstractScoreReward):
 
     def _check(self, masses: Tensor) -> None:
         """Stop at the first call, and warn at later ones, if the judge does not understand the question."""
+        if masses.isnan().any():
+            raise ValueError(
+                f"judge {self.judge.checkpoint!r} gives log-probabilities that are not finite for "
+                f"{int(masses.isnan().sum())} of {len(masses)} responses: float16 overflows in some models, take "
+                f"dtype=bfloat16 or float32"
+            )
         mean = masses.mean().item() if len(masses) else 1.0
         if mean >= self.min_mass:
             return

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.plugins import check_plugin
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output
 from lightning_rlhf.types import Prompt, Response
 
 
@@ -26,12 +27,13 @@ class UncertaintyPenalty(AbstractReward):
     def __init__(self, reward: AbstractReward, weight: float = 1.0) -> None:
         if not 0 <= weight < float("inf"):
             raise ValueError(f"UncertaintyPenalty needs a finite weight >= 0; got {weight}")
+        check_plugin("UncertaintyPenalty.reward", reward, AbstractReward)
         self.reward, self.weight = reward, weight
         self._count, self._sum = 0, 0.0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score each response, without the penalty."""
-        output = self.reward.score(prompts, responses)
+        output = as_output(self.reward, self.reward.score(prompts, responses), len(responses))
         if output.std is None:
             raise ValueError(
                 f"UncertaintyPenalty needs a reward that reports its std, and {type(self.reward).__name__} does not; "

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.types import Comparison, Prompt
+from lightning_rlhf.types import Comparison, Label, Prompt
 
 
 class AbstractPairSampler(KeepsArguments, ABC):
@@ -59,6 +59,13 @@ class AbstractPairSampler(KeepsArguments, ABC):
         of them at most.
         """
         return list(range(len(comparisons)))
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
+        """Labels that came with the draws, None for a comparison that the labeler is asked about; all by default.
+
+        Called on rank zero, with comparisons of one round, in order. For samplers that ask an oracle while they draw.
+        """
+        return [None] * len(comparisons)
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
         """Learn from the finished round.

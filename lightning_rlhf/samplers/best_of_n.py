@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.generation.base import AbstractEngine
+from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.samplers.draws import COIN, implicit_rewards, pool_requests
-from lightning_rlhf.types import Comparison, Prompt, Response
+from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 
 TIE = 1e-4
@@ -24,13 +25,18 @@ class BestOfNSampler(AbstractPairSampler):
 
     Best-of-N of Table 1 of PILAF (arXiv 2502.04270), after Xiong et al. 2024 (arXiv 2312.11456). Candidates are ranked
     by the implicit DPO reward, ``beta * sum(log pi_theta - log pi_ref)``, which is the variant the paper compares, or
-    by a reward of your own. The implicit reward is a sum over tokens, so the extremes favour long responses. Candidates
+    by an oracle reward. The implicit reward is a sum over tokens, so the extremes favour long responses. Candidates
     that all tie, as they do while the policy equals the reference, are paired at random. The costs are counted as in
     the paper, which leaves out the scoring of the candidates by the reference.
 
+    With an oracle reward its scores are the label, as in the paper: the best is preferred, two of equal score are a
+    tie, and ``data.labeler`` is not asked about the pair. Such a label costs n/2, since n responses were shown to the
+    annotator where an ordinary label shows two.
+
     Args:
         n: candidates per prompt, >= 2; the paper uses 8.
-        reward: ranks the candidates instead of the implicit reward; every candidate then costs one annotation.
+        reward: the oracle that ranks the candidates instead of the implicit reward, and labels the pair; every
+            candidate costs one annotation.
 
     Raises:
         ValueError: if n is smaller than 2.
@@ -41,6 +47,8 @@ class BestOfNSampler(AbstractPairSampler):
     def __init__(self, n: int = 8, reward: AbstractReward | None = None) -> None:
         if n < 2:
             raise ValueError(f"n must be at least 2, since a pair needs two candidates; got {n}")
+        if reward is not None:
+            check_plugin("BestOfNSampler.reward", reward, AbstractReward)
         self.n = n
         self.reward = reward
         self.passes_per_pair = float(n)
@@ -66,6 +74,18 @@ class BestOfNSampler(AbstractPairSampler):
             a, b = drawn[i * self.n + best], drawn[i * self.n + worst]
             comparisons.append(Comparison(prompt, a, b, branch="best_of_n", passes=self.passes_per_pair, meta=meta))
         return comparisons
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
+        """Labels by the oracle reward, where there is one; its scores came with the draws."""
+        if self.reward is None:
+            return super().verdicts(comparisons)
+        labels: list[Label | None] = []
+        for comparison in comparisons:
+            score_a, score_b = comparison.meta["score_a"], comparison.meta["score_b"]
+            probability = 0.5 if score_a == score_b else float(score_a > score_b)
+            scores = {"reward_a": score_a, "reward_b": score_b}
+            labels.append(Label(probability, cost=self.n / 2, meta=scores))
+        return labels
 
     def _scores(self, prompts: Sequence[Prompt], drawn: Sequence[Response], beta: float) -> Tensor:
         """Score of each candidate; shape [prompts, n]."""

@@ -11,7 +11,7 @@ from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.samplers.draws import coin
-from lightning_rlhf.types import Comparison, Prompt
+from lightning_rlhf.types import Comparison, Label, Prompt
 
 
 class MixtureSampler(AbstractPairSampler):
@@ -72,6 +72,15 @@ class MixtureSampler(AbstractPairSampler):
             for place, comparison in zip(places, comparisons, strict=True):
                 drawn[place] = replace(comparison, meta={**comparison.meta, "member": i})
         return [drawn[place] for place in range(len(prompts))]
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
+        """What each member says of its own comparisons."""
+        labels: list[Label | None] = [None] * len(comparisons)
+        for i, sampler in enumerate(self.samplers):
+            places = [place for place, comparison in enumerate(comparisons) if comparison.meta["member"] == i]
+            for place, label in zip(places, sampler.verdicts([comparisons[p] for p in places]), strict=True):
+                labels[place] = label
+        return labels
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
         """Let each member learn from its own comparisons."""

@@ -30,8 +30,8 @@ def at(moment):
     if place != moment:
         return
     (HERE / f"reached.{os.environ.get('RANK', '0')}").touch()
-    if deed == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if deed in ("term", "int", "hup", "usr1"):
+        os.kill(os.getpid(), getattr(signal, f"SIG{deed.upper()}"))
     elif deed.startswith("sleep"):
         time.sleep(float(deed[5:]))
     elif deed.startswith("limit"):  # no file may grow beyond so many bytes from now on

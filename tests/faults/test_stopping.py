@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,3 +87,32 @@ def test_sigterm_in_the_first_round_leaves_the_ledger(runs: Any) -> None:
     status, said = runs.run("--trainer.max_epochs=1")
     assert status == 0, said
     assert len((runs.folder / "bought.txt").read_text().split()) == 8
+
+
+def test_a_signal_is_passed_on_to_a_child_once_and_its_status_comes_back(tmp_path: Path) -> None:
+    child = (
+        "import signal, sys, time, pathlib\n"
+        "count = 0\n"
+        "def note(number, frame):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "signal.signal(signal.SIGINT, note)\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        "while not count:\n"
+        "    time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "sys.exit(100 + count)\n"
+    )
+    parent = (
+        "import sys\n"
+        "from lightning_rlhf.stopping import run_child\n"
+        f"print(run_child([sys.executable, '-c', {child!r}]))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=60)[0] == "101\n"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_rlhf.judging import JudgePrompt
-from lightning_rlhf.judging.local import LocalJudge
+from lightning_rlhf.judging.local import LocalJudge, Written
 from lightning_rlhf.judging.prompts import Sample, pair_prompt
 from lightning_rlhf.labelers import LLMLabeler
 from lightning_rlhf.randomness import Key
@@ -108,6 +110,37 @@ def test_a_judge_that_does_not_answer_gives_no_label(tiny_judge: Path) -> None:
     assert label.meta["mass"] == pytest.approx(math.exp(-4) + math.exp(-5), abs=1e-6)
     made, _ = labeler(tiny_judge, rule, min_mass=0.02)
     assert made.label(PAIRS, KEY)[0].status == "ok"
+
+
+def test_log_probabilities_that_are_no_numbers_give_no_label(tiny_judge: Path) -> None:
+    made, _ = labeler(tiny_judge, lambda prompt: [math.nan, -1.0], min_mass=0.0)
+    (label,) = made.label(PAIRS[:1], KEY)
+    assert (label.probability, label.status) == (None, "invalid")
+    assert "not finite" in str(label.meta["fault"])
+
+
+@pytest.mark.parametrize(("text", "status"), [(Written(" ", cut=True), "truncated"), (Written(""), "invalid")])
+def test_an_empty_rationale_gives_no_label(tiny_judge: Path, text: str, status: str) -> None:
+    made, judge = labeler(tiny_judge, likes_the_first, chain_of_thought=True)
+    judge.write = lambda prompts, keys, **_: ["a thought"] * (len(prompts) - 1) + [text]  # type: ignore[method-assign]
+    labels = made.label(PAIRS[:2], KEY)
+    assert [label.status for label in labels] == ["ok", status]
+    assert "rationale" in str(labels[1].meta["fault"])
+
+
+def test_a_real_judge_says_whether_the_limit_cut_it_and_mends_what_is_broken_on_the_disk(
+    tiny_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_RLHF_JUDGE_CACHE", str(tmp_path))
+    made = LLMLabeler(str(tiny_judge), min_mass=0.0)
+    prompt = made.prompt(Sample("", ("a", "b")))
+    (text,) = made.judge.write([prompt], [KEY], max_new_tokens=1, temperature=1.0, top_p=1.0)
+    assert isinstance(text, Written) and text.cut
+    expected = made.judge.label_logps([prompt], ("1", "2"))
+    for broken in (b"\x00", np.full(2, np.nan, "<f4").tobytes()):
+        with sqlite3.connect(next(tmp_path.glob("*.sqlite"))) as file:
+            file.execute("UPDATE logps SET value = ?", (broken,))
+        assert torch.equal(made.judge.label_logps([prompt], ("1", "2")), expected)
 
 
 def test_a_chain_of_thought_takes_two_calls_per_order(tiny_judge: Path) -> None:

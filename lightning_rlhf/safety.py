@@ -1,0 +1,37 @@
+"""What a run needs from its Trainer, however that was made: callbacks that are added, and settings that are refused."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
+
+
+def essential_callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    """Callbacks that a run must have and the Trainer lacks: `NonFiniteGuard`, which keeps NaN from the weights."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [] if any(isinstance(callback, NonFiniteGuard) for callback in callbacks) else [NonFiniteGuard()]
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Look at settings of a Trainer that would waste what rounds cost.
+
+    Raises:
+        ValueError: if a callback would train on rounds only to throw the result away.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise ValueError(
+                f"{type(callback).__name__} would draw and label rounds for steps that it takes back: take it out, and "
+                f"set model.learning_rate, or data.tokens_per_batch to what fits into memory"
+            )
+    limit = trainer.limit_train_batches
+    if trainer.fast_dev_run or trainer.overfit_batches or limit is None:
+        return
+    if isinstance(limit, int) or limit < 1:
+        rank_zero_info(
+            f"trainer.limit_train_batches={limit}: what is drawn and labelled beyond these batches of a round is not "
+            f"trained on; a smaller data.prompts_per_round costs less"
+        )
