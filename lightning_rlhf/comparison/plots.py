@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_rlhf.comparison.curves import Curve
+from lightning_rlhf.comparison.efficiency import student_quantile
 from lightning_rlhf.comparison.report import Grid
-from lightning_rlhf.comparison.statistics import j_grid, student_quantile
+from lightning_rlhf.comparison.statistics import j_grid
 
 
 if TYPE_CHECKING:
