@@ -152,10 +152,10 @@ def test_arms_are_not_told_apart_from_where_the_t_test_says_so() -> None:
 def test_equal_arms_are_seldom_told_apart(shape: str, seeds: int) -> None:
     """Coverage and false positives under the null; `python -m benchmarks.label_share` does the same at length."""
     for noise in (Noise(evaluation=0.3), Noise(run=0.2)):
-        found = simulate(shape, 1.0, seeds, noise, tries=200, resamples=400)
-        # 200 tries: three standard errors of 2.5 % are 3.3 %
+        found = simulate(shape, 1.0, seeds, noise, tries=150, resamples=300)
+        # 150 tries: three standard errors of 2.5 % are 3.8 %
         assert found.covered >= 0.92
-        assert found.below <= 0.06 and found.above <= 0.06 and found.reproduced <= 0.05
+        assert found.below <= 0.06 and found.above <= 0.06 and found.reproduced <= 0.04
         # one of many thousand tries ends below as often as above
         assert shape == "flat" or found.median > 0.97
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import scipy.stats
@@ -150,6 +151,24 @@ def test_seed_effects_are_what_arms_share_and_add_up_to_zero() -> None:
         name: [curve(name, seed, [0.0, 5.0 * seed + shift]) for seed in (0, 1)] for name, shift in (("a", 0), ("b", 3))
     }
     assert seed_effects(arms) == {0: -2.5, 1: 2.5}
+
+
+def test_bands_without_what_arms_share_are_as_wide_as_the_noise_of_an_arm() -> None:
+    """Seeds differ by 100, runs by noise of their own: the band is that of the noise, with any number of arms."""
+    generator = random.Random(0)
+    for count in (1, 2, 5):
+        ease = {seed: 100.0 * generator.random() if count > 1 else 0.0 for seed in range(400)}
+        grid = grid_of(
+            [
+                curve(f"arm {arm}", seed, [0.0, ease[seed] + generator.gauss(0.0, 1.0)])
+                for arm in range(count)
+                for seed in ease
+            ]
+        )
+        band = label_figure(grid, "title").axes[0].collections[0].get_paths()[0].vertices
+        at_the_end = [y for x, y in band.tolist() if x == 10.0]
+        expected = 2 * scipy.stats.t.ppf(0.975, 399) / 400**0.5
+        assert max(at_the_end) - min(at_the_end) == pytest.approx(expected, rel=0.12)
 
 
 def test_figures_have_a_panel_per_setting_and_a_legend_of_arms() -> None:
