@@ -1,7 +1,8 @@
 """Measure the papers' claims again, and write them into the manual: ``python -m benchmarks.results``.
 
 Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept), and
-puts tables, machine and date between the markers of docs/results.md, and the figures into docs/results/. ``--smoke``
+puts tables, machine and date between the markers of docs/results.md, and the figures and the runs' curves into
+docs/results/, so that a figure of the tables can be computed again without the runs. ``--smoke``
 does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only stories`` is about
 ``compare/stories``, which takes longer, fetches a model with npm, and is left out otherwise.
 """
@@ -9,7 +10,10 @@ does the same with two seeds and few labels, into a folder of its own, in a few 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
+import gzip
+import io
 import re
 import shutil
 import sys
@@ -69,9 +73,23 @@ def section(folder: Path, name: str, out: Path) -> str:
             shutil.copy(folder / figure, out / "results" / f"{name}_{figure}")
             pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
     shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
+    store_curves(folder / "curves.csv", out / "results" / f"{name}_curves.csv.gz")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     measured = f"Measured on {machine()}, one thread per run, {today}."
     return "\n\n".join([measured, *pictures, body, *answers(folder)])
+
+
+def store_curves(table: Path, path: Path) -> None:
+    """Write setting, arm, seed, labels, reward, KL and J of all evaluations, to six digits, compressed."""
+    text = io.StringIO()
+    with table.open(newline="", encoding="utf-8") as file:
+        writer = csv.writer(text)
+        names, figures = ("setting", "arm", "seed", "labels"), ("reward", "kl", "j")
+        writer.writerow((*names, *figures))
+        for row in csv.DictReader(file):
+            writer.writerow([*(row[name] for name in names), *(f"{float(row[name]):.6g}" for name in figures)])
+    # no date inside: the same curves give the same file
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def answers(folder: Path) -> list[str]:

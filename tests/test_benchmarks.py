@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.harness import check_same, ids_in_order, model_folder
-from lightning_rlhf.comparison.curves import write_cell
+from lightning_rlhf.comparison.curves import Curve, CurvePoint, write_cell, write_curves
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +116,20 @@ def test_results_run_a_world_on_demand_only_when_asked(tmp_path: Path, monkeypat
     page = results.run([f"--out={tmp_path}", "--only=stories"])
     assert compared == ["compare/stories"]
     assert "<!-- begin stories -->\n\nabout stories in stories\n\n<!-- end stories -->" in page.read_text()
+
+
+def test_curves_are_stored_to_six_digits_and_the_same_each_time(tmp_path: Path) -> None:
+    points = (CurvePoint(0, 0, 1.0, 0.0, 1.0), CurvePoint(4, 16, 1.23456789, 2e-7, -0.5))
+    curves = [Curve("online β=1", "PILAF, tilt 2β", seed, points, None, 3.0) for seed in range(2)]
+    write_curves(curves, tmp_path / "curves.csv")
+    for name in ("a.csv.gz", "b.csv.gz"):
+        results.store_curves(tmp_path / "curves.csv", tmp_path / name)
+    assert (tmp_path / "a.csv.gz").read_bytes() == (tmp_path / "b.csv.gz").read_bytes()
+    with gzip.open(tmp_path / "a.csv.gz", "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and list(rows[3].values()) == [
+        *("online β=1", "PILAF, tilt 2β", "1", "16", "1.23457", "2e-07", "-0.5")
+    ]
 
 
 def test_answers_are_the_first_of_each_arm_and_seed(tmp_path: Path) -> None:

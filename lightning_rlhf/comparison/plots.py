@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_rlhf.comparison.curves import Curve
+from lightning_rlhf.comparison.efficiency import student_quantile
 from lightning_rlhf.comparison.report import Grid
-from lightning_rlhf.comparison.statistics import j_grid, student_quantile
+from lightning_rlhf.comparison.statistics import j_grid
 
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def plot_labels(grid: Grid, path: Path, title: str, unit: str = "labels") -> Non
     """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
 
     Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed,
-    mean over arms, is taken out of the intervals. More than `MANY` arms are drawn without intervals.
+    mean over arms, is taken out of the intervals. Some of each arm's own noise goes with it; intervals are widened by
+    ``sqrt(arms / (arms - 1))``, which makes up for that (Morey 2008). More than `MANY` arms are drawn without
+    intervals.
     """
     label_figure(grid, title, unit).savefig(path, dpi=140)
 
@@ -112,7 +115,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
         # arms may be one run at several budgets
         axes.plot(labels[-1:], mean[-1:], style.marker, color=style.colour, markersize=4, zorder=4)
         if bands and len(j) > 1:
-            half = student_quantile(len(j) - 1) * j.std(0, ddof=1) / len(j) ** 0.5
+            half = shared_noise(len(grid[curves[0].setting])) * half_width(j)
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
@@ -181,7 +184,7 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
         )
         if len(values) > 1 and len({len(row) for row in values}) == 1 and len(values[0]) == len(labels):
             spread = 100 * np.array(values, dtype=float)
-            half = student_quantile(len(values) - 1) * spread.std(0, ddof=1) / len(values) ** 0.5
+            half = half_width(spread)
             mean = spread.mean(0)
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
@@ -320,7 +323,10 @@ def places_of(grid: Grid) -> dict[str, int]:
 
 
 def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
-    """How much higher than others the runs of a seed end, mean over arms; zero on average over the seeds."""
+    """How much higher than others the runs of a seed end, mean over arms; zero on average, and with a single arm."""
+    if len(arms) == 1:
+        # the runs of a single arm share nothing with others: all that tells them apart is its own noise
+        return {curve.seed: 0.0 for curves in arms.values() for curve in curves}
     ends: dict[int, list[float]] = {}
     for curves in arms.values():
         for curve in curves:
@@ -328,6 +334,17 @@ def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
     means = {seed: sum(values) / len(values) for seed, values in ends.items()}
     overall = sum(means.values()) / len(means)
     return {seed: mean - overall for seed, mean in means.items()}
+
+
+def shared_noise(arms: int) -> float:
+    """Factor by which intervals are too narrow once the mean over arms is taken out of each seed; 1 for one arm."""
+    return (arms / (arms - 1)) ** 0.5 if arms > 1 else 1.0
+
+
+def half_width(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Half of Student's 95 % interval of the mean over runs; values have shape [runs, points], two runs at least."""
+    half: np.ndarray[Any, Any] = student_quantile(len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
+    return half
 
 
 def mean_path(curves: Sequence[Curve], figure: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -57,7 +57,9 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
                 found[name] = mean_interval([getattr(c.last, name) for c in curves])
                 if baseline in arms and arm != baseline:
                     found[f"{name}_difference"] = paired(curves, arms[baseline], name)
-            found["label_share"] = label_share(curves, arms[baseline]) if baseline in arms else Interval(math.nan)
+            for name, gain in (("label_share", 1.0), ("label_share_half", 0.5)):
+                known = baseline in arms
+                found[name] = label_share(curves, arms[baseline], gain=gain) if known else Interval(math.nan)
             agreements = [c.last.agreement for c in curves if c.last.agreement is not None]
             if agreements:
                 found["agreement"] = mean_interval(agreements)
@@ -160,8 +162,12 @@ def judged(differences: Mapping[str, Interval], decisive: str | None = None) -> 
 
 
 def saving_verdict(share: Interval) -> str:
-    """The verdict on a share of labels."""
-    if math.isnan(share.low):
+    """The verdict on a share of labels: ``reproduced`` if it is at most `SAVING` and its interval is below 1.
+
+    ``partly`` if the interval alone is, ``contradicted`` if it is above 1, ``not shown`` else, ``not measured`` where
+    the baseline gains nothing or there is a single seed.
+    """
+    if math.isnan(share.value) or math.isnan(share.low):
         return "not measured"
     if share.low > 1:
         return "contradicted"
@@ -268,12 +274,12 @@ def signed(interval: Interval, digits: int = 3) -> str:
 
 
 def shares(interval: Interval) -> str:
-    """A share of labels: ``52 % [40, 71]``, ``never`` where it is infinite."""
+    """A share of labels: ``52 % [40, 71]``; where it is infinite ``not reached``, and ``never`` as a bound."""
 
     def words(value: float) -> str:
         return "never" if math.isinf(value) else f"{100 * value:.0f}"
 
     if math.isnan(interval.value):
         return "–"
-    value = "never" if math.isinf(interval.value) else f"{100 * interval.value:.0f} %"
+    value = "not reached" if math.isinf(interval.value) else f"{100 * interval.value:.0f} %"
     return value if math.isnan(interval.low) else f"{value} [{words(interval.low)}, {words(interval.high)}]"

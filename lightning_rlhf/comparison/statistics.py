@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_rlhf.comparison.curves import Curve
+from lightning_rlhf.comparison.efficiency import Arm, share_of_labels, student_quantile
 
 
 Array = NDArray[np.float64]
@@ -26,18 +27,6 @@ class Interval(NamedTuple):
     def half(self) -> float:
         """Half its width."""
         return (self.high - self.low) / 2
-
-
-def student_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by integrating its density over the angle ``atan(t / sqrt(freedom))``.
-
-    Args:
-        freedom: degrees of freedom, >= 1.
-    """
-    angle = np.linspace(0.0, math.pi / 2, 200_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(0.475, mass / mass[-1] / 2, angle)))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -89,54 +78,47 @@ def j_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
     return np.asarray(labels, dtype=np.float64), np.asarray([[found[n] for n in labels] for found in by_labels])
 
 
-def labels_to_reach(labels: Array, j: Array, target: float) -> float:
-    """Labels at which a curve of J first reaches a target, by straight lines between points; infinite if never.
+def common_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
+    """Labels of evaluations, [points], and J of each run at them, [runs, points].
 
-    Args:
-        labels: labels at each point, ascending; shape [points].
-        j: J at each point; shape [points].
-        target: the J to reach.
+    Runs that were evaluated at other labels are interpolated linearly, between the last first evaluation and the first
+    last one of all runs.
     """
-    reached = np.flatnonzero(j >= target)
-    if not len(reached):
-        return math.inf
-    first = int(reached[0])
-    if first == 0:
-        return float(labels[0])
-    share = (target - j[first - 1]) / (j[first] - j[first - 1])
-    return float(labels[first - 1] + share * (labels[first] - labels[first - 1]))
+    # the last evaluation at a number of labels: a run may be validated again before it buys more
+    runs = [dict(sorted({point.labels: point.j for point in curve.points}.items())) for curve in curves]
+    start, end = max(min(run) for run in runs), min(max(run) for run in runs)
+    labels = np.asarray(sorted({n for run in runs for n in run if start <= n <= end}), dtype=np.float64)
+    return labels, np.asarray([np.interp(labels, list(run), list(run.values())) for run in runs])
 
 
-def label_share(curves: Sequence[Curve], baseline: Sequence[Curve], resamples: int = 1000) -> Interval:
-    """Labels with which an arm's mean J reaches the baseline's final mean J, as a share of the baseline's.
+def label_share(
+    curves: Sequence[Curve], baseline: Sequence[Curve], resamples: int = 2000, gain: float = 1.0
+) -> Interval:
+    """Labels with which an arm reaches a J of the baseline, as a share of the baseline's; see `share_of_labels`.
 
-    The interval is the bootstrap's, over seeds: both arms are resampled together. A share is infinite where the arm
-    never gets there, and NaN where the baseline ends no higher than it began. The baseline may itself be there before
-    it ends, if its J falls again; it counts in full.
+    Runs of the same seed are compared as pairs. Arms that share fewer than two seeds are resampled each on its own.
 
     Args:
         curves: runs of an arm in one setting.
         baseline: runs of the baseline.
-        resamples: bootstrap samples, >= 1.
+        resamples: resamples of the seeds, >= 1.
+        gain: the J to reach: share of the way from the baseline's first J to its last, in (0, 1].
+
+    Returns:
+        The share, infinite where the arm does not get there within its budget, and its 95 % interval. A single seed
+        gives no interval. Where the baseline gains nothing, the share is NaN, and the interval says nothing.
+
+    Raises:
+        ValueError: if ``resamples`` or ``gain`` is out of range.
     """
-    theirs = {curve.seed: curve for curve in baseline}
-    pairs = [(curve, theirs[curve.seed]) for curve in curves if curve.seed in theirs]
-    if not pairs:
+    if resamples < 1 or not 0 < gain <= 1:
+        raise ValueError(f"label_share expects resamples >= 1 and gain in (0, 1]; got {resamples} and {gain}")
+    ours, theirs = ({curve.seed: curve for curve in found} for found in (curves, baseline))
+    common = [seed for seed in ours if seed in theirs]
+    paired_seeds = len(common) > 1 or (len(common) == 1 and min(len(ours), len(theirs)) == 1)
+    if paired_seeds:
+        ours, theirs = ({seed: found[seed] for seed in common} for found in (ours, theirs))
+    if not ours or not theirs:
         return Interval(math.nan)
-    labels, j = j_grid([curve for curve, _ in pairs])
-    all_labels, baseline_j = j_grid([curve for _, curve in pairs])
-    final, total = baseline_j[:, -1], float(all_labels[-1])
-    if final.mean() <= baseline_j[:, 0].mean():
-        return Interval(math.nan)
-
-    def share(rows: NDArray[np.int64]) -> float:
-        return labels_to_reach(labels, j[rows].mean(0), float(final[rows].mean())) / total
-
-    value = share(np.arange(len(pairs)))
-    if len(pairs) < 2:
-        return Interval(value)
-    generator = np.random.default_rng(0)
-    shares = np.sort([share(generator.integers(len(pairs), size=len(pairs))) for _ in range(resamples)])
-    # order statistics, since shares may be infinite
-    low, high = shares[int(0.025 * resamples)], shares[min(int(0.975 * resamples), resamples - 1)]
-    return Interval(value, float(low), float(high))
+    arm, other = (Arm(*common_grid(list(found.values()))) for found in (ours, theirs))
+    return Interval(*share_of_labels(arm, other, gain=gain, resamples=resamples, paired=paired_seeds))

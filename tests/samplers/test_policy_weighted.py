@@ -17,7 +17,7 @@ from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers import MixtureSampler, PolicyWeightedSampler, VanillaSampler
 from lightning_rlhf.samplers.policy_weighted import packed, unpacked
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Comparison, Prompt, Response
 
 
 def spd(generator: torch.Generator, size: int) -> torch.Tensor:
@@ -163,6 +163,43 @@ def test_sigma_is_the_covariance_of_gradients_under_the_policy(toy_engine: Any) 
     law = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     exact = toy_engine.beta**2 * (torch.diag(law) - torch.outer(law, law))
     torch.testing.assert_close(sampler.sigma, exact, atol=0.005, rtol=0)
+
+
+def test_sigma_is_shrunk_to_unity_by_draws_per_dimension_and_decays() -> None:
+    """By hand, from pools that are known: d / (d + f) of the way to a multiple of unity with the same trace."""
+    sampler = PolicyWeightedSampler(n=3, dim=2, decay=0.5)
+    torch.testing.assert_close(sampler.sigma, torch.eye(2, dtype=torch.float64))
+
+    def comparison(pool: list[list[float]]) -> Comparison:
+        response = Response((1,), "", "eos")
+        blob, scale = packed(torch.tensor(pool, dtype=torch.float64))
+        meta = {"delta": 0.0, "pool": blob, "pool_scale": scale, "pool_first": 0, "pool_second": 1}
+        return Comparison(prompts(1)[0], response, response, "policy_weighted", meta=meta)
+
+    def matrix(rows: list[list[float]]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.float64)
+
+    # scatter [[8, 4], [4, 2]] of two pools of three, with 2 degrees of freedom each: sample [[2, 1], [1, 0.5]]
+    first = comparison([[1.0, 0.5], [1.0, 0.5], [-2.0, -1.0]])
+    second = comparison([[1.0, 0.5], [-1.0, -0.5], [0.0, 0.0]])
+    sampler.observe([first, second])
+    # d = 2, f = 4: a third of the way to 1.25
+    torch.testing.assert_close(sampler.sigma, matrix([[2 / 3 * 2 + 1.25 / 3, 2 / 3], [2 / 3, 2 / 3 / 2 + 1.25 / 3]]))
+    # the prior is as much information as `ridge` pairs of the policy, Sigma / 2 each, evenly spread
+    expected = sampler.information + 0.5 * 2 * sampler.sigma / 2 + 100 * 1.25 * torch.eye(2, dtype=torch.float64) / 2
+    torch.testing.assert_close(sampler.regularised_information(), expected)
+    # a later round: earlier scatter and its degrees of freedom count half, 4 + 2 = 2 + 2
+    sampler.observe([comparison([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0]])])
+    sample = matrix([[4.0, 2.0], [2.0, 1.0 + 2.0]]) / 4
+    share = 2 / (2 + 4)
+    scale = float(sample.diagonal().mean())
+    torch.testing.assert_close(sampler.sigma, (1 - share) * sample + share * scale * torch.eye(2, dtype=torch.float64))
+    # shrinking keeps the trace and lifts the eigenvalue that the sample has at zero
+    assert float(sampler.sigma.trace()) == pytest.approx(float(sample.trace()))
+    # pools that are all alike have no scale of their own, and still a positive definite Sigma
+    empty = PolicyWeightedSampler(n=3, dim=2)
+    empty.observe([comparison([[0.0, 0.0]] * 3)])
+    assert float(torch.linalg.eigvalsh(empty.sigma).min()) > 0
 
 
 def test_state_survives_a_checkpoint_and_later_rounds_are_the_same(toy_engine: Any) -> None:
