@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
-from lightning_rlhf.estimators.tabular import tilted_laws
+from lightning_rlhf.estimators.tabular import tilted_distributions
 from lightning_rlhf.samplers.sir_pilaf import pair_probabilities
 from lightning_rlhf.worlds.laws import PairLaw, Sampler, secant
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
@@ -217,7 +217,7 @@ class PoolArm(AbstractArm):
         log_policy = world.log_policy(parameters)
         if not self.tilted:
             return categorical(log_policy.exp(), prompts, self.n, generators)
-        laws = tilted_laws(log_policy, world.log_reference, world.beta)
+        laws = tilted_distributions(log_policy, world.log_reference, world.beta)
         half = self.n // 2
         plus = categorical(laws.log_plus.exp(), prompts, half, generators)
         return torch.cat([plus, categorical(laws.log_minus.exp(), prompts, self.n - half, generators)], -1)

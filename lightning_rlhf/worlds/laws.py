@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.pilaf import cosh_delta, log_secant_slope, pair_weight
-from lightning_rlhf.estimators.tabular import differences, product_pair_law, tilted_laws, tilted_pair_law
+from lightning_rlhf.estimators.tabular import differences, product_pair_law, tilted_distributions, tilted_pair_law
 from lightning_rlhf.estimators.tabular import tpilaf_pair_law as exact_tpilaf
 
 
@@ -57,7 +57,7 @@ def pilaf(log_policy: Tensor, log_reference: Tensor, beta: float, tilt: float | 
 
 def t_pilaf(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
     """T-PILAF with the probability and the prompt weights of Theorem 1; prompts are the last leading dimension."""
-    zz = tilted_laws(log_policy, log_reference, beta).zz()
+    zz = tilted_distributions(log_policy, log_reference, beta).zz()
     weight = pair_weight(zz, zz.mean(-1, keepdim=True) if zz.dim() else zz)
     return PairLaw(exact_tpilaf(log_policy, log_reference, beta), weight[..., None, None])
 
