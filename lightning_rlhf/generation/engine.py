@@ -149,8 +149,8 @@ class DecodeEngine(AbstractEngine):
             self.tokens_per_batch = max(self.tokens_per_batch // 2, MIN_TOKENS_PER_PASS)
             _FITTING_SIZES[base_model(self.policy)] = (self.rows, self.tokens_per_batch)
             warnings.warn(
-                f"memory ran out while {self.decoding.rows} responses were decoded together ({reason}); from now on "
-                f"{self.rows} are. Responses stay what they are. Set data.decoding.rows={self.rows} to begin with that",
+                f"memory ran out while decoding {self.decoding.rows} responses in one batch ({reason}); from now on "
+                f"it is {self.rows}. Responses do not change. Set data.decoding.rows={self.rows} to start with it",
                 stacklevel=2,
             )
 
@@ -285,7 +285,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tenso
     if not bool(total.isfinite().all()):
         raise ValueError(
             "the logits to decode from are not finite; the policy may have diverged (lower the learning rate, or use "
-            "bfloat16 instead of float16), or the reference forbids tokens that the tilt asks for (lower the tilt)"
+            "bfloat16 instead of float16), or the tilt favors tokens that the reference forbids (lower the tilt)"
         )
     threshold = uniforms.to(cumulative.device)[:, None] * total
     # clamp: with a threshold rounded up to the total, the search ends behind the last token

@@ -295,8 +295,8 @@ def lanes_for(model: PreTrainedModel) -> type[AbstractLanes]:
         obstacle = _obstacle(model)
         if obstacle is not None:
             warnings.warn(
-                f"{type(base).__name__} (model type {base.config.model_type!r}) decodes without a cache, every token "
-                f"from the start, since {obstacle}",
+                f"{type(base).__name__} (model type {base.config.model_type!r}) decodes without a cache, so that "
+                f"every step recomputes the whole sequence, since {obstacle}",
                 stacklevel=2,
             )
         known = _KINDS[base] = (circumstances, SlotLanes if obstacle is None else RecomputedLanes)

@@ -49,7 +49,9 @@ def convert_llama2c(model: bytes, tokenizer: bytes, folder: Path) -> None:
     built.save_pretrained(folder)
     pieces = read_pieces(tokenizer)
     if len(pieces) != config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(pieces)} pieces, the model {config.vocab_size}; they don't belong")
+        raise ValueError(
+            f"the tokenizer has {len(pieces)} pieces, the model {config.vocab_size}; use the model's tokenizer"
+        )
     make: Any = PreTrainedTokenizerFast
     fast = make(
         tokenizer_object=piece_tokenizer(pieces),
@@ -76,7 +78,7 @@ def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
         raise ValueError(f"a model.bin has a header of 28 bytes; got {len(data)} bytes")
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), length) < 1 or dim % (2 * heads) or heads % kv_heads:
-        raise ValueError(f"this is no model.bin of llama2.c's first format: {struct.unpack_from('<7i', data)}")
+        raise ValueError(f"this is not a model.bin of llama2.c's first format: {struct.unpack_from('<7i', data)}")
     # a negative vocabulary size marks a head that is not tied to the embedding
     size, tied = dim // heads, vocab > 0
     # the weights in the order of the file
@@ -107,7 +109,7 @@ def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
     if not (
         torch.allclose(read["cos"], angles.cos(), atol=1e-3) and torch.allclose(read["sin"], angles.sin(), atol=1e-3)
     ):
-        raise ValueError(f"the rotary table of model.bin is not that of base {ROPE_THETA:g}")
+        raise ValueError(f"the rotary table of model.bin does not have the base {ROPE_THETA:g}")
 
     weights = {"model.embed_tokens.weight": read["embedding"], "model.norm.weight": read["norm"]}
     if not tied:
@@ -183,7 +185,7 @@ def read_pieces(data: bytes) -> list[tuple[str, float]]:
         else:
             pieces.append((piece.decode(), score))
     if len({piece for piece, _ in pieces}) < len(pieces) or len(pieces) < FIRST_BYTE + 256:
-        raise ValueError(f"tokenizer.bin holds {len(pieces)} pieces, of which some are equal or the bytes are missing")
+        raise ValueError(f"tokenizer.bin holds {len(pieces)} pieces, but some are equal or the bytes are missing")
     return pieces
 
 

@@ -34,11 +34,11 @@ class MixtureSampler(AbstractPairSampler):
             raise ValueError("a mixture needs at least one sampler; got an empty list")
         if any(isinstance(sampler, MixtureSampler) for sampler in samplers):
             raise ValueError("a mixture cannot hold a mixture; list all samplers in one and multiply the weights")
-        thrifty = next((sampler for sampler in samplers if sampler.label_share < 1), None)
-        if thrifty is not None:
+        partial = next((sampler for sampler in samplers if sampler.label_share < 1), None)
+        if partial is not None:
             raise ValueError(
-                f"a mixture labels all of its pairs, and {type(thrifty).__name__} would label a share of "
-                f"{thrifty.label_share:g} of them; give it label_share=1"
+                f"a mixture labels all of its pairs, but {type(partial).__name__} labels only a fraction of "
+                f"{partial.label_share:g} of its own; set its label_share=1"
             )
         weights = [1.0] * len(samplers) if weights is None else list(weights)
         if len(weights) != len(samplers):

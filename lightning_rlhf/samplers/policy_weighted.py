@@ -72,7 +72,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
                 f"got {ridge}, {ahead} and {decay}"
             )
         if not 0 < label_share <= 1:
-            raise ValueError(f"label_share is the share of pairs that are labelled, in (0, 1]; got {label_share}")
+            raise ValueError(f"label_share is the fraction of pairs that are labeled, in (0, 1]; got {label_share}")
         self.label_share = label_share
         self.n, self.dim, self.tilt = n, dim, checked_tilt(tilt)
         self.ridge, self.ahead, self.decay = ridge, ahead, decay

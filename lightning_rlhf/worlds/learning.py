@@ -107,12 +107,12 @@ def online(
     trace.evaluate(world, arm, parameters, 0, 0, seen)
     for step in range(steps):
         prompts, uniforms = streams.batch(pairs)
-        drawn = arm.draw(world, parameters, prompts, streams.samples)
-        gaps, labels = labelled(world, prompts, drawn, uniforms)
+        sampled = arm.draw(world, parameters, prompts, streams.samples)
+        gaps, labels = labelled(world, prompts, sampled, uniforms)
         arm.learn(gaps, labels)
         # gradient of -log sigma(delta) averaged over pairs: -mean[weight (label - sigma(delta)) dphi], delta = w . dphi
         error = labels - torch.einsum("wpd,wd->wp", gaps, parameters).sigmoid()
-        gradient = -torch.einsum("wp,wp,wpd->wd", drawn.weight, error, gaps) / pairs
+        gradient = -torch.einsum("wp,wp,wpd->wd", sampled.weight, error, gaps) / pairs
         seen.append(F.cosine_similarity(-gradient, world.gradient_j(parameters)))
         adam.param_groups[0]["lr"] = rate * (1 - step / steps)
         parameters.grad = gradient
@@ -157,16 +157,16 @@ def iterative(
     trace.evaluate(world, arm, parameters, 0, 0, seen)
     for index in range(rounds):
         prompts, uniforms = streams.batch(pairs)
-        drawn = arm.draw(world, parameters, prompts, streams.samples)
-        fresh, fresh_labels = labelled(world, prompts, drawn, uniforms)
+        sampled = arm.draw(world, parameters, prompts, streams.samples)
+        fresh, fresh_labels = labelled(world, prompts, sampled, uniforms)
         arm.learn(fresh, fresh_labels)
         # ascent direction of the likelihood of the new labels: sum[weight (label - sigma(delta)) dphi]
         error = fresh_labels - torch.einsum("wpd,wd->wp", fresh, parameters).sigmoid()
-        ascent = torch.einsum("wp,wp,wpd->wd", drawn.weight, error, fresh)
+        ascent = torch.einsum("wp,wp,wpd->wd", sampled.weight, error, fresh)
         seen.append(F.cosine_similarity(ascent, world.gradient_j(parameters)))
         # refit on all labels so far, starting from the current parameters
         gaps, labels = torch.cat([gaps, fresh], 1), torch.cat([labels, fresh_labels], 1)
-        weights = torch.cat([weights, drawn.weight], 1)
+        weights = torch.cat([weights, sampled.weight], 1)
         parameters = maximum_likelihood(gaps, labels, weights, parameters, ridge)
         trace.evaluate(world, arm, parameters, index + 1, (index + 1) * pairs, seen)
     return trace
@@ -184,9 +184,9 @@ def overfitted_start(world: TabularWorld, seeds: Sequence[int], *, pairs: int, r
     # another purpose: the random numbers differ from those of the run that starts here
     streams = _Streams(seeds, world.features.shape[1], purpose=_OVERFIT)
     prompts, uniforms = streams.batch(pairs)
-    drawn = LawArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
-    gaps, labels = labelled(world, prompts, drawn, uniforms)
-    return maximum_likelihood(gaps, labels, drawn.weight, world.origin(), ridge)
+    sampled = LawArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
+    gaps, labels = labelled(world, prompts, sampled, uniforms)
+    return maximum_likelihood(gaps, labels, sampled.weight, world.origin(), ridge)
 
 
 def labelled(world: TabularWorld, prompts: Tensor, pairs: Pairs, uniforms: Tensor) -> tuple[Tensor, Tensor]:
