@@ -1,4 +1,4 @@
-"""Advantages: rewards of a round -> how much better than expected each token did. Subclass `AbstractAdvantage`."""
+"""Advantage estimators: rewards of a round in, one advantage per token out. Subclass `AbstractAdvantage`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an advantage promises, and what it sees."""
+"""The interface of advantage estimators, and their input."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_rlhf.fingerprint import KeepsArguments
 
 @dataclass(frozen=True)
 class Episodes:
-    """All responses of a round with what they earned; float64 on the CPU, equal on all ranks.
+    """All responses of a round with their rewards; float64 on the CPU, equal on all ranks.
 
     Args:
-        rewards: reward of each token, [responses, tokens], 0 behind the end: the reward of the response at its last
-            token and, if the KL is in the reward, the penalty of each token.
+        rewards: reward rho_t of each token, [responses, tokens], 0 in the padding: the reward of the response at its
+            last token and, if the KL is in the reward, the KL penalty of each token.
         lengths: tokens of each response, >= 1, [responses].
-        groups: number of the prompt of each response, from 0; responses of one prompt stand together, [responses].
-        values: V(X_t) when the response was drawn, [responses, tokens]; None unless the advantage needs them.
+        groups: index of the prompt of each response, from 0; the responses to one prompt are adjacent, [responses].
+        values: V(X_t) at sampling time, [responses, tokens]; None unless the advantage needs values.
     """
 
     rewards: Tensor
@@ -29,7 +29,8 @@ class Episodes:
     values: Tensor | None = None
 
     def returns(self) -> Tensor:
-        """``Z_t``, the sum of the rewards of a token and all later ones; [responses, tokens]."""
+        """Return of each token, the sum of its reward and all later ones; [responses, tokens]."""
+        # Z_t = sum_{s >= t} rho_s
         return returns_to_go(self.rewards)
 
     def totals(self) -> Tensor:
@@ -38,14 +39,15 @@ class Episodes:
 
 
 class AbstractAdvantage(KeepsArguments, ABC):
-    """Says how much better than expected each token did.
+    """Estimates the advantage of each token: its return relative to a baseline.
 
     Subclass it, implement ``__call__``, and name your class by its path: ``--model.advantage=my_file.MyAdvantage``. It
-    is called once per round, on every rank, with all responses of the round, so that neither ranks nor passes matter.
+    is called once per round, on every rank, with all responses of the round, so that the result does not depend on the
+    number of ranks or micro-batches.
 
     Attributes:
-        needs_values: whether a value model is trained, and `Episodes.values` given. It learns ``advantages + values``.
-        min_responses: fewest responses per prompt, >= 1.
+        needs_values: train a value model and pass `Episodes.values`. Its targets are ``advantages + values``.
+        min_responses: minimum number of responses per prompt, >= 1.
     """
 
     needs_values: bool = False
@@ -53,7 +55,7 @@ class AbstractAdvantage(KeepsArguments, ABC):
 
     @abstractmethod
     def __call__(self, episodes: Episodes) -> Tensor:
-        """Compute the advantage of each token; [responses, tokens], 0 behind the end of a response.
+        """Compute the advantage of each token; [responses, tokens], 0 in the padding.
 
         Args:
             episodes: the round.

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, the advantages of PPO."""
+"""Generalized advantage estimation (GAE), the advantages of PPO."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from lightning_rlhf.estimators.returns import gae
 
 
 class GAE(AbstractAdvantage):
-    """Advantages of PPO, Schulman et al. 2016 (arXiv 1506.02438); use ``model.clip`` with it.
+    """Generalized advantage estimation, Schulman et al. 2016 (arXiv 1506.02438, eq. 16); for PPO set ``model.clip``.
 
     Args:
         gamma: discount per token, in [0, 1].
         lam: weight of later temporal differences, in [0, 1]; 1 is the return minus the value.
+
+    Raises:
+        ValueError: if gamma or lam is out of range.
     """
 
     needs_values = True
@@ -25,4 +28,5 @@ class GAE(AbstractAdvantage):
 
     def __call__(self, episodes: Episodes) -> Tensor:
         assert episodes.values is not None
+        # A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = rho_t + gamma V(X_{t+1}) - V(X_t)
         return gae(episodes.rewards, episodes.values, episodes.lengths, self.gamma, self.lam)

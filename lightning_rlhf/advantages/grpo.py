@@ -1,4 +1,4 @@
-"""Advantages relative to the group of a prompt's responses."""
+"""Group-relative advantages: the return standardized within the responses to one prompt."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from lightning_rlhf.estimators.returns import group_relative, token_mask
 
 
 class GRPO(AbstractAdvantage):
-    """Standardised return of a response among its prompt's, for all its tokens (arXiv 2402.03300).
+    """Return of a response standardized within its prompt, the same for all its tokens.
 
-    The paper puts the KL into the loss (``model.kl_placement=loss_k3``), averages over the tokens of a response
-    (``model.aggregation=sequence_mean``) and clips (``model.clip=0.2``).
+    GRPO, Shao et al. 2024 (arXiv 2402.03300, section 4.1.2). The paper puts the KL into the loss
+    (``model.kl_placement=loss_k3``), averages over the tokens of a response (``model.aggregation=sequence_mean``) and
+    clips (``model.clip=0.2``).
 
     Args:
-        divide_by_std: divide by the group's standard deviation; false is Dr. GRPO (arXiv 2503.20783).
-        epsilon: added to the standard deviation, > 0.
+        divide_by_std: divide by the std of the group; false is Dr. GRPO (arXiv 2503.20783).
+        epsilon: added to the std, > 0.
+
+    Raises:
+        ValueError: if epsilon is not positive.
     """
 
     min_responses = 2
@@ -27,5 +31,6 @@ class GRPO(AbstractAdvantage):
         self.divide_by_std, self.epsilon = divide_by_std, epsilon
 
     def __call__(self, episodes: Episodes) -> Tensor:
+        # A_t = (R_i - mean_group R) / (std_group R + epsilon) for every token t of response i
         advantages = group_relative(episodes.totals(), episodes.groups, self.divide_by_std, self.epsilon)
         return advantages[:, None] * token_mask(episodes.lengths, episodes.rewards.shape[1])

@@ -87,8 +87,8 @@ def seed_weights(seeds: int, resamples: int, generator: np.random.Generator) -> 
     """Weights of seeds whose weighted means scatter as the mean does in Student's interval; [resamples, seeds].
 
     The plain bootstrap draws seeds with replacement. Its means scatter by ``sqrt((n - 1) / n)`` too little and without
-    Student's tails: at 5 seeds its 95 % interval of a mean holds 84 %. Here weights are Gaussian around 1 / n, add up to
-    1, and are divided by ``sqrt(chi^2 / (n - 1))``; the percentile interval of a mean is then Student's.
+    Student's tails: at 5 seeds its 95 % interval of a mean holds 84 %. Here weights are Gaussian around 1 / n, add up
+    to 1, and are divided by ``sqrt(chi^2 / (n - 1))``; the percentile interval of a mean is then Student's.
 
     Args:
         seeds: runs, n >= 2.
@@ -114,9 +114,9 @@ def share_of_labels(
 
     The interval is that of `seed_weights`: all of it is recomputed with reweighted seeds, the same weights for arm,
     baseline and target where their seeds are the same. Where a curve levels off, noise decides where its isotonic fit
-    starts to be level. The bounds therefore take the baseline's labels as uncertain: the upper one divides by the labels
-    at which its mean first touches the target, and the lower one (at ``gain`` 1) is no higher than the first labels at
-    which a paired t test does not tell the arm from the end of the baseline, over the baseline's budget.
+    starts to be level. The bounds therefore take the baseline's labels as uncertain: the upper one divides by the
+    labels at which its mean first touches the target, and the lower one (at ``gain`` 1) is no higher than the first
+    labels at which a paired t test does not tell the arm from the end of the baseline, over the baseline's budget.
 
     ``python -m benchmarks.label_share`` simulates it with 5, 8, 10 and 20 seeds, on curves that rise, level off, fall
     or stay flat, with noise of evaluations, of whole runs, and both skewed. SIMULATED
@@ -184,7 +184,7 @@ def ratio(arm: Arm, baseline: Arm, means: Array, base_means: Array, gain: float)
 
 
 def not_told_apart(arm: Arm, baseline: Arm, paired: bool) -> float:
-    """The first labels of an arm at which its mean J is not shown to be below the baseline's last, by a t test at 2.5 %.
+    """First labels at which an arm's mean J is not shown to be below the baseline's last, by a t test at 2.5 %.
 
     Where the arm truly gets there it is one test, whatever happens at other labels. Between evaluations the upper bound
     of the difference is interpolated. Just more than the arm's last labels where it is below at all of them.

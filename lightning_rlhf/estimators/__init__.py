@@ -1,4 +1,4 @@
-"""Pure functions that estimate: KL from samples, returns and advantages, weights of PILAF, exact laws for tests."""
+"""Pure functions: KL estimators, returns and advantages, PILAF's mixes and weights, exact distributions for tests."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lightning_rlhf.estimators.returns import (
     whiten,
 )
 from lightning_rlhf.estimators.tabular import (
-    TiltedLaws,
+    TiltedDistributions,
     differences,
     expected_dpo_loss,
     objective_j,
     product_pair_law,
-    tilted_laws,
+    tilted_distributions,
     tilted_pair_law,
     tpilaf_pair_law,
 )
@@ -37,7 +37,7 @@ from lightning_rlhf.estimators.tabular import (
 
 __all__ = [
     "RunningZZ",
-    "TiltedLaws",
+    "TiltedDistributions",
     "categorical_kl",
     "cosh_delta",
     "differences",
@@ -60,7 +60,7 @@ __all__ = [
     "product_pair_law",
     "returns_to_go",
     "tilt_probability",
-    "tilted_laws",
+    "tilted_distributions",
     "tilted_pair_law",
     "token_rewards",
     "tpilaf_pair_law",

@@ -1,11 +1,18 @@
-"""The quantities of PILAF and T-PILAF that samplers and engines need, as pure functions, with a running estimate of zz.
+"""The equations of PILAF and T-PILAF (arXiv 2502.04270) as pure functions, and a running estimate of Z+ Z-.
 
-Notation of PILAF (arXiv 2502.04270): ``r = beta * log pi_theta/pi_ref`` is the implicit reward, ``delta = r(a) - r(b)``
-belongs to a pair, and ``zz = Z+(x) Z-(x) = E[cosh delta]`` over independent pairs of the policy. ``zz >= 1``, with
-equality where policy and reference agree. Nothing here carries gradient into a loss: laws and weights are constants of
-the round.
+Notation of the paper::
 
-Exact laws for small response sets, against which all of this is tested, are in `lightning_rlhf.estimators.tabular`.
+    r(y)  = beta log(pi_theta(y|x) / pi_ref(y|x))                      implicit reward
+    delta = r(a) - r(b)                                                implicit-reward gap of a pair
+    pi+   ∝ pi_theta exp(+r) = pi_theta^(1 + beta) pi_ref^(-beta)      normalizer Z+(x) = E_{pi_theta}[exp(+r)]
+    pi-   ∝ pi_theta exp(-r) = pi_theta^(1 - beta) pi_ref^(+beta)      normalizer Z-(x) = E_{pi_theta}[exp(-r)]
+    zz(x) = Z+(x) Z-(x) = E_{a, b ~ pi_theta}[cosh delta] >= 1         1 where policy and reference agree
+    p(x)  = zz / (1 + zz)                                              T-PILAF: probability of a (pi+, pi-) pair
+    w(x)  = (1 + zz) / (1 + mean zz)                                   T-PILAF: loss weight of the pair
+
+PILAF applies the tilt token by token: `mix_logits`. Nothing here carries gradient into a loss, since distributions and
+weights are constants of the round. `lightning_rlhf.estimators.tabular` has the exact distributions over small response
+sets; tests compare the two.
 """
 
 from __future__ import annotations
@@ -20,37 +27,45 @@ from torch import Tensor
 
 
 Number = TypeVar("Number", float, Tensor)
-"""Python number in, Python number out; tensor in, tensor out."""
+"""A function of a Python number returns a Python number, a function of a tensor returns a tensor."""
 
 
 def mix_logits(policy_logits: Tensor, reference_logits: Tensor, mix: Tensor) -> Tensor:
-    """Extrapolate next-token logits, ``(1 + mix) * h_policy - mix * h_reference``; shape of the logits.
+    """Mix next-token logits of policy and reference, the practical PILAF of section 5; shape of the logits.
 
-    PILAF, section 5: ``mix = +beta`` gives pi+, ``mix = -beta`` gives pi-, 0 the policy, -1 the reference. Computed in
-    float32 or better. Exact, to the last bit, where mix is 0 or -1 (the unused model may then hold anything) and where
-    both models agree. A token that both forbid (-inf) stays forbidden. One that is forbidden only by a model with a
-    negative coefficient gets a logit of +inf or NaN, because the law does not exist: sampling then fails loudly.
+    ::
+
+        pi+ : softmax((1 + beta) h_theta - beta h_ref)      mix = +beta
+        pi- : softmax((1 - beta) h_theta + beta h_ref)      mix = -beta
+        policy: mix = 0; reference: mix = -1
+
+    Computed in float32 or better. The result is exact to the last bit where mix is 0 or -1 (the logits of the unused
+    model may then hold any value) and where both models agree. A token that both models forbid (-inf) stays forbidden.
+    A token forbidden only by a model with a negative coefficient gets a logit of +inf or NaN, because the mixed
+    distribution does not exist; sampling then raises an error.
 
     Args:
-        policy_logits: logits or log-probabilities of the policy; shape [rows, ..., vocabulary].
-        reference_logits: the same of the reference on the same prefixes.
+        policy_logits: h_theta, logits or log-probabilities of the policy; shape [rows, ..., vocabulary].
+        reference_logits: h_ref, of the reference on the same prefixes; same shape.
         mix: extrapolation away from the reference; shape [rows].
     """
     dtype = torch.promote_types(torch.promote_types(policy_logits.dtype, reference_logits.dtype), torch.float32)
     policy, reference = policy_logits.to(dtype), reference_logits.to(dtype)
     mix = mix.to(dtype).reshape(-1, *[1] * (policy.dim() - 1))
-    # policy + mix * (policy - reference) rather than two products: equal models then give the policy exactly.
+    # (1 + mix) h_theta - mix h_ref, written so that equal models give the policy exactly
     mixed = policy + mix * (policy - reference)
+    # -inf - (-inf) above is NaN: put -inf back where the mixed distribution does forbid the token
     forbidden = torch.isneginf(policy) & ((mix > -1) | torch.isneginf(reference))
     mixed = mixed.masked_fill(forbidden, -math.inf)
+    # one model alone: select it, since 0 * inf and 0 * NaN of the other one would not vanish
     return torch.where(mix == 0, policy, torch.where(mix == -1, reference, mixed))
 
 
 def cosh_delta(delta: Tensor, limit: float = math.inf) -> Tensor:
-    """Compute ``cosh(delta)`` clipped from above at ``exp(limit)``; any shape.
+    """Compute ``min(cosh(delta), exp(limit))``; any shape.
 
     Args:
-        delta: differences of implicit rewards, nats.
+        delta: implicit-reward gaps, nats.
         limit: logarithm of the largest value, >= 0; infinity does not clip. Clipping biases means of cosh downward.
 
     Raises:
@@ -58,87 +73,102 @@ def cosh_delta(delta: Tensor, limit: float = math.inf) -> Tensor:
     """
     if not limit >= 0:
         raise ValueError(f"the limit on cosh(delta) is exp(limit) with limit >= 0; got limit = {limit}")
-    # 709 is the largest exponent that float64 can hold.
+    # exp overflows float64 beyond 709
     return torch.cosh(delta).clamp(max=math.exp(limit) if limit < 709 else math.inf)
 
 
 def zz_from_deltas(delta: Tensor, limit: float = math.inf) -> Tensor:
     """Estimate zz by the mean of ``cosh(delta)`` over pairs; shape [...].
 
-    Unbiased if each pair is two independent draws of the policy (branch ``"base"``) and nothing is clipped. The pairs
-    need not be independent of each other: all pairs out of N draws will do.
+    Unbiased if each pair is two independent samples of the policy (branch ``"base"``) and nothing is clipped. The pairs
+    need not be independent of each other: all pairs of N samples may be used.
 
     Args:
-        delta: differences of implicit rewards, nats; shape [..., pairs].
+        delta: implicit-reward gaps, nats; shape [..., pairs].
         limit: see `cosh_delta`.
     """
+    # zz = Z+ Z- = E[exp(r_a - r_b)] = E[cosh delta], since a and b are exchangeable
     return cosh_delta(delta, limit).mean(-1)
 
 
 def tilt_probability(zz: Number) -> Number:
-    """Probability ``p(x) = zz / (1 + zz)`` with which T-PILAF draws the pair from pi+ and pi-; in [1/2, 1)."""
+    """Probability that T-PILAF samples the pair from (pi+, pi-), in [1/2, 1).
+
+    Args:
+        zz: Z+ Z- of the prompt, >= 1.
+    """
+    # p(x) = Z+ Z- / (1 + Z+ Z-)
     return zz / (1 + zz)
 
 
 def pair_weight(zz: Number, zz_bar: Number) -> Number:
-    """Loss weight of T-PILAF pairs, ``w(x) = (1 + zz(x)) / (1 + zz_bar)``, which averages 1 over prompts.
+    """Loss weight of T-PILAF pairs, mean 1 over prompts.
 
     Args:
         zz: zz of the prompt of the pair, >= 1.
         zz_bar: mean of zz over prompts, >= 1.
     """
+    # w(x) = (1 + Z+ Z-) / Zbar with Zbar = E_x[1 + Z+ Z-]
     return (1 + zz) / (1 + zz_bar)
 
 
 def vanilla_pair_weight(delta: Tensor, mean_cosh: Tensor | float, limit: float = math.inf) -> Tensor:
-    """Weight that gives pairs of the policy the expected gradient of T-PILAF; shape of delta.
+    """Importance weight that gives policy pairs the expected gradient of T-PILAF; shape of ``delta``.
 
-    ``(1 + cosh delta) / (1 + mean cosh)``, where the numerator is ``1 / (2 sigma'(delta))``, the inverse curvature of
-    the Bradley-Terry likelihood. It costs two sampling passes per pair instead of T-PILAF's three, and more variance.
+    It is the density of T-PILAF pairs relative to policy pairs, ``(1 + cosh delta) / (1 + zz)``, times the loss weight
+    ``w(x)``. A pair costs two forward passes per token instead of three, and the gradient has more variance.
 
     Args:
-        delta: differences of implicit rewards, nats.
+        delta: implicit-reward gaps, nats.
         mean_cosh: mean of cosh(delta) over prompts and pairs of the policy, >= 1.
         limit: see `cosh_delta`.
     """
+    # w = (1 + cosh delta) / (1 + mean cosh), where 1 + cosh delta = 1 / (2 sigma'(delta))
     return (1 + cosh_delta(delta, limit)) / (1 + mean_cosh)
 
 
 def log_secant_slope(delta: Tensor, target: Tensor) -> Tensor:
-    """Logarithm of ``(sigma(target) - sigma(delta)) / (target - delta)``, and of ``sigma'(delta)`` where they meet.
+    """Log of the secant slope ``m = (sigma(target) - sigma(delta)) / (target - delta)``; any shape.
 
-    The slope of the Bradley-Terry probability between two gaps, in (0, 1/4]; any shape. Pairs tilted by its inverse
-    give a gradient that is aligned with that of J; T-PILAF takes the slope at delta for it.
+    m is the slope of the Bradley-Terry probability between two gaps, in (0, 1/4], and ``sigma'(delta)`` where the gaps
+    are equal. Policy pairs tilted by 1/m have an expected gradient along the gradient of J. T-PILAF approximates m by
+    ``sigma'(delta)``.
 
     Args:
-        delta: gaps in implicit reward, nats.
+        delta: implicit-reward gaps, nats.
         target: gaps in (estimated) true reward, nats.
     """
-    # sigma(x) - sigma(y) = sinh(h) / (2 cosh(x / 2) cosh(y / 2)) with h = (x - y) / 2; logarithms do not overflow
+    # sigma(x) - sigma(y) = sinh(h) / (2 cosh(x/2) cosh(y/2)) with h = (x - y) / 2, so that
+    # log m = log(sinh(h) / h) - log cosh(x/2) - log cosh(y/2) - 2 log 2; logarithms do not overflow
     half = (target - delta).abs() / 2
+    # below 1e-3, log(sinh(h) / h) loses its digits: use the Taylor term h^2 / 6
     far = half.clamp_min(1e-3)
     log_ratio = torch.where(half < 1e-3, half**2 / 6, far + torch.log1p(-torch.exp(-2 * far)) - torch.log(2 * far))
     return log_ratio - _log_cosh(delta / 2) - _log_cosh(target / 2) - 2 * math.log(2.0)
 
 
 def _log_cosh(x: Tensor) -> Tensor:
+    # log cosh x = |x| + log(1 + exp(-2|x|)) - log 2, without overflow
     return x.abs() + torch.log1p(torch.exp(-2 * x.abs())) - math.log(2.0)
 
 
 @dataclass
 class RunningZZ:
-    """Estimates ``zz(x) = E[cosh delta]`` per prompt, shrunk towards the mean over prompts.
+    """Running estimate of ``zz(x) = E[cosh delta]`` per prompt, shrunk towards the mean over prompts.
 
-    Feed it once per round with the pairs that came from two independent draws of the policy (branch ``"base"``). A
-    prompt seen n times has the estimate ``(strength * zz_bar + sum of its cosh) / (strength + n)``; an unseen one has
+    Call `observe` once per round with the pairs of two independent policy samples (branch ``"base"``). A prompt with n
+    observed pairs has the estimate ``(strength * zz_bar + sum of its cosh) / (strength + n)``; an unseen prompt has
     zz_bar. Before the first round every estimate is 1, which is exact while the policy equals the reference. Sums and
-    counts are multiplied by ``decay`` once per round, since the policy moves. Nothing is random; equal pairs in equal
+    counts decay by ``decay`` per round, since the policy changes. The estimate is deterministic: equal pairs in equal
     order give equal state on every rank.
 
     Args:
-        strength: pairs that the mean over prompts is worth beside a prompt's own pairs, >= 0.
-        decay: weight of the past relative to the next round, in [0, 1]; 1 averages all rounds, 0 keeps the last.
-        limit: cosh is clipped at exp(limit), >= 0; without a clip one odd pair can decide all.
+        strength: weight of the mean over prompts, in pairs, >= 0.
+        decay: weight of earlier rounds relative to the next one, in [0, 1]; 1 averages all rounds, 0 keeps the last.
+        limit: cosh is clipped at exp(limit), >= 0; without a clip one outlier pair can dominate the mean.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     strength: float = 8.0
@@ -158,7 +188,7 @@ class RunningZZ:
 
     @property
     def zz_bar(self) -> float:
-        """Mean of zz over prompts; 1 before anything was observed."""
+        """Mean of zz over prompts; 1 before the first observation."""
         return self._total / self._count if self._count > 0 else 1.0
 
     def zz(self, prompt: int) -> float:
@@ -167,7 +197,9 @@ class RunningZZ:
         Args:
             prompt: index of the prompt in its data set.
         """
-        total, count = self._aged(prompt)
+        # zz(x) = (strength * zz_bar + sum cosh) / (strength + n)
+        total, count = self._decayed(prompt)
+        # no prior and no pair of this prompt: 0 / 0
         if self.strength + count == 0:
             return self.zz_bar
         return (self.strength * self.zz_bar + total) / (self.strength + count)
@@ -175,17 +207,17 @@ class RunningZZ:
     def observe(
         self, prompts: Sequence[int], deltas: Sequence[float], importance: Sequence[float] | None = None
     ) -> None:
-        """Learn from all base pairs of one round; a round without any changes nothing.
+        """Update the estimate with all base pairs of one round; a round without base pairs changes nothing.
 
         Args:
             prompts: index of the prompt of each pair.
-            deltas: difference of implicit rewards of each pair, nats.
-            importance: one over the probability with which each pair's prompt used the base branch, >= 1. T-PILAF uses
-                it less on prompts with a large zz, so that a plain mean over base pairs would come out low. 1 if not
-                given.
+            deltas: implicit-reward gap of each pair, nats.
+            importance: importance weight of each pair, 1 / P(base branch) of its prompt, >= 1. T-PILAF takes the base
+                branch less often on prompts with a large zz, so that the unweighted mean over base pairs is biased
+                downward. Default: 1 for every pair.
 
         Raises:
-            ValueError: if lengths differ or a difference is not finite; the message names the prompt.
+            ValueError: if lengths differ or a gap is not finite; the message names the prompt.
         """
         importance = [1.0] * len(prompts) if importance is None else importance
         if not len(prompts) == len(deltas) == len(importance):
@@ -206,14 +238,15 @@ class RunningZZ:
         self._total *= self.decay
         self._count *= self.decay
         for prompt, value, factor in zip(prompts, values, importance, strict=True):
+            # zz_bar = sum(cosh / (1 - p)) / sum(1 / (1 - p)), self-normalized importance sampling over prompts
             self._total += factor * value
             self._count += factor
-            # The coin of the branch does not depend on the pair, so a prompt's own mean needs no correction.
-            total, count = self._aged(prompt)
+            # no importance within a prompt: its branch is chosen independently of the pair
+            total, count = self._decayed(prompt)
             self._prompts[prompt] = (total + value, count + 1.0, self._round)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt, as plain numbers and lists for JSON and for checkpoints with ``weights_only=True``."""
+        """State as plain numbers and lists, for JSON and for checkpoints loaded with ``weights_only=True``."""
         return {
             "total": self._total,
             "count": self._count,
@@ -222,14 +255,14 @@ class RunningZZ:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; strength, decay and limit stay as constructed."""
+        """Restore the state that `state_dict` returned; strength, decay and limit stay as constructed."""
         self._total, self._count, self._round = float(state["total"]), float(state["count"]), int(state["round"])
         self._prompts = {
             int(prompt): (float(total), float(count), int(round_)) for prompt, total, count, round_ in state["prompts"]
         }
 
-    def _aged(self, prompt: int) -> tuple[float, float]:
-        """Sum and count of a prompt, decayed to the current round."""
+    def _decayed(self, prompt: int) -> tuple[float, float]:
+        """Sum and count of a prompt, decayed to the current round (lazily: only prompts of a round are touched)."""
         total, count, last = self._prompts.get(prompt, (0.0, 0.0, self._round))
         factor = self.decay ** (self._round - last)
         return factor * total, factor * count

@@ -1,4 +1,4 @@
-"""What samplers ask of a decode engine, and the shape of a request."""
+"""The interface of decode engines: decoding settings, requests, and `AbstractEngine`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from lightning_rlhf.types import Prompt, Response
 
 @dataclass(frozen=True)
 class Decoding:
-    """How responses are decoded.
+    """Decoding settings.
 
     Args:
-        max_new_tokens: longest response in tokens, EOS included, >= 1.
-        temperature: divides the mixed logits, > 0; 1.0 samples the policy itself, which the PILAF theory assumes.
-        top_p: nucleus mass in (0, 1]; 1.0 keeps the whole vocabulary, which the theory assumes.
-        rows: responses decoded together at most, >= 1.
+        max_new_tokens: maximum length of a response in tokens, EOS included, >= 1.
+        temperature: divides the mixed logits, > 0; 1.0 samples the policy itself, as the PILAF theory assumes.
+        top_p: top-p (nucleus) sampling threshold in (0, 1]; 1.0 keeps the whole vocabulary, as the theory assumes.
+        rows: maximum number of responses decoded in one batch, >= 1.
         compile: compile decoding steps with torch.compile; on a GPU they become CUDA graphs. Rows and lengths are
-            rounded up, so that few shapes are compiled; each takes up to a minute, once per run.
+            rounded up to reduce the number of compiled shapes; each shape takes up to a minute, once per run.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     max_new_tokens: int = 64
@@ -40,16 +43,21 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be drawn.
+    """One response to generate.
 
-    The next token has logits ``(1 + mix) * h_policy - mix * h_reference`` (PILAF, arXiv 2502.04270, section 5), so that
-    ``mix = 0`` is the policy, ``mix = -1`` the reference, ``mix = +beta`` pi+ and ``mix = -beta`` pi-.
+    The next token has the logits ``(1 + mix) h_theta - mix h_ref`` (PILAF, arXiv 2502.04270, section 5)::
+
+        mix = 0      policy         softmax(h_theta)
+        mix = +beta  pi+            softmax((1 + beta) h_theta - beta h_ref)
+        mix = -beta  pi-            softmax((1 - beta) h_theta + beta h_ref)
+        mix = -1     reference      softmax(h_ref)
 
     Args:
         prompt: the prompt.
-        key: names the random numbers of this response; equal keys give equal responses.
-        mix: extrapolation away from the reference.
-        source: what to write in `Response.source`; the name of the law that ``mix`` gives when not set.
+        key: source of the random numbers of this response; equal keys give equal responses.
+        mix: mixing coefficient, the extrapolation away from the reference.
+        source: value of `Response.source`. Default: ``"policy"``, ``"reference"``, ``"plus"`` or ``"minus"``, by
+            ``mix``.
     """
 
     prompt: Prompt
@@ -59,12 +67,13 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.source:
+            # object.__setattr__: the dataclass is frozen
             name = "policy" if self.mix == 0 else "reference" if self.mix == -1 else "plus" if self.mix > 0 else "minus"
             object.__setattr__(self, "source", name)
 
 
 class AbstractEngine(ABC):
-    """Decodes responses from policy and reference.
+    """Generates responses from policy, reference and mixtures of their logits.
 
     Attributes:
         beta: the DPO beta of the policy, > 0; samplers tilt by it and scale the implicit reward with it.
@@ -74,13 +83,12 @@ class AbstractEngine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], *, reference_logps: bool = False) -> list[Response]:
-        """Draw one response per request, in order.
+        """Generate one response per request, in order.
 
         Args:
-            requests: what to draw; requests with equal prompts share the prefill.
-            reference_logps: also report log pi_ref of each token for requests that would not need the reference. Where
-                ``mix`` is neither 0 nor -1 both log-probabilities are reported anyway; with ``mix = -1`` the policy's
-                log-probabilities are computed too when this is set.
+            requests: responses to generate; requests with equal prompts share the prefill.
+            reference_logps: compute the log-probabilities of each token under both models for all requests. By default
+                they are computed under the models that generate the response: both where ``mix`` is neither 0 nor -1.
         """
 
     def head_gradients(self, prompts: Sequence[Prompt], responses: Sequence[Response], dim: int) -> Tensor:
@@ -88,7 +96,7 @@ class AbstractEngine(ABC):
 
         Args:
             prompts: the prompt of each response.
-            responses: what to differentiate.
+            responses: responses to differentiate.
             dim: numbers per gradient, >= 1.
 
         Raises:

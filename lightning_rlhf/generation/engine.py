@@ -1,8 +1,13 @@
-"""The decode engine: policy and reference rows in one batch, each row with its own mix of the two.
+"""The decode engine: continuous batching in which each response has its own mix of policy and reference logits.
 
-Prompts are prefilled once for all their responses, a row that ends makes room for the next, and the log-probabilities
-under both models come out of the same forward passes that chose the tokens. A row pays only for the models its mix
-needs.
+PILAF (arXiv 2502.04270, section 5) samples the next token of a response from::
+
+    pi+ : softmax((1 + beta) h_theta - beta h_ref)
+    pi- : softmax((1 - beta) h_theta + beta h_ref)
+
+`pilaf_logits` below makes this mix for every row of the batch. A prompt is prefilled once for all its responses, and a
+finished response frees its row for the next request. The log-probabilities under both models come from the forward
+passes that generate the tokens. A row runs only the models that its mix needs.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -33,23 +38,23 @@ from lightning_rlhf.types import FinishReason, Prompt, Response
 
 
 REFILL = 4
-"""Waiting requests enter when this share of the rows, one in four, has ended."""
+"""Waiting requests enter when one in this many rows is free."""
 
 
 class DecodeEngine(AbstractEngine):
     """Decodes batches of requests with KV caches.
 
-    A response is a function of its request alone (prompt, key, mix) and of the weights, whatever the batch around it,
-    up to float ties: each token is chosen by inverse transform of one uniform number of the request's own stream.
+    A response depends on its request (prompt, key, mix) and the weights only, not on the rest of the batch, up to
+    rounding: each token is sampled by inverse transform of one uniform number from the random stream of the request.
 
     Args:
-        policy: the policy; switched to eval mode while decoding.
-        reference: the frozen reference, or None when no request will need it.
+        policy: the policy; in eval mode while decoding.
+        reference: the frozen reference, or None if no request needs it.
         tokenizer: decodes the ids to text.
         beta: the DPO beta, > 0.
-        decoding: limits, temperature and nucleus.
+        decoding: length limit, temperature and top-p.
         eos_ids: ids that end a response.
-        tokens_per_batch: tokens of one teacher-forced scoring pass, for reference log-probabilities of policy rows.
+        tokens_per_batch: token positions per forward pass of prefill and of scoring.
 
     Raises:
         ValueError: if policy and reference have different vocabularies, whose logits cannot be mixed.
@@ -73,12 +78,14 @@ class DecodeEngine(AbstractEngine):
         self.decoding = decoding
         self.eos_ids = frozenset(eos_ids)
         self.rows, self.tokens_per_batch = decoding.rows, tokens_per_batch
-        """Rows decoded together and tokens of a forward pass, less than was asked for where memory ran out."""
-        fitting = _FITTING.get(base_model(policy))
+        """Batch size and token positions per forward pass; reduced after an out-of-memory error."""
+        # an earlier engine of this policy may have found smaller sizes
+        fitting = _FITTING_SIZES.get(base_model(policy))
         if fitting is not None:
             self.rows, self.tokens_per_batch = min(self.rows, fitting[0]), min(self.tokens_per_batch, fitting[1])
         self.on_tokens: Callable[[int], None] | None = None
-        """Called after each decoding step with the number of tokens it drew; moves progress bars."""
+        """Called after each decoding step with the number of new tokens; updates progress bars."""
+        # checked here: mixing logits of different vocabularies would mix unrelated tokens
         if reference is not None:
             with reference.active() as model:
                 sizes = vocabulary_size(policy), vocabulary_size(model)
@@ -89,29 +96,31 @@ class DecodeEngine(AbstractEngine):
                 )
 
     def generate(self, requests: Sequence[Request], *, reference_logps: bool = False) -> list[Response]:
-        """Draw one response per request, in order; see `AbstractEngine.generate`.
+        """Generate one response per request, in order; see `AbstractEngine.generate`.
 
         Raises:
             ValueError: if a prompt is empty, or a request needs a reference and the engine has none.
+            MemoryError: if there is too little memory for one row.
         """
         for request in requests:
             if not request.prompt.ids:
                 raise ValueError(f"prompt {request.prompt.index} has no tokens; give the tokenizer a BOS token")
             if self.reference is None and (request.mix != 0 or reference_logps):
                 raise ValueError("this request needs a reference model, and the engine was built without one")
-        # equal prompts side by side share a prefill, similar lengths share one without much filling. Longest first: if
-        # memory is short, it is short at once
+        # equal prompts are adjacent and share a prefill; similar lengths need little padding. Longest first: if memory
+        # does not suffice, the first batch shows it
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt.ids), requests[i].prompt.ids))
         with evaluating(self.policy.modules()):
             ordered = [requests[i] for i in order]
             done = {id(row.request): self._response(row) for row in self._decode_within_memory(ordered)}
+            # back to the order of the requests
             result = [done[id(request)] for request in requests]
             if reference_logps:
                 result = self._score_missing(requests, result)
         return result
 
     def _decode_within_memory(self, requests: Sequence[Request]) -> Iterator[Row]:
-        """`_decode`; where memory runs out, what is not done is decoded again with half as many rows.
+        """Run `_decode`; after an out-of-memory error, decode the unfinished requests again with half as many rows.
 
         Raises:
             MemoryError: if there is too little memory for one row.
@@ -128,47 +137,52 @@ class DecodeEngine(AbstractEngine):
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
-            # here, where the caches that the error held on to are gone
+            # outside of the except block: inside, the traceback still holds the caches
             free_memory()
+            # responses do not depend on the batch, so that decoding them again gives the same tokens
             waiting = [request for request in waiting if id(request) not in ended]
-            if self.rows == 1 and self.tokens_per_batch <= SMALLEST_PASS:
+            if self.rows == 1 and self.tokens_per_batch <= MIN_TOKENS_PER_PASS:
                 raise MemoryError(
                     f"there is too little memory to decode a single response ({reason}): lower "
                     f"data.decoding.max_new_tokens or data.max_prompt_tokens, or use a smaller model"
                 )
             self.rows = max(self.rows // 2, 1)
-            self.tokens_per_batch = max(self.tokens_per_batch // 2, SMALLEST_PASS)
-            _FITTING[base_model(self.policy)] = (self.rows, self.tokens_per_batch)
+            self.tokens_per_batch = max(self.tokens_per_batch // 2, MIN_TOKENS_PER_PASS)
+            _FITTING_SIZES[base_model(self.policy)] = (self.rows, self.tokens_per_batch)
             warnings.warn(
-                f"memory ran out while {self.decoding.rows} responses were decoded together ({reason}); from now on "
-                f"{self.rows} are. Responses stay what they are. Set data.decoding.rows={self.rows} to begin with that",
+                f"memory ran out while decoding {self.decoding.rows} responses in one batch ({reason}); from now on "
+                f"it is {self.rows}. Responses do not change. Set data.decoding.rows={self.rows} to start with it",
                 stacklevel=2,
             )
 
     def _decode(self, requests: Sequence[Request]) -> Iterator[Row]:
-        """Decode in the order given, yielding rows as they end; a row that ends makes room for the next."""
+        """Decode in the given order and yield rows as they finish; a finished row makes room for the next request."""
         limit, temperature, top_p = self.decoding.max_new_tokens, self.decoding.temperature, self.decoding.top_p
         waiting = deque(Row(request, request.key.uniforms(limit).tolist()) for request in requests)
         active: list[Row] = []
-        # prompts are prefilled together: a few at a time would waste the forward pass
+        # refill in batches: prefilling one prompt at a time would underuse the forward pass
         refill_from = max(1, self.rows // REFILL)
         prompts = [len(request.prompt.ids) for request in requests]
-        with self._all_lanes({name for row in waiting for name in row.names}, prompts) as by_name:
+        with self._all_lanes(names_of(waiting), prompts) as by_name:
             every = list(dict.fromkeys(by_name.values()))
             while waiting or active:
                 if waiting and (not active or self.rows - len(active) >= min(refill_from, len(waiting))):
                     new = [waiting.popleft() for _ in range(min(self.rows - len(active), len(waiting)))]
                     active += new
                     for lanes in every:
-                        added = [Lane(row, n) for row in new for n in row.names if by_name[n] is lanes]
+                        added = lanes_of(new, lanes, by_name)
                         if added:
                             lanes.admit(added)
-                logits = _mixed(active, by_name)
+                # mix first, then divide by the temperature: token ~ softmax(((1 + mix) h_theta - mix h_ref) / T)
+                logits = pilaf_logits(active, by_name)
+                # one uniform number per token of a response: its tokens do not depend on the rest of the batch
                 uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in active], dtype=torch.float64)
-                for row, token in zip(active, draw_tokens(logits / temperature, uniforms, top_p).tolist(), strict=True):
+                tokens = sample_tokens(logits / temperature, uniforms, top_p).tolist()
+                for row, token in zip(active, tokens, strict=True):
                     row.ids.append(token)
                     row.done = token in self.eos_ids or len(row.ids) == limit
                 used = [lanes for lanes in every if lanes.lanes]
+                # log pi of the new tokens, from the logits that are already there
                 for lanes in used:
                     lanes.record()
                 if self.on_tokens is not None:
@@ -182,9 +196,10 @@ class DecodeEngine(AbstractEngine):
 
     @contextmanager
     def _all_lanes(self, names: set[Name], prompts: Sequence[int]) -> Iterator[dict[Name, AbstractLanes]]:
-        """Lanes of the models that are needed: one batch for both where an adapter is all they differ by."""
+        """Lanes of the models in ``names``; one batch for both models if they differ by an adapter only."""
         budget, compiled, limit = self.tokens_per_batch, self.decoding.compile, self.decoding.max_new_tokens
         with ExitStack() as stack:
+            # CUDA graphs cannot change the adapter per row, so that compiled models run in two batches
             one_batch = isinstance(self.reference, AdapterOffReference) and self.reference.gates_rows and not compiled
             if len(names) == 2 and one_batch:
                 assert isinstance(self.reference, AdapterOffReference)
@@ -203,6 +218,7 @@ class DecodeEngine(AbstractEngine):
             yield found
 
     def _response(self, row: Row) -> Response:
+        """Make the response of a finished row."""
         reason: FinishReason = "eos" if row.ids[-1] in self.eos_ids else "length"
         return Response(
             ids=tuple(row.ids),
@@ -214,18 +230,18 @@ class DecodeEngine(AbstractEngine):
         )
 
     def _score_missing(self, requests: Sequence[Request], responses: Sequence[Response]) -> list[Response]:
-        """Fill in the log-probabilities that decoding did not need, by one teacher-forced pass per model."""
+        """Compute the log-probabilities that decoding did not need, with one teacher-forced scoring run per model."""
         prompts = [request.prompt for request in requests]
         with self._use_policy() as model:
             responses = with_logps(model, "policy_logps", prompts, responses, self.tokens_per_batch)
         return self.with_reference_logps(prompts, responses)
 
     def with_reference_logps(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
-        """Give every response its reference log-probabilities; those that have them cost nothing.
+        """Add reference log-probabilities to the responses that have none.
 
         Args:
             prompts: the prompt of each response.
-            responses: what to score.
+            responses: responses to score.
         """
         with self._use_reference() as model:
             return with_logps(model, "reference_logps", prompts, responses, self.tokens_per_batch)
@@ -248,31 +264,34 @@ class DecodeEngine(AbstractEngine):
             yield model
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
-    """Draw one token per row by inverse transform sampling.
+def sample_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
+    """Sample one token per row by inverse transform sampling; int64 [rows].
 
     Args:
-        logits: unnormalised log-probabilities; shape [rows, vocabulary].
-        uniforms: one number in [0, 1) per row; shape [rows].
-        top_p: keep the smallest set of most probable tokens whose mass reaches this, in (0, 1].
+        logits: unnormalized log-probabilities; shape [rows, vocabulary].
+        uniforms: one random number in [0, 1) per row; shape [rows].
+        top_p: sample from the smallest set of most probable tokens with at least this probability, in (0, 1].
 
     Raises:
-        ValueError: if a row's logits are no law: NaN, +inf, or all -inf.
+        ValueError: if the logits of a row define no distribution: NaN, +inf, or all -inf.
     """
     probabilities = logits.softmax(-1, dtype=torch.float32).double()
     if top_p < 1.0:
         ordered, index = probabilities.sort(-1, descending=True)
+        # a token is outside if the more probable tokens alone reach top_p
         outside = ordered.cumsum(-1) - ordered >= top_p
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    # float64: a float32 running sum over 100k tokens is too coarse for a fair draw
+    # token = min {v: F(v) > u F(V)} with the cumulative sum F; in float64, since the rounding error of a float32 sum
+    # over 100k tokens would bias the sample
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):
         raise ValueError(
             "the logits to decode from are not finite; the policy may have diverged (lower the learning rate, or use "
-            "bfloat16 instead of float16), or the reference forbids tokens that the tilt asks for (lower the tilt)"
+            "bfloat16 instead of float16), or the tilt favors tokens that the reference forbids (lower the tilt)"
         )
     threshold = uniforms.to(cumulative.device)[:, None] * total
+    # clamp: with a threshold rounded up to the total, the search ends behind the last token
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.size(-1) - 1)
 
 
@@ -284,34 +303,44 @@ def with_logps(
     tokens_per_batch: int,
     temperature: float = 1.0,
 ) -> list[Response]:
-    """Fill in log-probabilities under a model where they are missing; consecutive equal prompts are computed once."""
+    """Add log-probabilities under a model to the responses that have none; consecutive equal prompts run once.
+
+    Args:
+        model: policy or reference.
+        name: field of `Response` to set.
+        prompts: the prompt of each response.
+        responses: responses to score.
+        tokens_per_batch: token positions per forward pass.
+        temperature: divides the logits, > 0.
+    """
     missing = [i for i, response in enumerate(responses) if getattr(response, name) is None]
     groups = []
     for ids, members in groupby(missing, key=lambda i: prompts[i].ids):
         groups.append((ids, [responses[i].ids for i in members]))
     with evaluating(model.modules()):
         scored = response_logps(model, groups, tokens_per_batch=tokens_per_batch, temperature=temperature)
-    filled = list(responses)
+    result = list(responses)
     for i, logps in zip(missing, scored, strict=True):
-        filled[i] = replace(filled[i], **{name: tuple(logps.tolist())})  # type: ignore[arg-type]
-    return filled
+        result[i] = replace(result[i], **{name: tuple(logps.tolist())})  # type: ignore[arg-type]
+    return result
 
 
-SMALLEST_PASS = 256
-"""Tokens of a forward pass that memory must allow."""
+MIN_TOKENS_PER_PASS = 256
+"""Lower bound on the token positions per forward pass after out-of-memory errors."""
 
-_FITTING: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()
-"""Rows and tokens that fitted into memory, by policy; every round makes an engine of its own."""
+_FITTING_SIZES: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()
+"""Rows and token positions per forward pass that fit into memory, by policy: each round makes a new engine."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on a CPU."""
+    """Whether an error is an out-of-memory error of a GPU or a CPU."""
+    # on a CPU torch raises a plain RuntimeError, with a text that depends on the platform
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def free_memory() -> None:
-    """Give back what nobody holds any more."""
+    """Collect garbage and empty the CUDA cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -322,21 +351,50 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
 
 
-def _mixed(active: Sequence[Row], by_name: dict[Name, AbstractLanes]) -> Tensor:
-    """Next-token logits of every active row, mixed by its own coefficient; shape [rows, vocabulary]."""
-    place = {(id(lane.row), lane.name): i for lanes in set(by_name.values()) for i, lane in enumerate(lanes.lanes)}
+def names_of(rows: Iterable[Row]) -> set[Name]:
+    """Models that some row needs."""
+    names: set[Name] = set()
+    for row in rows:
+        names.update(row.names)
+    return names
+
+
+def lanes_of(rows: Sequence[Row], lanes: AbstractLanes, by_name: dict[Name, AbstractLanes]) -> list[Lane]:
+    """New lanes of the rows that belong to one batch: one per row and model, row by row."""
+    added: list[Lane] = []
+    for row in rows:
+        added.extend(Lane(row, name) for name in row.names if by_name[name] is lanes)
+    return added
+
+
+def pilaf_logits(active: Sequence[Row], by_name: dict[Name, AbstractLanes]) -> Tensor:
+    """Next-token logits of every active row, mixed with the coefficient of its request; shape [rows, vocabulary].
+
+    PILAF (arXiv 2502.04270, section 5)::
+
+        h = (1 + mix) h_theta - mix h_ref       mix = +beta: pi+    mix = -beta: pi-    0: policy    -1: reference
+
+    Args:
+        active: rows of the batch.
+        by_name: lanes of policy and reference, with the logits of their next tokens.
+    """
+    index_of: dict[tuple[int, Name], int] = {}
+    for lanes in set(by_name.values()):
+        index_of |= {(id(lane.row), lane.name): i for i, lane in enumerate(lanes.lanes)}
 
     def under(name: Name, instead: Name) -> Tensor:
-        """Logits of each row under a model; a row that does not use it mixes it with 0, and takes the other's."""
-        own = [name if (id(row), name) in place else instead for row in active]
+        """Logits of each row under a model; rows that do not run it have coefficient 0 and get the other model's."""
+        own = [name if (id(row), name) in index_of else instead for row in active]
         if len(set(own)) == 1:
-            index = [place[id(row), own[0]] for row in active]
+            index = [index_of[id(row), own[0]] for row in active]
             logits = by_name[own[0]].logits
+            # no copy if the lanes are in the order of the rows
             return logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
-        return torch.stack([by_name[n].logits[place[id(row), n]] for row, n in zip(active, own, strict=True)])
+        return torch.stack([by_name[n].logits[index_of[id(row), n]] for row, n in zip(active, own, strict=True)])
 
     if all(row.request.mix == 0 for row in active):
         return under("policy", "policy")
     policy, reference = under("policy", "reference"), under("reference", "policy")
     mix = torch.tensor([row.request.mix for row in active], device=policy.device)
+    # h = (1 + mix) h_theta - mix h_ref, in float32
     return mix_logits(policy, reference, mix)

@@ -1,7 +1,7 @@
-"""Lanes: one sequence under one model. A PILAF row is two of them, a vanilla row is one.
+"""Lanes: a lane is one sequence under one model. A PILAF response has two lanes, a vanilla response has one.
 
-Lanes of the same weights run in one batch, also the policy's and the reference's when they differ by a LoRA adapter
-only: a gate per row switches the adapter on or off.
+Lanes with the same weights run in one batch. This includes policy and reference if they differ by a LoRA adapter only:
+a gate per row then switches the adapter on or off.
 """
 
 from __future__ import annotations
@@ -32,20 +32,30 @@ from lightning_rlhf.models.logprobs import (
 )
 from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.rotary import changes_while_decoding, rotary_window
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.types import Prompt
 
 
 Name = Literal["policy", "reference"]
 
-MOST_GRAPHS = 256
-"""Compiled shapes at most, of all models together."""
+MAX_GRAPHS = 256
+"""Maximum number of compiled shapes, over all models."""
 
-SMALL_FILLING = 16
-"""Tokens that a prompt may be filled up by, however short it is, before it gets a prefill of its own."""
+SMALL_PADDING = 16
+"""Padding tokens that are always acceptable in a prefill batch, however short the prompt."""
 
 
 @dataclass(eq=False)
 class Row:
-    """One response while it is decoded."""
+    """One response that is being decoded.
+
+    Args:
+        request: its request.
+        uniforms: one random number in [0, 1) per token.
+        done: whether it has ended, by EOS or at the length limit.
+        ids: tokens so far.
+        logps: log-probabilities of these tokens under each model that the row runs, nats.
+    """
 
     request: Request
     uniforms: list[float]
@@ -56,6 +66,7 @@ class Row:
     @property
     def names(self) -> tuple[Name, ...]:
         """Models that this row needs."""
+        # (1 + mix) h_theta - mix h_ref: at 0 and -1 one of the two coefficients vanishes
         mix = self.request.mix
         return ("policy",) if mix == 0 else ("reference",) if mix == -1 else ("policy", "reference")
 
@@ -79,13 +90,13 @@ class Lane:
 
 
 class AbstractLanes(ABC):
-    """Sequences under the same weights, with the logits of their next tokens.
+    """A batch of sequences under the same weights, with the logits of their next tokens.
 
     Args:
-        use: gives the model for a forward pass.
-        gate: switches the adapter per row: true is the policy, false the reference; None where all lanes are alike.
-        tokens_per_batch: token positions of one forward pass over prompts.
-        compiled: compile decoding steps; lanes without a gate, on a cache, only.
+        use: context manager that returns the model for a forward pass.
+        gate: switches the adapter per row: true is the policy, false the reference. None if all lanes are of one model.
+        tokens_per_batch: token positions per forward pass over prompts.
+        compiled: compile decoding steps; only for lanes with a cache and without a gate.
     """
 
     def __init__(
@@ -98,7 +109,7 @@ class AbstractLanes(ABC):
         self.use, self.gate, self.tokens_per_batch, self.compiled = use, gate, tokens_per_batch, compiled
         self.lanes: list[Lane] = []
         self.logits: Tensor = torch.empty(0)
-        """Next-token logits in float32 at least, [lanes, vocabulary]."""
+        """Next-token logits in float32 or better, [lanes, vocabulary]."""
 
     @abstractmethod
     def admit(self, lanes: Sequence[Lane]) -> None:
@@ -106,14 +117,15 @@ class AbstractLanes(ABC):
 
     @abstractmethod
     def advance(self) -> None:
-        """Feed each lane the newest token of its row."""
+        """Run one decoding step: feed each lane the newest token of its row."""
 
     @abstractmethod
     def release(self) -> None:
-        """Drop the lanes of rows that are done; the order of the others may change."""
+        """Remove the lanes of finished rows; the order of the others may change."""
 
     def record(self) -> None:
-        """Note the log-probability of each row's newest token, untempered."""
+        """Append the log-probability of each row's newest token, at temperature 1."""
+        # log p(token) = logit - logsumexp(logits)
         tokens = torch.tensor([lane.row.ids[-1] for lane in self.lanes], device=self.logits.device)
         logps = self.logits.gather(-1, tokens[:, None]).squeeze(-1) - self.logits.logsumexp(-1)
         for lane, logp in zip(self.lanes, logps.tolist(), strict=True):
@@ -125,7 +137,7 @@ class AbstractLanes(ABC):
 
 
 class SlotLanes(AbstractLanes):
-    """Lanes with a KV cache: a token costs one position, and equal prompts are computed once."""
+    """Lanes with a KV cache: a step computes one position per lane, and equal prompts are prefilled once."""
 
     def __init__(
         self,
@@ -142,24 +154,31 @@ class SlotLanes(AbstractLanes):
         while distinct:
             width = len(distinct[0][0])
             count = max(1, self.tokens_per_batch // width)
-            # longest first: those that would be filled up by more than a quarter make a pass of their own
-            alike = [width - len(prompt) <= max(width // 4, SMALL_FILLING) for prompt, _ in distinct[:count]]
-            count = alike.index(False) if False in alike else count
+            # prompts are sorted, longest first; one that would be padded by more than a quarter starts a new batch
+            similar = [width - len(prompt) <= max(width // 4, SMALL_PADDING) for prompt, _ in distinct[:count]]
+            count = similar.index(False) if False in similar else count
             chosen, distinct = distinct[:count], distinct[count:]
             place = {key: i for i, key in enumerate(chosen)}
             self._prefill([lane for lane in lanes if (lane.prompt, lane.name) in place], place)
 
     def _prefill(self, lanes: Sequence[Lane], place: dict[tuple[tuple[int, ...], Name], int]) -> None:
+        """Run the prompts in one forward pass and copy their keys and values into the slots of the lanes.
+
+        Args:
+            lanes: new lanes.
+            place: row of each distinct prompt and model in the forward pass.
+        """
         prompts = [prompt for prompt, _ in place]
         with self.use() as model:
             device = embedding(base_model(model)).device
-            # filled up at the right, where nothing looks, so that no mask is needed
+            # padding on the right, which causal attention never sees: no mask is needed
             ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
             for i, prompt in enumerate(prompts):
                 ids[i, : len(prompt)] = torch.tensor(prompt)
             last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
             if self.cache is None:
                 self.cache = SlotCache(base_model(model).config.get_text_config().num_hidden_layers)
+            # keys and values stay aside until `take` below assigns slots
             self.cache.prefilling()
             self._open_gate([name for _, name in place], device)
             inputs: dict[str, Tensor] = {}
@@ -168,6 +187,7 @@ class SlotLanes(AbstractLanes):
                 inputs["position_ids"] = columns.masked_fill(columns > last[:, None], 0)
             logits = last_logits(model, ids.to(device), last, past_key_values=self.cache, use_cache=True, **inputs)
         first = len(self.lanes)
+        # lanes of equal prompts copy the same row of the prefill
         sources = torch.tensor([place[lane.prompt, lane.name] for lane in lanes], device=device)
         self.lanes += lanes
         self.cache.reserve(len(self.lanes), ids.shape[1] + 1)
@@ -178,19 +198,20 @@ class SlotLanes(AbstractLanes):
         assert self.cache is not None
         lengths = [lane.length for lane in self.lanes]
         tokens = [lane.row.ids[-1] for lane in self.lanes]
-        # compiled shapes must repeat: idle rows up to a power of two write one token into slots that nobody reads
-        filling = (1 << (len(lengths) - 1).bit_length()) - len(lengths) if self.compiled else 0
-        self.cache.reserve(len(lengths) + filling, max(lengths))
+        # few compiled shapes: pad the batch to a power of two with rows that write one token into unused slots
+        padding = (1 << (len(lengths) - 1).bit_length()) - len(lengths) if self.compiled else 0
+        self.cache.reserve(len(lengths) + padding, max(lengths))
         longest = self.cache.capacity if self.compiled else max(lengths)
         with self.use() as model:
             base = base_model(model)
             device = embedding(base).device
-            ids = torch.tensor(tokens + [0] * filling, device=device)[:, None]
-            positions = torch.tensor(lengths + [1] * filling, device=device) - 1
+            ids = torch.tensor(tokens + [0] * padding, device=device)[:, None]
+            positions = torch.tensor(lengths + [1] * padding, device=device) - 1
             self.cache.decoding(positions, longest)
             self._open_gate([lane.name for lane in self.lanes], device)
             step = compiled_step if self.compiled else decoding_step
             logits = step(model, ids, positions, _masks(base, positions, longest), self.cache)
+        # without the rows of the padding
         self.logits = _at_least_float32(logits[: len(lengths)])
 
     def release(self) -> None:
@@ -198,7 +219,7 @@ class SlotLanes(AbstractLanes):
         kept = [i for i, lane in enumerate(self.lanes) if not lane.row.done]
         if len(kept) == len(self.lanes):
             return
-        # the last lanes move into the gaps that others left
+        # compact the slots: lanes from the end move into the slots of finished lanes
         order = list(range(len(kept)))
         movers = [i for i in kept if i >= len(kept)]
         gaps = [i for i in order if self.lanes[i].row.done]
@@ -213,7 +234,7 @@ class SlotLanes(AbstractLanes):
 
 
 class RecomputedLanes(AbstractLanes):
-    """Lanes of a model that no cache of ours fits: every token computes its whole sequence again. Exact, and slow."""
+    """Lanes of a model that does not support the slot cache: every step recomputes the whole sequence. Exact, slow."""
 
     def admit(self, lanes: Sequence[Lane]) -> None:
         self.lanes += lanes
@@ -224,6 +245,7 @@ class RecomputedLanes(AbstractLanes):
         with self.use() as model:
             device = embedding(base_model(model)).device
             for lane in self.lanes:
+                # one sequence at a time: no padding, which such models may not ignore
                 ids = torch.tensor([[*lane.prompt, *lane.row.ids]], device=device)
                 self._open_gate([lane.name], device)
                 pieces.append(_at_least_float32(model(input_ids=ids, use_cache=False).logits[:, -1]))
@@ -248,14 +270,14 @@ def decoding_step(
 def compiled_step(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: SlotCache
 ) -> Tensor:
-    """`decoding_step`, compiled once per model and shape; on a GPU one CUDA graph each."""
+    """Run `decoding_step` compiled, once per model and shape; on a GPU with one CUDA graph per shape."""
     if ids.is_cuda:
         cache.fix_addresses()
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-    # one graph per number of rows and length; past the limit torch would go on without compiling
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+    # one graph per batch size and length; beyond torch's default limit, it would run without compilation
+    with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
         logits = _compiled(ids.device.type)(model, ids, positions, mask, cache)
-    # the next run of a CUDA graph overwrites its output
+    # clone, since the next run of a CUDA graph overwrites its output
     return logits.clone() if ids.is_cuda else logits
 
 
@@ -266,12 +288,15 @@ def _compiled(device_type: str) -> Callable[..., Tensor]:
 
 
 def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: int = 0) -> type[AbstractLanes]:
-    """Kind of lanes that a model computes exactly; found out on its first use, by comparison with plain forwards.
+    """Type of lanes that a model computes exactly.
+
+    Checked at the first use of the model by comparison with plain forward passes, and again after its attention
+    implementation, data type or device has changed.
 
     Args:
         model: the model.
         prompts: tokens of each prompt.
-        new_tokens: tokens that are drawn at most.
+        new_tokens: tokens that are sampled at most.
     """
     base = base_model(model)
     if changes_while_decoding(base, prompts, new_tokens):
@@ -290,8 +315,8 @@ def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: i
         obstacle = _obstacle(model)
         if obstacle is not None:
             warnings.warn(
-                f"{type(base).__name__} (model type {base.config.model_type!r}) decodes without a cache, every token "
-                f"from the start, since {obstacle}",
+                f"{type(base).__name__} (model type {base.config.model_type!r}) decodes without a cache, so that "
+                f"every step recomputes the whole sequence, since {obstacle}",
                 stacklevel=2,
             )
         known = _KINDS[base] = (circumstances, SlotLanes if obstacle is None else RecomputedLanes)
@@ -304,10 +329,11 @@ _KINDS: WeakKeyDictionary[PreTrainedModel, tuple[object, type[AbstractLanes]]] =
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Decode three tokens for three ragged prompts both ways; one row leaves and its gap is filled on the way."""
-    from lightning_rlhf.randomness import Key
-    from lightning_rlhf.types import Prompt
+    """Reason why a model cannot use the slot cache, or None.
 
+    Decodes three tokens for three prompts of different lengths with both types of lanes. One row ends early, so that
+    the compaction of slots is checked, too.
+    """
     base = base_model(model)
     reason = cannot_share(base)
     if reason is not None:
@@ -315,7 +341,10 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     if base.config._attn_implementation not in ("eager", "sdpa"):
         return f"its attention {base.config._attn_implementation!r} takes no dense mask; load it with 'sdpa'"
     vocabulary = base.config.get_text_config().vocab_size
-    rows = [Row(Request(Prompt(0, tuple(j * 7 % vocabulary for j in range(n)), ""), Key(())), []) for n in (9, 2, 5)]
+    rows = []
+    for length in (9, 2, 5):
+        prompt = tuple(j * 7 % vocabulary for j in range(length))
+        rows.append(Row(Request(Prompt(0, prompt, ""), Key(())), []))
     weight = embedding(base)
 
     class Same(AbstractContextManager[PreTrainedModel]):
@@ -331,11 +360,14 @@ def _obstacle(model: PreTrainedModel) -> str | None:
             for kind in (fast, slow):
                 kind.admit([Lane(row, "policy") for row in rows])
             for step in range(3):
-                order = [slow.lanes.index(next(s for s in slow.lanes if s.row is f.row)) for f in fast.lanes]
+                # slot lanes change their order when a row ends
+                slow_index = {id(lane.row): i for i, lane in enumerate(slow.lanes)}
+                order = [slow_index[id(lane.row)] for lane in fast.lanes]
                 difference = (fast.logits.double() - slow.logits[order].double()).abs().max().item()
                 scale = max(1.0, slow.logits.abs().max().item())
+                # sqrt(eps) is far above rounding and far below the effect of a wrong mask; `not <=` catches NaN
                 if not difference <= 3 * torch.finfo(weight.dtype).eps ** 0.5 * scale:
-                    return f"its logits with a cache of ours are off by {difference:.2g}"
+                    return f"its logits with the slot cache are off by {difference:.2g}"
                 for row in rows:
                     row.ids.append((step + len(row.ids)) % vocabulary)
                 rows[0].done = step == 1
@@ -344,23 +376,32 @@ def _obstacle(model: PreTrainedModel) -> str | None:
                     kind.advance()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever third-party model code raises: reported in the warning
+        except Exception as error:  # third-party model code may raise anything: reported in the warning
             return f"its forward pass raised {type(error).__name__}: {error}"
     return None
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor, last: Tensor, **options: object) -> Tensor:
-    """Logits at one position per row, [rows, vocabulary]; the head sees no other where the model allows it."""
+    """Logits at one position per row, [rows, vocabulary]; the head runs on these positions only, if it can.
+
+    Args:
+        model: a causal language model.
+        ids: token ids, padded on the right; [rows, length].
+        last: position of the last token of each row; [rows].
+        options: further arguments of the forward pass.
+    """
+    # flat index row * length + position
     places = torch.arange(len(last), device=last.device) * ids.shape[1] + last
     return _at_least_float32(logits_at(model, head_on_chosen_positions(model), places, input_ids=ids, **options))
 
 
 def _masks(base: PreTrainedModel, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-    """Additive masks [rows, 1, 1, length] of one decoding step: a row sees its own past and itself."""
+    """Additive masks [rows, 1, 1, length] of one decoding step: a row attends to its past and itself."""
     dtype = embedding(base).dtype
     distance = positions[:, None] - torch.arange(length, device=positions.device)
 
     def mask(window: int | None) -> Tensor:
+        # visible: 0 <= distance < window
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         zeros = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
         return zeros.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]

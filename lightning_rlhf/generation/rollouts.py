@@ -1,48 +1,59 @@
-"""Rollouts: responses of the policy with what policy gradients need of the moment they were drawn."""
+"""Rollouts: responses of the policy with their log-probabilities and values at sampling time, for policy gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from torch import Tensor
 
 from lightning_rlhf.generation.base import Request
-from lightning_rlhf.generation.engine import with_logps
+from lightning_rlhf.generation.engine import DecodeEngine, with_logps
+from lightning_rlhf.generation.vllm import VLLMEngine
 from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.types import Rollout
 
 
 class RolloutDrawer:
-    """Draws responses with log-probabilities of the law that drew them, of the reference, and values of their states.
+    """Generates responses with their log-probabilities under policy and reference, and the values of their states.
 
-    At temperature 1 the policy's log-probabilities are those of the pass that chose the token. At another one they are
-    computed anew, for policy and reference alike, at that temperature: the gradient is that of the law that is sampled.
+    At temperature 1 the log-probabilities of the policy come from the forward passes that generated the tokens. At
+    other temperatures they are recomputed at that temperature, for policy and reference alike, since the policy
+    gradient needs the log-probabilities of the sampling distribution.
 
     Args:
-        engine: decodes; a `DecodeEngine` or a `VLLMEngine` with a reference.
-        values: computes V of the state before each token, one tensor per response; None without a value model.
+        engine: generates responses; with a reference.
+        values: computes V of the state before each token, one tensor per response. Default: no value model.
 
     Raises:
-        ValueError: if the nucleus is cut: the law that is sampled is then none that the loss could follow.
+        ValueError: if top_p is below 1: the sampling distribution then has no log-probabilities for the loss.
     """
 
-    def __init__(self, engine: Any, values: Callable[[Sequence[Group]], list[Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        engine: DecodeEngine | VLLMEngine,
+        values: Callable[[Sequence[Group]], list[Tensor]] | None = None,
+    ) -> None:
         if engine.decoding.top_p < 1.0:
             raise ValueError(
-                f"policy gradients need log-probabilities of the law that was sampled, which a nucleus cuts; set "
+                f"policy gradients need log-probabilities of the sampling distribution, which top-p truncates; set "
                 f"data.decoding.top_p to 1 (got {engine.decoding.top_p})"
             )
         self.engine, self.values = engine, values
 
     def draw(self, requests: Sequence[Request]) -> list[Rollout]:
-        """Draw one rollout per request, in order; requests with equal prompts should stand together."""
+        """Generate one rollout per request, in order; requests with equal prompts should be adjacent.
+
+        Args:
+            requests: responses to generate.
+        """
         temperature = self.engine.decoding.temperature
         prompts = [request.prompt for request in requests]
         responses = self.engine.generate(requests, reference_logps=temperature == 1.0)
         if temperature != 1.0:
+            # the engine reports log-probabilities at temperature 1: replace them by log softmax(h / T)
+            assert self.engine.reference is not None
             responses = [replace(r, policy_logps=None, reference_logps=None) for r in responses]
             budget = self.engine.tokens_per_batch
             responses = with_logps(self.engine.policy, "policy_logps", prompts, responses, budget, temperature)
@@ -50,9 +61,12 @@ class RolloutDrawer:
                 responses = with_logps(model, "reference_logps", prompts, responses, budget, temperature)
         values: list[tuple[float, ...] | None] = [None] * len(responses)
         if self.values is not None:
-            groups = [
-                (ids, [responses[i].ids for i in same])
-                for ids, same in groupby(range(len(responses)), key=lambda i: prompts[i].ids)
-            ]
+            # adjacent responses of one prompt form a group, whose prompt runs once
+            groups: list[Group] = []
+            for ids, members in groupby(range(len(responses)), key=lambda i: prompts[i].ids):
+                groups.append((ids, [responses[i].ids for i in members]))
             values = [tuple(found.tolist()) for found in self.values(groups)]
-        return [Rollout(*parts[:2], temperature, parts[2]) for parts in zip(prompts, responses, values, strict=True)]
+        return [
+            Rollout(prompt, response, temperature, value)
+            for prompt, response, value in zip(prompts, responses, values, strict=True)
+        ]

@@ -1,10 +1,10 @@
-"""An engine that draws with vLLM, for samplers that draw from the policy alone; extra ``vllm``.
+"""An engine that generates with vLLM, for samplers that use the policy alone; extra ``vllm``.
 
-It takes the place of `DecodeEngine` for vanilla and best-of-N pairs on one GPU. vLLM draws the ids; log-probabilities
-are always those of the local policy, by one teacher-forced pass. What vLLM reports would be of its own kernels and its
-own dtype, and of tempered logits where the temperature is not 1.
+It replaces `DecodeEngine` for vanilla and best-of-N pairs on one GPU. vLLM generates the ids. Log-probabilities are
+computed by the local policy with teacher forcing: those of vLLM come from other kernels, may have another data type,
+and are of tempered logits at temperatures other than 1.
 
-Written against the documented interface of vLLM; we have not run it on a GPU.
+Written against the documented interface of vLLM; not tested on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,23 +32,51 @@ from lightning_rlhf.models.save import save_policy
 from lightning_rlhf.types import FinishReason, Prompt, Response
 
 
-class VLLMEngine(AbstractEngine):
-    """Draws responses of the policy with vLLM.
+class Completion(Protocol):
+    """The used part of ``vllm.CompletionOutput``."""
 
-    Keep one engine for a run: starting vLLM takes a minute. It follows the policy by itself: when the weights have
-    changed since the last draw, they are written to a temporary folder, adapters merged, and vLLM reads them. Equal
-    keys give equal responses as far as vLLM's kernels repeat themselves; other than with `DecodeEngine`, the batch
-    around a response may change it.
+    token_ids: Sequence[int]
+    finish_reason: str | None
+
+
+class RequestOutput(Protocol):
+    """The used part of ``vllm.RequestOutput``."""
+
+    outputs: Sequence[Completion]
+
+
+class LLM(Protocol):
+    """The used part of ``vllm.LLM``."""
+
+    def generate(
+        self, prompts: list[dict[str, list[int]]], sampling_params: list[object], *, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """Generate one completion per prompt, in order."""
+
+    def collective_rpc(self, method: str, *, kwargs: dict[str, str]) -> object:
+        """Call a method of all workers."""
+
+    def reset_prefix_cache(self) -> object:
+        """Forget the keys and values of earlier prompts."""
+
+
+class VLLMEngine(AbstractEngine):
+    """Generates responses of the policy with vLLM.
+
+    Use one engine for a run, since starting vLLM takes a minute. Before generation, it compares the weights of the
+    policy with those that vLLM has. If they have changed, it saves them to a temporary folder, with adapters merged,
+    and vLLM reloads them. Equal keys give equal responses as far as the kernels of vLLM are deterministic. Unlike with
+    `DecodeEngine`, a response may depend on the rest of the batch.
 
     Args:
         policy: the policy.
-        reference: the frozen reference, or None when no log-probabilities under it will be asked for.
+        reference: the frozen reference, or None if no log-probabilities under it are needed.
         tokenizer: decodes the ids to text.
         beta: the DPO beta, > 0.
-        decoding: limits, temperature and nucleus; ``rows`` has no effect, vLLM batches by itself.
+        decoding: length limit, temperature and top-p; ``rows`` has no effect, since vLLM forms its own batches.
         eos_ids: ids that end a response.
-        tokens_per_batch: tokens of one teacher-forced scoring pass.
-        gpu_share: share of the GPU's memory for vLLM, in (0, 1]; the rest is for training.
+        tokens_per_batch: token positions per forward pass of scoring.
+        gpu_share: fraction of the GPU's memory for vLLM, in (0, 1]; the rest is for training.
 
     Raises:
         ImportError: if vLLM is not installed.
@@ -79,33 +108,35 @@ class VLLMEngine(AbstractEngine):
         self.beta, self.decoding, self.eos_ids = beta, decoding, frozenset(eos_ids)
         self.tokens_per_batch, self.gpu_share = tokens_per_batch, gpu_share
         self.on_tokens: Callable[[int], None] | None = None
-        """Called with the number of tokens drawn, once per `generate`."""
-        self._llm: Any = None
+        """Called with the number of generated tokens, once per `generate`."""
+        self._llm: LLM | None = None
+        # `weight_sums` of the weights that vLLM has
         self._pushed: Tensor | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_rlhf_vllm_")
         self._num_pushed = 0
 
     def generate(self, requests: Sequence[Request], *, reference_logps: bool = False) -> list[Response]:
-        """Draw one response per request, in order; see `AbstractEngine.generate`.
+        """Generate one response per request, in order; see `AbstractEngine.generate`.
 
         Raises:
             ValueError: if a request mixes in the reference, a prompt is empty, or the reference is missing.
+            RuntimeError: if vLLM returns an incomplete response.
         """
         check_requests(requests)
         if reference_logps and self.reference is None:
             raise ValueError("reference_logps need a reference model, and the engine was built without one")
         if not requests:
             return []
-        self._follow_policy()
+        llm = self._follow_policy()
         prompts = [request.prompt for request in requests]
         settings = [sampling_settings(request, self.decoding, self.eos_ids) for request in requests]
-        outputs = self._llm.generate(
+        outputs = llm.generate(
             [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
             [self._vllm.SamplingParams(**each) for each in settings],
             use_tqdm=False,
         )
         responses = [
-            drawn_response(request, output.outputs[0], self.eos_ids, self.tokenizer)
+            response_from_completion(request, output.outputs[0], self.eos_ids, self.tokenizer)
             for request, output in zip(requests, outputs, strict=True)
         ]
         if self.on_tokens is not None:
@@ -114,17 +145,17 @@ class VLLMEngine(AbstractEngine):
         return self.with_reference_logps(prompts, responses) if reference_logps else responses
 
     def with_reference_logps(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
-        """Give every response its reference log-probabilities; those that have them cost nothing."""
+        """Add reference log-probabilities to the responses that have none."""
         assert self.reference is not None
         with self.reference.active() as model:
             return with_logps(model, "reference_logps", prompts, responses, self.tokens_per_batch)
 
-    def _follow_policy(self) -> None:
-        """Start vLLM, or give it the weights of the policy if they have changed."""
+    def _follow_policy(self) -> LLM:
+        """Start vLLM, or reload the weights of the policy if they have changed."""
         state = weight_sums(self.policy)
-        if self._pushed is not None and torch.equal(state, self._pushed):
-            return
-        # a name of its own each time: vLLM has been seen to keep weights it read from the same path before (#32718)
+        if self._llm is not None and self._pushed is not None and torch.equal(state, self._pushed):
+            return self._llm
+        # a new folder each time: vLLM was observed to reuse weights of a path that it had read before (#32718)
         folder = Path(self._folder.name) / f"policy-{self._num_pushed}"
         save_policy(self.policy, self.tokenizer, folder)
         if self._llm is None:
@@ -132,15 +163,20 @@ class VLLMEngine(AbstractEngine):
             self._llm = self._vllm.LLM(model=str(folder), dtype=dtype, gpu_memory_utilization=self.gpu_share)
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            # keys and values of prompts under the old weights
+            # cached keys and values of prompts belong to the old weights
             self._llm.reset_prefix_cache()
-            shutil.rmtree(folder)  # the first one stays: vLLM was started from it
+            shutil.rmtree(folder)  # the first folder stays, since vLLM was started from it
         self._num_pushed += 1
         self._pushed = state
+        return self._llm
 
 
 def check_requests(requests: Sequence[Request]) -> None:
-    """Raise if a request is none that vLLM can draw."""
+    """Check that vLLM can generate all requests.
+
+    Raises:
+        ValueError: if a request mixes in the reference, or a prompt is empty.
+    """
     for request in requests:
         if request.mix != 0:
             raise ValueError(
@@ -151,31 +187,32 @@ def check_requests(requests: Sequence[Request]) -> None:
             raise ValueError(f"prompt {request.prompt.index} has no tokens; give the tokenizer a BOS token")
 
 
-def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[int]) -> dict[str, Any]:
-    """Arguments of ``vllm.SamplingParams`` for a request; random numbers are named by its key."""
+def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[int]) -> dict[str, object]:
+    """Arguments of ``vllm.SamplingParams`` for a request; the seed is derived from its key."""
     return {
         "max_tokens": decoding.max_new_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "seed": request.key.seed(),
-        # our list of EOS ids alone, not the one that vLLM finds in the checkpoint
+        # stop at these EOS ids only, not at those that vLLM reads from the checkpoint
         "ignore_eos": True,
         "stop_token_ids": sorted(eos_ids),
         "detokenize": False,
     }
 
 
-def drawn_response(
-    request: Request, completion: Any, eos_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
+def response_from_completion(
+    request: Request, completion: Completion, eos_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
 ) -> Response:
-    """Make a response of a ``vllm.CompletionOutput``.
+    """Convert a ``vllm.CompletionOutput`` to a response.
 
     Raises:
-        RuntimeError: if vLLM did not finish the response, or left out the token that ended it.
+        RuntimeError: if vLLM did not finish the response, or removed the EOS token.
     """
     ids = tuple(completion.token_ids)
+    # an EOS token must be in the ids: its log-probability is part of the response
     ended = bool(ids) and ids[-1] in eos_ids
-    # one that ends on the last token allowed may be reported as "length"
+    # an EOS at the length limit may be reported as "length"
     finished = completion.finish_reason == "length" or (completion.finish_reason == "stop" and ended)
     if not ids or not finished:
         raise RuntimeError(
@@ -189,13 +226,14 @@ def drawn_response(
 
 
 def weight_sums(policy: torch.nn.Module) -> Tensor:
-    """One number per trained tensor, [tensors], float64 on the CPU; it changes when training changes the weights."""
+    """Sum of each trained tensor, [tensors], float64 on the CPU: a checksum that changes with the weights."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     sums = [parameter.detach().sum(dtype=torch.float64) for parameter in trained]
     return torch.stack(sums).cpu() if sums else torch.zeros(0)
 
 
-def _import_vllm() -> Any:
+def _import_vllm() -> ModuleType:
+    # imported by name: vLLM is an optional dependency
     try:
         return importlib.import_module("vllm")
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""What a preference loss sees, what it promises, and the classes that YAML can name.
+"""The interface of preference losses, their input, and the classes that YAML can name.
 
 The module collates preferences into `PairLogps`, calls the loss, multiplies by ``weight`` and takes the mean. The
-formulas are in `lightning_rlhf.losses.preference`.
+formulas, DPO first, are in `lightning_rlhf.losses.preference`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class PairLogps:
         reference_rejected: log pi_ref of the rejected responses.
         chosen_length: tokens of the chosen responses, >= 1.
         rejected_length: tokens of the rejected responses, >= 1.
-        chosen_from_reference: whether the chosen response was drawn from pi_ref; bool.
-        rejected_from_reference: whether the rejected response was drawn from pi_ref; bool.
+        chosen_from_reference: whether the chosen response was sampled from pi_ref; bool.
+        rejected_from_reference: whether the rejected response was sampled from pi_ref; bool.
         label: P(chosen preferred) in [0, 1].
-        weight: importance of the pair, >= 0. Applied by the module, never by a loss.
+        weight: weight of the pair, >= 0. Applied by the module, never by a loss.
     """
 
     policy_chosen: Tensor
@@ -54,19 +54,21 @@ class PairLogps:
 
     def margin(self) -> Tensor:
         """Log-ratio of the chosen minus log-ratio of the rejected response, nats; shape [pairs]."""
+        # margin = log pi_theta(y_w)/pi_ref(y_w) - log pi_theta(y_l)/pi_ref(y_l)
         return (self.policy_chosen - self.reference_chosen) - (self.policy_rejected - self.reference_rejected)
 
     def margin_per_token(self) -> Tensor:
-        """The margin of log-ratios averaged over the tokens of each response, nats per token; shape [pairs]."""
+        """Margin of the log-ratios averaged over the tokens of each response, nats per token; shape [pairs]."""
+        # log pi_theta(y_w)/pi_ref(y_w) / |y_w| - log pi_theta(y_l)/pi_ref(y_l) / |y_l|
         chosen = (self.policy_chosen - self.reference_chosen) / self.chosen_length
         return chosen - (self.policy_rejected - self.reference_rejected) / self.rejected_length
 
 
 class AbstractPreferenceLoss(KeepsArguments, ABC):
-    """Turns log-probabilities of pairs into one loss per pair.
+    """Computes one loss per pair from the log-probabilities of pairs.
 
-    Subclass it, implement ``__call__``, and name your class by its path: ``--model.loss=my_file.MyLoss``. Honour soft
-    labels (take the expectation over the label) and leave ``pairs.weight`` alone: the module multiplies by it.
+    Subclass it, implement ``__call__``, and name your class by its path: ``--model.loss=my_file.MyLoss``. Support soft
+    labels by taking the expectation over the label. Do not use ``pairs.weight``: the module multiplies by it.
     """
 
     @abstractmethod
@@ -82,17 +84,20 @@ class AbstractPreferenceLoss(KeepsArguments, ABC):
 
 
 class SigmoidLoss(AbstractPreferenceLoss):
-    """The DPO loss, Rafailov et al. 2023 (arXiv 2305.18290), with soft labels."""
+    """DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), with soft labels."""
 
     def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
         return sigmoid_loss(pairs.margin(), pairs.label, beta)
 
 
 class CDPOLoss(AbstractPreferenceLoss):
-    """The DPO loss with smoothed labels, Mitchell 2023 (conservative DPO).
+    """DPO loss with smoothed labels, Mitchell 2023 (conservative DPO).
 
     Args:
         label_smoothing: probability that a label is wrong, in [0, 0.5).
+
+    Raises:
+        ValueError: if label_smoothing is out of range.
     """
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
@@ -103,10 +108,13 @@ class CDPOLoss(AbstractPreferenceLoss):
 
 
 class RobustLoss(AbstractPreferenceLoss):
-    """The DPO loss made unbiased under label flips, Chowdhury et al. 2024 (arXiv 2403.00409).
+    """DPO loss corrected to be unbiased under label flips, Chowdhury et al. 2024 (arXiv 2403.00409).
 
     Args:
         label_smoothing: probability that a label is wrong, in [0, 0.5).
+
+    Raises:
+        ValueError: if label_smoothing is out of range.
     """
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
@@ -117,11 +125,11 @@ class RobustLoss(AbstractPreferenceLoss):
 
 
 class IPOLoss(AbstractPreferenceLoss):
-    """The squared loss of Azar et al. 2023 (arXiv 2310.12036), with beta as its tau.
+    """IPO loss, Azar et al. 2023 (arXiv 2310.12036, eq. 17), with beta as the paper's tau.
 
     Args:
-        length_normalize: average log-ratios over the tokens of each response, as TRL does; false sums them, as the
-            paper prints it. The target margin 1/(2 beta) is then per token or per response.
+        length_normalize: average log-ratios over the tokens of each response, as TRL does; false sums them, as in the
+            paper. The target margin 1/(2 beta) is per token or per response accordingly.
     """
 
     def __init__(self, length_normalize: bool = True) -> None:
@@ -133,21 +141,24 @@ class IPOLoss(AbstractPreferenceLoss):
 
 
 class HingeLoss(AbstractPreferenceLoss):
-    """The hinge loss of SLiC (arXiv 2305.10425), normalised by the reference as in RSO (arXiv 2309.06657)."""
+    """Hinge loss of SLiC (arXiv 2305.10425) on log-ratios to the reference, as in RSO (arXiv 2309.06657)."""
 
     def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
         return hinge_loss(pairs.margin(), pairs.label, beta)
 
 
 class XPOLoss(AbstractPreferenceLoss):
-    """Another loss plus the optimism term of XPO, Xie et al. 2024 (arXiv 2405.21046).
+    """Base loss plus the exploration bonus of XPO, Xie et al. 2024 (arXiv 2405.21046, algorithm 1).
 
-    Meant for pairs of one policy and one reference response (``HybridSampler``); on pairs without a reference response
-    it is the other loss.
+    Meant for pairs of one policy response and one reference response (``HybridSampler``). On pairs without a reference
+    response it equals the base loss.
 
     Args:
-        alpha: strength of the optimism, >= 0; multiplies log pi_theta of the reference's response, in nats.
-        base: the loss to add it to; the DPO loss if not given.
+        alpha: strength of the bonus, >= 0; multiplies log pi_theta of the reference response, in nats.
+        base: loss that the bonus is added to. Default: the DPO loss.
+
+    Raises:
+        ValueError: if alpha is negative or infinite.
     """
 
     def __init__(self, alpha: float = 1e-5, base: AbstractPreferenceLoss | None = None) -> None:
@@ -159,6 +170,7 @@ class XPOLoss(AbstractPreferenceLoss):
         self.base = SigmoidLoss() if base is None else base
 
     def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        # loss = base + alpha log pi_theta(y_ref)
         bonus = xpo_bonus(
             pairs.policy_chosen,
             pairs.policy_rejected,

@@ -1,15 +1,14 @@
-"""Attention without padding: every response of a packed row attends to its own prompt and to itself, nothing else.
+"""Attention without padding: every response of a packed row attends to its own prompt and to itself only.
 
-A packed row holds the groups of a batch one behind the other, ``[p1 | r11 | r12 | p2 | r21 | ...]``. The layers around
-attention see one long row with no filling; attention runs the kernel of torch once per response, on exactly the keys
-that the response may see, so that neither a mask over the whole row nor a padded square is ever computed.
+A packed row concatenates the groups of a batch, ``[p1 | r11 | r12 | p2 | r21 | ...]``. The other layers process one
+long row without padding. Attention runs the kernel of torch once per response, on exactly the keys that the response
+attends to, so that no mask over the whole row is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +20,26 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 NAME = "lightning_rlhf_segments"
 
 Span = tuple[int, tuple[int, ...]]
-"""Tokens of a prompt, and of each of the responses that follow it in the row."""
+"""Length of a prompt, and lengths of the responses that follow it in the row, tokens."""
 
 
 Node = tuple[int, int]
-"""Tokens of a piece of text, and the number of the piece it continues; -1 where it begins a text."""
+"""Length of a node of a prefix tree, tokens, and index of its parent; -1 for the beginning of a text."""
 
 
 def segments(
     spans: Sequence[Span], device: torch.device, window: int | None = None, nodes: Sequence[Node] = ()
 ) -> Tensor:
-    """Make the attention mask argument that carries ``spans`` through a transformers model to `segment_attention`.
-
-    A tensor of four dimensions reaches the attention function as it is; its values mean nothing.
+    """Make an attention mask that carries ``spans`` through a transformers model to `segment_attention`.
 
     Args:
         spans: the segments of the row.
         device: device of the model's inputs.
-        window: sliding window in tokens, the query's own included; None for full attention. Models do not all hand
-            theirs to the attention function.
-        nodes: instead of ``spans``, the pieces of a row that is a tree of texts, parents before their children.
+        window: sliding window in tokens, the query's own included; not all models pass theirs to the attention
+            function. Default: full attention.
+        nodes: instead of ``spans``, the nodes of a row that is a prefix tree, parents before their children.
     """
+    # transformers passes a mask of four dimensions on unchanged; its value is not used
     carrier = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     vars(carrier).update(spans=tuple(spans), window=window, nodes=tuple(nodes))
     return carrier
@@ -55,26 +53,26 @@ def segment_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, None]:
-    """Attend within the segments of one packed row; an attention function of transformers.
+    """Attend within the segments of one packed row; an attention function for transformers.
 
     Args:
         module: the attention layer.
         query: [1, heads, tokens, width].
         key: [1, key-value heads, tokens, width].
         value: [1, key-value heads, tokens, width of values].
-        attention_mask: what `segments` made.
-        scaling: factor on the scores; 1 / sqrt(width) when not given.
-        dropout: share of attention weights dropped.
-        options: whatever else the model passes.
+        attention_mask: a mask made by `segments`.
+        scaling: factor on the scores. Default: 1 / sqrt(width).
+        dropout: dropout probability of attention weights.
+        options: further arguments of the model.
 
     Returns:
         [1, tokens, heads, width of values], and None for the attention weights.
 
     Raises:
-        ValueError: if the mask carries no segments, or the model asks for what this kernel has not: the caller's probe
-            then takes another layout.
+        ValueError: if the mask carries no segments, or the model uses an unsupported option. The probe of the caller
+            then chooses another layout.
     """
     spans: Sequence[Span] | None = getattr(attention_mask, "spans", None)
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
@@ -84,13 +82,14 @@ def segment_attention(
     window: int | None = vars(attention_mask)["window"]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-        """Attention of one response: the keys hold the prompt before it, unless the queries hold the prompt as well."""
+        """Attention of one piece; its keys start with ``prompt`` tokens that its queries do not have."""
+        # query i attends to keys 0 .. prompt + i: causal, aligned at the lower right corner
         rows, columns = q.shape[2], k.shape[2]
-        mask: Any = None
+        mask: Tensor | None = None
         if window is not None and columns > window:
             mask = _window(rows, columns, window, q.device)
         elif prompt and q.is_cuda:
-            mask = causal_lower_right(rows, columns)  # the flash kernels know this one without a matrix
+            mask = causal_lower_right(rows, columns)  # flash kernels support it without a dense matrix
         elif prompt:
             mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(prompt)
         attended = F.scaled_dot_product_attention(
@@ -101,9 +100,11 @@ def segment_attention(
     nodes: Sequence[Node] = vars(attention_mask)["nodes"]
     if nodes:
         return torch.cat(_along_branches(nodes, query, key, value, attend), 1), None
-    # the first response runs in one causal piece with its prompt. One split for all pieces: the gradient of a slice is
-    # a row of zeros as long as the whole
-    lengths = [n for prompt, (first, *others) in spans for n in (prompt + first, *others)]
+    # the first response runs in one causal piece with its prompt
+    lengths: list[int] = []
+    for prompt, (first, *others) in spans:
+        lengths += [prompt + first, *others]
+    # one split, not a slice per piece: the gradient of every slice would be as long as the whole row
     pieces = zip(*(torch.split(t, lengths, 2) for t in (query, key, value)), strict=True)
     outputs = []
     for prompt, (_, *others) in spans:
@@ -119,7 +120,7 @@ def segment_attention(
 def _along_branches(
     nodes: Sequence[Node], query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor]
 ) -> list[Tensor]:
-    """Attention of a tree: the keys of a piece are those of all the pieces it continues, and its own."""
+    """Attention of a prefix tree: the keys of a node are those of all its ancestors, and its own."""
     lengths = [length for length, _ in nodes]
     before: list[tuple[Tensor, Tensor] | None] = []
     outputs = []
@@ -130,6 +131,7 @@ def _along_branches(
         prompt = 0 if past is None else past[0].shape[2]
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        # leaves need not keep their keys
         before.append((k, v) if number in parents else None)
         outputs.append(attend(q, k, v, prompt))
     return outputs
@@ -137,7 +139,8 @@ def _along_branches(
 
 @contextmanager
 def attending_in_segments(base: PreTrainedModel) -> Iterator[None]:
-    """Let a model use `segment_attention` for one forward pass."""
+    """Switch a model to `segment_attention` for one forward pass."""
+    # layers may read the text config or the outer one, which can be the same object
     configs: list[PreTrainedConfig] = list({id(c): c for c in (base.config, base.config.get_text_config())}.values())
     before = [config._attn_implementation for config in configs]
     try:
@@ -150,7 +153,8 @@ def attending_in_segments(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _window(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask [rows, columns] of the last ``rows`` positions, each of which sees ``window`` of them."""
+    """Causal mask [rows, columns] of the last ``rows`` positions with a sliding window; true is visible."""
+    # 0 <= query position - key position < window
     distance = torch.arange(columns - rows, columns, device=device)[:, None] - torch.arange(columns, device=device)
     return (distance >= 0) & (distance < window)
 

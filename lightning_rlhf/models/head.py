@@ -1,7 +1,7 @@
-"""The language-model head on chosen positions: log-probability, entropy and greedy match of tokens from one pass.
+"""The fused output head: log-probability, entropy and greedy match of tokens without the full logits in memory.
 
-Of the logits, a matrix [tokens, vocabulary] that is larger than everything else in a small model, no more than a tile
-is held beyond a byte budget, and it is overwritten by its own gradient.
+The logits, [tokens, vocabulary], are the largest tensor of a small model. Above a byte budget they are computed in
+tiles, one tile in memory at a time, and the backward pass overwrites a tile with its own gradient.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 
 LOGIT_BYTES = 256 * 2**20
-"""Logits that would take more than this in float32 are computed in tiles, and again in the backward pass."""
+"""Byte budget of float32 logits; above it they are computed in tiles, and again in the backward pass."""
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What becomes of the product of hidden states and head before the softmax: ``cap tanh(scale z / cap) / T``.
+    """Transformation of the logits z between head and softmax: ``cap tanh(scale z / cap) / temperature``.
 
     Args:
-        scale: factor on the logits; Cohere and Granite have one.
-        cap: soft cap, as in Gemma; None for none.
+        scale: factor on the logits, as in Cohere and Granite.
+        cap: soft cap, as in Gemma. Default: no cap.
         temperature: divides the logits, > 0.
     """
 
@@ -34,7 +34,8 @@ class LogitRule:
     temperature: float = 1.0
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Change float32 or float64 logits in place."""
+        """Transform float32 or float64 logits in place."""
+        # z -> cap tanh(scale z / cap) / T
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.cap:
@@ -42,19 +43,20 @@ class LogitRule:
         return logits.div_(self.temperature) if self.temperature != 1.0 else logits
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the changed logits by the plain ones, from the changed ones."""
+        """Derivative of the transformed logits in the plain ones, as a function of the transformed ones."""
+        # d/dz [cap tanh(scale z / cap) / T] = (scale / T) (1 - tanh^2) with tanh = logits T / cap
         slope = self.scale / self.temperature
         return slope * (1 - (logits * (self.temperature / self.cap)) ** 2) if self.cap else slope
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What one pass of the head says about each target.
+    """Scores of each target token.
 
     Args:
         logps: log-probability in nats, [tokens]; carries gradient.
-        entropy: entropy of the law the target comes from, nats, [tokens]; no gradient. None if it was not asked for.
-        greedy: whether the target is the most probable token, bool, [tokens]; None if it was not asked for.
+        entropy: entropy of the predicted distribution, nats, [tokens]; no gradient. None without ``statistics``.
+        greedy: whether the target is the most probable token, bool, [tokens]; None without ``statistics``.
     """
 
     logps: Tensor
@@ -63,7 +65,7 @@ class TokenScores:
 
 
 def tile_size(vocabulary: int, byte_budget: int = LOGIT_BYTES) -> int:
-    """Tokens whose float32 logits fit into a budget of bytes; at least one."""
+    """Number of tokens whose float32 logits fit into a byte budget; at least one."""
     return max(1, byte_budget // (4 * vocabulary))
 
 
@@ -77,35 +79,40 @@ def score_tokens(
     tile: int | None = None,
     statistics: bool = False,
 ) -> TokenScores:
-    """Score targets under ``softmax(rule(hidden @ weight.T + bias))``; the softmax is taken in float32 at least.
+    """Score targets under ``softmax(rule(hidden @ weight.T + bias))``; the softmax is computed in float32 or better.
 
-    Logits that fit into one tile are kept for the backward pass and overwritten there. More are computed again, tile by
-    tile, unless the head is frozen: then all that the backward pass needs is one vector [width] per token, which the
-    forward pass computes while it holds the tile.
+    Logits that fit into one tile are kept for the backward pass and overwritten there. Otherwise the backward pass
+    computes them again, tile by tile. With a frozen head, the backward pass needs one vector [width] per token only,
+    which the forward pass computes from each tile.
 
     Args:
-        hidden: hidden states at the positions that predict, [tokens, width].
+        hidden: hidden states at the predicting positions, [tokens, width].
         weight: weight of the head, [vocabulary, width].
-        targets: the tokens predicted, [tokens].
+        targets: the predicted tokens, [tokens].
         bias: bias of the head, [vocabulary].
-        rule: what the model does to its logits, and the temperature.
-        tile: tokens whose logits are held at a time, >= 1; what fits into 256 MiB when not given.
+        rule: transformation of the logits, with the temperature. Default: none.
+        tile: tokens whose logits are in memory at a time, >= 1. Default: as many as fit into 256 MiB.
         statistics: also return entropy and greedy match.
     """
     rule = rule or LogitRule()
     tile = tile or tile_size(weight.shape[0])
-    # inside a Function autograd is always off
+    # computed here, since autograd is always off in the forward of a Function
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     logps, entropy, greedy = cast(Any, _Scores).apply(hidden, weight, bias, targets, rule, tile, statistics, grad)
     return TokenScores(logps, entropy, greedy)
 
 
 class _Scores(torch.autograd.Function):
-    """Forward and backward of `score_tokens`, by hand.
+    """Forward and backward pass of `score_tokens`.
 
-    With z = rule(W h + b), p = softmax(z) and g the gradient of the log-probability of target y,
-    d log p_y / dz = onehot(y) - p, so that dh = g s (onehot - p) W and dW = sum over tokens of g s (onehot - p) h',
-    s the slope of the rule.
+    With logits ``z = rule(W h + b)``, ``p = softmax(z)``, target y, slope s of the rule, and the incoming gradient g of
+    ``log p_y`` of each token::
+
+        log p_y       = z_y - logsumexp(z)
+        d log p_y/dz  = onehot(y) - p
+        dh            = g s (onehot(y) - p) W
+        dW            = sum over tokens of g s (onehot(y) - p) h^T
+        db            = sum over tokens of g s (onehot(y) - p)
     """
 
     @staticmethod
@@ -126,15 +133,17 @@ class _Scores(torch.autograd.Function):
         kept: Tensor | None = None
         for part, target in _tiles(tile, hidden, targets):
             logits, compute_dtype = _logits(part, weight, bias, rule)
+            # log p_y = z_y - logsumexp(z)
             log_sum = logits.logsumexp(-1)
             logps.append(logits.gather(-1, target[:, None]).squeeze(-1) - log_sum)
             if statistics:
                 greedy.append(logits.argmax(-1) == target)
-                law = (logits - log_sum[:, None]).exp_()
-                # 0 log 0 is 0, also where a logit is -inf
-                entropy.append(log_sum - law.mul_(logits).nan_to_num_(nan=0.0).sum(-1))
-                del law
+                probabilities = (logits - log_sum[:, None]).exp_()
+                # H = -sum_v p_v log p_v = logsumexp(z) - sum_v p_v z_v, with 0 * -inf = 0
+                entropy.append(log_sum - probabilities.mul_(logits).nan_to_num_(nan=0.0).sum(-1))
+                del probabilities
             if frozen:
+                # s (onehot - p) W, the gradient of log p_y in h; the backward pass multiplies by g
                 delta = _delta(logits, log_sum, target, rule)
                 directions.append(delta.to(compute_dtype) @ weight.to(compute_dtype))
             else:
@@ -163,8 +172,9 @@ class _Scores(torch.autograd.Function):
         by_hidden: list[Tensor] = []
         by_weight = by_bias = None
         for part, target, log_sum, g in _tiles(ctx.tile, hidden, targets, log_sums, gradient):
-            kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward pass computes them anew
+            kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward pass recomputes them
             logits = _logits(part, weight, bias, ctx.rule, dtype)[0] if kept is None else kept
+            # g s (onehot - p), [tile, vocabulary]
             delta = _delta(logits, log_sum, target, ctx.rule).mul_(g.to(logits.dtype)[:, None])
             if need_bias:
                 by_bias = delta.sum(0) if by_bias is None else by_bias + delta.sum(0)
@@ -172,6 +182,7 @@ class _Scores(torch.autograd.Function):
             if need_hidden:
                 by_hidden.append(delta @ weight.to(dtype))
             if need_weight:
+                # dW += delta^T h
                 product = delta.T @ part.to(dtype)
                 by_weight = product.to(weight.dtype) if by_weight is None else by_weight.add_(product)
             del logits, kept, delta
@@ -186,8 +197,8 @@ class _Scores(torch.autograd.Function):
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, torch.dtype]:
-    """Logits in float32 at least, and the dtype of the product: that of the weights, or of autocast."""
-    if dtype is not None:  # the backward pass, where autocast is off
+    """Logits in float32 or better, and the data type of the product: that of the weights, or of autocast."""
+    if dtype is not None:  # backward pass: autocast is off there, so that the data type of the forward is passed in
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     product = torch.nn.functional.linear(hidden, weight, bias)
@@ -196,15 +207,16 @@ def _logits(
 
 
 def _delta(logits: Tensor, log_sum: Tensor, target: Tensor, rule: LogitRule) -> Tensor:
-    """Gradient of the log-probability of the target by the plain logits; overwrites the logits given."""
-    slope = rule.slope(logits)  # before they are gone
+    """Gradient of the log-probability of the target in the plain logits; overwrites ``logits``."""
+    # s (onehot(y) - p) with p = exp(z - logsumexp(z))
+    slope = rule.slope(logits)  # first, since the next line overwrites the logits
     delta = logits.sub_(log_sum[:, None]).exp_().neg_()
     delta.scatter_add_(-1, target[:, None], torch.ones_like(log_sum)[:, None])
     return delta.mul_(slope) if not isinstance(slope, float) or slope != 1.0 else delta
 
 
 def _tiles(tile: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of equal length into pieces of about equal length, ``tile`` at most."""
+    """Split tensors of equal length into pieces of about equal length, ``tile`` at most."""
     return zip(*(t.tensor_split(max(1, math.ceil(len(t) / tile))) for t in tensors), strict=True)
 
 

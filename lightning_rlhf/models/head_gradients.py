@@ -1,4 +1,4 @@
-"""Gradients of log-likelihoods in the output head, one sketched vector per response: features for pair design."""
+"""Gradients of log p(response) in the output head, one sketched vector per response: features for pair design."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ from lightning_rlhf.models.shared_prefix import Group, pack, split_by_tokens
 from lightning_rlhf.randomness import Key
 
 
-LOGITS_AT_ONCE = 2**25
-"""Logits held at a time, 128 MiB in float32."""
+LOGITS_PER_TILE = 2**25
+"""Number of logits in memory at a time, 128 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class HeadSketch:
-    """A random projection of gradients in the head, ``dim`` numbers instead of vocabulary times hidden size.
+    """A random projection of gradients in the head to ``dim`` numbers, from vocabulary times hidden size.
 
-    The gradient of log p(response) in the head is ``sum over tokens of (e - p) h'``, with the one-hot token e, the law
-    p it was predicted with and the hidden state h. Feature j is ``sum (u_j . (e - p)) (v_j . h)`` with random signs u
-    and v: inner products of features are those of whole gradients in expectation.
+    With the one-hot token e, its predicted distribution p and the hidden state h::
+
+        grad_W log p(response) = sum over tokens of (e - p) h^T
+        feature_j              = sum over tokens of (u_j . (e - p)) (v_j . h),    u_j and v_j random signs
+
+    Inner products of features equal those of the gradients in expectation (u is scaled by ``1 / sqrt(dim)``).
 
     Args:
         dim: length of a feature vector, >= 1.
-        seed: names the signs.
+        seed: seed of the signs.
     """
 
     dim: int
@@ -51,6 +54,8 @@ class HeadSketch:
 
 @cache
 def _factors(dim: int, seed: int, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """The factors of `HeadSketch.factors`, cached, since every batch of a run uses the same."""
+    # signs, uniform on {-1, +1}
     generator = Key((seed, dim)).generator()
     u = torch.randint(0, 2, (dim, vocabulary), generator=generator).float() * 2 - 1
     v = torch.randint(0, 2, (dim, hidden), generator=generator).float() * 2 - 1
@@ -62,21 +67,22 @@ def head_gradients(
 ) -> Tensor:
     """Sketch the gradient of log p(response | prompt) in the output head; [responses, dim], float32 on the CPU.
 
-    One forward pass without gradient. Beside the pass it holds ``dim * (vocabulary + hidden size)`` numbers of the
-    sketch, and twice 128 MiB of logits at most.
+    Runs one forward pass without gradient. Its memory is that of the forward pass, ``dim * (vocabulary + hidden size)``
+    numbers of the sketch, and up to twice 128 MiB of logits.
 
     Args:
         model: a causal language model of transformers, or a PeftModel of one.
         groups: prompts with their responses, as token ids; neither may be empty.
         sketch: the projection.
-        tokens_per_batch: positions per forward pass at most; None puts everything in one.
+        tokens_per_batch: maximum number of positions per forward pass. Default: one forward pass for all.
 
     Raises:
-        ValueError: if the output head is no linear layer; adapters on it, or a trained copy of it, are fine.
+        ValueError: if the output head is not a linear layer; adapters on it, or a trained copy of it, are supported.
     """
     base = base_model(model)
     head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     plain = head
+    # unwrap adapters of PEFT (base_layer) and trained copies (original_module)
     while isinstance(inner := getattr(plain, "base_layer", getattr(plain, "original_module", None)), nn.Module):
         plain = inner
     if not isinstance(plain, nn.Linear):
@@ -96,12 +102,14 @@ def head_gradients(
 
         def keep(hidden: Tensor, predictors: Tensor = packed.predictors, kept: list[Tensor] = kept) -> Tensor:
             kept.append(hidden.flatten(0, 1).index_select(0, predictors))
+            # the model's own logits are not used: compute them at a single position
             return hidden[:1, :1]
 
         with torch.no_grad(), evaluating(model.modules()):
             with attending(base, packed), before_head(head, keep):
                 model(**model_inputs(base, packed), use_cache=False)
             features = _token_features(kept[0], packed.targets, head, logit_rule(base, 1.0), u, v)
+        # sum of the token features of each response
         total = features.new_zeros(len(packed.response_lengths), sketch.dim).index_add_(0, packed.owners, features)
         rows = iter(torch.split(total.cpu(), [len(groups[index][1]) for index in batch]))
         found |= {index: next(rows) for index in batch}
@@ -109,13 +117,24 @@ def head_gradients(
 
 
 def _token_features(hidden: Tensor, targets: Tensor, head: nn.Module, rule: LogitRule, u: Tensor, v: Tensor) -> Tensor:
-    """Feature of each token, [tokens, dim]."""
+    """Feature of each token, [tokens, dim].
+
+    Args:
+        hidden: hidden states at the predicting positions, [tokens, width].
+        targets: the predicted tokens, [tokens].
+        head: the output head.
+        rule: transformation of the logits.
+        u: projection of the vocabulary, [dim, vocabulary].
+        v: projection of the hidden states, [dim, width].
+    """
     parts = []
-    tile = max(1, LOGITS_AT_ONCE // u.shape[1])
+    tile = max(1, LOGITS_PER_TILE // u.shape[1])
     for states, tokens in zip(torch.split(hidden, tile), torch.split(targets, tile), strict=True):
         logits = rule.apply(head(states).float())
+        # residual = s (e - p), s the slope of the rule
         residual = -logits.softmax(-1)
         residual.scatter_add_(1, tokens[:, None], torch.ones_like(residual[:, :1]))
         residual = residual * rule.slope(logits)
+        # feature_j = (u_j . (e - p)) (v_j . h)
         parts.append((residual @ u.T) * (states.float() @ v.T))
     return torch.cat(parts)

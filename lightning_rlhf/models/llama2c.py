@@ -1,7 +1,7 @@
-"""Models of llama2.c (https://github.com/karpathy/llama2.c) as folders that transformers opens.
+"""Convert models of llama2.c (https://github.com/karpathy/llama2.c) to the format of transformers.
 
-A ``model.bin`` of its first format is seven integers and the float32 weights in a fixed order; a ``tokenizer.bin`` is a
-list of pieces with scores. Both are read whole: these are small models.
+A ``model.bin`` of its first format consists of seven integers and the float32 weights in a fixed order. A
+``tokenizer.bin`` is a list of pieces with scores. Both are small and read as a whole.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROPE_THETA = 10_000.0
 FIRST_BYTE = 3
-"""Id of the piece for byte 0; before it come ``<unk>``, ``<s>`` and ``</s>``, behind the bytes what merges make."""
+"""Id of the piece for byte 0, after ``<unk>``, ``<s>`` and ``</s>``; the merged pieces follow the 256 bytes."""
 
 SPECIALS = ("<unk>", "<s>", "</s>")
 
 
 def convert_llama2c(model: bytes, tokenizer: bytes, folder: Path) -> None:
-    """Write a model and its tokenizer as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+    """Write a model and its tokenizer to a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
-    A story is taught to begin with ``<s>`` and to be followed by the ``<s>`` of the next one; so that token is both
-    the first of every text and the one that ends it, as in llama2.c.
+    In the training data every story begins with ``<s>`` and is followed by the ``<s>`` of the next one. As in llama2.c,
+    ``<s>`` is therefore both BOS and EOS.
 
     Args:
         model: content of ``model.bin``.
         tokenizer: content of ``tokenizer.bin``.
-        folder: where to; exists.
+        folder: an existing folder.
 
     Raises:
-        ValueError: if either is no such file, or they do not belong together.
+        ValueError: if a file has another format, or the two have different vocabularies.
     """
     config, weights = read_model(model)
     built = LlamaForCausalLM(config)
     missing, unexpected = built.load_state_dict(weights, strict=False)
-    # a head that shares the embedding is not among the weights
+    # a head tied to the embedding has no weight of its own
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
     built.save_pretrained(folder)
     pieces = read_pieces(tokenizer)
     if len(pieces) != config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(pieces)} pieces, the model {config.vocab_size}; they don't belong")
+        raise ValueError(
+            f"the tokenizer has {len(pieces)} pieces, the model {config.vocab_size}; use the model's tokenizer"
+        )
     make: Any = PreTrainedTokenizerFast
     fast = make(
         tokenizer_object=piece_tokenizer(pieces),
@@ -64,17 +66,22 @@ def convert_llama2c(model: bytes, tokenizer: bytes, folder: Path) -> None:
 
 
 def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """Read a ``model.bin``: its config, and its weights by the names and in the layout of `LlamaForCausalLM`.
+    """Read a ``model.bin``: its config, and its weights with the names and layout of `LlamaForCausalLM`.
+
+    Args:
+        data: content of the file.
 
     Raises:
-        ValueError: if the header makes no sense, the size does not fit it, or the rotary table is another one.
+        ValueError: if the header is invalid, the size does not match it, or the rotary table has another base.
     """
     if len(data) < 28:
         raise ValueError(f"a model.bin has a header of 28 bytes; got {len(data)} bytes")
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), length) < 1 or dim % (2 * heads) or heads % kv_heads:
-        raise ValueError(f"this is no model.bin of llama2.c's first format: {struct.unpack_from('<7i', data)}")
+        raise ValueError(f"this is not a model.bin of llama2.c's first format: {struct.unpack_from('<7i', data)}")
+    # a negative vocabulary size marks a head that is not tied to the embedding
     size, tied = dim // heads, vocab > 0
+    # the weights in the order of the file
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (abs(vocab), dim),
         "attention_norm": (layers, dim),
@@ -97,11 +104,12 @@ def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
     flat = torch.from_numpy(np.frombuffer(data, dtype="<f4", offset=28).astype(np.float32))
     arrays = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
     read = {name: part.view(shapes[name]) for name, part in zip(shapes, arrays, strict=True)}
+    # angle of position t and pair i: t * theta^(-2i / size)
     angles = torch.arange(length)[:, None] * ROPE_THETA ** (-torch.arange(0, size, 2) / size)
     if not (
         torch.allclose(read["cos"], angles.cos(), atol=1e-3) and torch.allclose(read["sin"], angles.sin(), atol=1e-3)
     ):
-        raise ValueError(f"the rotary table of model.bin is not that of base {ROPE_THETA:g}")
+        raise ValueError(f"the rotary table of model.bin does not have the base {ROPE_THETA:g}")
 
     weights = {"model.embed_tokens.weight": read["embedding"], "model.norm.weight": read["norm"]}
     if not tied:
@@ -137,9 +145,9 @@ def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the outputs of a query or key projection for transformers' rotary embedding.
+    """Reorder the outputs of a query or key projection for the rotary embedding of transformers.
 
-    llama2.c turns neighbours, (0, 1), (2, 3), ...; transformers turns entry i with entry i + size / 2.
+    llama2.c rotates neighbors, (0, 1), (2, 3), ...; transformers rotates entry i with entry i + size / 2.
 
     Args:
         weight: shape [heads * size, inputs].
@@ -149,13 +157,16 @@ def halves(weight: Tensor, heads: int) -> Tensor:
 
 
 def read_pieces(data: bytes) -> list[tuple[str, float]]:
-    """Read a ``tokenizer.bin``: pieces and scores by id, those of bytes as ``<0x0A>``.
+    """Read a ``tokenizer.bin``: pieces and scores by id, bytes as ``<0x0A>``.
+
+    Args:
+        data: content of the file.
 
     Raises:
-        ValueError: if it ends too early, or two pieces are equal.
+        ValueError: if the file is truncated, bytes are missing, or two pieces are equal.
     """
     pieces: list[tuple[str, float]] = []
-    place = 4  # behind the length of the longest piece
+    place = 4  # after the header, the length of the longest piece
     while place < len(data):
         if place + 8 > len(data):
             raise ValueError(f"tokenizer.bin ends within piece {len(pieces)}")
@@ -166,29 +177,30 @@ def read_pieces(data: bytes) -> list[tuple[str, float]]:
         place += 8 + length
         number = len(pieces)
         if number < FIRST_BYTE:
-            # written with line breaks around them
+            # the file has line breaks around their names
             pieces.append((SPECIALS[number], score))
         elif number < FIRST_BYTE + 256:
-            # written as characters, or, by later versions, as here
+            # early versions of the file have the character instead
             pieces.append((f"<0x{number - FIRST_BYTE:02X}>", score))
         else:
             pieces.append((piece.decode(), score))
     if len({piece for piece, _ in pieces}) < len(pieces) or len(pieces) < FIRST_BYTE + 256:
-        raise ValueError(f"tokenizer.bin holds {len(pieces)} pieces, of which some are equal or the bytes are missing")
+        raise ValueError(f"tokenizer.bin holds {len(pieces)} pieces, but some are equal or the bytes are missing")
     return pieces
 
 
 def piece_tokenizer(pieces: list[tuple[str, float]]) -> Tokenizer:
-    """A tokenizer that merges as llama2.c does: of all neighbours that make a piece, those of the highest score first.
+    """Make a tokenizer that merges like llama2.c: of all neighbors that form a piece, the highest score first.
 
-    A text gets a space in front, as in SentencePiece, and characters without a piece of their own become bytes.
+    A text gets a leading space, as in SentencePiece, and characters without a piece become bytes.
 
     Args:
-        pieces: pieces and scores by id, as of `read_pieces`.
+        pieces: pieces and scores by id, from `read_pieces`.
     """
     ids = {piece: number for number, (piece, _) in enumerate(pieces)}
     own = {piece for piece, _ in pieces[FIRST_BYTE + 256 :]}
     merges = []
+    # BPE applies merges in the order of the list: highest score first, with every split of a piece into two pieces
     for piece, _ in sorted(pieces[FIRST_BYTE + 256 :], key=lambda entry: -entry[1]):
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         merges += [(left, right) for left, right in splits if left in own and right in own]

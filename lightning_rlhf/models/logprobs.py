@@ -1,9 +1,9 @@
-"""Log-probabilities of responses under a causal language model, exact, and without the work nobody asked for.
+"""Log-probabilities of responses under a causal language model: exact, without padding or repeated prompts.
 
-Three things are left out: filling (`attention`), all but one of the computations of a prompt that several responses
-share (`shared_prefix`), and the head at positions that predict no response token (`head`). A model that cannot do one
-of them exactly (recurrent layers, an attention of its own, an unusual head) is found out on its first use, by
-comparison with its own plain forward, and does without.
+Three optimizations: no padding (`attention`), one computation of a prompt for all its responses (`shared_prefix`), and
+the output head only at positions that predict response tokens (`head`). Each model is probed on its first use: an
+optimization whose result differs from the plain forward pass (recurrent layers, custom attention, an unusual head) is
+switched off for that model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -40,8 +41,8 @@ from lightning_rlhf.models.shared_prefix import (
 
 Layout = Literal["auto", "packed", "shared", "padded"]
 
-SHARING_PAYS_FROM = 1.05
-"""`sharing_gain` from which rows with a mask share prompts; below it the dense mask costs more than it saves."""
+MIN_SHARING_GAIN = 1.05
+"""Smallest `sharing_gain` at which rows with a dense mask share prompts; below, the mask costs more than it saves."""
 
 
 def response_logps(
@@ -53,24 +54,24 @@ def response_logps(
     tile: int | None = None,
     temperature: float = 1.0,
 ) -> list[Tensor]:
-    """Compute log p(token | prompt, earlier tokens) for every response token, nats.
+    """Compute log p(token | prompt, earlier tokens) of every response token, nats.
 
     Args:
         model: a causal language model of transformers, or a PeftModel of one; carries gradient if enabled.
         groups: prompts with their responses, as token ids; neither may be empty.
-        layout: ``"packed"`` computes a prompt once per group and fills nothing up, ``"shared"`` computes a prompt once
-            per group, in rows of equal length, ``"padded"`` once per response; ``"auto"`` packs if the model can, else
-            shares if it can and `sharing_gain` is at least 1.05.
-        tokens_per_batch: positions per forward pass at most; None puts everything in one. Under FSDP all ranks must
-            make equally many forward passes, so leave it None there.
-        tile: tokens whose logits are held at a time, >= 1; None takes as many as fit into 256 MiB.
+        layout: ``"packed"`` computes a prompt once per group, without padding. ``"shared"`` computes a prompt once per
+            group, in padded rows. ``"padded"`` computes it once per response. ``"auto"`` packs if the model supports
+            it, else shares if the model supports it and `sharing_gain` is at least 1.05.
+        tokens_per_batch: maximum number of positions per forward pass. Default: one forward pass for all. Under FSDP
+            leave it None, since all ranks must run the same number of forward passes.
+        tile: tokens whose logits are in memory at a time, >= 1. Default: as many as fit into 256 MiB.
         temperature: divides the logits, > 0.
 
     Returns:
-        One tensor [length] per response, group by group, in the order given; float32, or float64 for float64 models.
+        One tensor [length] per response, group by group, in the given order; float32, or float64 for float64 models.
 
     Raises:
-        ValueError: if a prompt or a response is empty, or a layout is asked of a model that cannot.
+        ValueError: if a prompt or a response is empty, or the model does not support the layout.
     """
     if not groups:
         return []
@@ -83,8 +84,10 @@ def response_logps(
     for batch in batches:
         packed = pack([groups[index] for index in batch], rows)
         pieces = iter(packed.split(packed_scores(model, packed, tile=tile, temperature=temperature).logps))
-        by_group |= {index: [next(pieces) for _ in groups[index][1]] for index in batch}
-    return [logps for index in range(len(groups)) for logps in by_group[index]]
+        for index in batch:
+            by_group[index] = list(islice(pieces, len(groups[index][1])))
+    # batches are sorted by length: back to the order of the groups
+    return list(chain.from_iterable(by_group[index] for index in range(len(groups))))
 
 
 def summed_logps(
@@ -115,15 +118,19 @@ def packed_scores(
 
     Args:
         model: as in `response_logps`.
-        packed: what `pack` made.
-        tile: tokens whose logits are held at a time, >= 1; None takes as many as fit into 256 MiB.
+        packed: a batch made by `pack`.
+        tile: tokens whose logits are in memory at a time, >= 1. Default: as many as fit into 256 MiB.
         temperature: divides the logits, > 0.
         statistics: also return entropy and greedy match of each target.
+
+    Raises:
+        ValueError: if temperature or tile is out of range, or the model does not support the layout of the batch.
     """
     if temperature <= 0 or (tile is not None and tile < 1):
         raise ValueError(f"temperature must be > 0 and tile at least 1; got {temperature} and {tile}")
     base = base_model(model)
     support = _support(model)
+    # the backward pass runs the layers again, when `attending` has already restored the attention function
     if packed.spans and checkpoints_layers(base):
         raise ValueError("gradient checkpointing recomputes layers outside of the packed layout; use 'shared' with it")
     obstacle = support.packed if packed.spans else support.shared
@@ -144,7 +151,12 @@ def packed_scores(
 
 
 def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
-    """Choose the fastest layout that a model computes exactly."""
+    """Choose the fastest layout that a model computes exactly.
+
+    Args:
+        model: as in `response_logps`.
+        groups: prompts with their responses, as token ids.
+    """
     base, support = base_model(model), _support(model)
     if depends_on_length(base, max(len(prompt) + len(r) for prompt, responses in groups for r in responses)):
         return "padded"
@@ -158,9 +170,9 @@ def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
 
 
 def sharing_pays(base: PreTrainedModel, groups: Sequence[Group]) -> bool:
-    """Whether rows that share prompts, with a dense mask, cost less than padded rows without one."""
+    """Whether rows that share prompts, with a dense mask, cost less than padded rows without a mask."""
     hidden_size = getattr(base.config.get_text_config(), "hidden_size", None)
-    return sharing_gain(groups, hidden_size) >= SHARING_PAYS_FROM
+    return sharing_gain(groups, hidden_size) >= MIN_SHARING_GAIN
 
 
 # ---- the forward pass ----------------------------------------------------------------------------------------------
@@ -176,6 +188,17 @@ def _forward(
     temperature: float = 1.0,
     statistics: bool = False,
 ) -> TokenScores:
+    """Run one forward pass and score the targets; the arguments are those of `packed_scores`.
+
+    Args:
+        model: as in `response_logps`.
+        packed: the batch.
+        mode: ``"full"`` computes logits at every position, ``"gathered"`` at the predictors, ``"fused"`` at the
+            predictors in tiles.
+        tile: see `packed_scores`.
+        temperature: see `packed_scores`.
+        statistics: see `packed_scores`.
+    """
     base = base_model(model)
     packed = packed.to(embedding(base).device)
     head = _head(base)
@@ -185,6 +208,7 @@ def _forward(
             return cast(Tensor, model(**model_inputs(base, packed), use_cache=False).logits)
 
     def choose(hidden: Tensor) -> Tensor:
+        # [rows, length, width] -> [tokens, width], the positions that predict response tokens
         return hidden.flatten(0, 1).index_select(0, packed.predictors)
 
     if mode == "full":
@@ -204,37 +228,44 @@ def _forward(
                 choose(hidden), head.weight, packed.targets, bias=head.bias, rule=rule, tile=tile, statistics=statistics
             )
         )
+        # the scores are computed: let the model's own head run on a single position
         return hidden[:1, :1]
 
     with before_head(head, score):
         logits = run()
     (scores,) = scored
     if logits.requires_grad and isinstance(base, FSDPModule):
-        # FSDP starts its backward pass at the outputs of the model, so they have to be in the graph
+        # FSDP registers its backward hooks on the outputs of the model, so that they must be in the graph
         return replace(scores, logps=scores.logps + 0.0 * logits.sum())
     return scores
 
 
 def _plain_scores(logits: Tensor, targets: Tensor, temperature: float, statistics: bool) -> TokenScores:
-    """Scores from logits that are there in full, [tokens, vocabulary]; what the fused head computes in tiles."""
+    """Scores from the full logits, [tokens, vocabulary]; the fused head computes the same in tiles."""
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    # log p(y) = z_y - logsumexp(z)
     logps = -F.cross_entropy(logits, targets, reduction="none")
     if not statistics:
         return TokenScores(logps)
     with torch.no_grad():
+        # H = -sum_v p_v log p_v
         entropy: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
         return TokenScores(logps, entropy, logits.argmax(-1) == targets)
 
 
 @contextmanager
 def before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change what enters the head, for one forward pass.
+    """Change the input of the head, for one forward pass.
 
-    A hook, and not a call of trunk and head one by one: whatever wraps the model (FSDP, PEFT) and whatever it does to
-    its logits (scales, soft caps) stays in force.
+    A hook rather than separate calls of trunk and head: wrappers of the model (FSDP, PEFT) and changes of the logits
+    after the head (scales, soft caps) remain active.
+
+    Args:
+        head: the output head.
+        change: maps the hidden states to those that enter the head.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
         return (change(args[0]), *args[1:])
 
@@ -247,17 +278,17 @@ def before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> I
 
 
 def attending(base: PreTrainedModel, packed: PackedResponses) -> AbstractContextManager[None]:
-    """Give a model the attention that a batch needs, for one forward pass."""
+    """Set the attention function that a batch needs, for one forward pass."""
     return attending_in_segments(base) if packed.spans else nullcontext()
 
 
-def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, Any]:
+def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, Tensor | dict[str, Tensor]]:
     """Arguments of a forward pass over a packed batch."""
     if not packed.shares_prompt and rotary_window(base) is not None:
         # each row's own length
         return {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     if not packed.shares_prompt:
-        # nothing sees the filling at the right of a causal row, so that no mask is needed and the fast kernels apply
+        # causal attention never sees padding on the right: without a mask, the fast kernels apply
         return {"input_ids": packed.input_ids}
     dtype = embedding(base).dtype
 
@@ -271,17 +302,22 @@ def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, An
 
 
 def masks_by_layer(base: PreTrainedModel, mask: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
-    """Make the masks that the layers of a model take; ``mask`` makes one for a window in tokens, None for no window."""
+    """Make the attention masks of all layers of a model.
+
+    Args:
+        base: the model.
+        mask: makes the mask of a sliding window in tokens; None is full attention.
+    """
     config = base.config.get_text_config()
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
     if "sliding_attention" in layer_types:
         return {"full_attention": mask(None), "sliding_attention": mask(window)}
-    # layer types, none of them sliding: the window is not in use (Qwen); no layer types: it is everywhere (Mistral)
+    # with layer types, none of them sliding, the window is unused (Qwen); without, it holds for all layers (Mistral)
     return mask(None if layer_types else window)
 
 
 def logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
-    """What the model does to its logits behind the head; `_probe` verifies the guess."""
+    """Scale and soft cap of a model's logits, from its config, with a temperature; `_probe` verifies them."""
     config = base.config.get_text_config()
     # Cohere multiplies, Granite divides, Gemma caps
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -289,31 +325,32 @@ def logit_rule(base: PreTrainedModel, temperature: float) -> LogitRule:
 
 
 def checkpoints_layers(base: PreTrainedModel) -> bool:
-    """Whether layers run again in the backward pass, when `attending_in_segments` is over."""
-    # what transformers calls is_gradient_checkpointing up to 5.x, and is_activation_checkpointing later
+    """Whether the layers run again in the backward pass (gradient checkpointing)."""
+    # not the property of transformers: is_gradient_checkpointing up to 5.x, is_activation_checkpointing later
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def computes_packed_rows(model: nn.Module, longest: int = 0) -> bool:
-    """Whether a model computes rows of several texts, of ``longest`` tokens at most, by `attending_in_segments`."""
+    """Whether a model computes packed rows, of ``longest`` tokens at most, exactly with `attending_in_segments`."""
     if depends_on_length(base_model(model), longest):
         return False
     return _support(model).packed is None and not checkpoints_layers(base_model(model))
 
 
 def head_on_chosen_positions(model: nn.Module) -> nn.Module | None:
-    """The head of a model that computes logits for whatever positions it is given; None if it must see them all."""
+    """The head of a model, if it can run on selected positions only; else None."""
     return _head(base_model(model)) if _support(model).gathered is None else None
 
 
 def logits_at(model: nn.Module, head: nn.Module | None, places: Tensor, **inputs: object) -> Tensor:
-    """Logits at chosen places of flattened rows, [places, vocabulary]; the head, if one is given, sees no other.
+    """Logits at selected positions of flattened rows, [places, vocabulary].
 
     Args:
         model: a causal language model.
-        head: what `head_on_chosen_positions` found, asked for before the attention of the model is exchanged.
+        head: result of `head_on_chosen_positions`, called before the attention function of the model is changed. With
+            None, the model computes logits at all positions.
         places: flat indices into [rows * length].
-        inputs: of the forward pass.
+        inputs: arguments of the forward pass.
     """
 
     def choose(hidden: Tensor) -> Tensor:
@@ -325,12 +362,20 @@ def logits_at(model: nn.Module, head: nn.Module | None, places: Tensor, **inputs
         return cast(Tensor, model(**inputs).logits)[0]
 
 
-# ---- what a model can do -------------------------------------------------------------------------------------------
+# ---- optimizations that a model supports ---------------------------------------------------------------------------
 
 
 @dataclass
 class _Support:
-    """Obstacles, None where there are none: to the head on chosen positions, fused, and to prompts shared in rows."""
+    """Reasons against each optimization; None where it is exact.
+
+    Args:
+        gathered: against the head on selected positions.
+        fused: against the fused head of `score_tokens`.
+        shared: against the layout ``"shared"``.
+        packed: against the layout ``"packed"``.
+        warned: optimizations that the user was warned about.
+    """
 
     gathered: str | None
     fused: str | None
@@ -338,42 +383,46 @@ class _Support:
     packed: str | None
     warned: set[str] = field(default_factory=set)
 
-    def warn_once(self, what: str, message: str) -> None:
-        if what not in self.warned:
-            self.warned.add(what)
+    def warn_once(self, optimization: str, message: str) -> None:
+        """Warn about a missing optimization, once per model."""
+        if optimization not in self.warned:
+            self.warned.add(optimization)
             warnings.warn(message, stacklevel=3)
 
 
-_SUPPORT: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], _Support]] = WeakKeyDictionary()
+_SUPPORT: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], _Support]] = WeakKeyDictionary()
 
 
 def _support(model: nn.Module) -> _Support:
-    """Probe a model on its first use; again when its attention kernel, dtype or device has changed."""
+    """Probe a model on its first use, and again when its attention implementation, data type or device has changed."""
     base = base_model(model)
     weight = embedding(base)
-    circumstances = (base.config._attn_implementation, weight.dtype, weight.device.type)
+    configuration = (base.config._attn_implementation, weight.dtype, weight.device.type)
     known = _SUPPORT.get(base)
     rotary_window(base)
-    if known is None or known[0] != circumstances:
-        known = _SUPPORT[base] = (circumstances, _probe(model, weight.dtype, weight.device.type))
+    if known is None or known[0] != configuration:
+        known = _SUPPORT[base] = (configuration, _probe(model, weight.dtype, weight.device.type))
     return known[1]
 
 
 def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
-    """Compare every shortcut with the plain forward of the model on five random responses.
+    """Compare every optimization with the plain forward pass of the model on five random responses.
 
-    All ranks run the same forward passes, whatever their data, so that sharded models do not hang.
+    All ranks run the same forward passes, independent of their data, so that sharded models do not hang.
     """
     base = base_model(model)
     groups = probe_groups(base.config.get_text_config().vocab_size)
     padded = pack(groups, "padded")
     tile = len(padded.targets) // 3
     with evaluating(model.modules()), torch.autocast(device, enabled=False):
-        rows = [pack([(prompt, [r])], "padded") for prompt, responses in groups for r in responses]
+        rows: list[PackedResponses] = []
+        for prompt, responses in groups:
+            rows.extend(pack([(prompt, [response])], "padded") for response in responses)
+        # the ground truth: each response in a forward pass of its own
         alone = torch.cat([_forward(model, row, "full").logps for row in rows])
         full = _forward(model, padded, "full").logps
-        # sqrt(eps) is far above rounding and far below what a wrong mask does. TF32 and sharded mixed precision round
-        # more than the dtype of the weights tells; the effect of mere padding shows how much
+        # sqrt(eps) is far above rounding and far below the effect of a wrong mask. TF32 and sharded mixed precision
+        # round more than the data type of the weights: the effect of padding alone shows how much
         floor = 3 * math.sqrt(torch.finfo(dtype).eps)
         tolerance = max(floor, min(4 * _distance(full, alone), 0.1))
 
@@ -382,7 +431,7 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
                 found = _forward(model, packed, mode, tile).logps
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever third-party model code raises: reported in the warning
+            except Exception as error:  # third-party model code may raise anything: reported in the warning
                 return f"its forward pass raised {type(error).__name__}: {error}"
             if found.shape != expected.shape:
                 return f"its logits do not follow the positions given to the head ({tuple(found.shape)})"
@@ -399,7 +448,10 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
 
 
 def cannot_share(base: PreTrainedModel) -> str | None:
-    """Reasons that need no forward pass, and that a half-precision probe could overlook in an untrained model."""
+    """Reason against shared prompts that needs no forward pass, or None.
+
+    A probe in half precision could miss these on an untrained model.
+    """
     unknown = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     unknown -= {"full_attention", "sliding_attention"}
     if base._is_stateful:
@@ -412,6 +464,7 @@ def cannot_share(base: PreTrainedModel) -> str | None:
 
 
 def takes_no_mask(base: PreTrainedModel) -> str | None:
+    """Reason against dense attention masks, or None."""
     kernel = base.config.get_text_config()._attn_implementation
     if kernel in ("eager", "sdpa"):
         return None
@@ -419,7 +472,8 @@ def takes_no_mask(base: PreTrainedModel) -> str | None:
 
 
 def probe_groups(vocab_size: int) -> list[Group]:
-    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    """Two prompts with three and two random responses, the same at every call."""
+    generator = torch.Generator().manual_seed(0)  # the global random state does not change
 
     def ids(length: int) -> list[int]:
         return cast(list[int], torch.randint(vocab_size, (length,), generator=generator).tolist())
@@ -428,11 +482,17 @@ def probe_groups(vocab_size: int) -> list[Group]:
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
+    """Largest absolute difference; infinity if one is not finite."""
     difference = (left.double() - right.double()).abs().max().item()
     return difference if math.isfinite(difference) else math.inf
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers below a PEFT wrapper, or the model itself.
+
+    Raises:
+        ValueError: if the adapter is a prompt-learning one.
+    """
     if isinstance(model, PreTrainedModel):
         return model
     peft_model = cast(Any, model)
@@ -445,12 +505,15 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def embedding(base: PreTrainedModel) -> Tensor:
+    """Input embedding, [vocabulary, width]; its device and data type are those of the model."""
     return cast(Tensor, base.get_input_embeddings().weight)
 
 
 def _head(base: PreTrainedModel) -> nn.Module | None:
+    """Output head of a model, if it names one."""
     return cast("nn.Module | None", base.get_output_embeddings())  # type: ignore[no-untyped-call]
 
 
 def _name(base: PreTrainedModel) -> str:
+    """Class and model type, for messages."""
     return f"{type(base).__name__} (model type {base.config.model_type!r})"

@@ -1,4 +1,4 @@
-"""Eval mode for a while: how every part of the library computes without dropout and without gradients."""
+"""Eval mode as a context manager: computation without dropout and without gradients."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put modules in eval mode, without gradients, and restore the mode of each one afterwards.
 
     Args:
-        modules: each of them, not just the root: ``model.modules()``. Collect them once where this is called often.
+        modules: all modules, not just the root: ``model.modules()``. Collect them once if this is called often.
     """
-    # straight into __dict__: train() walks the tree and setattr searches parameters, both at every token; and train()
-    # would wake up modules that were in eval mode before
+    # not train(): it would also switch modules that were in eval mode before. Direct writes to __dict__, since train()
+    # and setattr are slow, and this runs at every token
     training = [module for module in modules if module.__dict__["training"]]
     with torch.no_grad():
         try:

@@ -1,9 +1,9 @@
 """Layout of prompts and responses in rows, so that a prompt is computed once for all its responses.
 
-A row of the shared layout is ``[prompt | r1 | r2 | ... | rk]``: the positions of each response restart behind the
-prompt and no response sees another, which is what k separate rows would compute, with the prompt computed once. The
-packed layout puts all such rows into one, so that nothing is filled up; it needs the attention of
-`lightning_rlhf.models.attention`. Everything here is pure; `lightning_rlhf.models.logprobs` runs models on it.
+A row of the shared layout is ``[prompt | r1 | r2 | ... | rk]``. The positions of each response restart after the prompt
+and no response attends to another, so that the result equals that of k separate rows. The packed layout concatenates
+all such rows into one without padding; it needs the attention of `lightning_rlhf.models.attention`. All functions here
+are pure; `lightning_rlhf.models.logprobs` runs models on the rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,21 +25,21 @@ RowLayout = Literal["packed", "shared", "padded"]
 
 @dataclass(frozen=True)
 class PackedResponses:
-    """Responses in rows, with the places their tokens are predicted from.
+    """Responses in rows, with the positions that predict their tokens.
 
-    Responses are numbered group by group, in the order given; tokens run response by response. Rows are filled up at
-    the right with token 0, which no response token can see.
+    Responses are numbered group by group, in the given order; tokens are ordered by response. Rows are padded on the
+    right with token 0, which no response token attends to.
 
     Args:
         input_ids: token ids, [rows, length].
-        position_ids: positions, [rows, length]; restart behind the prompt with each response, 0 in the filling.
-        segments: 0 in the prompt, j >= 1 in the j-th response of the row, -1 in the filling; [rows, length].
+        position_ids: positions, [rows, length]; each response restarts after the prompt; 0 in the padding.
+        segments: 0 in the prompt, j >= 1 in the j-th response of the row, -1 in the padding; [rows, length].
         predictors: flat index into [rows * length] of the position that predicts each response token, [tokens].
         targets: the response tokens, [tokens].
         ends: flat index of the last token of each response, [responses].
         response_lengths: tokens of each response, [responses].
-        shares_prompt: whether some row holds more than one response, and so needs `attention_mask`.
-        spans: of the packed layout, tokens of each prompt and of its responses, in the order of the row.
+        shares_prompt: whether some row has more than one response and needs `attention_mask`.
+        spans: for the packed layout, number of tokens of each prompt and of its responses, in the order of the row.
     """
 
     input_ids: Tensor
@@ -54,28 +54,35 @@ class PackedResponses:
 
     @property
     def num_computed(self) -> int:
-        """Positions a model computes for this batch, filling included."""
+        """Positions that a model computes for this batch, padding included."""
         return self.input_ids.numel()
 
     @property
     def owners(self) -> Tensor:
-        """Number of the response that each token belongs to, [tokens]."""
+        """Index of the response that each token belongs to, [tokens]."""
         numbers = torch.arange(len(self.response_lengths), device=self.response_lengths.device)
         return numbers.repeat_interleave(self.response_lengths, output_size=len(self.targets))
 
     def to(self, device: torch.device | str) -> PackedResponses:
         """Move to a device."""
-        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
-        moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
-        return replace(self, **moved)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            segments=self.segments.to(device, non_blocking=True),
+            predictors=self.predictors.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            ends=self.ends.to(device, non_blocking=True),
+            response_lengths=self.response_lengths.to(device, non_blocking=True),
+        )
 
     def split(self, per_token: Tensor) -> list[Tensor]:
-        """Cut a [tokens] tensor into one tensor per response."""
+        """Split a [tokens] tensor into one tensor per response."""
         return list(torch.split(per_token, self.response_lengths.tolist()))
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """Sum a [tokens] tensor over the tokens of each response, [responses]; carries gradient."""
-        # not index_add: its order of summation on CUDA changes from run to run
+        # not index_add, whose order of summation on CUDA is not deterministic
         return torch.segment_reduce(per_token, "sum", lengths=self.response_lengths)
 
 
@@ -92,7 +99,7 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
     _check(groups)
     if layout == "packed":
         return _in_one_row(groups)
-    rows = list(groups) if layout == "shared" else [(prompt, [r]) for prompt, responses in groups for r in responses]
+    rows = list(groups) if layout == "shared" else _one_response_per_row(groups)
     length = max(_row_length(row) for row in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     position_ids = torch.zeros_like(input_ids)
@@ -100,6 +107,7 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
     predictors: list[int] = []
     targets: list[int] = []
     ends: list[int] = []
+    # position t predicts token t + 1, so that the predictors of a response are shifted by one to the left
     for number, (prompt, responses) in enumerate(rows):
         ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for segment, response in enumerate(responses, start=1):
@@ -109,6 +117,7 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
             targets += response
             ends.append(start + len(response) - 1)
             ids += response
+            # every response restarts after the prompt
             positions += range(len(prompt), len(prompt) + len(response))
             owners += [segment] * len(response)
         input_ids[number, : len(ids)] = torch.tensor(ids)
@@ -121,14 +130,23 @@ def pack(groups: Sequence[Group], layout: RowLayout) -> PackedResponses:
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         ends=torch.tensor(ends),
-        response_lengths=torch.tensor([len(r) for _, responses in groups for r in responses]),
+        response_lengths=torch.tensor([len(responses[0]) for _, responses in _one_response_per_row(groups)]),
         shares_prompt=any(len(responses) > 1 for _, responses in rows),
     )
 
 
+def _one_response_per_row(groups: Sequence[Group]) -> list[Group]:
+    """One group per response, in order."""
+    rows: list[Group] = []
+    for prompt, responses in groups:
+        rows.extend((prompt, [response]) for response in responses)
+    return rows
+
+
 def _in_one_row(groups: Sequence[Group]) -> PackedResponses:
-    """One row per group, and those rows one behind the other."""
+    """Lay out one row per group, and concatenate the rows."""
     rows = [pack([group], "shared") for group in groups]
+    # flat indices of a row shift by the length of the rows before it
     starts = list(accumulate((row.num_computed for row in rows), initial=0))
     return PackedResponses(
         input_ids=torch.cat([row.input_ids for row in rows], 1),
@@ -144,18 +162,20 @@ def _in_one_row(groups: Sequence[Group]) -> PackedResponses:
 
 
 def attention_mask(packed: PackedResponses, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Build the additive mask [rows, 1, length, length] that keeps the responses of a row apart.
+    """Build the additive mask [rows, 1, length, length] that separates the responses of a row.
 
-    0 where a query may look and the most negative number of the dtype elsewhere: the eager attention of transformers
-    computes wrong values with a boolean mask, without a word. Every position sees at least itself.
+    It is 0 where a query attends and the most negative number of the data type elsewhere. A boolean mask is not used,
+    since the eager attention of transformers silently computes wrong values with one. Every position attends at least
+    to itself.
 
     Args:
         packed: the batch.
-        dtype: floating dtype of the model.
+        dtype: floating data type of the model.
         window: sliding window in tokens, the query's own included, as in the configs of transformers. It is measured in
-            positions, not in columns of the row; None for full attention.
+            positions, not in columns of the row. Default: full attention.
     """
     query, key = packed.segments[:, :, None], packed.segments[:, None, :]
+    # visible: earlier columns of the prompt or of the same response
     length = packed.segments.shape[1]
     visible = ((key == 0) | (key == query)) & torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
     if window is not None:
@@ -165,37 +185,42 @@ def attention_mask(packed: PackedResponses, dtype: torch.dtype, window: int | No
 
 
 def sharing_gain(groups: Sequence[Group], hidden_size: int | None = None) -> float:
-    """Estimate how many times less the shared layout computes than the padded one.
+    """Estimate the cost of the padded layout divided by the cost of the shared layout.
 
-    Without ``hidden_size`` this counts tokens: sum of (P + R) over responses, divided by sum of (P + R1 + ... + Rk)
-    over groups; for a pair 2 (P + R) / (P + 2 R). With it, attention counts too, so that long rows of many responses,
-    whose masked squares are wasted, do not look cheap.
+    Without ``hidden_size`` the cost is the number of tokens: the sum of (P + R) over responses, divided by the sum of
+    (P + R1 + ... + Rk) over groups; for a pair 2 (P + R) / (P + 2 R). With it, attention is included, whose masked part
+    is wasted in long rows of many responses.
 
     Args:
         groups: prompts with their responses.
-        hidden_size: width of the model, >= 1.
+        hidden_size: width of the model, >= 1. Default: count tokens only.
     """
 
     def cost(length: int, causal: bool) -> float:
-        # a transformer layer costs 24 h^2 FLOPs per token outside attention, and 4 h L inside with a dense mask, half
-        # of that with a causal kernel
+        # FLOPs of a transformer layer per token: 24 h^2 outside of attention, and 4 h L in attention with a dense mask,
+        # half of that with a causal kernel; their ratio is L / (6 h)
         attention = 0.0 if hidden_size is None else length / (6 * hidden_size) * (0.5 if causal else 1.0)
         return length * (1.0 + attention)
 
-    padded = sum(cost(len(prompt) + len(r), causal=True) for prompt, responses in groups for r in responses)
+    padded = sum(cost(_row_length(row), causal=True) for row in _one_response_per_row(groups))
     return padded / sum(cost(_row_length(group), causal=False) for group in groups)
 
 
 def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowLayout = "shared") -> list[list[int]]:
-    """Divide groups into batches of similar length, so that few positions are filled up.
+    """Divide groups into batches of similar length, to reduce padding.
 
     Args:
         groups: prompts with their responses.
-        tokens_per_batch: positions per batch at most, filling included, >= 1; a longer group makes its own batch.
-        layout: the layout the batches will be packed in; only ``"packed"`` has no filling.
+        tokens_per_batch: maximum number of positions per batch, padding included, >= 1; a longer group is a batch of
+            its own.
+        layout: layout of the batches; only ``"packed"`` has no padding.
 
     Returns:
-        Indices into ``groups``, each exactly once, longest groups first: if memory is short, it is short at once.
+        Indices into ``groups``, each exactly once, longest groups first: if memory does not suffice, the first batch
+        shows it.
+
+    Raises:
+        ValueError: if tokens_per_batch is below 1, or a prompt or a response is empty.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
@@ -207,7 +232,7 @@ def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowL
     batches: list[list[int]] = []
     used, width = 0, 0
     for index in sorted(range(len(groups)), key=lambda i: -longest[i]):
-        # without filling a row costs its own length, with it the length of the first, which is the longest
+        # without padding a row costs its own length, with padding that of the first row, the longest of the batch
         cost = rows[index] * (longest[index] if layout == "packed" or not batches else width)
         if not batches or used + cost > tokens_per_batch:
             batches.append([])
@@ -219,11 +244,13 @@ def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowL
 
 
 def _row_length(group: Group) -> int:
+    """Tokens of a row of the shared layout."""
     prompt, responses = group
     return len(prompt) + sum(map(len, responses))
 
 
 def _check(groups: Sequence[Group]) -> None:
+    """Raise a ValueError if there is no group, or a prompt or a response is empty."""
     if not groups:
         raise ValueError("expected at least one prompt with responses; got none")
     for number, (prompt, responses) in enumerate(groups):

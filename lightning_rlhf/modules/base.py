@@ -171,7 +171,8 @@ class AbstractStepModule(KeepsArguments, L.LightningModule, ABC):
     @cached_property
     def _checkpoint_config(self) -> PreTrainedConfig:
         checkpoint = resolve_checkpoint(self.checkpoint)
-        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code)
+        return config
 
     @cached_property
     def configured_end_ids(self) -> tuple[int, ...]:
@@ -250,7 +251,7 @@ class AbstractStepModule(KeepsArguments, L.LightningModule, ABC):
         optimizer: torch.optim.Optimizer
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         if any(map(is_half, parameters)):
             optimizer = MasterWeights(optimizer)
         warmup = max(self.warmup_steps, 1)

@@ -1,4 +1,4 @@
-"""Pair samplers: prompts in, comparisons out. Write your own by subclassing `AbstractPairSampler`."""
+"""Pair samplers: prompts in, pairs of responses (comparisons) out. Subclass `AbstractPairSampler` to write your own."""
 
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.samplers.best_of_n import BestOfNSampler

@@ -1,4 +1,4 @@
-"""Best-of-N sampling: the best and the worst of n draws from the policy."""
+"""Best-of-N sampling: the best and the worst of n policy samples."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.samplers.base import AbstractPairSampler
-from lightning_rlhf.samplers.draws import COIN, implicit_rewards, pool_requests
+from lightning_rlhf.samplers.draws import COIN, implicit_rewards, pool_requests, repeated
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 
 TIE = 1e-4
-"""Scores that differ by less than this are equal: at theta = ref all implicit rewards are, up to rounding."""
+"""Scores that differ by less than this count as equal: at theta = ref all implicit rewards are, up to rounding."""
 
 
 class BestOfNSampler(AbstractPairSampler):
-    """Draws n responses from the policy and pairs the best (first) with the worst (second).
+    """Samples n responses from the policy and pairs the best (first) with the worst (second).
 
     Best-of-N of Table 1 of PILAF (arXiv 2502.04270), after Xiong et al. 2024 (arXiv 2312.11456). Candidates are ranked
-    by the implicit DPO reward, ``beta * sum(log pi_theta - log pi_ref)``, which is the variant the paper compares, or
-    by an oracle reward. The implicit reward is a sum over tokens, so the extremes favour long responses. Candidates
-    that all tie, as they do while the policy equals the reference, are paired at random. The costs are counted as in
-    the paper, which leaves out the scoring of the candidates by the reference.
+    by the implicit DPO reward ``beta * sum(log pi_theta - log pi_ref)``, the variant that the paper compares, or by
+    an oracle reward. The implicit reward is a sum over tokens, so that extremes favor long responses. Candidates that
+    all tie, as they do while the policy equals the reference, are paired at random. Costs are counted as in the paper,
+    without the scoring of the candidates by the reference.
 
     With an oracle reward its scores are the label, as in the paper: the best is preferred, two of equal score are a
     tie, and ``data.labeler`` is not asked about the pair. Such a label costs n/2, since n responses were shown to the
@@ -42,7 +42,7 @@ class BestOfNSampler(AbstractPairSampler):
         ValueError: if n is smaller than 2.
     """
 
-    first_law, second_law = "best of π_θ", "worst of π_θ"
+    first_distribution, second_distribution = "best of π_θ", "worst of π_θ"
 
     def __init__(self, n: int = 8, reward: AbstractReward | None = None) -> None:
         if n < 2:
@@ -58,25 +58,26 @@ class BestOfNSampler(AbstractPairSampler):
         )
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Draw n candidates per prompt in one batch and keep two of them; branch ``"best_of_n"``.
+        """Sample n candidates per prompt in one batch and keep two of them; branch ``"best_of_n"``.
 
-        ``meta`` holds the two scores, and ``"delta"`` where they are implicit rewards.
+        ``meta`` holds the two scores, and their difference as ``"delta"`` if they are implicit rewards.
         """
-        drawn = engine.generate(pool_requests(prompts, self.n, key), reference_logps=self.reward is None)
-        scores = self._scores(prompts, drawn, engine.beta)
+        candidates = engine.generate(pool_requests(prompts, self.n, key), reference_logps=self.reward is None)
+        scores = self._scores(prompts, candidates, engine.beta)
         comparisons = []
         for i, prompt in enumerate(prompts):
+            # y^a = argmax score, y^b = argmin score over the n candidates
             best, worst = extremes(scores[i], key.fold(prompt.index, COIN))
             score_a, score_b = float(scores[i, best]), float(scores[i, worst])
             meta = {"score_a": score_a, "score_b": score_b}
             if self.reward is None:
                 meta["delta"] = score_a - score_b
-            a, b = drawn[i * self.n + best], drawn[i * self.n + worst]
+            a, b = candidates[i * self.n + best], candidates[i * self.n + worst]
             comparisons.append(Comparison(prompt, a, b, branch="best_of_n", passes=self.passes_per_pair, meta=meta))
         return comparisons
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
-        """Labels by the oracle reward, where there is one; its scores came with the draws."""
+        """Labels by the oracle reward, where there is one; its scores came with the samples."""
         if self.reward is None:
             return super().verdicts(comparisons)
         labels: list[Label | None] = []
@@ -87,12 +88,12 @@ class BestOfNSampler(AbstractPairSampler):
             labels.append(Label(probability, cost=self.n / 2, meta=scores))
         return labels
 
-    def _scores(self, prompts: Sequence[Prompt], drawn: Sequence[Response], beta: float) -> Tensor:
+    def _scores(self, prompts: Sequence[Prompt], candidates: Sequence[Response], beta: float) -> Tensor:
         """Score of each candidate; shape [prompts, n]."""
         if self.reward is None:
-            scores = implicit_rewards(drawn, beta)
+            scores = implicit_rewards(candidates, beta)
         else:
-            scores = checked_score(self.reward, [prompt for prompt in prompts for _ in range(self.n)], drawn)
+            scores = checked_score(self.reward, repeated(prompts, self.n), candidates)
         return scores.reshape(len(prompts), self.n)
 
 
@@ -101,9 +102,9 @@ def extremes(scores: Tensor, key: Key) -> tuple[int, int]:
 
     Args:
         scores: score of each candidate; shape [n], n >= 2.
-        key: names the random numbers that break ties.
+        key: source of the random numbers that break ties.
     """
-    # a random order first: whatever breaks ties by position after it breaks them at random
+    # shuffle first: every tie that is broken by position below is then broken at random
     order = torch.randperm(len(scores), generator=key.generator())
     shuffled = scores[order]
     best, worst = shuffled.max(), shuffled.min()
@@ -111,6 +112,6 @@ def extremes(scores: Tensor, key: Key) -> tuple[int, int]:
         return int(order[0]), int(order[1])
     first = (shuffled >= best - TIE).nonzero()[0]
     second = (shuffled <= worst + TIE).nonzero()[0]
-    if first == second:  # everything lies within TIE of both ends
+    if first == second:  # max - min is between TIE and 2 TIE, and one score is within TIE of both
         return int(order[shuffled.argmax()]), int(order[shuffled.argmin()])
     return int(order[first]), int(order[second])

@@ -1,4 +1,4 @@
-"""Table 1 of PILAF: what the samplers draw, and what a pair costs."""
+"""Table 1 of PILAF (arXiv 2502.04270): sampling distributions and costs of the samplers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FOOTNOTE = "\\*: the reward scores every candidate instead of a labeler comparin
 
 
 def cost_table(samplers: Sequence[AbstractPairSampler]) -> str:
-    """Table 1 of PILAF (arXiv 2502.04270) for any samplers, in Markdown.
+    """Make Table 1 of PILAF (arXiv 2502.04270) for the given samplers, in Markdown.
 
-    Sampling is counted in model forward passes per token position and pair, annotation in responses shown to the
-    annotator per pair.
+    The unit of sampling is model forward passes per token position and pair, the unit of annotation is responses shown
+    to the annotator per pair.
 
     Args:
         samplers: one row each, in order.
@@ -29,8 +29,8 @@ def cost_row(sampler: AbstractPairSampler) -> str:
     """One row of the table."""
     cells = [
         sampler.method or type(sampler).__name__,
-        sampler.first_law,
-        sampler.second_law,
+        sampler.first_distribution,
+        sampler.second_distribution,
         f"{sampler.passes_per_pair:g}",
         f"{sampler.annotations_per_pair:g}" + ("*" if scores_candidates(sampler) else ""),
     ]
@@ -38,5 +38,6 @@ def cost_row(sampler: AbstractPairSampler) -> str:
 
 
 def scores_candidates(sampler: AbstractPairSampler) -> bool:
-    """Whether more than the two responses of a pair are annotated."""
+    """Whether the annotator scores more than the two responses of a pair."""
+    # a labeled pair shows two responses; Best-of-N with an oracle reward scores all N
     return sampler.annotations_per_pair > 2

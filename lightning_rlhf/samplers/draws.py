@@ -1,4 +1,4 @@
-"""What the samplers share: names of random streams, pools of draws, and implicit rewards."""
+"""Helpers shared by the samplers: random streams, requests for pairs and pools, and implicit rewards."""
 
 from __future__ import annotations
 
@@ -13,36 +13,57 @@ from lightning_rlhf.types import Prompt, Response
 
 
 FIRST, SECOND, COIN = 0, 1, 2
-"""Last step of a key's path, after the prompt index: the stream of y^a, of y^b, and of the sampler's own choice."""
+"""Random streams of a prompt, folded into the key after the prompt index: y^a, y^b, and the choice of the sampler."""
 
 
 def coin(prompt: Prompt, key: Key) -> float:
-    """The uniform number on [0, 1) by which a sampler decides how to treat a prompt."""
+    """Uniform random number on [0, 1) with which a sampler chooses the branch of a prompt."""
     return float(key.fold(prompt.index, COIN).uniforms(1))
 
 
 def policy_pair(prompt: Prompt, key: Key) -> tuple[Request, Request]:
-    """Requests for two independent draws from pi_theta."""
+    """Requests for two independent samples of pi_theta."""
     return Request(prompt, key.fold(prompt.index, FIRST)), Request(prompt, key.fold(prompt.index, SECOND))
 
 
+def policy_pairs(prompts: Sequence[Prompt], key: Key) -> list[Request]:
+    """Requests for two independent samples of pi_theta per prompt, y^a before y^b, prompt by prompt."""
+    requests: list[Request] = []
+    for prompt in prompts:
+        requests.extend(policy_pair(prompt, key))
+    return requests
+
+
 def pool_requests(prompts: Sequence[Prompt], count: int, key: Key) -> list[Request]:
-    """Requests for a pool of ``count`` independent draws from pi_theta per prompt, prompt by prompt."""
-    # streams from COIN + 1 on: FIRST and SECOND are left to two-draw samplers
-    return [Request(prompt, key.fold(prompt.index, COIN + 1 + i)) for prompt in prompts for i in range(count)]
+    """Requests for a pool of ``count`` independent samples of pi_theta per prompt, prompt by prompt."""
+    requests: list[Request] = []
+    for prompt in prompts:
+        # streams from COIN + 1 on, since FIRST and SECOND belong to samplers of two responses
+        requests.extend(Request(prompt, key.fold(prompt.index, COIN + 1 + i)) for i in range(count))
+    return requests
 
 
-def implicit_rewards(drawn: Sequence[Response], beta: float) -> Tensor:
-    """Implicit rewards, beta * log(pi_theta / pi_ref), of responses with both log-probabilities; float64, [drawn]."""
-    return torch.tensor([beta * response.log_ratio() for response in drawn], dtype=torch.float64)
+def repeated(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Each prompt ``count`` times in a row: the prompt of each response of `pool_requests`."""
+    result: list[Prompt] = []
+    for prompt in prompts:
+        result.extend([prompt] * count)
+    return result
+
+
+def implicit_rewards(responses: Sequence[Response], beta: float) -> Tensor:
+    """Implicit rewards of responses with log-probabilities under both models; nats, float64, [responses]."""
+    # r_theta(y) = beta log(pi_theta(y|x) / pi_ref(y|x))
+    return torch.tensor([beta * response.log_ratio() for response in responses], dtype=torch.float64)
 
 
 def implicit_reward_gap(a: Response, b: Response, beta: float) -> float:
-    """Delta = r_theta(a) - r_theta(b), with the implicit reward r_theta = beta * log(pi_theta / pi_ref).
+    """Implicit-reward gap of a pair, nats.
 
     Args:
         a: first response, with log-probabilities under policy and reference.
         b: second response, likewise.
         beta: the DPO beta, > 0.
     """
+    # delta = r_theta(a) - r_theta(b) with r_theta = beta log(pi_theta / pi_ref)
     return beta * (a.log_ratio() - b.log_ratio())

@@ -12,23 +12,24 @@ from lightning_rlhf.types import Comparison, Prompt
 
 
 class HybridSampler(AbstractPairSampler):
-    """Draws the first response from the policy and the second from the reference.
+    """Samples the first response from the policy and the second from the reference.
 
-    The sampler of XPO (Xie et al. 2024, arXiv 2405.21046), "Hybrid" in Table 1 of PILAF (arXiv 2502.04270). XPO's
-    exploration bonus alpha belongs to the loss.
+    The sampler of XPO (Xie et al. 2024, arXiv 2405.21046), "Hybrid" in Table 1 of PILAF (arXiv 2502.04270). The
+    exploration bonus of XPO is part of the loss: `lightning_rlhf.losses.XPOLoss`.
     """
 
     method = "Hybrid (Xie 2024)"
-    first_law, second_law = "π_θ", "π_ref"
+    first_distribution, second_distribution = "π_θ", "π_ref"
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Draw one pair per prompt, y^a from pi_theta and y^b from pi_ref; branch ``"hybrid"``."""
+        """Sample one pair per prompt, y^a from pi_theta and y^b from pi_ref; branch ``"hybrid"``."""
         requests = []
         for prompt in prompts:
             requests.append(Request(prompt, key.fold(prompt.index, FIRST)))
+            # mix = -1: (1 + mix) h_theta - mix h_ref = h_ref
             requests.append(Request(prompt, key.fold(prompt.index, SECOND), mix=-1.0, source="reference"))
-        drawn = engine.generate(requests)
+        responses = engine.generate(requests)
         return [
             Comparison(prompt, a, b, branch="hybrid", passes=2.0)
-            for prompt, a, b in zip(prompts, drawn[::2], drawn[1::2], strict=True)
+            for prompt, a, b in zip(prompts, responses[::2], responses[1::2], strict=True)
         ]

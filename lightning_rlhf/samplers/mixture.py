@@ -1,29 +1,27 @@
-"""A mixture of samplers: each prompt goes to one of them."""
+"""A mixture of samplers: each prompt is assigned to one of them at random."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.base import AbstractPairSampler, SamplerState
 from lightning_rlhf.samplers.draws import coin
 from lightning_rlhf.types import Comparison, Label, Prompt
 
 
 class MixtureSampler(AbstractPairSampler):
-    """Gives each prompt to one of several samplers, at random.
+    """Assigns each prompt to one of several samplers at random.
 
-    ``meta["member"]`` of a comparison is the position of the sampler that drew it; each member observes its own
+    ``meta["member"]`` of a comparison is the position of the sampler that generated it. Each member observes its own
     comparisons.
 
     Args:
         samplers: the members; at least one, none of them a mixture.
-        weights: share of the prompts for each member, >= 0, not all zero; need not add up to 1. Omit them for equal
-            shares.
+        weights: unnormalized probability of each member, >= 0, not all zero. Default: equal.
 
     Raises:
         ValueError: if there is no member, a member is a mixture, or the weights do not fit the members.
@@ -36,11 +34,11 @@ class MixtureSampler(AbstractPairSampler):
             raise ValueError("a mixture needs at least one sampler; got an empty list")
         if any(isinstance(sampler, MixtureSampler) for sampler in samplers):
             raise ValueError("a mixture cannot hold a mixture; list all samplers in one and multiply the weights")
-        thrifty = next((sampler for sampler in samplers if sampler.label_share < 1), None)
-        if thrifty is not None:
+        partial = next((sampler for sampler in samplers if sampler.label_share < 1), None)
+        if partial is not None:
             raise ValueError(
-                f"a mixture labels all of its pairs, and {type(thrifty).__name__} would label a share of "
-                f"{thrifty.label_share:g} of them; give it label_share=1"
+                f"a mixture labels all of its pairs, but {type(partial).__name__} labels only a fraction of "
+                f"{partial.label_share:g} of its own; set its label_share=1"
             )
         weights = [1.0] * len(samplers) if weights is None else list(weights)
         if len(weights) != len(samplers):
@@ -52,26 +50,30 @@ class MixtureSampler(AbstractPairSampler):
         self.needs_engine = any(sampler.needs_engine for sampler in samplers)
         self.passes_per_pair = self._average([sampler.passes_per_pair for sampler in samplers])
         self.annotations_per_pair = self._average([sampler.annotations_per_pair for sampler in samplers])
-        self.first_law = self.second_law = f"one of {len(samplers)} samplers"
+        self.first_distribution = self.second_distribution = f"one of {len(samplers)} samplers"
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Draw one comparison per prompt, by the member that the prompt fell to."""
+        """Generate one comparison per prompt, each by the member that the prompt is assigned to.
+
+        Raises:
+            ValueError: if a member does not return one comparison per prompt.
+        """
         members = [self._member(coin(prompt, key)) for prompt in prompts]
-        drawn: dict[int, Comparison] = {}
+        by_position: dict[int, Comparison] = {}
         for i, sampler in enumerate(self.samplers):
-            places = [place for place, member in enumerate(members) if member == i]
-            if not places:
+            positions = [position for position, member in enumerate(members) if member == i]
+            if not positions:
                 continue
-            # its own sub-stream: a member that tosses a coin must not see ours again
-            comparisons = sampler.sample([prompts[place] for place in places], engine, key.fold(i))
-            if len(comparisons) != len(places):
+            # fold(i): a member that uses `coin` must not get the number that chose the member
+            comparisons = sampler.sample([prompts[position] for position in positions], engine, key.fold(i))
+            if len(comparisons) != len(positions):
                 raise ValueError(
-                    f"{type(sampler).__name__}.sample returned {len(comparisons)} comparisons for {len(places)} "
+                    f"{type(sampler).__name__}.sample returned {len(comparisons)} comparisons for {len(positions)} "
                     f"prompts; return one per prompt, in order"
                 )
-            for place, comparison in zip(places, comparisons, strict=True):
-                drawn[place] = replace(comparison, meta={**comparison.meta, "member": i})
-        return [drawn[place] for place in range(len(prompts))]
+            for position, comparison in zip(positions, comparisons, strict=True):
+                by_position[position] = replace(comparison, meta={**comparison.meta, "member": i})
+        return [by_position[position] for position in range(len(prompts))]
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
         """What each member says of its own comparisons."""
@@ -83,15 +85,15 @@ class MixtureSampler(AbstractPairSampler):
         return labels
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
-        """Let each member learn from its own comparisons."""
+        """Pass each member its own comparisons."""
         for i, sampler in enumerate(self.samplers):
             sampler.observe([comparison for comparison in comparisons if comparison.meta["member"] == i])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SamplerState:
         """States of the members, by position."""
         return {str(i): sampler.state_dict() for i, sampler in enumerate(self.samplers)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SamplerState) -> None:
         """Restore the states of the members.
 
         Raises:
@@ -106,14 +108,15 @@ class MixtureSampler(AbstractPairSampler):
             sampler.load_state_dict(state[str(i)])
 
     def _member(self, uniform: float) -> int:
-        """Position of the member whose share of [0, 1) holds a number."""
-        edge = 0.0
+        """Position of the member that a uniform number on [0, 1) selects, by inverse transform."""
+        cumulative = 0.0
         for i, share in enumerate(self.shares):
-            edge += share
-            if uniform < edge:
+            cumulative += share
+            if uniform < cumulative:
                 return i
-        # rounding left the last edge below 1
+        # rounding can leave the sum of the shares below 1: take the last member with a share
         return max(i for i, share in enumerate(self.shares) if share > 0.0)
 
     def _average(self, values: Sequence[float]) -> float:
+        """Mean of one value per member over the prompts."""
         return sum(share * value for share, value in zip(self.shares, values, strict=True))

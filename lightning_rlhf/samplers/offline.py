@@ -1,4 +1,4 @@
-"""Offline sampling: the pairs that came with the data."""
+"""Offline sampling: the recorded pairs of a preference data set."""
 
 from __future__ import annotations
 
@@ -12,30 +12,39 @@ from lightning_rlhf.types import Comparison, Prompt
 
 
 class OfflineSampler(AbstractPairSampler):
-    """Presents the recorded pairs of a preference data set; nothing is decoded.
+    """Returns the recorded pairs of a preference data set; nothing is decoded.
 
-    Offline DPO (Rafailov et al. 2023, arXiv 2305.18290). Which of the two comes first is a fair coin, so that a labeler
-    with a taste for the first place is not always shown the chosen one; ``meta["recorded_first"]`` says whether ``a``
-    is the recorded chosen response. The recorded weight becomes the weight of the pair.
+    Offline DPO (Rafailov et al. 2023, arXiv 2305.18290). The order of the two responses is random, since a labeler may
+    have a position bias. ``meta["recorded_first"]`` says whether ``a`` is the recorded chosen response. The recorded
+    weight is the weight of the pair.
     """
 
     method = "Offline (recorded pairs)"
-    first_law, second_law = "data", "data"
+    first_distribution, second_distribution = "data", "data"
     passes_per_pair = 0.0
     needs_engine = False
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Present the recorded pair of each prompt; branch ``"offline"``. The engine is not used.
+        """Return the recorded pair of each prompt; branch ``"offline"``. The engine is not used.
 
         Raises:
-            ValueError: if a prompt came without a recorded pair.
+            ValueError: if a prompt has no recorded pair.
         """
         del engine
+        # a fair coin decides the order, against position bias of the labeler
         return [recorded_comparison(prompt, chosen_first=coin(prompt, key) < 0.5) for prompt in prompts]
 
 
 def recorded_comparison(prompt: Prompt, *, chosen_first: bool) -> Comparison:
-    """The comparison between the recorded completions of a prompt."""
+    """Make a comparison of the recorded pair of a prompt.
+
+    Args:
+        prompt: a prompt with a recorded pair.
+        chosen_first: whether ``a`` is the recorded chosen response.
+
+    Raises:
+        ValueError: if the prompt has no recorded pair.
+    """
     if prompt.pair is None:
         raise ValueError(
             f"prompt {prompt.index} ({prompt.text[-80:]!r}) has no recorded pair; OfflineSampler needs rows with "

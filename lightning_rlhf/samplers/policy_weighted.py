@@ -1,11 +1,10 @@
-"""Policy-weighted choice: from a pool of draws, the one pair whose label lowers the expected loss in J most."""
+"""Policy-weighted sampling: of a pool of responses, keep the pair whose label lowers the expected loss in J most."""
 
 from __future__ import annotations
 
 import base64
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,45 +13,46 @@ from torch import Tensor
 from lightning_rlhf.estimators.design import best_pair, greedy_pairs, pair_values, policy_weight
 from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.samplers.base import AbstractPairSampler
-from lightning_rlhf.samplers.draws import COIN, implicit_rewards
+from lightning_rlhf.samplers.base import AbstractPairSampler, SamplerState
+from lightning_rlhf.samplers.draws import COIN, implicit_rewards, repeated
 from lightning_rlhf.samplers.pilaf import checked_tilt
 from lightning_rlhf.types import Comparison, Prompt
 
 
 class PolicyWeightedSampler(AbstractPairSampler):
-    """Draws a pool of n responses and labels the one pair that promises most for J.
+    """Samples a pool of n responses and keeps the pair whose label lowers the expected loss in J most.
 
-    The pair maximises ``sigma'(delta) g' I^-1 Sigma I^-1 g``, where delta is its gap in implicit reward and g the
-    gradient of delta; I is the Fisher information of the pairs labelled so far, and Sigma the covariance of gradients
-    under the policy, which is minus beta times the Hessian of J. To first order this is the fall of the expected loss
-    ``tr(Sigma I^-1) / (2 beta)`` by one label: greedy V-optimal design, as in Han et al. 2026 (arXiv 2606.19607).
-    PILAF (arXiv 2502.04270) spreads the same loss evenly over directions, and does not minimise it.
+    The pair maximizes the V-optimal design criterion ``sigma'(delta) g^T I^-1 Sigma I^-1 g``. delta is the
+    implicit-reward gap of the pair and g its gradient. I is the Fisher information of the pairs labeled so far. Sigma
+    is the covariance of reward gradients under the policy, ``-beta Hess J``. To first order, the criterion is the
+    decrease of the expected loss ``tr(Sigma I^-1) / (2 beta)`` by one label: greedy V-optimal design, as in Han et al.
+    2026 (arXiv 2606.19607). PILAF (arXiv 2502.04270) distributes the loss evenly over directions, but does not minimize
+    it. The equations are in `lightning_rlhf.estimators.design`.
 
-    Gradients are those in the output head, projected at random to ``dim`` numbers (`HeadSketch`): one more forward pass
-    per response, made in parallel and, like all scoring, not counted in ``passes``. Memory: ``dim * (vocabulary +
-    hidden size)`` float32 for the projection and four float64 matrices ``dim * dim``; per pair ``2 * n * dim`` bytes in
-    the ledger, from which I and Sigma are learnt when a round is over. During a round they stand still, so that pairs
-    depend on no batch; until the first round is over, both count as unity.
+    Gradients are taken in the output head and projected at random to ``dim`` numbers (`HeadSketch`). They cost one more
+    forward pass per response, which like all scoring is not counted in ``passes``. Memory: ``dim * (vocabulary + hidden
+    size)`` float32 for the projection, four float64 matrices of ``dim * dim``, and ``2 * n * dim`` bytes per pair in
+    the ledger. I and Sigma are updated after each round from the ledger and constant during a round, so that pairs do
+    not depend on the batch. In the first round Sigma is the identity and I the prior.
 
     Args:
-        n: responses per prompt, >= 2; each costs decoding, none a label.
+        n: responses per prompt, >= 2; each is decoded, and no more than two are labeled.
         dim: numbers per gradient, >= 1.
-        tilt: draw half of the pool from pi+ and half from pi- of PILAF with this strength, > 0; omit it to draw all of
-            it from the policy. Sigma is then that of the tilted pool.
-        ridge: prior information, in pairs of the policy, > 0; large where there is more to learn than labels can say.
-        ahead: share of the information of a round that is counted before it is drawn, in [0, 1]: without it all prompts
-            of a long round chase the same direction.
-        decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I forgets nothing.
-        label_share: share of the prompts of a round whose pair is labelled, in (0, 1]: those that promise most, chosen
-            one after the other with the information of those before, so that they differ. ``passes`` are per pair
-            drawn, of which a label then takes ``1 / label_share``.
+        tilt: sample half of the pool from pi+ and half from pi- of PILAF with this strength, > 0; Sigma is then the
+            covariance of the tilted pool. Default: sample the whole pool from the policy.
+        ridge: prior information, in policy pairs, > 0; use a large value for few labels and many parameters.
+        ahead: fraction of the expected information of a round that is added to I in advance, in [0, 1]. Without it, all
+            prompts of a long round select the same direction.
+        decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I does not decay.
+        label_share: fraction of the prompts of a round whose pair is labeled, in (0, 1]. They are chosen greedily by
+            the criterion, each given the information of those before, so that they differ. ``passes`` are per sampled
+            pair: a label costs ``1 / label_share`` times as many.
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
-    first_law, second_law = "pair of the pool", "with the most information on J"
+    first_distribution, second_distribution = "pair of the pool", "with the most information on J"
 
     def __init__(
         self,
@@ -72,70 +72,77 @@ class PolicyWeightedSampler(AbstractPairSampler):
                 f"got {ridge}, {ahead} and {decay}"
             )
         if not 0 < label_share <= 1:
-            raise ValueError(f"label_share is the share of pairs that are labelled, in (0, 1]; got {label_share}")
+            raise ValueError(f"label_share is the fraction of pairs that are labeled, in (0, 1]; got {label_share}")
         self.label_share = label_share
         self.n, self.dim, self.tilt = n, dim, checked_tilt(tilt)
         self.ridge, self.ahead, self.decay = ridge, ahead, decay
         self.passes_per_pair = float(n if tilt is None else 2 * n)
         self.method = f"Policy-weighted, N={n}" + ("" if tilt is None else ", tilted")
         self.information = torch.zeros(dim, dim, dtype=torch.float64)
-        """Sum of ``sigma'(delta) g g'`` over the pairs that the labeler was shown."""
+        """I, the sum of ``sigma'(delta) g g^T`` over the labeled pairs; float64 [dim, dim]."""
+        # Sigma = scatter / degrees of freedom, both summed over pools
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
-        self._freedom = 0.0
+        self._degrees_of_freedom = 0.0
         self._round_size = 0
+        # W = I^-1 Sigma I^-1 of the current round, computed at its first use
         self._weight: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:
-        """Sigma, the covariance of gradients of policy draws, shrunk to a multiple of unity while pools are few."""
+        """Sigma, the covariance of gradients of policy samples, shrunk to a multiple of the identity; [dim, dim]."""
         eye = torch.eye(self.dim, dtype=torch.float64)
-        if self._freedom == 0:
+        if self._degrees_of_freedom == 0:
             return eye
-        sample = self._scatter / self._freedom
-        # the fewer draws per dimension, the less the small eigenvalues of the sample mean
-        share = self.dim / (self.dim + self._freedom)
+        sample = self._scatter / self._degrees_of_freedom
+        # shrinkage c = dim / (dim + samples): with few samples, small eigenvalues of the sample covariance are noise
+        shrinkage = self.dim / (self.dim + self._degrees_of_freedom)
         scale = sample.diagonal().mean().clamp_min(1e-12)
-        return (1 - share) * sample + share * scale * eye
+        # Sigma = (1 - c) S + c (tr S / dim) 1
+        return (1 - shrinkage) * sample + shrinkage * scale * eye
 
     def regularised_information(self) -> Tensor:
-        """I with the prior and the share of the coming round, positive definite.
+        """I plus the prior and the expected information of the coming round; positive definite, [dim, dim].
 
-        A pair of the policy has the information ``sigma'(delta) g g'``, that is Sigma / 2 where delta is small. The
-        prior has as much in all directions together as `ridge` such pairs, but evenly spread: a direction that the
-        policy never varies in is then left alone, since nothing of J depends on it.
+        A policy pair has the information ``sigma'(delta) g g^T``, in expectation Sigma / 2 for small delta. The prior
+        has the trace of `ridge` such pairs, but is isotropic. Directions in which the policy does not vary get little
+        weight, since J does not depend on them.
         """
         sigma = self.sigma
+        # I + ridge (tr Sigma / dim) 1 / 2 + ahead * round_size * Sigma / 2; E[g g^T] = 2 Sigma and sigma'(0) = 1/4
         return self.information + self._prior(sigma) + self.ahead * self._round_size * sigma / 2
 
     def _prior(self, sigma: Tensor) -> Tensor:
         return self.ridge * sigma.diagonal().mean() * torch.eye(self.dim, dtype=torch.float64) / 2
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Draw a pool per prompt and keep one pair; branch ``"policy_weighted"``.
+        """Sample a pool per prompt and keep one pair; branch ``"policy_weighted"``.
 
-        ``meta`` holds ``"delta"``, the value of the pair over the mean of its pool as ``"gain"``, and the gradients of
-        the pool, from which `observe` learns: base64 of float16, times ``"pool_scale"``.
+        ``meta`` holds ``"delta"``, the criterion of the pair relative to the mean over its pool as ``"gain"``, and the
+        gradients of the pool, the inputs of `observe`: base64 of float16, times ``"pool_scale"``.
         """
         if not prompts:
             return []
-        requests = [self._request(prompt, key, i) for prompt in prompts for i in range(self.n)]
-        drawn = engine.generate(requests, reference_logps=True)
-        everyone = [prompt for prompt in prompts for _ in range(self.n)]
-        features = engine.beta * engine.head_gradients(everyone, drawn, self.dim).double()
-        rewards = implicit_rewards(drawn, engine.beta)
+        requests: list[Request] = []
+        for prompt in prompts:
+            requests.extend(self._request(prompt, key, i) for i in range(self.n))
+        responses = engine.generate(requests, reference_logps=True)
+        # grad r_theta = beta grad log pi_theta, in the sketched output head
+        features = engine.beta * engine.head_gradients(repeated(prompts, self.n), responses, self.dim).double()
+        rewards = implicit_rewards(responses, engine.beta)
         if self._weight is None:
             self._weight = policy_weight(self.regularised_information(), self.sigma)
         comparisons = []
         for i, prompt in enumerate(prompts):
             pool = slice(i * self.n, (i + 1) * self.n)
-            # one pool at a time: batched products round differently by size, and chunks must not matter
-            centred = features[pool] - features[pool].mean(0)
-            values = pair_values(centred, rewards[pool], self._weight)
+            # one pool at a time: batched products round by batch size, and pairs must not depend on the chunk
+            centered = features[pool] - features[pool].mean(0)
+            # values[a, b] = sigma'(delta) g^T W g with g = f_a - f_b
+            values = pair_values(centered, rewards[pool], self._weight)
             first, second = map(int, best_pair(values))
             if values[first, second] <= 0:
-                # nothing to learn from any pair; a random one, which for draws in random order the first two are
+                # no pair has any information: take the first two, which are a random pair of independent samples
                 first, second = 0, 1
-            blob, scale = packed(centred)
+            blob, scale = packed(centered)
             mean = float(values.sum()) / (self.n * (self.n - 1))
             meta = {
                 "delta": float(rewards[pool][first] - rewards[pool][second]),
@@ -145,16 +152,16 @@ class PolicyWeightedSampler(AbstractPairSampler):
                 "pool_first": first,
                 "pool_second": second,
             }
-            a, b = drawn[i * self.n + first], drawn[i * self.n + second]
+            a, b = responses[i * self.n + first], responses[i * self.n + second]
             comparisons.append(Comparison(prompt, a, b, "policy_weighted", passes=self.passes_per_pair, meta=meta))
         return comparisons
 
     def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
-        """The pairs of a round that together promise most, greedily; all where ``label_share`` is 1."""
+        """Select the pairs of a round that lower ``tr(Sigma I^-1)`` most, greedily; all if ``label_share`` is 1."""
         count = self.most_labels(len(comparisons))
         if count == len(comparisons):
             return list(range(count))
-        # equal responses teach nothing: what their gap has is rounding
+        # the gap of two equal responses is a rounding error
         equal = [i for i, comparison in enumerate(comparisons) if comparison.has_equal_responses]
         different = [i for i, comparison in enumerate(comparisons) if not comparison.has_equal_responses]
         if len(different) <= count:
@@ -163,46 +170,51 @@ class PolicyWeightedSampler(AbstractPairSampler):
             torch.stack(parts) for parts in zip(*(self._gap(comparisons[i]) for i in different), strict=True)
         )
         sigma = self.sigma
+        # without `ahead`: greedy_pairs adds the information of the chosen pairs itself
         return [different[i] for i in greedy_pairs(gaps, slopes, self.information + self._prior(sigma), sigma, count)]
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
-        """Add the pairs that were shown to the labeler to I, with a verdict or without, and all pools to Sigma."""
-        labelled = self.worth_labels(comparisons)
+        """Add the labeled pairs to I, whether or not the labeler gave a preference, and all pools to Sigma."""
+        # called before I changes, since the selection depends on it
+        labeled = self.worth_labels(comparisons)
         self._scatter *= self.decay
-        self._freedom *= self.decay
-        for position in sorted(labelled):
+        self._degrees_of_freedom *= self.decay
+        # I += sigma'(delta) g g^T; sorted, so that the order of summation is always the same
+        for position in sorted(labeled):
             gap, slope = self._gap(comparisons[position])
             self.information += slope * torch.outer(gap, gap)
+        # Sigma = sum_pools F^T F / sum_pools (n - 1), with the centered features F of a pool
         for comparison in comparisons:
             pool = self._pool(comparison)
             self._scatter += pool.T @ pool
-            self._freedom += len(pool) - 1
-        self._round_size = len(labelled) or self._round_size
+            self._degrees_of_freedom += len(pool) - 1
+        self._round_size = len(labeled) or self._round_size
         self._weight = None
 
     def _pool(self, comparison: Comparison) -> Tensor:
         return unpacked(comparison.meta["pool"], comparison.meta["pool_scale"], self.dim)
 
     def _gap(self, comparison: Comparison) -> tuple[Tensor, Tensor]:
-        """Gradient of a pair's gap in implicit reward, [dim], and sigma' of the gap."""
+        """Gradient g of the implicit-reward gap of a pair, [dim], and sigma'(delta)."""
         pool, meta = self._pool(comparison), comparison.meta
+        # sigma'(delta) = 1 / (2 cosh(delta / 2))^2; cosh overflows float64 beyond 710
         slope = 1 / (2 * math.cosh(min(abs(meta["delta"]), 700.0) / 2)) ** 2
         return pool[meta["pool_first"]] - pool[meta["pool_second"]], torch.tensor(slope, dtype=torch.float64)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SamplerState:
         """I, Sigma, and the size of a round."""
         return {
             "information": self.information.clone(),
             "scatter": self._scatter.clone(),
-            "freedom": self._freedom,
+            "freedom": self._degrees_of_freedom,
             "round_size": self._round_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+    def load_state_dict(self, state: SamplerState) -> None:
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            ValueError: if the gradients had another length.
+            ValueError: if the state was saved with another ``dim``.
         """
         if state["information"].shape != (self.dim, self.dim):
             raise ValueError(
@@ -210,24 +222,26 @@ class PolicyWeightedSampler(AbstractPairSampler):
                 f"{self.dim}; continue with the dim of the run"
             )
         self.information, self._scatter = state["information"].clone(), state["scatter"].clone()
-        self._freedom, self._round_size = float(state["freedom"]), int(state["round_size"])
+        self._degrees_of_freedom, self._round_size = float(state["freedom"]), int(state["round_size"])
         self._weight = None
 
     def _request(self, prompt: Prompt, key: Key, number: int) -> Request:
-        own = key.fold(prompt.index, COIN + 1 + number)
+        """Request for one response of the pool; with a tilt, the first half from pi+ and the rest from pi-."""
+        stream = key.fold(prompt.index, COIN + 1 + number)
         if self.tilt is None:
-            return Request(prompt, own)
+            return Request(prompt, stream)
         plus = number < self.n // 2
-        return Request(prompt, own, self.tilt if plus else -self.tilt, "plus" if plus else "minus")
+        return Request(prompt, stream, self.tilt if plus else -self.tilt, "plus" if plus else "minus")
 
 
 def packed(features: Tensor) -> tuple[str, float]:
-    """Write a matrix as base64 of float16, and the number to multiply it by."""
+    """Encode a matrix as base64 of float16, with the scale to multiply it by."""
+    # scaled to [-1, 1], since float16 overflows beyond 65504
     scale = float(features.abs().max()) or 1.0
     return base64.b64encode((features / scale).numpy().astype("<f2").tobytes()).decode(), scale
 
 
 def unpacked(blob: str, scale: float, dim: int) -> Tensor:
-    """Read what `packed` wrote; float64 [rows, dim]."""
+    """Decode a matrix that `packed` encoded; float64 [rows, dim]."""
     values = np.frombuffer(base64.b64decode(blob), dtype="<f2").astype(np.float64)
     return torch.from_numpy(scale * values.reshape(-1, dim))

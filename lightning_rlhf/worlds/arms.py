@@ -1,4 +1,4 @@
-"""Who draws the pairs in a tabular world: samplers with a closed pair law, and choosers from a pool of draws."""
+"""Samplers of a tabular world (arms): those with a closed form, and those that choose from a pool of samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
-from lightning_rlhf.estimators.tabular import tilted_laws
+from lightning_rlhf.estimators.tabular import tilted_distributions
 from lightning_rlhf.samplers.sir_pilaf import pair_probabilities
 from lightning_rlhf.worlds.laws import PairLaw, Sampler, secant
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
@@ -18,7 +18,7 @@ from lightning_rlhf.worlds.tabular import TabularWorld
 
 
 class Pairs(NamedTuple):
-    """Drawn pairs: first and second response, int64 [worlds, pairs], and the weight in the loss, [worlds, pairs]."""
+    """Sampled pairs: first and second response, int64 [worlds, pairs], and the loss weight, [worlds, pairs]."""
 
     first: Tensor
     second: Tensor
@@ -26,7 +26,7 @@ class Pairs(NamedTuple):
 
 
 class AbstractArm(ABC):
-    """Draws pairs in many worlds at once.
+    """Samples pairs in many worlds at once.
 
     Args:
         passes: model forward passes per token position and pair (Table 1 of PILAF).
@@ -37,45 +37,51 @@ class AbstractArm(ABC):
         self.passes, self.annotations = passes, annotations
 
     def reset(self, world: TabularWorld) -> None:
-        """Forget everything: a run begins."""
+        """Clear the state at the start of a run."""
         del world
 
     @abstractmethod
     def draw(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Pairs:
-        """Draw one pair per prompt of a round.
+        """Sample one pair per prompt of a round.
 
         Args:
             world: the worlds.
             parameters: w; shape [worlds, dimensions].
             prompts: prompt of each pair; shape [worlds, pairs].
-            generators: one per world, of this arm's own.
+            generators: one per world, not shared with other arms.
         """
 
     def learn(self, gaps: Tensor, labels: Tensor) -> None:
-        """Learn from labels: feature gaps [worlds, pairs, dimensions], and 1 where the first response won."""
+        """Update the state of the sampler with labels. Default: no state.
+
+        Args:
+            gaps: feature gaps dphi of the pairs; shape [worlds, pairs, dimensions].
+            labels: 1 where the first response won, else 0; shape [worlds, pairs].
+        """
         del gaps, labels
 
     def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw | None:
-        """The law of a pair, where it has a closed form."""
+        """Distribution and weight of the pairs; None without a closed form."""
         del world, parameters
         return None
 
 
 class AbstractLawArm(AbstractArm):
-    """A sampler with a closed pair law."""
+    """A sampler whose distribution of pairs has a closed form."""
 
     @abstractmethod
     def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
-        """The law of a pair."""
+        """Distribution and weight of the pairs."""
 
     def draw(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Pairs:
-        """Draw one pair per prompt of a round."""
+        """Sample one pair per prompt of a round."""
         pairs = self.pair_law(world, parameters)
         size = pairs.law.shape[-1]
+        # one categorical outcome per pair: the flat index a * size + b
         index = categorical(pairs.law.flatten(-2), prompts, 1, generators).squeeze(-1)
         weight = pairs.weight.expand_as(pairs.law).flatten(-2)
         rows = torch.arange(len(prompts))[:, None]
@@ -83,7 +89,7 @@ class AbstractLawArm(AbstractArm):
 
 
 class LawArm(AbstractLawArm):
-    """A sampler whose pair law depends on policy, reference and beta alone.
+    """A sampler whose distribution of pairs depends on policy, reference and beta only.
 
     Args:
         sampler: one of `lightning_rlhf.worlds.laws`.
@@ -95,17 +101,18 @@ class LawArm(AbstractLawArm):
         self.sampler = sampler
 
     def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
-        """The law of a pair."""
+        """Distribution and weight of the pairs."""
         return self.sampler(world.log_policy(parameters), world.log_reference, world.beta)
 
 
 class SecantArm(AbstractLawArm):
-    """Policy pairs tilted by the secant towards a reward: the oracle's, or that of a model of the labels so far.
+    """Policy pairs tilted by the secant to a reward: that of the oracle, or a reward model of the labels so far.
 
     Args:
-        true_reward: take the oracle's reward, which nobody has, instead of a maximum-likelihood fit of its labels.
+        true_reward: use the reward of the oracle, unknown in practice, instead of a maximum-likelihood fit to its
+            labels.
         ridge: precision of the prior of the fit, in labels, > 0.
-        passes: see `AbstractArm`; of the pool that a language model would resample from.
+        passes: see `AbstractArm`; the cost of the pool that a language model would resample from.
     """
 
     def __init__(self, true_reward: bool = False, ridge: float = 1.0, passes: float = 8.0) -> None:
@@ -116,29 +123,31 @@ class SecantArm(AbstractLawArm):
         self._fitted = torch.zeros(0)
 
     def reset(self, world: TabularWorld) -> None:
-        """Forget the labels."""
+        """Clear the labels at the start of a run."""
         self._gaps, self._labels, self._fitted = [], [], world.origin()
 
     def learn(self, gaps: Tensor, labels: Tensor) -> None:
-        """Fit the reward model to all labels."""
+        """Fit the reward model to all labels so far."""
         if self.true_reward:
             return
         self._gaps.append(gaps)
         self._labels.append(labels)
+        # all pairs with weight 1: the reward model estimates r*, not the policy
         record = torch.cat(self._gaps, 1), torch.cat(self._labels, 1)
         self._fitted = maximum_likelihood(*record, torch.ones_like(record[1]), self._fitted, self.ridge)
 
     def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
-        """The law of a pair."""
+        """Distribution and weight of the pairs."""
+        # r_hat = w_hat . phi
         reward = world.reward if self.true_reward else torch.einsum("wxyd,wd->wxy", world.features, self._fitted)
         return secant(world.log_policy(parameters), world.log_reference, world.beta, reward)
 
 
 class ResampledArm(AbstractArm):
-    """Resamples a pair of a pool of policy draws, as `lightning_rlhf.samplers.SIRPILAFSampler`.
+    """Resamples a pair from a pool of policy samples, like `lightning_rlhf.samplers.SIRPILAFSampler`.
 
     Args:
-        n: draws per prompt, >= 2.
+        n: samples per prompt, >= 2.
         temperature: > 0.
     """
 
@@ -149,31 +158,33 @@ class ResampledArm(AbstractArm):
     def draw(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Pairs:
-        """Draw a pool per prompt and resample."""
+        """Sample a pool per prompt and resample one pair."""
         pool = categorical(world.log_policy(parameters).exp(), prompts, self.n, generators)
         rows = torch.arange(len(prompts))[:, None, None]
+        # r_theta = w . phi, up to a constant per prompt
         rewards = (world.features[rows, prompts[..., None], pool] * parameters[:, None, None]).sum(-1)
-        law = pair_probabilities(rewards, rewards, self.temperature).flatten(-2)
+        # P(a, b) ∝ 1 / sigma'(delta / temperature)
+        probabilities = pair_probabilities(rewards, rewards, self.temperature).flatten(-2)
         columns = torch.arange(prompts.shape[1])[None].expand(len(prompts), -1)
-        index = categorical(law, columns, 1, generators).squeeze(-1)
+        index = categorical(probabilities, columns, 1, generators).squeeze(-1)
         first, second = (pool.gather(-1, part[..., None]).squeeze(-1) for part in (index // self.n, index % self.n))
-        return Pairs(first, second, torch.ones_like(law[..., 0]))
+        return Pairs(first, second, torch.ones_like(probabilities[..., 0]))
 
 
 class PoolArm(AbstractArm):
-    """Draws a pool per prompt, and labels the one pair that promises most for J.
+    """Samples a pool per prompt, and labels the pair that lowers the expected loss in J most.
 
-    The pair maximises ``sigma'(delta) dphi' I^-1 Sigma I^-1 dphi``: the fall of ``tr(Sigma I^-1)`` per unit of
-    information. I is the information of all pairs labelled so far, and stands still during a round, as in
+    The pair maximizes the design criterion ``sigma'(delta) dphi^T I^-1 Sigma I^-1 dphi``, the decrease of
+    ``tr(Sigma I^-1)`` to first order. I is the information of the pairs labeled so far, constant during a round as in
     `lightning_rlhf.samplers.PolicyWeightedSampler`; Sigma is exact.
 
     Args:
-        n: draws per prompt, >= 2.
-        tilted: draw half of the pool from pi+ and half from pi-, instead of all from the policy.
-        ridge: prior information, in labels' worth of policy pairs, > 0.
-        ahead: share of the round's own information that is counted in advance, in [0, 1]; without it all prompts of a
-            long round chase the same direction.
-        chooses: False labels the first two draws: the control.
+        n: samples per prompt, >= 2.
+        tilted: sample half of the pool from pi+ and half from pi-, instead of the policy.
+        ridge: prior information, in policy pairs, > 0.
+        ahead: fraction of the expected information of the round that is added to I in advance, in [0, 1]; without it
+            all prompts of a long round select the same direction.
+        chooses: False labels the first two samples, as a control.
     """
 
     def __init__(
@@ -184,23 +195,25 @@ class PoolArm(AbstractArm):
         self.information = torch.zeros(0)
 
     def reset(self, world: TabularWorld) -> None:
-        """Forget the labelled pairs."""
+        """Clear the information of labeled pairs at the start of a run."""
         self.information = world.features.new_zeros(world.num_worlds, world.dim, world.dim)
 
     def draw(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Pairs:
-        """Draw a pool per prompt and choose."""
+        """Sample a pool per prompt and choose one pair of it."""
         pool = self._pool(world, parameters, prompts, generators)
         rows = torch.arange(len(prompts))[:, None]
         features = world.features[rows[..., None], prompts[..., None], pool]
         rewards = (features * parameters[:, None, None]).sum(-1)
         sigma = world.covariance(parameters)
-        # a policy pair is worth 2 Sigma / 4 at most, where delta is 0
-        even = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(world.dim, dtype=sigma.dtype)
-        prior = (self.ridge * even + self.ahead * prompts.shape[1] * sigma) / 2
+        # information of a policy pair: E[sigma'(delta) dphi dphi^T] <= 2 Sigma / 4, with equality at delta = 0
+        isotropic = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(world.dim, dtype=sigma.dtype)
+        prior = (self.ridge * isotropic + self.ahead * prompts.shape[1] * sigma) / 2
+        # W = I^-1 Sigma I^-1
         weight = policy_weight(self.information + prior, sigma)
         if self.chooses:
+            # maximize sigma'(delta) dphi^T W dphi
             first, second = best_pair(pair_values(features, rewards, weight[:, None]))
         else:
             first, second = torch.zeros_like(prompts), torch.ones_like(prompts)
@@ -208,32 +221,37 @@ class PoolArm(AbstractArm):
         gap = features[rows, columns, first] - features[rows, columns, second]
         delta = rewards[rows, columns, first] - rewards[rows, columns, second]
         slope = delta.sigmoid() * (-delta).sigmoid()
+        # I += sum over pairs of sigma'(delta) dphi dphi^T
         self.information = self.information + torch.einsum("wp,wpd,wpe->wde", slope, gap, gap)
         return Pairs(pool[rows, columns, first], pool[rows, columns, second], torch.ones_like(delta))
 
     def _pool(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Tensor:
+        """Responses of the pool; int64 [worlds, pairs, n]."""
         log_policy = world.log_policy(parameters)
         if not self.tilted:
             return categorical(log_policy.exp(), prompts, self.n, generators)
-        laws = tilted_laws(log_policy, world.log_reference, world.beta)
+        # pi+ ∝ pi_theta exp(+r_theta), pi- ∝ pi_theta exp(-r_theta)
+        tilted = tilted_distributions(log_policy, world.log_reference, world.beta)
         half = self.n // 2
-        plus = categorical(laws.log_plus.exp(), prompts, half, generators)
-        return torch.cat([plus, categorical(laws.log_minus.exp(), prompts, self.n - half, generators)], -1)
+        plus = categorical(tilted.log_plus.exp(), prompts, half, generators)
+        return torch.cat([plus, categorical(tilted.log_minus.exp(), prompts, self.n - half, generators)], -1)
 
 
-def categorical(law: Tensor, prompts: Tensor, count: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw outcomes for prompts by inverse transform; int64 [worlds, pairs, count].
+def categorical(probabilities: Tensor, prompts: Tensor, count: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Sample outcomes for prompts by inverse transform; int64 [worlds, pairs, count].
 
     Args:
-        law: probability of each outcome; shape [worlds, prompts, outcomes].
-        prompts: prompt of each draw; shape [worlds, pairs].
-        count: draws per pair.
+        probabilities: probability of each outcome; shape [worlds, prompts, outcomes].
+        prompts: prompt of each pair; shape [worlds, pairs].
+        count: samples per pair.
         generators: one per world.
     """
-    cumulative = law.cumsum(-1)[torch.arange(len(prompts))[:, None], prompts]
+    # outcome = min {k: F(k) > u F(K)} with the cumulative sum F
+    cumulative = probabilities.cumsum(-1)[torch.arange(len(prompts))[:, None], prompts]
     shape = (prompts.shape[1], count)
-    uniforms = torch.stack([torch.rand(shape, generator=g, dtype=law.dtype) for g in generators])
+    uniforms = torch.stack([torch.rand(shape, generator=g, dtype=probabilities.dtype) for g in generators])
     found = torch.searchsorted(cumulative.contiguous(), uniforms * cumulative[..., -1:], right=True)
-    return found.clamp_max(law.shape[-1] - 1)
+    # rounding can put the threshold at the total
+    return found.clamp_max(probabilities.shape[-1] - 1)

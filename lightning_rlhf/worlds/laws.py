@@ -1,8 +1,8 @@
-"""Exact pair laws of the samplers over small response sets, and what their expected gradients and labels are worth.
+"""Exact distributions of the pairs of each sampler over small response sets.
 
-Shapes and notation as in `lightning_rlhf.estimators.tabular`: laws of responses are log-probabilities [..., responses],
-pair laws probabilities [..., responses, responses], first index a, second b. All pair laws here are symmetrised: labels
-do not know which response came first.
+Shapes and notation as in `lightning_rlhf.estimators.tabular`. Distributions of responses are log-probabilities [...,
+responses]. Distributions of pairs are probabilities [..., responses, responses], first index a, second index b, and
+symmetrized, since labels do not depend on the order of a pair.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.pilaf import cosh_delta, log_secant_slope, pair_weight
-from lightning_rlhf.estimators.tabular import differences, product_pair_law, tilted_laws, tilted_pair_law
+from lightning_rlhf.estimators.tabular import differences, product_pair_law, tilted_distributions, tilted_pair_law
 from lightning_rlhf.estimators.tabular import tpilaf_pair_law as exact_tpilaf
 
 
 TIE = 1e-9
-"""Implicit rewards of a prompt that all lie this close are equal, as they are while the policy is the reference."""
+"""Implicit rewards of a prompt count as equal within this range, as they are while the policy is the reference."""
 
 
 class PairLaw(NamedTuple):
-    """What a sampler draws and how it weighs it.
+    """Distribution and loss weight of the pairs of a sampler.
 
     Args:
         law: probability of each pair; shape [..., responses, responses].
@@ -35,59 +35,72 @@ class PairLaw(NamedTuple):
 
 
 Sampler = Callable[[Tensor, Tensor, float], PairLaw]
-"""Log policy, log reference and beta in, the pair law out."""
+"""Maps log policy, log reference and beta to the distribution of pairs."""
 
 
 def vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
-    """Two independent draws of the policy."""
+    """Two independent policy samples."""
     del log_reference, beta
+    # q(a, b) = pi_theta(a) pi_theta(b)
     return _unweighted(product_pair_law(log_policy, log_policy))
 
 
 def hybrid(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
-    """One draw of the policy, one of the reference (Xie et al. 2024)."""
+    """One policy sample and one reference sample (Xie et al. 2024, arXiv 2405.21046)."""
     del beta
+    # q(a, b) = pi_theta(a) pi_ref(b), symmetrized
     return _unweighted(product_pair_law(log_policy, log_reference))
 
 
 def pilaf(log_policy: Tensor, log_reference: Tensor, beta: float, tilt: float | None = None) -> PairLaw:
-    """PILAF with its fair coin; whole responses are tilted, by ``tilt`` in place of beta if it is given."""
+    """PILAF with branch probability 1/2; tilts whole responses. Default of ``tilt``: beta."""
+    # q(a, b) = pi_theta(a) pi_theta(b) / 2 + pi+(a) pi-(b) / 2, symmetrized
     return _unweighted(tilted_pair_law(log_policy, log_reference, beta if tilt is None else tilt, 0.5))
 
 
 def t_pilaf(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
-    """T-PILAF with the probability and the prompt weights of Theorem 1; prompts are the last leading dimension."""
-    zz = tilted_laws(log_policy, log_reference, beta).zz()
+    """T-PILAF with the branch probability and prompt weights of Theorem 1; prompts are the last leading dimension."""
+    zz = tilted_distributions(log_policy, log_reference, beta).zz()
+    # w(x) = (1 + zz) / (1 + mean zz)
     weight = pair_weight(zz, zz.mean(-1, keepdim=True) if zz.dim() else zz)
     return PairLaw(exact_tpilaf(log_policy, log_reference, beta), weight[..., None, None])
 
 
 def weighted_vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
-    """Policy pairs weighted by ``1 + cosh delta``: the expected gradient of T-PILAF."""
+    """Policy pairs weighted by their importance under T-PILAF; the expected gradient is that of T-PILAF."""
     law = product_pair_law(log_policy, log_policy)
     cosh = cosh_delta(beta * differences(log_policy - log_reference))
     mean = (law * cosh).sum((-1, -2), keepdim=True)
     mean = mean.mean(-3, keepdim=True) if mean.dim() > 2 else mean
+    # w = (1 + cosh delta) / (1 + E[cosh delta])
     return PairLaw(law, (1 + cosh) / (1 + mean))
 
 
 def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8) -> PairLaw:
-    """Best and worst of n draws of the policy by the implicit reward; a random pair where all rewards tie.
+    """Best and worst of n policy samples by the implicit reward; a random pair if all rewards tie.
 
-    For rewards in ascending order, n draws have their smallest at b and their largest at a > b with probability
-    ``M[b, a]^n - M(b, a]^n - M[b, a)^n + M(b, a)^n``, where M is the mass of an interval.
+    With responses sorted by reward, the probability that n samples have their minimum at b and their maximum at a > b
+    is ``M[b, a]^n - M(b, a]^n - M[b, a)^n + M(b, a)^n``, where M is the probability of an interval.
+
+    Args:
+        log_policy: log pi_theta of every response.
+        log_reference: log pi_ref of every response.
+        beta: the DPO beta, > 0.
+        n: samples per prompt, >= 2.
     """
     reward = beta * (log_policy - log_reference)
     order = reward.argsort(-1)
     mass = log_policy.exp().gather(-1, order)
     upto = mass.cumsum(-1)
     before = upto - mass
-    # first index a, the upper end; second b, the lower one
+    # first index a, the maximum; second index b, the minimum: M[b, a]^n, M(b, a]^n, M[b, a)^n and M(b, a)^n
     both = (upto[..., :, None] - before[..., None, :]).clamp_min(0) ** n
     above = (upto[..., :, None] - upto[..., None, :]).clamp_min(0) ** n
     below = (before[..., :, None] - before[..., None, :]).clamp_min(0) ** n
     inside = (before[..., :, None] - upto[..., None, :]).clamp_min(0) ** n
+    # all n samples equal: P(a, a) = pi_theta(a)^n
     ordered = (both - above - below + inside).clamp_min(0).tril(-1) + torch.diag_embed(mass**n)
+    # back to the original order of the responses
     place = order.argsort(-1)
     size = order.shape[-1]
     law = ordered.gather(-2, place[..., :, None].expand(*place.shape, size))
@@ -98,10 +111,10 @@ def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8
 
 
 def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tensor) -> PairLaw:
-    """Policy pairs tilted by one over the secant slope ``(sigma(delta*) - sigma(delta)) / (delta* - delta)``.
+    """Policy pairs tilted by 1/m, with the secant slope ``m = (sigma(delta*) - sigma(delta)) / (delta* - delta)``.
 
-    T-PILAF tilts by one over the slope at delta. With the secant of the true reward the gradient is aligned exactly,
-    near the oracle and far from it; in practice ``reward`` is an estimate.
+    T-PILAF approximates m by ``sigma'(delta)``. With the secant to the true reward the gradient is aligned exactly,
+    also far from the oracle; in practice ``reward`` is an estimate.
 
     Args:
         log_policy: log pi_theta of every response.
@@ -111,6 +124,7 @@ def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tenso
     """
     delta, target = beta * differences(log_policy - log_reference), differences(reward)
     slope = log_secant_slope(delta, target).exp()
+    # q(a, b) = pi_theta(a) pi_theta(b) / (m Z(x)) with the weight w(x) = Z(x) / mean Z
     tilted = product_pair_law(log_policy, log_policy) / slope
     total = tilted.sum((-1, -2), keepdim=True)
     mean = total.mean(-3, keepdim=True) if total.dim() > 2 else total
@@ -125,8 +139,9 @@ SAMPLERS: dict[str, Sampler] = {
     "T-PILAF": t_pilaf,
     "Weighted Vanilla": weighted_vanilla,
 }
-"""Samplers whose pair law has a closed form, by the names that reports use."""
+"""Samplers with a closed form, by their names in reports."""
 
 
 def _unweighted(law: Tensor) -> PairLaw:
+    """Pairs of weight 1."""
     return PairLaw(law, torch.ones((), dtype=law.dtype, device=law.device))

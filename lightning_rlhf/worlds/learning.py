@@ -1,4 +1,4 @@
-"""Learners of tabular worlds: online DPO by gradient steps, iterative DPO by maximum likelihood, both with exact J."""
+"""Learners for tabular worlds: online DPO by gradient steps, iterative DPO by maximum likelihood, both with exact J."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Setting = Literal["online", "iterative", "overfitted"]
 
 @dataclass
 class Trace:
-    """What a run left, one entry per evaluation; tensors are [worlds].
+    """Metrics of a run, one entry per evaluation; tensors are [worlds].
 
     Args:
-        steps: gradient steps or rounds taken.
-        labels: labels bought, the shared start left out.
+        steps: gradient steps or rounds so far.
+        labels: labels so far, without those of the shared start.
         objectives: reward, KL and J.
-        cosines: cosine of minus the batch gradient with the exact gradient of J, mean over the batches since the last
-            evaluation; NaN at the start.
-        population_cosines: the same for the expected gradient; NaN where the pair law has no closed form.
-        spreads: standard deviation of the implicit reward over the policy's own responses.
+        cosines: cosine between the negative batch gradient and the exact gradient of J, mean over the batches since the
+            last evaluation; NaN at the start.
+        population_cosines: the same for the expected gradient; NaN if the distribution of pairs has no closed form.
+        spreads: std of the implicit reward over policy samples, nats.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -44,7 +44,16 @@ class Trace:
     def evaluate(
         self, world: TabularWorld, arm: AbstractArm, parameters: Tensor, step: int, labels: int, seen: list[Tensor]
     ) -> None:
-        """Add an entry, and forget the cosines seen since the last one."""
+        """Add an entry, and clear the cosines since the last one.
+
+        Args:
+            world: the worlds.
+            arm: the sampler.
+            parameters: w; shape [worlds, dimensions].
+            step: gradient steps or rounds so far.
+            labels: labels so far.
+            seen: cosines of the batches since the last evaluation; cleared.
+        """
         self.steps.append(step)
         self.labels.append(labels)
         self.objectives.append(world.objective(parameters))
@@ -58,6 +67,7 @@ class Trace:
         log_policy = world.log_policy(parameters)
         implicit = world.beta * (log_policy - world.log_reference)
         mean = (log_policy.exp() * implicit).sum(-1, keepdim=True)
+        # sqrt(E_x Var_{y ~ pi_theta}[r_theta])
         self.spreads.append((log_policy.exp() * (implicit - mean) ** 2).sum(-1).mean(-1).sqrt())
 
 
@@ -72,21 +82,21 @@ def online(
     evaluate_every: int = 15,
     start: Tensor | None = None,
 ) -> Trace:
-    """Online DPO: each step draws and labels a batch with the current policy, and takes one Adam step on its loss.
+    """Online DPO: each step samples and labels a batch with the current policy, and takes one Adam step on its loss.
 
-    The learning rate falls linearly to zero, so that runs end near a fixed point instead of circling it. Prompts and
-    the random numbers of labels are the same for every arm.
+    The learning rate decays linearly to zero, so that runs converge. Prompts and the random numbers of labels are the
+    same for every arm.
 
     Args:
         world: the worlds, one per seed.
-        arm: who draws.
-        seeds: name the random numbers of each world.
+        arm: the sampler.
+        seeds: seed of each world.
         steps: gradient steps, >= 1.
         pairs: pairs per step and world.
-        learning_rate: that of Adam at the start, for rewards whose standard deviation under the reference is 1; larger
-            rewards need larger parameters, and get them at the same pace.
+        learning_rate: initial learning rate of Adam, for rewards with std 1 under the reference; scaled by the std,
+            since the parameters scale with the rewards.
         evaluate_every: steps between evaluations.
-        start: parameters to start from; the reference when not given.
+        start: initial parameters. Default: the reference.
     """
     parameters = (world.origin() if start is None else start).clone()
     rate = learning_rate * float(deviation(world.reward, world.log_reference))
@@ -97,11 +107,12 @@ def online(
     trace.evaluate(world, arm, parameters, 0, 0, seen)
     for step in range(steps):
         prompts, uniforms = streams.batch(pairs)
-        drawn = arm.draw(world, parameters, prompts, streams.draws)
-        gaps, labels = labelled(world, prompts, drawn, uniforms)
+        sampled = arm.draw(world, parameters, prompts, streams.samples)
+        gaps, labels = labelled(world, prompts, sampled, uniforms)
         arm.learn(gaps, labels)
+        # gradient of -log sigma(delta) averaged over pairs: -mean[weight (label - sigma(delta)) dphi], delta = w . dphi
         error = labels - torch.einsum("wpd,wd->wp", gaps, parameters).sigmoid()
-        gradient = -torch.einsum("wp,wp,wpd->wd", drawn.weight, error, gaps) / pairs
+        gradient = -torch.einsum("wp,wp,wpd->wd", sampled.weight, error, gaps) / pairs
         seen.append(F.cosine_similarity(-gradient, world.gradient_j(parameters)))
         adam.param_groups[0]["lr"] = rate * (1 - step / steps)
         parameters.grad = gradient
@@ -121,18 +132,19 @@ def iterative(
     first: int = 128,
     ridge: float = 0.1,
 ) -> Trace:
-    """Iterative DPO: each round is drawn with the policy before it, and all labels so far are fitted to convergence.
+    """Iterative DPO: each round is sampled with the current policy, then all labels so far are fitted to convergence.
 
     All arms share a first round of Vanilla pairs, whose labels are not counted.
 
     Args:
         world: the worlds, one per seed.
-        arm: who draws.
-        seeds: name the random numbers of each world.
-        rounds: rounds of the arm's own, >= 1.
+        arm: the sampler.
+        seeds: seed of each world.
+        rounds: rounds after the shared one, >= 1.
         pairs: pairs per round and world.
         first: pairs of the shared first round.
-        ridge: precision of the Gaussian prior on the parameters, in labels, > 0: few labels can be separable.
+        ridge: precision of the Gaussian prior on the parameters, in labels, > 0; without it, few labels can be
+            separable and have no maximum-likelihood fit.
     """
     streams = _Streams(seeds, world.features.shape[1])
     arm.reset(world)
@@ -145,64 +157,69 @@ def iterative(
     trace.evaluate(world, arm, parameters, 0, 0, seen)
     for index in range(rounds):
         prompts, uniforms = streams.batch(pairs)
-        drawn = arm.draw(world, parameters, prompts, streams.draws)
-        fresh, fresh_labels = labelled(world, prompts, drawn, uniforms)
+        sampled = arm.draw(world, parameters, prompts, streams.samples)
+        fresh, fresh_labels = labelled(world, prompts, sampled, uniforms)
         arm.learn(fresh, fresh_labels)
+        # ascent direction of the likelihood of the new labels: sum[weight (label - sigma(delta)) dphi]
         error = fresh_labels - torch.einsum("wpd,wd->wp", fresh, parameters).sigmoid()
-        ascent = torch.einsum("wp,wp,wpd->wd", drawn.weight, error, fresh)
+        ascent = torch.einsum("wp,wp,wpd->wd", sampled.weight, error, fresh)
         seen.append(F.cosine_similarity(ascent, world.gradient_j(parameters)))
+        # refit on all labels so far, starting from the current parameters
         gaps, labels = torch.cat([gaps, fresh], 1), torch.cat([labels, fresh_labels], 1)
-        weights = torch.cat([weights, drawn.weight], 1)
+        weights = torch.cat([weights, sampled.weight], 1)
         parameters = maximum_likelihood(gaps, labels, weights, parameters, ridge)
         trace.evaluate(world, arm, parameters, index + 1, (index + 1) * pairs, seen)
     return trace
 
 
 def overfitted_start(world: TabularWorld, seeds: Sequence[int], *, pairs: int, ridge: float = 0.003) -> Tensor:
-    """Parameters fitted far too well to a small Vanilla set with drawn labels; [worlds, dimensions].
+    """Parameters overfitted to a small set of Vanilla pairs with Bernoulli labels; [worlds, dimensions].
 
     Args:
         world: the worlds, one per seed.
-        seeds: name the random numbers of each world.
+        seeds: seed of each world.
         pairs: pairs of the small set; about as many as dimensions overfit.
-        ridge: precision of the prior, in labels; the smaller, the farther the policy ends.
+        ridge: precision of the prior, in labels; the smaller, the farther the policy is from the reference.
     """
+    # another purpose: the random numbers differ from those of the run that starts here
     streams = _Streams(seeds, world.features.shape[1], purpose=_OVERFIT)
     prompts, uniforms = streams.batch(pairs)
-    drawn = LawArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
-    gaps, labels = labelled(world, prompts, drawn, uniforms)
-    return maximum_likelihood(gaps, labels, drawn.weight, world.origin(), ridge)
+    sampled = LawArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
+    gaps, labels = labelled(world, prompts, sampled, uniforms)
+    return maximum_likelihood(gaps, labels, sampled.weight, world.origin(), ridge)
 
 
 def labelled(world: TabularWorld, prompts: Tensor, pairs: Pairs, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature gaps, [worlds, pairs, dimensions], and the oracle's Bernoulli labels, 1 where the first one won.
+    """Feature gaps, [worlds, pairs, dimensions], and Bernoulli labels of the oracle, 1 where the first response wins.
 
     Args:
         world: the worlds.
         prompts: prompt of each pair; shape [worlds, pairs].
         pairs: the pairs.
-        uniforms: the oracle's random numbers; shape [worlds, pairs].
+        uniforms: random numbers of the labels in [0, 1); shape [worlds, pairs].
     """
     rows = torch.arange(len(prompts))[:, None]
     gaps = world.features[rows, prompts, pairs.first] - world.features[rows, prompts, pairs.second]
     reward = world.reward[rows, prompts, pairs.first] - world.reward[rows, prompts, pairs.second]
+    # Bradley-Terry: P(a preferred) = sigma(r*(a) - r*(b))
     return gaps, (uniforms < reward.sigmoid()).to(gaps)
 
 
 class _Streams:
-    """Random numbers of many worlds: prompts and labels are common to all arms, draws belong to one arm's run."""
+    """Random numbers of many worlds: ``shared`` by all arms for prompts and labels, ``samples`` for one arm's pairs."""
 
     def __init__(self, seeds: Sequence[int], num_prompts: int, purpose: int = 0) -> None:
+        # two generators: arms use different amounts of random numbers for pairs, and must see the same prompts
         self.shared = [Key((seed, _SHARED, purpose)).generator() for seed in seeds]
-        self.draws = [Key((seed, _DRAWS, purpose)).generator() for seed in seeds]
+        self.samples = [Key((seed, _SAMPLES, purpose)).generator() for seed in seeds]
         self._num_prompts = num_prompts
 
     def batch(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """Prompts, int64 [worlds, pairs], and the uniform numbers of their labels, likewise."""
+        """Prompts, int64 [worlds, pairs], and the uniform random numbers of their labels, [worlds, pairs]."""
         numbers = torch.stack([torch.rand(2, pairs, generator=g, dtype=torch.float64) for g in self.shared])
         return (numbers[:, 0] * self._num_prompts).long(), numbers[:, 1]
 
 
-# second part of key paths below the seed of a world
-_SHARED, _DRAWS = 1, 2
+# second element of the key after the seed of a world; the third is the purpose
+_SHARED, _SAMPLES = 1, 2
 _OVERFIT = 1

@@ -21,7 +21,7 @@ from lightning_rlhf.estimators import (
     pair_weight,
     product_pair_law,
     tilt_probability,
-    tilted_laws,
+    tilted_distributions,
     tilted_pair_law,
     tpilaf_pair_law,
     vanilla_pair_weight,
@@ -50,7 +50,7 @@ class Problem:
         return self.beta * (self.log_policy - self.log_reference)
 
     def zz(self) -> Tensor:
-        return tilted_laws(self.log_policy, self.log_reference, self.beta).zz()
+        return tilted_distributions(self.log_policy, self.log_reference, self.beta).zz()
 
     def tpilaf(self) -> tuple[Tensor, Tensor, Tensor]:
         """Pair law, weights per pair, and Zbar."""
@@ -141,7 +141,7 @@ def test_pair_law_is_the_on_policy_law_tilted_by_inverse_curvature(family: str, 
 @betas
 def test_tilted_laws_follow_their_definition(family: str, beta: float) -> None:
     case = problem(family, beta)
-    laws = tilted_laws(case.log_policy, case.log_reference, beta)
+    laws = tilted_distributions(case.log_policy, case.log_reference, beta)
     policy, reward = case.log_policy.exp(), case.implicit_reward
     for sign, log_law, log_z in ((1, laws.log_plus, laws.log_z_plus), (-1, laws.log_minus, laws.log_z_minus)):
         z = (policy * torch.exp(sign * reward)).sum(-1)
@@ -213,7 +213,7 @@ def test_vanilla_stays_misaligned_for_small_reward_errors(family: str) -> None:
 @betas
 def test_everything_coincides_where_policy_equals_reference(family: str, beta: float) -> None:
     case = problem(family, beta, at_reference=True)
-    laws = tilted_laws(case.log_policy, case.log_reference, beta)
+    laws = tilted_distributions(case.log_policy, case.log_reference, beta)
     torch.testing.assert_close(laws.log_plus, case.log_reference, rtol=0, atol=1e-15)
     torch.testing.assert_close(laws.log_minus, case.log_reference, rtol=0, atol=1e-15)
     assert (laws.zz() - 1).abs().max() < 1e-15
@@ -330,7 +330,7 @@ def test_gap_of_maximum_likelihood_on_sampled_pairs_matches_theorem_two() -> Non
     log_fitted = (log_reference + fitted @ features.T).log_softmax(-1)
     gaps = objective_j(log_policy, log_reference, reward, beta) - objective_j(log_fitted, log_reference, reward, beta)
     assert gaps.min() > 0
-    predicted = FEATURES * (1 + tilted_laws(log_policy, log_reference, beta).zz().item()) / (2 * beta)
+    predicted = FEATURES * (1 + tilted_distributions(log_policy, log_reference, beta).zz().item()) / (2 * beta)
     standard_error = pairs * gaps.std().item() / repetitions**0.5
     assert pairs * gaps.mean().item() == pytest.approx(predicted, abs=5 * standard_error + 0.05 * predicted)
 
@@ -339,7 +339,7 @@ def test_gap_of_maximum_likelihood_on_sampled_pairs_matches_theorem_two() -> Non
 def test_mixed_logits_of_one_token_sample_the_exact_tilt(beta: float) -> None:
     # Logits, not log-probabilities: normalisers of the two models cancel.
     policy, reference = 3 * direction(0) + 5, 2 * direction(1) - 7
-    laws = tilted_laws(policy.log_softmax(-1), reference.log_softmax(-1), beta)
+    laws = tilted_distributions(policy.log_softmax(-1), reference.log_softmax(-1), beta)
     for sign, log_law in ((1, laws.log_plus), (-1, laws.log_minus)):
         mixed = mix_logits(policy, reference, torch.full((PROMPTS,), sign * beta, dtype=torch.float64))
         total_variation = (mixed.softmax(-1) - log_law.exp()).abs().sum(-1) / 2
@@ -348,7 +348,7 @@ def test_mixed_logits_of_one_token_sample_the_exact_tilt(beta: float) -> None:
 
 def test_a_beta_of_zero_gives_the_policy() -> None:
     case = problem("tabular", 0.0)
-    laws = tilted_laws(case.log_policy, case.log_reference, 0.0)
+    laws = tilted_distributions(case.log_policy, case.log_reference, 0.0)
     for log_law in (laws.log_plus, laws.log_minus):
         assert (log_law - case.log_policy).abs().max() < 1e-15
     assert (laws.zz() - 1).abs().max() < 1e-15

@@ -18,7 +18,7 @@ from lightning_rlhf.estimators import (
     pair_weight,
     product_pair_law,
     tilt_probability,
-    tilted_laws,
+    tilted_distributions,
     vanilla_pair_weight,
     zz_from_deltas,
 )
@@ -101,7 +101,7 @@ def test_zz_from_all_pairs_of_equally_likely_draws_is_exact() -> None:
     # Four draws stand for a uniform law over four responses: all 16 ordered pairs enumerate E[cosh delta].
     log_ratio = logits(0, 2, 4)
     log_policy = torch.full((2, 4), -math.log(4), dtype=torch.float64)
-    laws = tilted_laws(log_policy, log_policy - log_ratio, 0.5)
+    laws = tilted_distributions(log_policy, log_policy - log_ratio, 0.5)
     deltas = 0.5 * differences(log_ratio)
     torch.testing.assert_close(zz_from_deltas(deltas.flatten(1)), laws.zz(), rtol=1e-13, atol=0)
 
@@ -189,7 +189,7 @@ def test_importance_removes_the_bias_of_unequal_branch_probabilities() -> None:
 
 def test_running_estimate_converges_to_the_exact_zz() -> None:
     log_policy, log_reference = logits(0, 2, 5).log_softmax(-1), logits(1, 2, 5).log_softmax(-1)
-    exact, beta = tilted_laws(log_policy, log_reference, 0.7).zz(), 0.7
+    exact, beta = tilted_distributions(log_policy, log_reference, 0.7).zz(), 0.7
     deltas = differences(beta * (log_policy - log_reference))
     law = product_pair_law(log_policy, log_policy)
     running, generator = RunningZZ(decay=1.0), torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from transformers import (
 
 from lightning_rlhf.generation import lanes
 from lightning_rlhf.generation.base import Decoding, Request
-from lightning_rlhf.generation.engine import DecodeEngine, draw_tokens
+from lightning_rlhf.generation.engine import DecodeEngine, sample_tokens
 from lightning_rlhf.models.logprobs import response_logps
 from lightning_rlhf.models.reference import AdapterOffReference, FrozenCopyReference
 from lightning_rlhf.randomness import Key
@@ -346,7 +346,7 @@ def test_dropout_is_off_while_decoding_and_back_on_afterwards() -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1000, 4)
     uniforms = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    counts = Counter(draw_tokens(logits, uniforms, top_p=0.8).tolist())
+    counts = Counter(sample_tokens(logits, uniforms, top_p=0.8).tolist())
     assert set(counts) == {0, 1}
     assert counts[0] == pytest.approx(625, abs=1)
 
@@ -354,12 +354,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
 def test_inverse_transform_never_draws_an_impossible_token() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(3, 5)
     uniforms = torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)
-    assert draw_tokens(logits, uniforms).tolist() == [1, 3, 3]
+    assert sample_tokens(logits, uniforms).tolist() == [1, 3, 3]
 
 
 def test_logits_that_are_no_law_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite; the policy may have diverged"):
-        draw_tokens(torch.tensor([[0.0, math.nan]]), torch.tensor([0.5], dtype=torch.float64))
+        sample_tokens(torch.tensor([[0.0, math.nan]]), torch.tensor([0.5], dtype=torch.float64))
 
 
 def test_a_request_is_named_by_its_law() -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.generation import DecodeEngine, Decoding, Request
-from lightning_rlhf.generation.vllm import VLLMEngine, drawn_response, sampling_settings
+from lightning_rlhf.generation.vllm import VLLMEngine, response_from_completion, sampling_settings
 from lightning_rlhf.models import LoRA, build_reference, load_policy, load_tokenizer
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt
@@ -157,7 +157,7 @@ def test_requests_that_mix_models_are_refused(stand_in: type[LLM], tiny_policy: 
 def test_unfinished_answers_are_errors(tiny_policy: Path, ids: list[int], reason: str) -> None:
     completion = SimpleNamespace(token_ids=ids, finish_reason=reason)
     with pytest.raises(RuntimeError, match=f"prompt 0 with {len(ids)} tokens and finish_reason '{reason}'"):
-        drawn_response(REQUESTS[0], completion, {0}, load_tokenizer(str(tiny_policy)))
+        response_from_completion(REQUESTS[0], completion, {0}, load_tokenizer(str(tiny_policy)))
 
 
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tiny_policy: Path) -> None:

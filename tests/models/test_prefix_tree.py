@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lightning_rlhf.models.prefix_tree import WORTH_SHARING, grow, next_token_logps, split_texts
+from lightning_rlhf.models.prefix_tree import MIN_SHARED_TOKENS, build_tree, next_token_logps, split_texts
 
 
 VOCAB = 47
@@ -85,7 +85,7 @@ def test_a_tree_gives_what_single_texts_give(name: str, tokens_per_batch: int) -
 
 
 def test_common_beginnings_are_computed_once() -> None:
-    tree = grow(TEXTS)
+    tree = build_tree(TEXTS)
     # preamble, context, 17, 18, its one token more, 30; PREAMBLE[:20] is shared by a text of 23 tokens
     assert len(tree.ids) == 40 + 25 + 17 + 18 + 1 + 30 + 3 + 9 + 1
     assert sum(map(len, TEXTS)) == 462
@@ -104,11 +104,11 @@ def words(tree_ids: tuple[int, ...], nodes: tuple[tuple[int, int], ...]) -> list
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_every_text_can_be_read_back(data: st.DataObject) -> None:
-    trunks = [ids(WORTH_SHARING + k, k) for k in range(3)]
+    trunks = [ids(MIN_SHARED_TOKENS + k, k) for k in range(3)]
     piece = st.one_of(st.sampled_from(trunks), st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple))
     text = st.lists(piece, min_size=1, max_size=4).map(lambda parts: tuple(i for part in parts for i in part))
     texts = data.draw(st.lists(text, min_size=1, max_size=8))
-    tree = grow(texts)
+    tree = build_tree(texts)
     assert sum(length for length, _ in tree.nodes) == len(tree.ids) == len(tree.positions)
     owners = [number for number, (length, _) in enumerate(tree.nodes) for _ in range(length)]
     paths = words(tree.ids, tree.nodes)
@@ -122,7 +122,7 @@ def test_every_text_can_be_read_back(data: st.DataObject) -> None:
     limit = data.draw(st.integers(1, 200))
     batches = split_texts(texts, limit)
     assert sorted(i for batch in batches for i in batch) == list(range(len(texts)))
-    assert all(len(batch) == 1 or len(grow([texts[i] for i in batch]).ids) <= limit for batch in batches)
+    assert all(len(batch) == 1 or len(build_tree([texts[i] for i in batch]).ids) <= limit for batch in batches)
 
 
 def test_an_empty_text_is_an_error() -> None:

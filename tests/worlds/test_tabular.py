@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_rlhf.estimators.tabular import differences, expected_dpo_loss, tilted_laws
+from lightning_rlhf.estimators.tabular import differences, expected_dpo_loss, tilted_distributions
 from lightning_rlhf.worlds.arms import AbstractArm, LawArm, PoolArm, ResampledArm, SecantArm, categorical
 from lightning_rlhf.worlds.laws import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
 from lightning_rlhf.worlds.learning import iterative, labelled, online, overfitted_start
@@ -249,7 +249,7 @@ def test_pool_of_the_tilted_laws_is_half_plus_half_minus() -> None:
     arm.reset(world)
     prompts = torch.zeros(1, 20_000, dtype=torch.int64)
     drawn = arm.draw(world, parameters, prompts, [torch.Generator().manual_seed(0)])
-    laws = tilted_laws(world.log_policy(parameters), world.log_reference, 1.0)
+    laws = tilted_distributions(world.log_policy(parameters), world.log_reference, 1.0)
     for found, law in ((drawn.first, laws.log_plus), (drawn.second, laws.log_minus)):
         frequency = torch.bincount(found[0], minlength=4) / 20_000
         torch.testing.assert_close(frequency.double(), law[0, 0].exp(), atol=0.015, rtol=0)
