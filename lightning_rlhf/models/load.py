@@ -361,7 +361,7 @@ def nearly_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two results differ by rounding alone."""
     scale = max(1.0, right.abs().max().item())
     difference = float((left.double() - right.double()).abs().max())
-    return difference <= 3 * torch.finfo(right.dtype).eps ** 0.5 * scale
+    return bool(difference <= 3 * torch.finfo(right.dtype).eps ** 0.5 * scale)
 
 
 def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
