@@ -43,7 +43,7 @@ class NonFiniteGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at loss and gradient; forget the gradient if it is unusable."""
-        figures = cast(dict[str, Any], cast(Any, pl_module).step_figures)
+        figures = cast(dict[str, Any], cast(Any, pl_module).step_metrics)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = bool(torch.isfinite(figures["loss"]) & all_finite(gradients))
         if not ranks.any_rank(not finite):

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 import lightning_rlhf.advantages
@@ -69,6 +70,7 @@ from lightning_rlhf.models.precision import bf16_instructions, check_precision, 
 from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.plan import plan
 from lightning_rlhf.plugins import check_built, constructor_error
+from lightning_rlhf.renamed import renamed_arguments, renamed_config
 from lightning_rlhf.run_record import RunRecord, check_settings
 from lightning_rlhf.stopping import Stopped
 
@@ -120,17 +122,25 @@ class NamedConfig(ActionConfigFile):
             raise TypeError(f"config {path} is no YAML: {error}") from None
         if not isinstance(content, dict):
             raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
+        renamed = renamed_config(content, note_once)
+        changed, content = renamed != content, renamed
         bases = content.pop("defaults", None)
         if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
-        if bases is None:
+        if bases is None and not changed:
             # by path, so that files it names are looked up beside it
             super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
             return
-        for base in bases:
+        for base in bases or ():
             beside = path.parent / f"{base}.yaml"
             self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
         super().__call__(parser, cfg, yaml.safe_dump(content), option)  # type: ignore[no-untyped-call]
+
+
+@cache
+def note_once(text: str) -> None:
+    """Say on rank zero, once, that an argument has a new name."""
+    rank_zero_warn(f"{text}; the old name works for one more version", category=DeprecationWarning, stacklevel=2)
 
 
 class RLHFTrainer(L.Trainer):
@@ -232,7 +242,9 @@ class RLHFCLI(LightningCLI):
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and report a failed interpolation as an error of the command line."""
+        """Parse, with old names of arguments; report a failed interpolation as an error of the command line."""
+        if args is None or isinstance(args, list):
+            args = renamed_arguments(sys.argv[1:] if args is None else args, note_once)
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:

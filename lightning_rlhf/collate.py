@@ -30,6 +30,14 @@ class StepBatch(Protocol):
     def num_idle(self) -> int:
         """Items at the end that count for nothing."""
 
+    @property
+    def num_global(self) -> float | None:
+        """Items of the optimizer step on all ranks, divided by the ranks; the items here when None."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of each item in the loss, [items]."""
+
     def __len__(self) -> int:
         """Number of items, idle ones included."""
 

@@ -16,12 +16,14 @@ import json
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+
+from lightning_rlhf.renamed import renamed_config
 
 
 FREE_OF_SERVERS = {
@@ -92,15 +94,29 @@ def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[
         free: frozenset[str] = getattr(part, "FREE_SETTINGS", frozenset())
         if hasattr(part, "free_settings"):
             free = part.free_settings()
-        arguments = settings[name].get("init_args", {})
-        kept[name] = {**settings[name], "init_args": {k: v for k, v in arguments.items() if k not in free}}
+        kept[name] = {**settings[name], "init_args": without_paths(settings[name].get("init_args", {}), free)}
     found: dict[str, Any] = with_contents(comparable(kept))
     return found
 
 
+def without_paths(arguments: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Arguments without those at some paths; a dot leads into a group, as in ``options.layout``."""
+    kept = dict(arguments)
+    for path in paths:
+        group, _, leaf = path.partition(".")
+        if not leaf:
+            kept.pop(group, None)
+        elif isinstance(kept.get(group), Mapping):
+            kept[group] = {name: value for name, value in kept[group].items() if name != leaf}
+    return kept
+
+
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without what may always change within a run: where judges and rewards compute, rows decoded at once."""
-    kept = {**settings}
+    """Settings by their present names, without those that may always change within a run.
+
+    Those are the devices of judges and rewards, and the number of rows decoded at once.
+    """
+    kept = renamed_config(dict(settings))
     if isinstance(kept.get("data"), dict):
         kept["data"] = without(kept["data"], FREE_OF_SERVERS | FREE_OF_MODELS)
         decoding = kept["data"].get("init_args", {}).get("decoding")

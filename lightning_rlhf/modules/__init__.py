@@ -1,19 +1,37 @@
-"""LightningModules: what is trained. Subclass one to change a step; keep the fixed output keys for the callbacks."""
+"""LightningModules. Subclass one to change its step; keep the fixed output keys for the callbacks."""
 
-from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule
+from lightning_rlhf.models.options import ModelOptions
+from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule, ItemLosses
 from lightning_rlhf.modules.dpo import DPOModule
-from lightning_rlhf.modules.policy import AbstractPolicyModule
-from lightning_rlhf.modules.policy_gradient import PolicyGradientModule
-from lightning_rlhf.modules.reward import RewardModule
+from lightning_rlhf.modules.drlaif import DRLAIFModule
+from lightning_rlhf.modules.policy import AbstractAlignedPolicyModule, AbstractPolicyModule, ReferenceUpdate
+from lightning_rlhf.modules.policy_gradient import KLControl, PolicyGradientModule, PolicyLoss, ValueModel
+from lightning_rlhf.modules.reward import RewardLoss, RewardModule
+from lightning_rlhf.modules.rounds import AbstractRoundModule
+from lightning_rlhf.modules.schedules import ConstantWithWarmup, CosineWithWarmup, LinearWithWarmup, WarmupStableDecay
 from lightning_rlhf.modules.sft import SFTModule
 
 
 __all__ = [
+    "AbstractAlignedPolicyModule",
     "AbstractPolicyModule",
     "AbstractPreferenceModule",
+    "AbstractRoundModule",
     "AbstractStepModule",
+    "ConstantWithWarmup",
+    "CosineWithWarmup",
     "DPOModule",
+    "DRLAIFModule",
+    "ItemLosses",
+    "KLControl",
+    "LinearWithWarmup",
+    "ModelOptions",
     "PolicyGradientModule",
+    "PolicyLoss",
+    "ReferenceUpdate",
+    "RewardLoss",
     "RewardModule",
     "SFTModule",
+    "ValueModel",
+    "WarmupStableDecay",
 ]

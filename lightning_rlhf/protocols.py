@@ -1,0 +1,188 @@
+"""The contracts between modules, DataModules and callbacks, in one place.
+
+A module and a DataModule meet only through the Trainer, which types neither. Each side asks for the other by the
+functions at the end, and so gets an object with the methods below or a clear error. The classes that fulfil a contract
+say so where they are defined (`if TYPE_CHECKING`), so that mypy compares both sides.
+
+============================  ==============================================  =========================================
+contract                      asked by                                        fulfilled by
+============================  ==============================================  =========================================
+`StepModule`                  `AbstractStepDataModule`                        `AbstractStepModule`
+`RoundModule`                 `AbstractRoundDataModule`                       `AbstractRoundModule`
+`RolloutModule`               `RolloutDataModule`                             `PolicyGradientModule`
+`StepData`                    `AbstractStepModule`, its callbacks             `AbstractStepDataModule`
+`RoundData`                   `AbstractRoundModule`                           `AbstractRoundDataModule`
+`PreferenceSource`, `Round`   callbacks                                       `AbstractStepDataModule`, rounds
+`PolicyLike`                  callbacks                                       policy and reward modules
+============================  ==============================================  =========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.collate import RolloutGroup
+from lightning_rlhf.generation.base import AbstractEngine, Decoding
+from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.rewards.base import AbstractReward
+from lightning_rlhf.types import Preference, Rollout
+
+
+@runtime_checkable
+class StepModule(Protocol):
+    """A module as a DataModule of recorded rows sees it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; available before the model is loaded."""
+
+    @property
+    def context_window(self) -> int | None:
+        """Longest sequence in tokens; None when the model sets no limit."""
+
+
+@runtime_checkable
+class RoundModule(StepModule, Protocol):
+    """A module as a DataModule sees it that collects rounds with the current policy."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold sharded models whole while responses are sampled and scored; every rank must enter."""
+
+    def start_round(self, index: int) -> None:
+        """Prepare for round ``index``, e.g. move the reference; called before anything of the round is sampled."""
+
+    def engine(self, decoding: Decoding) -> AbstractEngine | None:
+        """Make the engine that samples responses; None where there is no policy, and pairs must be recorded ones."""
+
+
+@runtime_checkable
+class RolloutModule(RoundModule, Protocol):
+    """A module as `RolloutDataModule` sees it."""
+
+    def drawer(self, decoding: Decoding) -> RolloutDrawer:
+        """Make the generator of rollouts from the current policy."""
+
+    def credit(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
+        """Give every token of a round its advantage; on every rank alike."""
+
+    def observe_round(self, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Adapt to a new round, e.g. the KL coefficient; called once per round, on every rank alike."""
+
+
+@runtime_checkable
+class StepData(Protocol):
+    """A DataModule as modules and their callbacks see it."""
+
+    seed: int
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps of the run if they are known in advance, for learning-rate schedules; else None."""
+
+
+@runtime_checkable
+class RoundData(StepData, Protocol):
+    """A DataModule as modules see it that sample in validation, or collect rounds."""
+
+    decoding: Decoding
+    heldout_reward: AbstractReward | None
+
+    def sample_only(self, rounds: list[int]) -> None:
+        """Sample rounds into the ledger and buy no label."""
+
+
+class Round(Protocol):
+    """One round of a DataModule: comparisons that were sampled and labelled together."""
+
+    index: int
+    preferences: Sequence[Preference]
+    failed: Mapping[str, int]
+    sampling_seconds: float
+    labelling_seconds: float
+    labels_bought: int
+
+
+@runtime_checkable
+class PreferenceSource(Protocol):
+    """A DataModule as callbacks see it."""
+
+    UNIT: ClassVar[str]
+    epochs_per_round: int | None
+    label_budget: int | None
+
+    @property
+    def num_labels(self) -> int:
+        """Labels bought so far, from the ledger on rank zero: every rank must ask."""
+
+    @property
+    def passes_per_pair(self) -> float:
+        """Model forward passes per token position and pair; NaN before the first pair."""
+
+
+@runtime_checkable
+class PolicyLike(Protocol):
+    """A module as callbacks see it."""
+
+    step_metrics: dict[str, Tensor]
+
+    @property
+    def beta(self) -> float:
+        """Price of a nat of KL in units of the reward, > 0."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the trained model as a folder; every rank calls, rank zero writes."""
+
+
+Contract = TypeVar("Contract")
+
+
+def module_of(trainer: Trainer, contract: type[Contract], asking: str) -> Contract:
+    """The LightningModule of a run, checked against a contract.
+
+    Args:
+        trainer: the Trainer.
+        contract: a Protocol of this file.
+        asking: who asks, for the message.
+
+    Raises:
+        TypeError: if the module lacks a method of the contract, naming the method.
+    """
+    return _checked(trainer.lightning_module, contract, asking)
+
+
+def datamodule_of(trainer: Trainer, contract: type[Contract], asking: str) -> Contract:
+    """The DataModule of a run, checked against a contract; see `module_of`.
+
+    Raises:
+        ValueError: if the run has none, as after ``trainer.fit(module, dataloader)``.
+        TypeError: if the DataModule lacks a method of the contract, naming the method.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        raise ValueError(
+            f"{asking} reads rounds, seeds and the ledger from a DataModule of this package, but the Trainer was given "
+            f"plain dataloaders; call trainer.fit(module, datamodule=...)"
+        )
+    return _checked(datamodule, contract, asking)
+
+
+def _checked(found: Any, contract: type[Contract], asking: str) -> Contract:
+    if isinstance(found, contract):
+        return found
+    names = [name for name in dir(contract) if not name.startswith("_")] + list(contract.__annotations__)
+    missing = sorted({name for name in names if not hasattr(type(found), name) and name not in vars(found)})
+    raise TypeError(
+        f"{asking} needs a {contract.__name__} (see lightning_rlhf/protocols.py); {type(found).__name__} lacks "
+        f"{', '.join(missing) or 'part of it'}: use a class of this package, or implement what is missing"
+    )
+
+
+def beta_of(pl_module: LightningModule) -> float:
+    """The price of a nat of KL in units of the reward, of a module with a reference."""
+    return float(_checked(pl_module, PolicyLike, "the callback").beta)

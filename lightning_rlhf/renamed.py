@@ -1,0 +1,172 @@
+"""Arguments that have new names: the old ones work for one more version, with a note that says the new one.
+
+Version 0.2 put the many flat arguments of modules and DataModules into groups. `RENAMED` is the one table of them; the
+command line, configs and constructors all read it. An argument moves into a group: ``learning_rate`` of a model is
+``optimizer.lr`` now.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
+from typing import Any, TypeVar
+
+
+Cls = TypeVar("Cls", bound=type)
+
+RENAMED: dict[str, dict[str, str]] = {
+    "model": {
+        "learning_rate": "optimizer.lr",
+        "weight_decay": "optimizer.weight_decay",
+        "warmup_steps": "lr_scheduler.warmup_steps",
+        "dtype": "options.dtype",
+        "attn_implementation": "options.attn_implementation",
+        "gradient_checkpointing": "options.gradient_checkpointing",
+        "chat_template": "options.chat_template",
+        "layout": "options.layout",
+        "tokens_per_batch": "options.scoring_batch_tokens",
+        "use_vllm": "options.use_vllm",
+        "trust_remote_code": "options.trust_remote_code",
+        "ema_decay": "reference.ema_decay",
+        "objective": "kl.objective",
+        "kl_placement": "kl.placement",
+        "kl_target": "kl.target",
+        "kl_gain": "kl.gain",
+        "clip": "loss.clip",
+        "whiten_advantages": "loss.whiten_advantages",
+        "value_model": "value.checkpoint",
+        "value_learning_rate": "value.learning_rate",
+        "value_coefficient": "value.coefficient",
+        "value_clip": "value.clip",
+        "margin": "loss.margin",
+        "center_coefficient": "loss.center_coefficient",
+    },
+}
+"""Old argument to new path, per section of a config."""
+
+CLASS_PATHS = {
+    "optimizer": "torch.optim.AdamW",
+    "lr_scheduler": "lightning_rlhf.modules.ConstantWithWarmup",
+}
+"""Groups that are built by a class: an old argument in a config names the class that it belonged to."""
+
+_REFERENCE_RULES = ("fixed", "previous", "ema")
+
+
+def renamed_arguments(args: list[str], note: Callable[[str], None] = lambda _: None) -> list[str]:
+    """Translate command-line arguments: ``--model.learning_rate=1e-5`` becomes ``--model.optimizer.lr=1e-5``.
+
+    Args:
+        args: the arguments.
+        note: told every translation.
+    """
+    return [_renamed_argument(arg, note) for arg in args]
+
+
+def _renamed_argument(arg: str, note: Callable[[str], None]) -> str:
+    found = re.fullmatch(r"--(\w+)\.(?:init_args\.)?(\w+)(=.*)?", arg, flags=re.DOTALL)
+    if found is None:
+        return arg
+    section, name, value = found[1], found[2], found[3] or ""
+    if section == "model" and name == "reference" and value[1:] in _REFERENCE_RULES:
+        new = "reference.rule"
+    elif name in RENAMED.get(section, {}):
+        new = RENAMED[section][name]
+    else:
+        return arg
+    note(f"--{section}.{name} is --{section}.{new} since version 0.2")
+    return f"--{section}.{new}{value}"
+
+
+def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Translate a config, as read from YAML; the argument is left as it is.
+
+    Args:
+        content: the config.
+        note: told every translation.
+    """
+    result = dict(content)
+    for section, names in RENAMED.items():
+        part = result.get(section)
+        if not isinstance(part, dict):
+            continue
+        # arguments stand under init_args, or, in overlays without a class path, directly in the section
+        if isinstance(part.get("init_args"), dict):
+            result[section] = {**part, "init_args": _renamed_fields(part["init_args"], section, names, note)}
+        elif "class_path" not in part:
+            result[section] = _renamed_fields(part, section, names, note)
+    return result
+
+
+def _renamed_fields(
+    fields: Mapping[str, Any], section: str, names: Mapping[str, str], note: Callable[[str], None]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in fields.items():
+        if section == "model" and name == "reference" and value in _REFERENCE_RULES:
+            path = "reference.rule"
+        elif name in names:
+            path = names[name]
+        else:
+            result[name] = _merged(result[name], value) if isinstance(result.get(name), dict) else value
+            continue
+        note(f"{section}.{name} is {section}.{path} since version 0.2")
+        group, _, leaf = path.partition(".")
+        held = result.get(group)
+        target: dict[str, Any] = dict(held) if isinstance(held, dict) else {}
+        if group in CLASS_PATHS:
+            target = {"class_path": CLASS_PATHS[group], "init_args": {}, **target}
+            target["init_args"] = {**target["init_args"], leaf: value}
+        else:
+            target[leaf] = value
+        result[group] = target
+    return result
+
+
+def _merged(old: dict[str, Any], new: Any) -> Any:
+    """A group that is given by its new name, over what old names said of it."""
+    return {**old, **new} if isinstance(new, dict) else new
+
+
+def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[[Cls], Cls]:
+    """Let a constructor take the old names of its arguments, with a `DeprecationWarning`.
+
+    Args:
+        section: section of `RENAMED`.
+        builders: for groups that are callables, their class with the defaults of old, e.g. a partial of AdamW.
+    """
+
+    def decorate(cls: Cls) -> Cls:
+        init = cls.__init__  # type: ignore[misc]
+        parameters = inspect.signature(init).parameters
+
+        @functools.wraps(init)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+            groups: dict[str, dict[str, Any]] = {}
+            for name in [n for n in kwargs if n in RENAMED[section] and n not in parameters]:
+                group, _, leaf = RENAMED[section][name].partition(".")
+                if group in parameters:
+                    groups.setdefault(group, {})[leaf] = kwargs.pop(name)
+                    warnings.warn(
+                        f"{cls.__name__}({name}=...) is {group}.{leaf} since version 0.2",
+                        DeprecationWarning,
+                        stacklevel=2,
+                    )
+            if kwargs.get("reference") in _REFERENCE_RULES and is_dataclass(parameters["reference"].default):
+                groups.setdefault("reference", {})["rule"] = kwargs.pop("reference")
+            for group, values in groups.items():
+                held = kwargs.get(group, parameters[group].default)
+                if is_dataclass(held) and not isinstance(held, type):
+                    kwargs[group] = replace(held, **values)
+                else:
+                    kwargs[group] = functools.partial(builders[group], **values)
+            init(self, *args, **kwargs)
+
+        cls.__init__ = wrapped  # type: ignore[misc]
+        return cls
+
+    return decorate

@@ -1,0 +1,37 @@
+"""Callbacks that every module of this package brings along, so that a stopped run continues exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_rlhf.loading import forget_finished_epoch
+from lightning_rlhf.randomness import Key
+
+
+class SeedDropout(L.Callback):
+    """Seeds dropout by the optimizer step and the rank, so that a resumed run continues as if it had not stopped."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed torch's global generator, from which dropout samples its masks."""
+        del pl_module, batch, batch_idx
+        step = trainer.fit_loop.total_batch_idx
+        seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
+        torch.manual_seed(Key((seed, _DROPOUT, step, trainer.global_rank)).seed())
+
+
+class RepairFinishedEpoch(L.Callback):
+    """Repairs checkpoints that were saved at the end of an epoch before Lightning restores its loops from them."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Repair the checkpoint in memory; see `forget_finished_epoch`."""
+        del trainer, pl_module
+        forget_finished_epoch(checkpoint)
+
+
+# first part of key paths below the run seed; the DataModule has its own
+_DROPOUT = 100
