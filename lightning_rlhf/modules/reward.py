@@ -69,8 +69,9 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. With D = r(chosen) - r(rejected), the loss of a pair with label p
     is -p log sigma(D) - (1 - p) log sigma(-D). The reward of a response is a linear function of the hidden state of its
     last token; in a conversation, of the last token that the chat template writes, which may be a newline after the end
-    of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler
-    samples in rounds; labels come from the data or from any labeler.
+    of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded
+    pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler samples in rounds; labels come from the data
+    or from any labeler.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
     over held-out rows with recorded pairs: the metrics of `PairMetrics`, under ``val/``. Of an ensemble these are about
@@ -276,7 +277,9 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
-        groups = [(prompt, tuple(self.turns.closed(prompt, ids) for ids in answers)) for prompt, answers in groups]
+        groups = [
+            (prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in answers)) for prompt, answers in groups
+        ]
         return scorer.scores(groups, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
 
 
