@@ -68,10 +68,10 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
 
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. With D = r(chosen) - r(rejected), the loss of a pair with label p
     is -p log sigma(D) - (1 - p) log sigma(-D). The reward of a response is a linear function of the hidden state of its
-    last token; in a conversation, of the last token that the chat template writes, which may be a newline after the end
-    of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded
-    pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler samples in rounds; labels come from the data
-    or from any labeler.
+    last token; in a conversation, of the last token that the chat template writes, which may be a newline after the
+    end of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded
+    pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler samples in rounds; labels come from the
+    data or from any labeler.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
     over held-out rows with recorded pairs: the metrics of `PairMetrics`, under ``val/``. Of an ensemble these are about
