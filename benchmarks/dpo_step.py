@@ -56,7 +56,7 @@ def ours(job: Job) -> dict[str, Any]:
     from lightning_rlhf.callbacks import RewardMonitor
     from lightning_rlhf.generation.base import Decoding
     from lightning_rlhf.labelers import RecordedLabeler
-    from lightning_rlhf.models import logprobs
+    from lightning_rlhf.logprobs import compute
     from lightning_rlhf.samplers import OfflineSampler
 
     options = dict(job.options)
@@ -65,8 +65,8 @@ def ours(job: Job) -> dict[str, Any]:
     class Ticks(L.Callback):
         def on_train_start(self, *_: Any) -> None:
             if options.get("full_head"):
-                logprobs._support(module.policy).gathered = "the benchmark asks for it"
-                logprobs._support(module.policy).warned.add("gathered")
+                compute._support(module.policy).gathered = "the benchmark asks for it"
+                compute._support(module.policy).warned.add("gathered")
             clock.start()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
@@ -79,7 +79,7 @@ def ours(job: Job) -> dict[str, Any]:
     class LiveReference(DPOModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             with self.reference.active() as model:
-                logprobs.summed_logps(model, batch.groups(), tokens_per_batch=1024)
+                compute.summed_logps(model, batch.groups(), tokens_per_batch=1024)
             return super().training_step(batch, batch_idx)
 
     kind = LiveReference if options.get("live_reference") else DPOModule

@@ -382,8 +382,8 @@ def tokenized(rows: Sequence[PromptRow], tokenizer: Any) -> list[Prompt]:
 
 def ids_in_order(model: Path, data: str, count: int) -> list[dict[str, list[int]]]:
     """Token ids of the pairs in the order in which `PreferenceDataModule` with seed 0 trains on them."""
-    from lightning_rlhf.datamodule_base import _ORDER, _PROMPTS
-    from lightning_rlhf.loading import epoch_order
+    from lightning_rlhf.batching.steps import epoch_order
+    from lightning_rlhf.datamodules.base import _ORDER, _PROMPTS
     from lightning_rlhf.models.load import load_tokenizer
     from lightning_rlhf.randomness import Key
 

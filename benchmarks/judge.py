@@ -42,7 +42,7 @@ def ours(job: Job) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lightning_rlhf.models.prefix_tree import next_token_logps
+    from lightning_rlhf.logprobs.prefix_tree import next_token_logps
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval()
     prompts = texts(job, model.config.vocab_size)

@@ -13,7 +13,7 @@ import json
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from lightning_rlhf.label_run import LabelRun
+from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.labelers import LLMLabeler
 from lightning_rlhf.prompts import DatasetPrompts
 

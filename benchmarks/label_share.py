@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_rlhf.comparison.efficiency import Arm, Share, share_of_labels
-from lightning_rlhf.comparison.report import rows_table, saving_verdict
-from lightning_rlhf.comparison.statistics import Interval
+from lightning_rlhf.experiments.efficiency import Arm, Share, share_of_labels
+from lightning_rlhf.experiments.report import rows_table, saving_verdict
+from lightning_rlhf.experiments.statistics import Interval
 
 
 Array = NDArray[np.float64]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import machine
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 

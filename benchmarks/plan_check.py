@@ -26,8 +26,8 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lightning_rlhf.models.logprobs import summed_logps
-    from lightning_rlhf.plan import TILE_BYTES, Device, Load, Shape, estimate
+    from lightning_rlhf.commands.plan import TILE_BYTES, Device, Load, Shape, estimate
+    from lightning_rlhf.logprobs.compute import summed_logps
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

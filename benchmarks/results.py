@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.harness import machine
 from lightning_rlhf.cli import main
-from lightning_rlhf.comparison.curves import read_cell
+from lightning_rlhf.experiments.curves import read_cell
 
 
 ROOT = Path(__file__).parents[1]

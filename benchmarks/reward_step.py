@@ -2,7 +2,7 @@
 
     python -m benchmarks.reward_step --model small --peer trl
 
-Ours is `lightning_rlhf.models.scores.response_scores` in passes of 1024 tokens, with clipping and AdamW.
+Ours is `lightning_rlhf.logprobs.scores.response_scores` in passes of 1024 tokens, with clipping and AdamW.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def ours(job: Job) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from lightning_rlhf.loading import plan
-    from lightning_rlhf.models.scores import response_scores
+    from lightning_rlhf.batching.steps import plan
+    from lightning_rlhf.logprobs.scores import response_scores
 
     model = AutoModelForSequenceClassification.from_pretrained(job.options["folder"], dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)

@@ -11,13 +11,11 @@ from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.final import FinalValidation
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
-from lightning_rlhf.callbacks.loss import LossSummary
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
-from lightning_rlhf.callbacks.pairs import PairSummary
 from lightning_rlhf.callbacks.progress import ProgressBar
 from lightning_rlhf.callbacks.reward import RewardMonitor
 from lightning_rlhf.callbacks.rollouts import RolloutMonitor
-from lightning_rlhf.callbacks.summary import Summary
+from lightning_rlhf.callbacks.summary import LossSummary, PairSummary, Summary
 from lightning_rlhf.callbacks.throughput import Throughput
 
 

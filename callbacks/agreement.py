@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_rlhf.callbacks._heldout import HeldOut, HeldOutCallback, HeldOutRow
-from lightning_rlhf.callbacks._run import log_known, preference_source, root
+from lightning_rlhf.callbacks.base import HeldOut, HeldOutCallback
+from lightning_rlhf.callbacks.reporting import log_known, preference_source, root
 from lightning_rlhf.evaluation.concordance import pair_agreement
+from lightning_rlhf.evaluation.heldout import HeldOutRow
 from lightning_rlhf.evaluation.metrics import mean_with_error
 from lightning_rlhf.rewards import checked_score
 

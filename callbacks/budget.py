@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_rlhf.callbacks._run import preference_source
+from lightning_rlhf.callbacks.reporting import preference_source
 
 
 PATIENCE = 20

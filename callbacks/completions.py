@@ -10,8 +10,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow
-from lightning_rlhf.callbacks._run import root, show_table
+from lightning_rlhf.callbacks.base import HeldOutCallback
+from lightning_rlhf.callbacks.reporting import root, show_table
+from lightning_rlhf.evaluation.heldout import HeldOutRow
 
 
 COLUMNS = ["prompt", "before", "after", "reward before", "reward after"]

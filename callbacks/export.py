@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks._run import root
+from lightning_rlhf.callbacks.reporting import root
 
 
 class HFExport(Callback):

@@ -6,7 +6,7 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks._run import preference_source
+from lightning_rlhf.callbacks.reporting import preference_source
 
 
 class FinalValidation(Callback):

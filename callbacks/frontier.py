@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
-from lightning_rlhf.callbacks._run import beta, preference_source, root, show_image
+from lightning_rlhf.callbacks.base import HeldOutCallback
+from lightning_rlhf.callbacks.reporting import beta, preference_source, root, show_image
 from lightning_rlhf.evaluation.frontier import FrontierPoint, write_frontier
+from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
 from lightning_rlhf.evaluation.plots import plot_frontier
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
-from lightning_rlhf.callbacks._run import Round, log_known, preference_source
+from lightning_rlhf.callbacks.base import HeldOutCallback
+from lightning_rlhf.callbacks.reporting import Round, log_known, preference_source
+from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
 
 
 class KLMonitor(HeldOutCallback):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_rlhf import ranks
+from lightning_rlhf.runtime import distributed
 
 
 class NonFiniteGuard(Callback):
@@ -46,7 +46,7 @@ class NonFiniteGuard(Callback):
         figures = cast(dict[str, Any], cast(Any, pl_module).step_metrics)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = bool(torch.isfinite(figures["loss"]) & all_finite(gradients))
-        if not ranks.any_rank(not finite):
+        if not distributed.any_rank(not finite):
             self._in_a_row = 0
             return
         # on every rank alike: without gradients the optimizer changes neither weights nor its own state
@@ -54,8 +54,8 @@ class NonFiniteGuard(Callback):
         self.skipped += 1
         self._in_a_row += 1
         names = list(self._batch.names)
-        found = ranks.interleave(lambda: offenders(names, figures))
-        suspects = found or ranks.interleave(lambda: names)
+        found = distributed.interleave(lambda: offenders(names, figures))
+        suspects = found or distributed.interleave(lambda: names)
         message = (
             f"the loss or its gradient is not finite in step {trainer.global_step}; "
             + ("by their figures, it is " if found else "the figures are finite, so it is one of ")

@@ -7,10 +7,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutRow, summarise
-from lightning_rlhf.callbacks._run import Round, beta, log_known, preference_source
+from lightning_rlhf.callbacks.base import HeldOutCallback
+from lightning_rlhf.callbacks.reporting import Round, beta, log_known, preference_source
+from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
 from lightning_rlhf.losses import reward_accuracy
-from lightning_rlhf.sums import RunningSums, logs_now
+from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 
 
 class RewardMonitor(HeldOutCallback):

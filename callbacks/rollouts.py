@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks._run import log_known, preference_source, root, show_table
 from lightning_rlhf.callbacks.completions import markdown, write_csv
+from lightning_rlhf.callbacks.reporting import log_known, preference_source, root, show_table
+from lightning_rlhf.collectors.rollouts import RolloutRound
 from lightning_rlhf.evaluation.rollouts import repetition, round_figures
-from lightning_rlhf.rollout_rounds import RolloutRound
 
 
 COLUMNS = ["round", "prompt", "response", "reward", "log ratio", "tokens", "repetition"]

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks._heldout import HeldOutCallback, HeldOutMeans, HeldOutRow, optional_mean, summarise
-from lightning_rlhf.callbacks._run import beta, preference_source, root
+from lightning_rlhf.callbacks.base import HeldOutCallback
+from lightning_rlhf.callbacks.reporting import beta, last_validation, preference_source, root
+from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarise
 
 
 RowKey = tuple[int, int, int]
@@ -164,3 +165,50 @@ def measured(value: float, error: float | None, sign: str = "") -> str:
 def rounded(value: float, sign: str = "-") -> str:
     """Two decimals, and never a zero with a minus."""
     return f"{round(value, 2) + 0.0:{sign}.2f}"
+
+
+class LossSummary(Callback):
+    """Prints the held-out loss as the last line, and writes all figures of the last validation to ``summary.json``.
+
+    It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print the figures."""
+        figures = last_validation(trainer)
+        if figures is None:
+            return
+        if "loss" not in figures:
+            print(f"{trainer.global_step} steps; no held-out rows", flush=True)
+            return
+        print(
+            f"held-out loss {figures['loss']:.3f} nats per token (perplexity {figures['perplexity']:.2f}), "
+            f"token accuracy {figures['token_accuracy']:.3f}, {trainer.global_step} steps",
+            flush=True,
+        )
+
+
+class PairSummary(Callback):
+    """Prints held-out accuracy, its baseline and calibration as the last line; all figures go to ``summary.json``.
+
+    It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print the figures of the last validation."""
+        figures = last_validation(trainer)
+        if figures is None:
+            return
+        if "accuracy" not in figures:
+            print(f"{trainer.global_step} steps; no held-out pairs", flush=True)
+            return
+        accuracy, pairs = figures["accuracy"], figures["pairs"]
+        error = math.sqrt(accuracy * (1 - accuracy) / pairs)
+        # whichever of "the longer" and "the shorter is better" is right more often on these pairs
+        by_length = max(figures["longer_accuracy"], 1 - figures["longer_accuracy"])
+        print(
+            f"held-out accuracy {accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs (by length alone: "
+            f"{by_length:.3f}), Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}, "
+            f"{trainer.global_step} steps",
+            flush=True,
+        )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf import ranks
-from lightning_rlhf.callbacks._run import Round, log_known, preference_source
-from lightning_rlhf.sums import RunningSums, logs_now
+from lightning_rlhf.callbacks.reporting import Round, log_known, preference_source
+from lightning_rlhf.runtime import distributed
+from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Throughput(Callback):
         drawn = preference_source(trainer).round
         if drawn is not None:
             # Labels are bought on rank zero, and only its round knows of them.
-            log_known(pl_module, ranks.from_rank_zero(lambda: round_costs(drawn)))
+            log_known(pl_module, distributed.from_rank_zero(lambda: round_costs(drawn)))
 
 
 def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:

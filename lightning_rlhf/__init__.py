@@ -2,11 +2,11 @@
 
 The flow, and where to read it::
 
-    prompts/  ->  samplers/  ->  labelers/  ->  store.py  ->  collate.py  ->  modules/  ->  losses/  ->  callbacks/
-                  generation/    rewards/
+    prompts/  ->  samplers/  ->  labelers/  ->  ledger/  ->  batching/  ->  modules/  ->  losses/  ->  callbacks/
+                  generation/    rewards/       (collectors/ and datamodules/ run it round by round)
 
 A `PreferenceDataModule` collects preferences in rounds, with the current policy; a `DPOModule` learns from them. A
-`RolloutDataModule` draws and scores responses; a `PolicyGradientModule` learns from those. Callbacks report KL and
+`RolloutDataModule` samples and scores responses; a `PolicyGradientModule` learns from those. Callbacks report KL and
 reward. The command line puts the parts together: ``lightning-rlhf fit --config quickstart``.
 """
 
@@ -15,50 +15,66 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from lightning_rlhf.datamodule import PreferenceDataModule
+    from lightning_rlhf.batching.batches import PreferenceBatch, ResponseBatch
+    from lightning_rlhf.datamodules import CompletionDataModule, PreferenceDataModule, RolloutDataModule
+    from lightning_rlhf.experiments import FitExperiment, StagedExperiment, TabularExperiment
     from lightning_rlhf.generation.base import Decoding, Request
-    from lightning_rlhf.modules import DPOModule, PolicyGradientModule
+    from lightning_rlhf.ledger.store import PreferenceStore
+    from lightning_rlhf.models.options import ModelOptions
+    from lightning_rlhf.modules import DPOModule, DRLAIFModule, PolicyGradientModule, RewardModule, SFTModule
     from lightning_rlhf.randomness import Key
-    from lightning_rlhf.rollout_datamodule import RolloutDataModule
     from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response, Rollout
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Comparison",
+    "CompletionDataModule",
     "DPOModule",
+    "DRLAIFModule",
     "Decoding",
+    "FitExperiment",
     "Key",
     "Label",
+    "ModelOptions",
     "PolicyGradientModule",
     "Preference",
+    "PreferenceBatch",
     "PreferenceDataModule",
+    "PreferenceStore",
     "Prompt",
     "Request",
     "Response",
+    "ResponseBatch",
+    "RewardModule",
     "Rollout",
     "RolloutDataModule",
+    "SFTModule",
+    "StagedExperiment",
+    "TabularExperiment",
 ]
 
-_HOMES = {
-    "Comparison": "types",
-    "DPOModule": "modules",
-    "Decoding": "generation.base",
-    "Key": "randomness",
-    "Label": "types",
-    "PolicyGradientModule": "modules",
-    "Preference": "types",
-    "PreferenceDataModule": "datamodule",
-    "Prompt": "types",
-    "Request": "generation.base",
-    "Response": "types",
-    "Rollout": "types",
-    "RolloutDataModule": "rollout_datamodule",
+_MODULES = {
+    "batching.batches": ("PreferenceBatch", "ResponseBatch"),
+    "datamodules": ("CompletionDataModule", "PreferenceDataModule", "RolloutDataModule"),
+    "experiments": ("FitExperiment", "StagedExperiment", "TabularExperiment"),
+    "generation.base": ("Decoding", "Request"),
+    "ledger.store": ("PreferenceStore",),
+    "models.options": ("ModelOptions",),
+    "modules": ("DPOModule", "DRLAIFModule", "PolicyGradientModule", "RewardModule", "SFTModule"),
+    "randomness": ("Key",),
+    "types": ("Comparison", "Label", "Preference", "Prompt", "Response", "Rollout"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name at its first use: all of them take seconds, in which the command line must do other things."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    """Import a name at its first use: importing all of them takes seconds, which the command line uses otherwise."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

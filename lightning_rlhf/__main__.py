@@ -1,13 +1,13 @@
 """Where the command line starts: ``lightning-rlhf``, and ``python -m lightning_rlhf``."""
 
-from lightning_rlhf import stopping
+from lightning_rlhf.runtime import preemption
 
 
 def main() -> None:
     """Run the command line."""
-    if stopping.is_worker():
+    if preemption.is_worker():
         # first of all: a launcher may die in the seconds that the imports below take
-        stopping.end_with_parent()
+        preemption.end_with_parent()
     from lightning_rlhf.cli import main as run
 
     run()

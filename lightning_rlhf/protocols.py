@@ -28,7 +28,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.collate import RolloutGroup
+from lightning_rlhf.batching.batches import RolloutGroup
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.generation.rollouts import RolloutDrawer
 from lightning_rlhf.rewards.base import AbstractReward

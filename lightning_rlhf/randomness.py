@@ -12,9 +12,26 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """First step of a key path below the run seed: what the random numbers are for.
+
+    The numbers are part of every run's results and never change; new purposes get new numbers.
+    """
+
+    SAMPLING = 1
+    LABELING = 2
+    PROMPTS = 3
+    ORDER = 4
+    WINDOWS = 5
+    DROPOUT = 100
+    HELDOUT = 101
+    ANSWERS = 201
 
 
 @dataclass(frozen=True)

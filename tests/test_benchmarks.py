@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.harness import check_same, ids_in_order, model_folder
-from lightning_rlhf.comparison.curves import Curve, CurvePoint, write_cell, write_curves
+from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
 
 
 ROOT = Path(__file__).parents[1]

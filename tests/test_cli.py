@@ -10,11 +10,12 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_rlhf.cli import config_names, find_config, main
+from lightning_rlhf.cli import main
+from lightning_rlhf.commands.config_files import config_names, find_config
 from lightning_rlhf.evaluation import read_frontier
 from lightning_rlhf.generation import DecodeEngine
-from lightning_rlhf.models.precision import bf16_instructions, choose_precision
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.runtime.precision import bf16_instructions, choose_precision
 from lightning_rlhf.types import Prompt, Response
 
 
@@ -147,7 +148,7 @@ def test_one_switch_per_idea(in_folder: Path, tiny_policy: Path) -> None:
 
 def test_interpolation_follows_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_folder / "mine.yaml").write_text(
-        "data: {class_path: lightning_rlhf.datamodule.PreferenceDataModule, init_args: "
+        "data: {class_path: lightning_rlhf.PreferenceDataModule, init_args: "
         "{sampler: {class_path: PILAFSampler, init_args: {tilt: '${model.init_args.beta}'}}}}"
     )
     config = printed(

@@ -16,10 +16,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from lightning_rlhf.cli import config_names, main
+from lightning_rlhf.cli import main
+from lightning_rlhf.commands.config_files import config_names
+from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.losses import PairLogps, SigmoidLoss
-from lightning_rlhf.pipeline import Pipeline
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, FinishReason, Prompt, Response
 

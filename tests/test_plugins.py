@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.datamodule import PreferenceDataModule
+from lightning_rlhf.collectors.preferences import labelled
+from lightning_rlhf.datamodules.preferences import PreferenceDataModule
 from lightning_rlhf.labelers import AbstractLabeler, RecordedLabeler, RewardLabeler
-from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.prompts import BuiltinPrompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput, UncertaintyPenalty
-from lightning_rlhf.rounds import labelled
+from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.samplers import BestOfNSampler, MixtureSampler, OfflineSampler, VanillaSampler
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 

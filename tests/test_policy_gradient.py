@@ -19,11 +19,11 @@ from lightning_rlhf.advantages import GAE, GRPO, RLOO, AbstractAdvantage, Learne
 from lightning_rlhf.callbacks import LabelBudget, RolloutMonitor
 from lightning_rlhf.cli import main
 from lightning_rlhf.evaluation.rollouts import repetition, round_figures
-from lightning_rlhf.models.logprobs import response_logps
+from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.logprobs.compute import response_logps
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.rewards import AbstractReward, LLMScoreReward, RewardOutput, UncertaintyPenalty
-from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.store_rollouts import RolloutTable
 from lightning_rlhf.types import Prompt, PromptRow, Response, Rollout
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.load import LoRA, load_policy, load_tokenizer, save_policy
-from lightning_rlhf.store import PreferenceStore
 
 
 REWARD = """

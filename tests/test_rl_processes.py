@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.store import PreferenceStore
-from lightning_rlhf.store_rollouts import RolloutTable
+from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Rollout
 
 

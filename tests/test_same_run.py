@@ -17,16 +17,22 @@ import torch
 from lightning_rlhf import DPOModule, PolicyGradientModule, PreferenceDataModule, RolloutDataModule
 from lightning_rlhf.callbacks import HFExport
 from lightning_rlhf.cli import main
-from lightning_rlhf.completion_datamodule import CompletionDataModule
-from lightning_rlhf.fingerprint import content_digest, described, differences, with_contents, without_new_defaults
+from lightning_rlhf.commands.label import LabelRun
+from lightning_rlhf.datamodules.completions import CompletionDataModule
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.label_run import LabelRun
 from lightning_rlhf.labelers import RewardLabeler
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.modules import SFTModule
 from lightning_rlhf.prompts import BuiltinPrompts, DatasetCompletions, DatasetPrompts
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
+from lightning_rlhf.runtime.fingerprint import (
+    content_digest,
+    described,
+    differences,
+    with_contents,
+    without_new_defaults,
+)
 from lightning_rlhf.samplers import BestOfNSampler, MixtureSampler, PILAFSampler, VanillaSampler
-from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Prompt, Response
 
 
@@ -307,7 +313,12 @@ def test_objects_are_described_by_class_and_arguments() -> None:
 
 
 def test_differences_ignore_how_a_class_was_spelt_and_where_content_lies() -> None:
-    old = {"data": {"class_path": "lightning_rlhf.datamodule.PreferenceDataModule", "init_args": {"s": [{"a": 1}]}}}
+    old = {
+        "data": {
+            "class_path": "lightning_rlhf.datamodules.preferences.PreferenceDataModule",
+            "init_args": {"s": [{"a": 1}]},
+        }
+    }
     new = {"data": {"class_path": "PreferenceDataModule", "init_args": {"s": [{"a": 1, "init_args": {}}]}}}
     assert differences(old, new, "in the ledger") == []
     digests = ("0123456789abcdef", "fedcba9876543210")

@@ -24,7 +24,7 @@ from lightning_rlhf import (
     RolloutDataModule,
 )
 from lightning_rlhf.advantages import GAE
-from lightning_rlhf.cli import RLHFTrainer
+from lightning_rlhf.commands.fit import RLHFTrainer
 from lightning_rlhf.labelers import RecordedLabeler
 from lightning_rlhf.models.load import LoRA, load_tokenizer
 from lightning_rlhf.models.master_weights import MASTER

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.completion_datamodule import CompletionDataModule
+from lightning_rlhf.datamodules.completions import CompletionDataModule
 from lightning_rlhf.models.load import load_tokenizer
 from lightning_rlhf.modules import SFTModule
 from lightning_rlhf.prompts import DatasetCompletions, DatasetPrompts, tokenize_rows

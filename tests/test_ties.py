@@ -14,14 +14,14 @@ import pytest
 from lightning_rlhf import DPOModule, PreferenceDataModule
 from lightning_rlhf.callbacks import LabelBudget
 from lightning_rlhf.callbacks.budget import PATIENCE
-from lightning_rlhf.evaluation_run import EvaluationRun
+from lightning_rlhf.collectors.preferences import RoundCollector
+from lightning_rlhf.commands.evaluate import EvaluationRun
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.labelers import AbstractLabeler
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import BuiltinPrompts, DatasetPrompts
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.rounds import RoundCollector
 from lightning_rlhf.samplers import AbstractPairSampler, VanillaSampler
-from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_rlhf.estimators.returns import returns_to_go
-from lightning_rlhf.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
 
 
 @dataclass(frozen=True)

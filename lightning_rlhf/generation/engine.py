@@ -30,9 +30,9 @@ from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.lanes import AbstractLanes, Lane, Name, Row, lanes_for
 from lightning_rlhf.generation.text import drawn_text
-from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
-from lightning_rlhf.models.logprobs import base_model, response_logps
-from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.logprobs.compute import base_model, response_logps
+from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.logprobs.head_gradients import HeadSketch, head_gradients
 from lightning_rlhf.models.reference import AbstractReference, AdapterOffReference
 from lightning_rlhf.types import FinishReason, Prompt, Response
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.slots import SlotCache
-from lightning_rlhf.models.logprobs import (
+from lightning_rlhf.logprobs.compute import (
     base_model,
     cannot_share,
     embedding,
@@ -30,7 +30,7 @@ from lightning_rlhf.models.logprobs import (
     logits_at,
     masks_by_layer,
 )
-from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.models.rotary import changes_while_decoding, rotary_window
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt

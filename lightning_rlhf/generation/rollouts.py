@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.engine import DecodeEngine, with_logps
 from lightning_rlhf.generation.vllm import VLLMEngine
-from lightning_rlhf.models.shared_prefix import Group
+from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.types import Rollout
 
 

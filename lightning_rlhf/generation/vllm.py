@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf import ranks
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.engine import with_logps
 from lightning_rlhf.generation.text import drawn_text
-from lightning_rlhf.models.logprobs import base_model
+from lightning_rlhf.logprobs.compute import base_model
 from lightning_rlhf.models.reference import AbstractReference
 from lightning_rlhf.models.rotary import rotary_window
 from lightning_rlhf.models.save import save_policy
+from lightning_rlhf.runtime import distributed
 from lightning_rlhf.types import FinishReason, Prompt, Response
 
 
@@ -95,7 +95,7 @@ class VLLMEngine(AbstractEngine):
         tokens_per_batch: int = 4096,
         gpu_share: float = 0.3,
     ) -> None:
-        if ranks.world_size() > 1:
+        if distributed.world_size() > 1:
             raise ValueError("VLLMEngine serves one process; use the built-in DecodeEngine with several")
         window = rotary_window(base_model(policy))
         if window is not None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.models.prefix_tree import common_length
+from lightning_rlhf.logprobs.prefix_tree import common_length
 
 
 Ids = tuple[int, ...]
 Reader = Callable[[Sequence[Ids], Sequence[int]], Tensor]
-"""Log-probabilities of targets behind texts, nats; as `lightning_rlhf.models.prefix_tree.next_token_logps` gives."""
+"""Log-probabilities of targets behind texts, nats; as `lightning_rlhf.logprobs.prefix_tree.next_token_logps` gives."""
 
 
 @dataclass(frozen=True)

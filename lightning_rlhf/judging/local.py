@@ -19,6 +19,7 @@ from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.judging.labels import Ids, LabelSpelling, label_logps, spell
 from lightning_rlhf.judging.prompts import JudgePrompt
+from lightning_rlhf.logprobs.prefix_tree import next_token_logps
 from lightning_rlhf.models.cache import cache_folder
 from lightning_rlhf.models.load import (
     context_window,
@@ -27,7 +28,6 @@ from lightning_rlhf.models.load import (
     load_tokenizer,
     resolve_checkpoint,
 )
-from lightning_rlhf.models.prefix_tree import next_token_logps
 from lightning_rlhf.models.reference_cache import CacheFile, model_digest
 from lightning_rlhf.prompts.tokenize import leading_special_ids
 from lightning_rlhf.randomness import Key

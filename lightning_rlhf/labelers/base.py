@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Comparison, Label
 
 

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 
 from lightning_rlhf.labelers.base import AbstractLabeler
-from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
+from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Comparison, Label
 
 

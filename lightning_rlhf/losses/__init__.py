@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_rlhf.losses.base import (
-    AbstractPreferenceLoss,
-    CDPOLoss,
-    HingeLoss,
-    IPOLoss,
-    PairLogps,
-    RobustLoss,
-    SigmoidLoss,
-    XPOLoss,
-)
+from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps
 from lightning_rlhf.losses.policy_gradient import (
     clipped_loss,
     clipped_share,
@@ -22,6 +13,12 @@ from lightning_rlhf.losses.policy_gradient import (
     value_loss,
 )
 from lightning_rlhf.losses.preference import (
+    CDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    RobustLoss,
+    SigmoidLoss,
+    XPOLoss,
     cdpo_loss,
     hinge_loss,
     implicit_rewards,

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps
+
 
 def implicit_rewards(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     """Implicit DPO reward of each response; any shape.
@@ -153,3 +155,110 @@ def xpo_bonus(
     chosen = torch.where(chosen_from_reference, policy_chosen_logps, torch.zeros_like(policy_chosen_logps))
     rejected = torch.where(rejected_from_reference, policy_rejected_logps, torch.zeros_like(policy_rejected_logps))
     return alpha * (chosen + rejected)
+
+
+class SigmoidLoss(AbstractPreferenceLoss):
+    """DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), with soft labels."""
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        return sigmoid_loss(pairs.margin(), pairs.label, beta)
+
+
+class CDPOLoss(AbstractPreferenceLoss):
+    """DPO loss with smoothed labels, Mitchell 2023 (conservative DPO).
+
+    Args:
+        label_smoothing: probability that a label is wrong, in [0, 0.5).
+
+    Raises:
+        ValueError: if label_smoothing is out of range.
+    """
+
+    def __init__(self, label_smoothing: float = 0.1) -> None:
+        self.label_smoothing = _checked_smoothing(label_smoothing, "CDPOLoss")
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        return cdpo_loss(pairs.margin(), pairs.label, beta, self.label_smoothing)
+
+
+class RobustLoss(AbstractPreferenceLoss):
+    """DPO loss corrected to be unbiased under label flips, Chowdhury et al. 2024 (arXiv 2403.00409).
+
+    Args:
+        label_smoothing: probability that a label is wrong, in [0, 0.5).
+
+    Raises:
+        ValueError: if label_smoothing is out of range.
+    """
+
+    def __init__(self, label_smoothing: float = 0.1) -> None:
+        self.label_smoothing = _checked_smoothing(label_smoothing, "RobustLoss")
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        return robust_loss(pairs.margin(), pairs.label, beta, self.label_smoothing)
+
+
+class IPOLoss(AbstractPreferenceLoss):
+    """IPO loss, Azar et al. 2023 (arXiv 2310.12036, eq. 17), with beta as the paper's tau.
+
+    Args:
+        length_normalize: average log-ratios over the tokens of each response, as TRL does; false sums them, as in the
+            paper. The target margin 1/(2 beta) is per token or per response accordingly.
+    """
+
+    def __init__(self, length_normalize: bool = True) -> None:
+        self.length_normalize = length_normalize
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        margin = pairs.margin_per_token() if self.length_normalize else pairs.margin()
+        return ipo_loss(margin, pairs.label, beta)
+
+
+class HingeLoss(AbstractPreferenceLoss):
+    """Hinge loss of SLiC (arXiv 2305.10425) on log-ratios to the reference, as in RSO (arXiv 2309.06657)."""
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        return hinge_loss(pairs.margin(), pairs.label, beta)
+
+
+class XPOLoss(AbstractPreferenceLoss):
+    """Base loss plus the exploration bonus of XPO, Xie et al. 2024 (arXiv 2405.21046, algorithm 1).
+
+    Meant for pairs of one policy response and one reference response (``HybridSampler``). On pairs without a reference
+    response it equals the base loss.
+
+    Args:
+        alpha: strength of the bonus, >= 0; multiplies log pi_theta of the reference response, in nats.
+        base: loss that the bonus is added to. Default: the DPO loss.
+
+    Raises:
+        ValueError: if alpha is negative or infinite.
+    """
+
+    def __init__(self, alpha: float = 1e-5, base: AbstractPreferenceLoss | None = None) -> None:
+        if not 0 <= alpha < float("inf"):
+            raise ValueError(
+                f"XPOLoss expects a finite alpha >= 0; got {alpha}. Use 0 for the plain loss, 1e-5 to begin with"
+            )
+        self.alpha = alpha
+        self.base = SigmoidLoss() if base is None else base
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        # loss = base + alpha log pi_theta(y_ref)
+        bonus = xpo_bonus(
+            pairs.policy_chosen,
+            pairs.policy_rejected,
+            pairs.chosen_from_reference,
+            pairs.rejected_from_reference,
+            self.alpha,
+        )
+        return self.base(pairs, beta) + bonus
+
+
+def _checked_smoothing(label_smoothing: float, name: str) -> float:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"{name} expects a label_smoothing in [0, 0.5), the probability that a label is wrong; "
+            f"got {label_smoothing}. Above 0.5 labels say the opposite: exchange chosen and rejected instead"
+        )
+    return label_smoothing

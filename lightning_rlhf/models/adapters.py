@@ -11,6 +11,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.models.cache import cached, file_digest
 from lightning_rlhf.models.checks import read_json
 from lightning_rlhf.models.load import (
@@ -25,7 +26,6 @@ from lightning_rlhf.models.load import (
     probe_rows,
     resolve_checkpoint,
 )
-from lightning_rlhf.models.modes import evaluating
 
 
 ADAPTER_CONVERTER = 2

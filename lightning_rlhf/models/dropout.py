@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.logprobs.eval_mode import evaluating
 
 
 Model = TypeVar("Model", bound=nn.Module)

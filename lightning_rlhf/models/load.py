@@ -33,6 +33,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.models.builtin.policies import world_policy
 from lightning_rlhf.models.cache import cached, file_digest
 from lightning_rlhf.models.checks import (
     HEADS,
@@ -46,7 +48,6 @@ from lightning_rlhf.models.checks import (
     read_json,
     tensors_of,
 )
-from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.save import refuse_tied_targets, save_policy
 from lightning_rlhf.models.stops import stop_ids
 
@@ -119,9 +120,6 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
             to what peft computes.
     """
     if policy.startswith("world:"):
-        # imported here: worlds are made of models
-        from lightning_rlhf.worlds import world_policy
-
         return world_policy(policy.removeprefix("world:"))
     if policy.startswith("pypi:"):
         return _converted_gguf(_packaged_gguf(policy.removeprefix("pypi:")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from lightning_rlhf.models.logprobs import Layout
+from lightning_rlhf.logprobs.compute import Layout
 
 
 class LoadArguments(TypedDict):

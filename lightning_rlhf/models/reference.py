@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from lightning_rlhf import ranks
-from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.runtime import distributed
 
 
 ReferenceRule: TypeAlias = Literal["fixed", "previous", "ema"]
@@ -303,7 +303,7 @@ def _saved(tensors: dict[str, Any]) -> dict[str, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
             full = _full(tensor)
-            if ranks.rank() == 0 or full is tensor:
+            if distributed.rank() == 0 or full is tensor:
                 kept[name] = full.detach().to("cpu", copy=True)
     return kept
 

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.logprobs.compute import Layout
+from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.logprobs.packing import Group
+from lightning_rlhf.logprobs.scores import head_outputs
 from lightning_rlhf.models.adapters import fit_adapters
 from lightning_rlhf.models.checks import read_json
 from lightning_rlhf.models.dropout import saved_dropout
@@ -35,12 +39,8 @@ from lightning_rlhf.models.load import (
     resolve_checkpoint,
     score_head,
 )
-from lightning_rlhf.models.logprobs import Layout
-from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
-from lightning_rlhf.models.scores import head_outputs
 from lightning_rlhf.models.sharding import shard_scorer
-from lightning_rlhf.models.shared_prefix import Group
 
 
 Kind = Literal["linear", "lora", "independent"]

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from lightning_rlhf import ranks
+from lightning_rlhf.runtime import distributed
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -95,7 +95,7 @@ def fill(model: Model, build: Callable[[], Model]) -> None:
         RankError: on the other ranks, if rank zero could not build it.
     """
     built: list[Model] = []
-    ranks.from_rank_zero(lambda: built.append(build()))
+    distributed.from_rank_zero(lambda: built.append(build()))
     state = built[0].state_dict() if built else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=options)

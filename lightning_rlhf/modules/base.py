@@ -22,21 +22,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lightning_rlhf.collate import PreferenceBatch, StepBatch
-from lightning_rlhf.fingerprint import KeepsArguments
+from lightning_rlhf.batching.batches import PreferenceBatch, StepBatch
 from lightning_rlhf.models.dropout import config_dropout
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.master_weights import refuse_half_weights
 from lightning_rlhf.models.options import ModelOptions
-from lightning_rlhf.models.precision import check_dtype, check_precision
 from lightning_rlhf.models.stops import configured_ids, saved_generation_config
 from lightning_rlhf.modules.optimizer import ParameterGroups, build_optimizer
 from lightning_rlhf.modules.sharded import ShardedModule
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.protocols import StepData
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
+from lightning_rlhf.runtime.precision import check_dtype, check_precision
+from lightning_rlhf.runtime.safety import check_trainer, essential_callbacks
 from lightning_rlhf.runtime.step_callbacks import RepairFinishedEpoch, SeedDropout
-from lightning_rlhf.safety import check_trainer, essential_callbacks
-from lightning_rlhf.sums import RunningSums, logs_now
 
 
 Batch = TypeVar("Batch", bound=StepBatch)

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-from lightning_rlhf.collate import PreferenceBatch
+from lightning_rlhf.batching.batches import PreferenceBatch
+from lightning_rlhf.logprobs.compute import summed_logps
 from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
 from lightning_rlhf.models.load import LoRA
-from lightning_rlhf.models.logprobs import summed_logps
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
-from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.renamed import accepts_old_names
+from lightning_rlhf.runtime.plugins import check_plugin
 
 
 @accepts_old_names(

@@ -26,7 +26,7 @@ from lightning_rlhf.models.stops import add_stop_ids
 from lightning_rlhf.modules.base import AbstractStepModule, Batch
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.protocols import RoundData, datamodule_of
-from lightning_rlhf.randomness import Key
+from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards.base import checked_score
 from lightning_rlhf.types import Prompt
 
@@ -231,7 +231,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         del batch_idx
         datamodule = datamodule_of(self.trainer, RoundData, type(self).__name__)
         # the same random numbers at every validation: before and after differ by the policy alone
-        key = Key((datamodule.seed, _HELDOUT))
+        key = Key((datamodule.seed, Stream.HELDOUT))
         requests = [Request(prompt, key.fold(prompt.index)) for prompt in batch]
         responses = self.engine(datamodule.decoding).generate(requests, reference_logps=True)
         reward = datamodule.heldout_reward
@@ -254,7 +254,3 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         if "reference" in checkpoint:
             assert self.reference is not None
             self.reference.load_state_dict(checkpoint["reference"])
-
-
-# first part of key paths below the run seed; the base class and the DataModule have their own
-_HELDOUT = 101

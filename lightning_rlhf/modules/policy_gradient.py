@@ -13,11 +13,15 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from lightning_rlhf.advantages import AbstractAdvantage, Episodes, LearnedBaseline
-from lightning_rlhf.collate import ResponseBatch, RolloutGroup
+from lightning_rlhf.batching.batches import ResponseBatch, RolloutGroup
 from lightning_rlhf.estimators.kl import k1, k3, pad_ragged
 from lightning_rlhf.estimators.returns import Objective, kl_price, objective_weights, token_rewards, whiten
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.logprobs.compute import response_logps
+from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.logprobs.packing import Group
+from lightning_rlhf.logprobs.scores import response_values
 from lightning_rlhf.losses.policy_gradient import (
     Aggregation,
     KLPlacement,
@@ -31,19 +35,15 @@ from lightning_rlhf.losses.policy_gradient import (
 )
 from lightning_rlhf.models.dropout import without_dropout
 from lightning_rlhf.models.load import LoRA, load_scorer, resolve_checkpoint, score_head
-from lightning_rlhf.models.logprobs import response_logps
-from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
-from lightning_rlhf.models.scores import response_values
 from lightning_rlhf.models.sharding import shard_scorer
-from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.optimizer import ParameterGroups
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
-from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.protocols import RolloutModule
 from lightning_rlhf.renamed import accepts_old_names
+from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout
 
 

@@ -14,11 +14,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.collate import PreferenceBatch
+from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.evaluation.metrics import MeanWithError
 from lightning_rlhf.evaluation.pairs import PairMetrics
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 from lightning_rlhf.models.dropout import without_dropout
@@ -27,7 +28,6 @@ from lightning_rlhf.models.options import DEFAULT_OPTIONS, LoadArguments, ModelO
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.models.sharding import full_state_dict
-from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.modules.schedules import ConstantWithWarmup

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-from lightning_rlhf.collate import ResponseBatch
+from lightning_rlhf.batching.batches import ResponseBatch
 from lightning_rlhf.evaluation.metrics import MeanWithError
+from lightning_rlhf.logprobs.compute import choose_layout, packed_scores, response_logps
+from lightning_rlhf.logprobs.packing import pack, split_by_tokens
 from lightning_rlhf.losses.policy_gradient import Aggregation, response_weights
 from lightning_rlhf.models.load import LoRA
-from lightning_rlhf.models.logprobs import choose_layout, packed_scores, response_logps
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
-from lightning_rlhf.models.shared_prefix import pack, split_by_tokens
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.policy import AbstractPolicyModule
 from lightning_rlhf.modules.schedules import ConstantWithWarmup

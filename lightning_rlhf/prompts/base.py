@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from functools import cached_property
 
-from lightning_rlhf.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import PromptRow
 
 

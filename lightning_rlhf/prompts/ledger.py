@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.dataset import unusable_pair
-from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import PromptRow, RecordedPair
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlhf.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Prompt, Response
 
 

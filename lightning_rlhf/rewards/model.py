@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
-from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.scorer import ClassifierScorer, Scorer, open_scorer
 from lightning_rlhf.prompts.tokenize import (
     CHAT_TEMPLATES,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output
+from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, Response
 
 

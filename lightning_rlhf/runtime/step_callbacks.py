@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_rlhf.loading import forget_finished_epoch
-from lightning_rlhf.randomness import Key
+from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.runtime.resume import forget_finished_epoch
 
 
 class SeedDropout(L.Callback):
@@ -21,7 +21,7 @@ class SeedDropout(L.Callback):
         del pl_module, batch, batch_idx
         step = trainer.fit_loop.total_batch_idx
         seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
-        torch.manual_seed(Key((seed, _DROPOUT, step, trainer.global_rank)).seed())
+        torch.manual_seed(Key((seed, Stream.DROPOUT, step, trainer.global_rank)).seed())
 
 
 class RepairFinishedEpoch(L.Callback):
@@ -31,7 +31,3 @@ class RepairFinishedEpoch(L.Callback):
         """Repair the checkpoint in memory; see `forget_finished_epoch`."""
         del trainer, pl_module
         forget_finished_epoch(checkpoint)
-
-
-# first part of key paths below the run seed; the DataModule has its own
-_DROPOUT = 100

@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from lightning_rlhf.fingerprint import KeepsArguments
 from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Comparison, Label, Prompt
 
 

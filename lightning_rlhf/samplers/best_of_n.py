@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.generation.base import AbstractEngine
-from lightning_rlhf.plugins import check_plugin
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
+from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.samplers.base import AbstractPairSampler
 from lightning_rlhf.samplers.draws import COIN, implicit_rewards, pool_requests, repeated
 from lightning_rlhf.types import Comparison, Label, Prompt, Response

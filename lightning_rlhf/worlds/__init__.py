@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from lightning_rlhf.models.builtin.menu import menu_policy
+from lightning_rlhf.models.builtin.policies import world_policy
+from lightning_rlhf.models.builtin.stories import stories_policy
 from lightning_rlhf.worlds.judges import MenuJudgeLabeler, MenuScoreReward
-from lightning_rlhf.worlds.menu import MenuPrompts, MenuReward, menu_policy
-from lightning_rlhf.worlds.stories import StoryPrompts, stories_policy
+from lightning_rlhf.worlds.menu import MenuPrompts, MenuReward
+from lightning_rlhf.worlds.stories import StoryPrompts
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld
 
 
@@ -22,17 +23,3 @@ __all__ = [
     "stories_policy",
     "world_policy",
 ]
-
-POLICIES = {"menu": menu_policy, "stories": stories_policy}
-"""Folders of policies by the name of their world."""
-
-
-def world_policy(name: str) -> Path:
-    """The folder of the policy of a world, made on the first call.
-
-    Raises:
-        FileNotFoundError: if there is no such world.
-    """
-    if name not in POLICIES:
-        raise FileNotFoundError(f"policy 'world:{name}': there is no such world; the worlds are {', '.join(POLICIES)}")
-    return POLICIES[name]()

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from lightning_rlhf.judging.verdicts import expected_value, preference, spread, to_unit_range
 from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.models.builtin.menu import DAYS, DISHES, GUESTS, VERSION, WEATHERS, corpus_menus
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_score
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
-from lightning_rlhf.worlds.menu import DAYS, DISHES, GUESTS, VERSION, WEATHERS, MenuReward, corpus_menus
+from lightning_rlhf.worlds.menu import MenuReward
 
 
 Errors = Literal["taste", "response"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_rlhf import ranks
+from lightning_rlhf.runtime import distributed
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response
 
 
@@ -66,7 +66,7 @@ class ToyData(L.LightningDataModule):
     @property
     def num_labels(self) -> int:
         """As in the real DataModule, a collective: it hangs unless every rank asks."""
-        return ranks.from_rank_zero(lambda: self.bought)
+        return distributed.from_rank_zero(lambda: self.bought)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -78,7 +78,7 @@ class ToyData(L.LightningDataModule):
             left = 4 if self.label_budget is None else min(4, self.label_budget - self.bought)
             pairs = [preference(i, number) for i in range(left)]
             # As in the real DataModule, only rank zero buys.
-            self.round = ToyRound(number, pairs, labels_bought=left if ranks.rank() == 0 else 0)
+            self.round = ToyRound(number, pairs, labels_bought=left if distributed.rank() == 0 else 0)
             self.bought += left
         return DataLoader(torch.arange(len(self.round.preferences)), batch_size=2)
 

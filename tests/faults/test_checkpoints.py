@@ -17,9 +17,9 @@ import torch.distributed.checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_rlhf.checkpoints import RunCheckpoint, check_writable, checked, damage, explained, history
 from lightning_rlhf.cli import main
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.runtime.checkpoints import RunCheckpoint, check_writable, checked, damage, explained, history
 
 
 def fit(folder: Path, policy: Path, *options: str) -> None:

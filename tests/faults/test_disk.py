@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_rlhf.checkpoints import damage
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.runtime.checkpoints import damage
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.checkpoints import meta
 from lightning_rlhf.cli import main
 from lightning_rlhf.judging.replies import UnreadableError, parse_completion, read_labels
 from lightning_rlhf.judging.task import parse_task
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import DatasetPrompts, LedgerPrompts
-from lightning_rlhf.run_record import named_files, without_secrets, write_record
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.runtime.checkpoints import meta
+from lightning_rlhf.runtime.run_record import named_files, without_secrets, write_record
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, Response
 
 

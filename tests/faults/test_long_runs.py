@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lightning_rlhf.comparison.run import LONGEST_LOG, set_aside
-from lightning_rlhf.run_record import KEPT_STARTS, write_record
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.experiments.run import LONGEST_LOG, set_aside
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.runtime.run_record import KEPT_STARTS, write_record
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lightning_rlhf.store import PreferenceStore
+from lightning_rlhf.ledger.store import PreferenceStore
 
 
 ROOT = Path(__file__).parents[2]

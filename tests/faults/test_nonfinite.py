@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_rlhf.callbacks import NonFiniteGuard
 from lightning_rlhf.callbacks.nonfinite import all_finite, offenders
-from lightning_rlhf.datamodule import PreferenceDataModule
+from lightning_rlhf.datamodules.preferences import PreferenceDataModule
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RecordedLabeler
 from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_rlhf.checkpoints import damage, history
+from lightning_rlhf.runtime.checkpoints import damage, history
 
 
 ROOT = Path(__file__).parents[2]

@@ -105,7 +105,7 @@ def test_a_signal_is_passed_on_to_a_child_once_and_its_status_comes_back(tmp_pat
     )
     parent = (
         "import sys\n"
-        "from lightning_rlhf.stopping import run_child\n"
+        "from lightning_rlhf.runtime.preemption import run_child\n"
         f"print(run_child([sys.executable, '-c', {child!r}]))\n"
     )
     process = subprocess.Popen(

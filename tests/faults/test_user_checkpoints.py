@@ -19,8 +19,8 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf.callbacks import NonFiniteGuard
-from lightning_rlhf.checkpoints import RunCheckpoint, history
 from lightning_rlhf.cli import main
+from lightning_rlhf.runtime.checkpoints import RunCheckpoint, history
 
 
 def fit(folder: Path, policy: Path, trainer: dict[str, Any], *options: str) -> None:
@@ -149,7 +149,11 @@ def test_a_guard_of_the_users_own_stays(folder: Path, tiny_policy: Path) -> None
         ({"callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateFinder"}]}, "LearningRateFinder would"),
         ({"plugins": [{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}]}, "AsyncCheckpointIO"),
         (
-            {"callbacks": [{"class_path": "lightning_rlhf.checkpoints.RunCheckpoint", "init_args": {"folder": "x"}}]},
+            {
+                "callbacks": [
+                    {"class_path": "lightning_rlhf.runtime.checkpoints.RunCheckpoint", "init_args": {"folder": "x"}}
+                ]
+            },
             "continues from",
         ),
     ],

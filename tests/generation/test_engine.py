@@ -26,7 +26,7 @@ from transformers import (
 from lightning_rlhf.generation import lanes
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine, sample_tokens
-from lightning_rlhf.models.logprobs import response_logps
+from lightning_rlhf.logprobs.compute import response_logps
 from lightning_rlhf.models.reference import AdapterOffReference, FrozenCopyReference
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt, Response

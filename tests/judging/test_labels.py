@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_rlhf.judging.labels import label_logps, spell
-from lightning_rlhf.models.prefix_tree import next_token_logps
+from lightning_rlhf.logprobs.prefix_tree import next_token_logps
 
 
 SCORES = [str(score) for score in range(1, 11)]

@@ -33,9 +33,9 @@ from lightning_rlhf.judging.server import Session, Usage, without_control_tokens
 from lightning_rlhf.judging.task import load_task
 from lightning_rlhf.judging.verdicts import expected_value
 from lightning_rlhf.labelers import ServerLabeler
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import ServerScoreReward
-from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Prompt, Response
 
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 
+from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.judging import JudgeServer, ServerError
 from lightning_rlhf.judging.server import backoff, retry_after, without_control_tokens
 from lightning_rlhf.labelers import ServerLabeler
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import ServerScoreReward
-from lightning_rlhf.rounds import RoundCollector
 from lightning_rlhf.samplers import OfflineSampler
-from lightning_rlhf.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from lightning_rlhf.label_run import LabelRun
+from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.labelers import AbstractLabeler
 from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.randomness import Key

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_rlhf import ranks
 from lightning_rlhf.models.load import LoRA, load_policy
 from lightning_rlhf.models.reference import FrozenCopyReference, ReferenceRule, build_reference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.models.sharding import build_sharded, fill, full_state_dict, gathered, scattered, shard
+from lightning_rlhf.runtime import distributed
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -150,7 +150,7 @@ def no_weights(path: str, mesh: DeviceMesh) -> None:
 
     try:
         build_sharded(build, shard, mesh, torch.device("cpu"))
-    except (FileNotFoundError, ranks.RankError) as error:
+    except (FileNotFoundError, distributed.RankError) as error:
         print(f"rank {dist.get_rank()}: {type(error).__name__}: {error}\n", end="", flush=True)
 
 
@@ -158,4 +158,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for check in sys.argv[2:]:
         globals()[check](sys.argv[1], init_device_mesh("cpu", (2,)))
-    ranks.leave()
+    distributed.leave()

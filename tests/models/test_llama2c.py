@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.models.llama2c import convert_llama2c, piece_tokenizer, read_model, read_pieces
+from lightning_rlhf.models.builtin.llama2c import convert_llama2c, piece_tokenizer, read_model, read_pieces
 from lightning_rlhf.models.load import end_of_sequence_ids, load_tokenizer
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import DecodeEngine, Decoding
 from lightning_rlhf.models import LoRA, build_reference, load_policy, load_tokenizer
 from lightning_rlhf.models.reference import AbstractReference
 from lightning_rlhf.models.reference_cache import LogpsFile, ReferenceCache, entry_key, weights_digest
-from lightning_rlhf.rounds import with_reference_logps
 from lightning_rlhf.samplers.offline import recorded_comparison
 from lightning_rlhf.types import Comparison, Prompt, Response
 

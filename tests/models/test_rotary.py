@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Confi
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.generation.lanes import RecomputedLanes, SlotLanes, lanes_for
-from lightning_rlhf.models.logprobs import choose_layout, packed_scores, response_logps
-from lightning_rlhf.models.prefix_tree import next_token_logps
+from lightning_rlhf.logprobs.compute import choose_layout, packed_scores, response_logps
+from lightning_rlhf.logprobs.packing import Group, pack
+from lightning_rlhf.logprobs.prefix_tree import next_token_logps
+from lightning_rlhf.logprobs.scores import head_outputs
 from lightning_rlhf.models.reference import FrozenCopyReference
-from lightning_rlhf.models.scores import head_outputs
-from lightning_rlhf.models.shared_prefix import Group, pack
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.losses import bradley_terry_loss
 from lightning_rlhf.models.load import LoRA, load_tokenizer
 from lightning_rlhf.models.scorer import Ensemble, Kind, Scorer, build_scorer, open_scorer
-from lightning_rlhf.models.shared_prefix import Group
 from lightning_rlhf.rewards import disagreement, standardised
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lightning_rlhf.estimators.design import best_pair, greedy_pairs, pair_values, policy_weight
-from lightning_rlhf.models.head_gradients import HeadSketch, head_gradients
+from lightning_rlhf.logprobs.head_gradients import HeadSketch, head_gradients
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers import MixtureSampler, PolicyWeightedSampler, VanillaSampler
 from lightning_rlhf.samplers.policy_weighted import packed, unpacked

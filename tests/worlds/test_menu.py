@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.models.builtin.menu import DISHES, build_policy, corpus_menus
+from lightning_rlhf.models.builtin.policies import world_policy
 from lightning_rlhf.models.load import load_tokenizer, resolve_checkpoint
 from lightning_rlhf.prompts.tokenize import tokenize_rows
 from lightning_rlhf.types import Prompt, Response
-from lightning_rlhf.worlds import MenuPrompts, MenuReward, world_policy
-from lightning_rlhf.worlds.menu import DISHES, build_policy, corpus_menus
+from lightning_rlhf.worlds import MenuPrompts, MenuReward
 
 
 @pytest.fixture(scope="module")

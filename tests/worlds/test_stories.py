@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.models.builtin.llama2c import FIRST_BYTE
+from lightning_rlhf.models.builtin.stories import ARCHIVE, MEMBER, build_stories
 from lightning_rlhf.models.cache import cache_folder
-from lightning_rlhf.models.llama2c import FIRST_BYTE
 from lightning_rlhf.models.load import load_policy, load_tokenizer
 from lightning_rlhf.worlds import StoryPrompts, stories_policy
-from lightning_rlhf.worlds.stories import ARCHIVE, HEROES, MEMBER, MOODS, PLACES, build_stories
+from lightning_rlhf.worlds.stories import HEROES, MOODS, PLACES
 
 
 TEXTS = (

@@ -1,0 +1,245 @@
+"""The tensors of a batch, and how a batch is split into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.types import Rollout
+
+
+Ids = tuple[int, ...]
+
+
+@runtime_checkable
+class StepBatch(Protocol):
+    """What a batch that is an optimizer step can do; the items are pairs, or prompts with their responses."""
+
+    @property
+    def num_idle(self) -> int:
+        """Items at the end that count for nothing."""
+
+    @property
+    def num_global(self) -> float | None:
+        """Items of the optimizer step on all ranks, divided by the ranks; the items here when None."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of each item in the loss, [items]."""
+
+    def __len__(self) -> int:
+        """Number of items, idle ones included."""
+
+    def split(self) -> Sequence[Self]:
+        """Make a batch of each pass, in order."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the numbers to a device."""
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Labelled pairs, the response with P >= 0.5 first; on a tie, the one that came first.
+
+    Numbers per pair are float64 (float32 on MPS, which has no float64): they are few, and sums over many tokens.
+    Log-probabilities are such sums, in nats, and NaN where nobody computed them.
+
+    Args:
+        prompts: token ids of the prompts.
+        chosen: token ids of the preferred responses.
+        rejected: token ids of the other responses.
+        label: P(chosen preferred) in [0.5, 1], [pairs].
+        weight: weight of each pair in the loss, >= 0, [pairs].
+        reference_chosen_logps: log pi_ref(chosen | prompt), [pairs].
+        reference_rejected_logps: log pi_ref(rejected | prompt), [pairs].
+        sampling_chosen_logps: log pi(chosen | prompt) of the policy at the time of sampling, untempered, [pairs].
+        sampling_rejected_logps: the same of the rejected response, [pairs].
+        chosen_from_reference: whether the reference, not the policy, drew the chosen response; bool, [pairs].
+        rejected_from_reference: the same of the rejected response.
+        num_global: pairs of the optimizer step on all ranks, divided by the ranks; losses are summed and divided by it,
+            so that the average over ranks, which DDP takes, is the mean over pairs. The pairs here when not given.
+        passes: number of pairs in each forward and backward pass of the step; one pass over all when not given.
+        num_idle: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
+            passes must still run as many.
+        names: what each pair is called in messages; empty where nobody asked.
+    """
+
+    prompts: list[Ids]
+    chosen: list[Ids]
+    rejected: list[Ids]
+    label: Tensor
+    weight: Tensor
+    reference_chosen_logps: Tensor
+    reference_rejected_logps: Tensor
+    sampling_chosen_logps: Tensor
+    sampling_rejected_logps: Tensor
+    chosen_from_reference: Tensor
+    rejected_from_reference: Tensor
+    num_global: float | None = None
+    passes: tuple[int, ...] | None = None
+    num_idle: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def has_reference(self) -> bool:
+        """Whether the reference log-probabilities of all pairs are known."""
+        return _all_known(self.reference_chosen_logps, self.reference_rejected_logps)
+
+    @cached_property
+    def has_sampling(self) -> bool:
+        """Whether the sampling-time log-probabilities of all pairs are known."""
+        return _all_known(self.sampling_chosen_logps, self.sampling_rejected_logps)
+
+    def groups(self) -> list[tuple[Ids, tuple[Ids, Ids]]]:
+        """Prompts with their two responses, as `lightning_rlhf.logprobs.compute.summed_logps` takes them.
+
+        Responses count chosen, rejected, chosen, rejected, ...:
+        ``chosen_logps, rejected_logps = summed_logps(policy, batch.groups()).view(-1, 2).unbind(1)``.
+        """
+        return [(p, (c, r)) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)]
+
+    def split(self) -> list[PreferenceBatch]:
+        """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
+        if self.passes is None:
+            return [self]
+        if sum(self.passes) != len(self) or min(self.passes) < 1:
+            raise ValueError(f"passes {self.passes} must be positive and add up to the {len(self)} pairs of the batch")
+        parts, start, last_counted = [], 0, len(self) - self.num_idle
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for end in accumulate(self.passes):
+            mine: dict[str, Any] = {name: v[start:end] for name, v in values.items() if isinstance(v, (list, Tensor))}
+            num_idle = min(max(end - last_counted, 0), end - start)
+            part = replace(self, **mine, passes=None, num_idle=num_idle, num_global=self.num_global or last_counted)
+            # known of the whole: asking a part could mean to wait for the device
+            vars(part).update({name: True for name in ("has_reference", "has_sampling") if getattr(self, name)})
+            parts.append(part)
+            start = end
+        return parts
+
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
+        single = torch.device(device).type == "mps"
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(
+                device, torch.float32 if single and tensor.is_floating_point() else None, non_blocking=True
+            )
+
+        return self._map(move)
+
+    def pin_memory(self) -> PreferenceBatch:
+        """Pin the numbers; the DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})  # type: ignore[arg-type]
+        # asked here, where the numbers are still on the CPU: on the device the question would wait for the whole queue
+        vars(mapped).update(has_reference=self.has_reference, has_sampling=self.has_sampling)
+        return mapped
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one prompt with what they are worth; numbers run token by token, response by response.
+
+    Args:
+        rollouts: responses to one prompt.
+        advantages: advantage of each token.
+        targets: what the value model should say of the state before each token; None without one.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    advantages: tuple[float, ...]
+    targets: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """Prompts with responses, drawn by the policy or recorded; an item is a prompt with all its responses.
+
+    Args:
+        prompts: token ids of the prompts.
+        responses: token ids of the responses to each prompt.
+        numbers: per token, response by response, [5, tokens], float64 (float32 on MPS): log pi when it was drawn, log
+            pi_ref, advantage, V when it was drawn, target of V; the last two NaN without a value model. Of recorded
+            responses none, [0, tokens].
+        weight: weight of each prompt in the loss, 0 for idle ones, [prompts].
+        mean_length: mean tokens of a response of the optimizer step, over all ranks.
+        max_length: token limit of the responses.
+        temperature: softmax temperature they were drawn at.
+        num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
+        passes: number of prompts in each pass; one pass when not given.
+        num_idle: prompts at the end that count for nothing.
+        names: what each prompt is called in messages; empty where nobody asked.
+    """
+
+    prompts: list[Ids]
+    responses: list[tuple[Ids, ...]]
+    numbers: Tensor
+    weight: Tensor
+    mean_length: float
+    max_length: int
+    temperature: float = 1.0
+    num_global: float | None = None
+    passes: tuple[int, ...] | None = None
+    num_idle: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def groups(self) -> list[tuple[Ids, tuple[Ids, ...]]]:
+        """Prompts with their responses, as `lightning_rlhf.logprobs.compute.response_logps` takes them."""
+        return list(zip(self.prompts, self.responses, strict=True))
+
+    def split(self) -> list[ResponseBatch]:
+        """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
+        if self.passes is None:
+            return [self]
+        if sum(self.passes) != len(self) or min(self.passes) < 1:
+            raise ValueError(
+                f"passes {self.passes} must be positive and add up to the {len(self)} prompts of the batch"
+            )
+        parts, start, first, last_counted = [], 0, 0, len(self) - self.num_idle
+        for size in self.passes:
+            end = start + size
+            last = first + sum(len(ids) for responses in self.responses[start:end] for ids in responses)
+            parts.append(
+                replace(
+                    self,
+                    prompts=self.prompts[start:end],
+                    names=self.names[start:end],
+                    responses=self.responses[start:end],
+                    numbers=self.numbers[:, first:last],
+                    weight=self.weight[start:end],
+                    num_global=self.num_global or last_counted,
+                    passes=None,
+                    num_idle=min(max(end - last_counted, 0), size),
+                )
+            )
+            start, first = end, last
+        return parts
+
+    def to(self, device: torch.device | str) -> ResponseBatch:
+        """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else None
+        numbers, weight = (t.to(device, dtype, non_blocking=True) for t in (self.numbers, self.weight))
+        return replace(self, numbers=numbers, weight=weight)
+
+    def pin_memory(self) -> ResponseBatch:
+        """Pin the numbers; the DataLoader calls this."""
+        return replace(self, numbers=self.numbers.pin_memory(), weight=self.weight.pin_memory())
+
+
+def _all_known(*logps: Tensor) -> bool:
+    return not bool(torch.stack(logps).isnan().any())

@@ -1,0 +1,1 @@
+"""One round of pairs or rollouts: sample, store, label or score, store."""

@@ -1,0 +1,238 @@
+"""One round of preference collection: sample, store, label, store; every chunk is durable before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from lightning_rlhf.collectors.chunks import chunks_without_repeats
+from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
+from lightning_rlhf.collectors.reference_logps import with_reference_logps
+from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.models.reference_cache import ReferenceCache
+from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.runtime import distributed, preemption
+from lightning_rlhf.runtime.plugins import returned
+from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+
+
+@dataclass
+class Round:
+    """What one pass of the on-epoch hook brought.
+
+    Args:
+        index: number of the round, from 0.
+        preferences: the labelled comparisons, in prompt order.
+        comparisons: all comparisons, labelled or not, in prompt order.
+        failed: comparisons without a label, by the status of their last attempt.
+        sampling_seconds: wall time spent on drawing responses in this process.
+        labelling_seconds: wall time spent on labels in this process.
+        labels_bought: labels paid for in this process; those read back from the ledger are not counted.
+    """
+
+    index: int
+    preferences: list[Preference]
+    comparisons: list[Comparison] = field(default_factory=list)
+    failed: dict[str, int] = field(default_factory=dict)
+    sampling_seconds: float = 0.0
+    labelling_seconds: float = 0.0
+    labels_bought: int = 0
+
+    @property
+    def ties(self) -> int:
+        """Free ties: pairs of equal responses. They are among the preferences."""
+        return sum(preference.label.is_free_tie for preference in self.preferences)
+
+
+class RoundCollector:
+    """Draws rounds and buys their labels, through the ledger.
+
+    Two equal responses are a free tie: the labeler is not asked, and no label is counted. The pair stays in its round
+    with P = 0.5: the loss is a mean over all pairs, and the gradient of this one is zero.
+
+    Whatever a killed run left of a round is taken from the ledger; only what is missing is drawn and labelled.
+
+    Args:
+        store: the ledger; None on ranks other than zero.
+        sampler: draws pairs.
+        labeler: labels them, on rank zero.
+        key: key of the run; rounds and purposes are folded in.
+        label_attempts: times that a comparison is shown to the labeler until it is given up, >= 1.
+        progress: makes progress bars, as `tqdm` does: ``progress(description, total)`` is a context that yields one.
+        reference_cache: keeps reference log-probabilities of recorded responses; what the environment says when not
+            given.
+    """
+
+    def __init__(
+        self,
+        store: PreferenceStore | None,
+        sampler: AbstractPairSampler,
+        labeler: AbstractLabeler,
+        key: Key,
+        *,
+        label_attempts: int = 1,
+        progress: Progress | None = None,
+        reference_cache: ReferenceCache | None = None,
+    ) -> None:
+        self.store, self.sampler, self.labeler, self.key = store, sampler, labeler, key
+        self.label_attempts = label_attempts
+        self.progress: Progress = progress or silent
+        self.reference_cache = reference_cache or ReferenceCache.from_environment()
+
+    def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
+        """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
+
+        Args:
+            index: number of the round.
+            prompts: prompts of the round, in order.
+            engine: decodes; None if the sampler needs none and the pairs bring their reference log-probabilities.
+            chunk: prompts that are drawn, stored and labelled together, >= 1.
+        """
+        result = Round(index, [])
+        if not distributed.from_rank_zero(lambda: self._ledger.round_info(index) is not None):
+            start = time.perf_counter()
+            self.sample(index, prompts, engine, chunk)
+            result.sampling_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
+            result.labels_bought = bought if self.store is not None else 0
+            result.labelling_seconds = time.perf_counter() - start
+        result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._read(index))
+        return result
+
+    def sample(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> None:
+        """Draw the comparisons of a round that the ledger does not hold yet."""
+        held = set(distributed.from_rank_zero(lambda: self._ledger.positions(index)))
+        missing = [position for position in range(len(prompts)) if position not in held]
+        if not missing:
+            return
+        if engine is None and self.sampler.needs_engine:
+            raise ValueError(
+                f"{type(self.sampler).__name__} draws responses, and this module has no policy to draw from: set "
+                f"data.sampler=OfflineSampler, and give rows with recorded pairs; or, for a reward model, name what is "
+                f"to be drawn from as model.policy"
+            )
+        with self.progress(f"round {index}: sampling", len(missing)) as bar:
+            if engine is not None:
+                engine.on_tokens = count_tokens(bar)
+            for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
+                key = self.key.fold(Stream.SAMPLING, index, repeat)
+                mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
+                everyone = distributed.interleave(partial(self._draw, mine, engine, key))
+                distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
+                bar.update(len(positions))
+
+    def _draw(self, prompts: Sequence[Prompt], engine: DecodeEngine | None, key: Key) -> list[Comparison]:
+        preemption.check()
+        made = self.sampler.sample(prompts, engine, key) if prompts else []  # type: ignore[arg-type]
+        drawn = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
+        return drawn if engine is None else with_reference_logps(drawn, engine, self.reference_cache)
+
+    def _keep(self, index: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> None:
+        self._ledger.add_comparisons(index, comparisons, positions)
+
+    def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
+        bought = self.label(index, chunk, num_prompts)
+        failed = self._ledger.failed(index)
+        # a round in which every label failed is of no use: it stays open, for more attempts
+        labels = [label for _, _, label in self._rows(index, num_prompts)]
+        if not failed or any(label is not None and not label.is_free_tie for label in labels):
+            self._ledger.close_round(index, {"prompts": num_prompts, "failed": failed})
+        return bought
+
+    def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:
+        """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many.
+
+        Pairs of equal responses become free ties first, and are not shown to the labeler.
+
+        Args:
+            index: number of the round.
+            chunk: comparisons that are labelled together, >= 1.
+            num_prompts: size of the round, where a budget may have cut it since it was drawn; all when not given.
+        """
+        assert self.store is not None
+        bought = 0
+        key = self.key.fold(Stream.LABELING, index)
+        rows = self._rows(index, num_prompts)
+        worth = self._worth(rows)
+        self.store.add_ties([id_ for id_, c, label in rows if id_ in worth and label is None and c.has_equal_responses])
+        for attempt in range(self.label_attempts):
+            # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
+            asked = self.store.attempts(index)
+            rows = self._rows(index, num_prompts)
+            open_ = [
+                (id_, c) for id_, c, label in rows if id_ in worth and label is None and asked.get(id_, 0) == attempt
+            ]
+            if not open_:
+                continue
+            with self.progress(f"round {index}: labelling", len(open_)) as bar:
+                for start in range(0, len(open_), chunk):
+                    preemption.check()
+                    part = open_[start : start + chunk]
+                    labels = labelled(
+                        self.sampler, self.labeler, [comparison for _, comparison in part], key.fold(attempt)
+                    )
+                    if attempt:
+                        earlier = [self.store.history(id_) for id_, _ in part]
+                        labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
+                    self.store.add_labels([id_ for id_, _ in part], labels)
+                    bought += sum(label.status == "ok" for label in labels)
+                    bar.update(len(part))
+        return bought
+
+    def _worth(self, rows: Sequence[tuple[int, Comparison, Any]]) -> set[int]:
+        """Ids of the comparisons of a round that the sampler wants labels for."""
+        chosen = set(self.sampler.worth_labels([comparison for _, comparison, _ in rows]))
+        name, strange = type(self.sampler).__name__, chosen - set(range(len(rows)))
+        if strange:
+            raise ValueError(
+                f"{name}.worth_labels returned {min(strange)} for a round of {len(rows)} comparisons; return positions "
+                f"from 0 to {len(rows) - 1}"
+            )
+        most = self.sampler.most_labels(len(rows))
+        if len(chosen) > most:
+            raise ValueError(
+                f"{name}.worth_labels wants {len(chosen)} labels for {len(rows)} comparisons, more than the {most} "
+                f"that its label_share of {self.sampler.label_share:g} allows; budgets count on it"
+            )
+        return {rows[position][0] for position in chosen}
+
+    @property
+    def _ledger(self) -> PreferenceStore:
+        assert self.store is not None  # asked on rank zero
+        return self.store
+
+    def _rows(self, index: int, num_prompts: int | None) -> list[tuple[int, Comparison, Label | None]]:
+        """The comparisons of a round, without those that a smaller budget has cut off since they were drawn."""
+        places, rows = self._ledger.positions(index), self._ledger.comparisons(index)
+        return [row for place, row in zip(places, rows, strict=True) if num_prompts is None or place < num_prompts]
+
+    def _read(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
+        rows = self._rows(index, (self._ledger.round_info(index) or {}).get("prompts"))
+        preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
+        return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
+
+
+def labelled(
+    sampler: AbstractPairSampler, labeler: AbstractLabeler, comparisons: Sequence[Comparison], key: Key
+) -> list[Label]:
+    """Label comparisons: by what came with the draws where that is a label, by the labeler otherwise.
+
+    Raises:
+        TypeError: if the labeler returned something else than labels.
+        ValueError: if it returned another number of them.
+    """
+    verdicts = getattr(sampler, "verdicts", None)
+    labels: list[Label | None] = verdicts(comparisons) if verdicts is not None else [None] * len(comparisons)
+    asked = [place for place, label in enumerate(labels) if label is None]
+    if asked:
+        made = labeler.label([comparisons[place] for place in asked], key)
+        for place, label in zip(asked, returned(labeler, "label", made, len(asked), Label, "comparisons"), strict=True):
+            labels[place] = label
+    return [label for label in labels if label is not None]

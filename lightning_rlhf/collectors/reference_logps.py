@@ -1,0 +1,49 @@
+"""Reference log-probabilities of the responses of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.models.reference_cache import ReferenceCache
+from lightning_rlhf.types import Comparison, Preference
+
+
+def with_reference_logps(
+    comparisons: Sequence[Comparison], engine: DecodeEngine, cache: ReferenceCache | None = None
+) -> list[Comparison]:
+    """Give every response its reference log-probabilities, by one forward pass where sampler and cache left none.
+
+    A training step then runs no reference. The version of the reference is kept in ``meta``, so that log-probabilities
+    under a reference that has moved since are recognised.
+    """
+    if engine.reference is None:
+        return list(comparisons)
+    prompts = [c.prompt for c in comparisons for _ in range(2)]
+    responses = [r for c in comparisons for r in (c.a, c.b)]
+    if cache is not None:
+        scored = cache.complete(engine.reference, prompts, responses, engine.with_reference_logps)
+    else:
+        scored = engine.with_reference_logps(prompts, responses)
+    version = {"reference_version": engine.reference.version}
+    return [
+        replace(c, a=a, b=b, meta={**c.meta, **version})
+        for c, a, b in zip(comparisons, scored[::2], scored[1::2], strict=True)
+    ]
+
+
+def refreshed(preferences: Sequence[Preference], engine: DecodeEngine | None) -> list[Preference]:
+    """Recompute reference log-probabilities that were taken under an older reference; without an engine none are."""
+    if engine is None:
+        return list(preferences)
+    version = engine.reference.version if engine.reference is not None else 0
+    stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
+    if not stale:
+        return list(preferences)
+    bare = [
+        replace(c, a=replace(c.a, reference_logps=None), b=replace(c.b, reference_logps=None))
+        for c in (p.comparison for p in stale)
+    ]
+    fresh = {id(p): replace(p, comparison=c) for p, c in zip(stale, with_reference_logps(bare, engine), strict=True)}
+    return [fresh.get(id(p), p) for p in preferences]

@@ -1,0 +1,160 @@
+"""One round of rollouts: draw, store, score, store; every chunk is durable before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+
+import torch
+
+from lightning_rlhf.collectors.chunks import chunks_without_repeats
+from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
+from lightning_rlhf.generation.base import Request
+from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.rewards import AbstractReward, RewardOutput, checked_output
+from lightning_rlhf.runtime import distributed, preemption
+from lightning_rlhf.types import Preference, Prompt, Rollout
+
+
+@dataclass
+class RolloutRound:
+    """What one pass of the on-epoch hook brought.
+
+    Args:
+        index: number of the round, from 0.
+        groups: scored rollouts, prompt by prompt, in the order of the round.
+        rewards: what each rollout earns in training, group by group: normalised, with penalties; the DataModule fills
+            it in.
+        sampling_seconds: wall time spent on drawing in this process.
+        labelling_seconds: wall time spent on scoring in this process.
+        labels_bought: scores bought in this process; those read back from the ledger are not counted.
+        failed: scores that failed, by status; none: a reward that cannot score stops the run.
+        preferences: none; callbacks on pairs find nothing to report.
+        ties: pairs of equal responses; none.
+    """
+
+    index: int
+    groups: list[list[Rollout]]
+    rewards: list[float] = field(default_factory=list)
+    sampling_seconds: float = 0.0
+    labelling_seconds: float = 0.0
+    labels_bought: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    preferences: Sequence[Preference] = ()
+    ties: int = 0
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts, prompt by prompt."""
+        return [rollout for group in self.groups for rollout in group]
+
+    def scores(self) -> RewardOutput:
+        """What the reward said of the rollouts, as the ledger kept it; std only where it said one of each."""
+        rewards = torch.tensor([rollout.reward for rollout in self.rollouts], dtype=torch.float64)
+        stds = [rollout.std for rollout in self.rollouts if rollout.std is not None]
+        return RewardOutput(rewards, torch.tensor(stds, dtype=torch.float64) if len(stds) == len(rewards) else None)
+
+
+class RolloutCollector:
+    """Draws rounds of rollouts and scores them, through the ledger.
+
+    Whatever a killed run left of a round is taken from the ledger; only what is missing is drawn and scored.
+
+    Args:
+        table: rollouts of the ledger; None on ranks other than zero.
+        reward: scores them, on rank zero.
+        key: key of the run; rounds are folded in.
+        responses_per_prompt: rollouts of each prompt, >= 1.
+        progress: makes progress bars; see `lightning_rlhf.collectors.preferences.RoundCollector`.
+    """
+
+    def __init__(
+        self,
+        table: RolloutTable | None,
+        reward: AbstractReward,
+        key: Key,
+        responses_per_prompt: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.table, self.reward, self.key = table, reward, key
+        self.responses_per_prompt = responses_per_prompt
+        self.progress: Progress = progress or silent
+
+    def collect(self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int) -> RolloutRound:
+        """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
+
+        Args:
+            index: number of the round.
+            prompts: prompts of the round, in order.
+            drawer: draws.
+            chunk: prompts that are drawn, stored and scored together, >= 1.
+        """
+        result = RolloutRound(index, [])
+        if not distributed.from_rank_zero(lambda: self._rollouts.store.round_info(index) is not None):
+            start = time.perf_counter()
+            self.sample(index, prompts, drawer, chunk)
+            result.sampling_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
+            result.labels_bought = bought if self.table is not None else 0
+            result.labelling_seconds = time.perf_counter() - start
+        rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
+        result.groups = [[row[2] for row in same] for _, same in groupby(rows, key=lambda row: row[1])]
+        return result
+
+    def sample(self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int) -> None:
+        """Draw the rollouts of a round that the ledger does not hold yet."""
+        held = set(distributed.from_rank_zero(lambda: self._rollouts.positions(index)))
+        missing = [position for position in range(len(prompts)) if position not in held]
+        if not missing:
+            return
+        with self.progress(f"round {index}: sampling", len(missing)) as bar:
+            drawer.engine.on_tokens = count_tokens(bar)
+            for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
+                key = self.key.fold(Stream.SAMPLING, index, repeat)
+                mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
+                groups = distributed.interleave(partial(self._draw, mine, drawer, key))
+                distributed.from_rank_zero(partial(self._keep, index, groups, positions))
+                bar.update(len(positions))
+
+    @property
+    def _rollouts(self) -> RolloutTable:
+        assert self.table is not None  # asked on rank zero
+        return self.table
+
+    def _draw(self, prompts: Sequence[Prompt], drawer: RolloutDrawer, key: Key) -> list[list[Rollout]]:
+        preemption.check()
+        size = self.responses_per_prompt
+        drawn = drawer.draw([Request(p, key.fold(p.index, sample)) for p in prompts for sample in range(size)])
+        return [drawn[i : i + size] for i in range(0, len(drawn), size)]
+
+    def _keep(self, index: int, groups: Sequence[Sequence[Rollout]], positions: Sequence[int]) -> None:
+        self._rollouts.add(index, groups, positions)
+
+    def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
+        bought = self._score(index, chunk * self.responses_per_prompt)
+        self._rollouts.store.close_round(index, {"prompts": num_prompts})
+        return bought
+
+    def _score(self, index: int, chunk: int) -> int:
+        """Buy the scores that are missing, chunk by chunk in the order of the round; returns how many."""
+        assert self.table is not None
+        rows = self.table.rollouts(index)
+        missing = [(identity, rollout) for identity, _, rollout in rows if rollout.reward is None]
+        if not missing:
+            return 0
+        with self.progress(f"round {index}: scoring", len(missing)) as bar:
+            for start in range(0, len(missing), chunk):
+                preemption.check()
+                part = missing[start : start + chunk]
+                rollouts = [rollout for _, rollout in part]
+                output = checked_output(self.reward, [r.prompt for r in rollouts], [r.response for r in rollouts])
+                stds = [None] * len(part) if output.std is None else output.std.tolist()
+                self.table.add_scores([identity for identity, _ in part], output.mean.tolist(), stds)
+                bar.update(len(part))
+        return len(missing)

@@ -1,0 +1,80 @@
+"""Configs by name or by path: ``--config quickstart``, overlays, and the bases that a file names under ``defaults``."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+)
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_rlhf.renamed import renamed_config
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package."""
+    root = resources.files("lightning_rlhf.configs")
+    names = [entry.name[:-5] for entry in root.iterdir() if entry.name.endswith(".yaml")]
+    for folder in ("labeler", "sampler", "trainer", "worlds"):
+        names += [f"{folder}/{e.name[:-5]}" for e in root.joinpath(folder).iterdir() if e.name.endswith(".yaml")]
+    return sorted(names)
+
+
+def find_config(name: str) -> Path:
+    """Find a config by path or by name.
+
+    Raises:
+        TypeError: if there is none; the message lists the names that exist.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = resources.files("lightning_rlhf.configs").joinpath(f"{name}.yaml")
+    if packaged.is_file():
+        return Path(str(packaged))
+    raise TypeError(f"no config {name!r}: neither a file, nor one of {', '.join(config_names())}")
+
+
+class NamedConfig(ActionConfigFile):
+    """Reads configs by name or path, and their ``defaults`` first."""
+
+    def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
+        """Merge one ``--config`` value into the configuration."""
+        inline = "\n" in value or value.lstrip().startswith("{")
+        if inline:
+            super().__call__(parser, cfg, value, option_string)  # type: ignore[no-untyped-call]
+        else:
+            self._merge(parser, cfg, find_config(value), option_string, ())
+
+    def _merge(self, parser: Any, cfg: Any, path: Path, option: str | None, above: tuple[Path, ...]) -> None:
+        if path in above:
+            raise TypeError(f"config {path} names itself among its defaults")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise TypeError(f"config {path} is no YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
+        renamed = renamed_config(content, note_once)
+        changed, content = renamed != content, renamed
+        bases = content.pop("defaults", None)
+        if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
+        if bases is None and not changed:
+            # by path, so that files it names are looked up beside it
+            super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
+            return
+        for base in bases or ():
+            beside = path.parent / f"{base}.yaml"
+            self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
+        super().__call__(parser, cfg, yaml.safe_dump(content), option)  # type: ignore[no-untyped-call]
+
+
+@cache
+def note_once(text: str) -> None:
+    """Say on rank zero, once, that an argument has a new name."""
+    rank_zero_warn(f"{text}; the old name works for one more version", category=DeprecationWarning, stacklevel=2)

@@ -1,0 +1,318 @@
+"""A ledger as rows that other trainers read, such as TRL's ``DPOTrainer`` and ``SFTTrainer``.
+
+Every labelled comparison becomes one row ``prompt``, ``chosen``, ``rejected``, and every rollout one row ``prompt``,
+``completion``, in JSONL or Parquet, that ``datasets.load_dataset`` opens. How sure the label was, and where the row
+came from, are further columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_rlhf.labelers.recorded import recorded_probability
+from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.types import Comparison, Message, Preference, Prompt, Rollout
+
+
+Format = Literal["auto", "jsonl", "parquet"]
+Rows = Literal["auto", "plain", "conversational"]
+Row = dict[str, Any]
+
+_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_TYPES = {
+    "probability": pa.float64(),
+    "weight": pa.float64(),
+    "passes": pa.float64(),
+    "delta": pa.float64(),
+    "reward": pa.float64(),
+    "reward_std": pa.float64(),
+    "reward_chosen": pa.float64(),
+    "reward_rejected": pa.float64(),
+    "recorded_probability": pa.float64(),
+    "round": pa.int64(),
+    "position": pa.int64(),
+    "prompt_index": pa.int64(),
+}
+_ROW_GROUP = 1024  # rows in memory at once
+
+
+def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "auto", best: bool = False) -> int:
+    """Write the labelled comparisons of a ledger as preference rows, or its rollouts, and return how many there are.
+
+    The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
+    ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
+    ``branch``, ``prompt_index``; ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit
+    cut the response off; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
+    ``reward_b``; ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones; and
+    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON.
+
+    Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where
+    they are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in
+    place of one of the same name. The run may go on meanwhile.
+
+    Args:
+        ledger: path of the ledger of a run.
+        out: file to write, ``.jsonl`` or ``.parquet``.
+        format: format of the file; ``auto`` goes by its suffix.
+        rows: ``plain`` writes texts, prompts as rendered with the chat template; ``conversational`` writes lists of
+            messages, to which the other trainer applies its own template; ``auto`` writes messages if every prompt has
+            them.
+        best: of rollouts, only the most rewarded one of each prompt and round.
+
+    Raises:
+        ValueError: if nothing is labelled yet, the format cannot be told, or a prompt without messages is to be written
+            as conversational.
+    """
+    target, kind = check_target(ledger, out, format)
+    with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        count, all_have_messages, any_has_rewards, any_is_recorded, any_has_options = 0, True, False, False, False
+        for preference in store.preferences():
+            count += 1
+            all_have_messages &= preference.comparison.prompt.messages is not None
+            any_has_rewards |= "reward_a" in preference.label.meta
+            any_is_recorded |= _recorded(preference.comparison) is not None
+            any_has_options |= bool(preference.comparison.prompt.template_options)
+        if not count and (drawn := _groups(store)):
+            return _write_rollouts(drawn, target, kind, rows, best)
+        if not count:
+            raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
+        conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
+        written: Iterable[Row] = (
+            preference_row(p, conversational, any_has_rewards, any_is_recorded)
+            | (_template_columns(p.comparison.prompt) if any_has_options and conversational else {})
+            for p in store.preferences()
+        )
+        return _write(written, target, kind)
+
+
+def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
+    """Write all comparisons of a ledger, labelled or not, and return how many there are.
+
+    Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the laws ``source_a`` and ``source_b`` they
+    were drawn from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta``
+    (implicit reward of a minus that of b; null where the sampler did not compute it), ``round``, ``position`` and
+    ``prompt_index``. Rollouts are written as `export_ledger` writes them.
+
+    Args:
+        ledger: path of the ledger of a run.
+        out: file to write, ``.jsonl`` or ``.parquet``.
+        format: format of the file; ``auto`` goes by its suffix.
+
+    Raises:
+        ValueError: if the ledger is empty or the format cannot be told.
+    """
+    target, kind = check_target(ledger, out, format)
+    with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        found = next(store.walk(), None)
+        if found is None and (drawn := _groups(store)):
+            return _write_rollouts(drawn, target, kind, "auto", False)
+        if found is None:
+            raise ValueError(f"ledger {ledger} holds no comparison yet; draw some first")
+        return _write((comparison_row(*row[:3]) for row in store.walk()), target, kind)
+
+
+def preference_row(preference: Preference, conversational: bool, rewards: bool = False, recorded: bool = False) -> Row:
+    """The row of a preference, with the more probable response as ``chosen``.
+
+    Args:
+        preference: the preference.
+        conversational: write messages, not texts.
+        rewards: add the rewards that the labeler noted, null where it did not.
+        recorded: add P(chosen preferred) by the data, null where they do not say.
+    """
+    comparison, label, probability = preference.comparison, preference.label, preference.probability
+    chosen, rejected, sides = comparison.a, comparison.b, ("reward_a", "reward_b")
+    human = _recorded(comparison)
+    if probability < 0.5:
+        human = None if human is None else 1.0 - human
+        chosen, rejected, sides, probability = rejected, chosen, sides[::-1], 1.0 - probability
+    row: Row = {"prompt": comparison.prompt.text, "chosen": chosen.text, "rejected": rejected.text}
+    if conversational:
+        row = {
+            "prompt": _messages(comparison.prompt),
+            "chosen": [{"role": "assistant", "content": chosen.text}],
+            "rejected": [{"role": "assistant", "content": rejected.text}],
+        }
+    row |= {
+        "probability": probability,
+        "weight": comparison.weight,
+        "round": preference.round,
+        "branch": comparison.branch,
+        "prompt_index": comparison.prompt.index,
+        "finish_reason_chosen": chosen.finish_reason,
+        "finish_reason_rejected": rejected.finish_reason,
+    }
+    if rewards:
+        row |= {"reward_chosen": label.meta.get(sides[0]), "reward_rejected": label.meta.get(sides[1])}
+    if recorded:
+        row["recorded_probability"] = human
+    return row
+
+
+def _recorded(comparison: Comparison) -> float | None:
+    """P(a preferred) by the data; None where they do not say, or say so of other responses."""
+    known = comparison.prompt.recorded is not None and "recorded_first" in comparison.meta
+    return recorded_probability(comparison) if known else None
+
+
+def comparison_row(round: int, position: int, comparison: Comparison) -> Row:
+    """The row of a comparison, labelled or not."""
+    return {
+        "prompt": comparison.prompt.text,
+        "a": comparison.a.text,
+        "b": comparison.b.text,
+        "source_a": comparison.a.source,
+        "source_b": comparison.b.source,
+        "finish_reason_a": comparison.a.finish_reason,
+        "finish_reason_b": comparison.b.finish_reason,
+        "branch": comparison.branch,
+        "weight": comparison.weight,
+        "passes": comparison.passes,
+        "delta": comparison.meta.get("delta"),
+        "round": round,
+        "position": position,
+        "prompt_index": comparison.prompt.index,
+    }
+
+
+def rollout_row(rollout: Rollout, round: int, conversational: bool) -> Row:
+    """The row of a rollout, scored or not."""
+    text = rollout.response.text
+    return {
+        "prompt": _messages(rollout.prompt) if conversational else rollout.prompt.text,
+        "completion": [{"role": "assistant", "content": text}] if conversational else text,
+        "reward": rollout.reward,
+        "reward_std": rollout.std,
+        "finish_reason": rollout.response.finish_reason,
+        "round": round,
+        "prompt_index": rollout.prompt.index,
+    }
+
+
+def _groups(store: PreferenceStore) -> list[tuple[int, list[Rollout]]]:
+    """Rounds with the rollouts of each prompt, in order."""
+    table = RolloutTable(store)
+    return [
+        (round, [row[2] for row in same])
+        for round in table.rounds()
+        for _, same in groupby(table.rollouts(round), key=lambda row: row[1])
+    ]
+
+
+def _write_rollouts(groups: list[tuple[int, list[Rollout]]], target: Path, kind: Format, rows: Rows, best: bool) -> int:
+    if best:
+        scored = [(round, [r for r in rollouts if r.reward is not None]) for round, rollouts in groups]
+        groups = [(round, [max(found, key=lambda r: r.reward or 0.0)]) for round, found in scored if found]
+        if not groups:
+            raise ValueError("no rollout has a reward yet, so none is the best; leave best out")
+    all_have_messages = all(rollout.prompt.messages is not None for _, rollouts in groups for rollout in rollouts)
+    conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
+    any_has_options = any(rollout.prompt.template_options for _, rollouts in groups for rollout in rollouts)
+    return _write(
+        (
+            rollout_row(rollout, round, conversational)
+            | (_template_columns(rollout.prompt) if any_has_options and conversational else {})
+            for round, rollouts in groups
+            for rollout in rollouts
+        ),
+        target,
+        kind,
+    )
+
+
+def _template_columns(prompt: Prompt) -> Row:
+    """What the chat template got beside the messages, as the columns that `DatasetPrompts` reads; JSON in strings."""
+    options = dict(prompt.template_options)
+    tools = options.pop("tools", None)
+    return {
+        "tools": None if tools is None else json.dumps(tools, ensure_ascii=False),
+        "chat_template_kwargs": json.dumps(options, ensure_ascii=False) if options else None,
+    }
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    if prompt.messages is None:
+        raise ValueError(
+            f"prompt {prompt.index} is a text, not a conversation, so it has no conversational row; pass rows=plain"
+        )
+    return list(prompt.messages)
+
+
+def check_target(ledger: str, out: str, format: Format = "auto") -> tuple[Path, Format]:
+    """Check where rows are to be written, and tell the format.
+
+    Raises:
+        ValueError: if the format cannot be told, or the file is the ledger.
+        IsADirectoryError: if it is a folder.
+    """
+    target = Path(out)
+    if format == "auto":
+        suffixes: dict[str, Format] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+        if target.suffix not in suffixes:
+            raise ValueError(f"cannot tell the format of {out} by its suffix; name it .jsonl or .parquet")
+        format = suffixes[target.suffix]
+    if target.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; pass the name of a file")
+    if target.exists() and Path(ledger).exists() and target.samefile(ledger):
+        raise ValueError(f"{out} is the ledger itself; pass another file to write to")
+    return target, format
+
+
+def _write(rows: Iterable[Row], target: Path, kind: Format) -> int:
+    """Write rows to a file that appears only when it is complete; returns their number."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        count = (_write_jsonl if kind == "jsonl" else _write_parquet)(rows, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a power loss after the rename may leave an empty file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _write_jsonl(rows: Iterable[Row], path: Path) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _check_turns(rows: list[Row]) -> None:
+    """Check that turns hold what Parquet has columns for."""
+    for row in rows:
+        for name, value in row.items():
+            more = {key for turn in value for key in turn} - {"role", "content"} if isinstance(value, list) else set()
+            if more:
+                raise ValueError(
+                    f"messages in {name!r} of prompt {row['prompt_index']} hold {sorted(more)}, for which a Parquet "
+                    f"file of rows has no place; write .jsonl"
+                )
+
+
+def _write_parquet(rows: Iterable[Row], path: Path) -> int:
+    rows = iter(rows)
+    group = list(islice(rows, _ROW_GROUP))
+    schema = pa.schema(
+        [(name, _TURNS if isinstance(v, list) else _TYPES.get(name, pa.string())) for name, v in group[0].items()]
+    )
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        while group:
+            _check_turns(group)
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+            group = list(islice(rows, _ROW_GROUP))
+    return count

@@ -1,0 +1,226 @@
+"""``lightning-rlhf label``: have existing pairs labelled, and say how good the labels are; no policy is involved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from lightning_rlhf.collectors.preferences import RoundCollector
+from lightning_rlhf.commands.export import Rows, check_target, export_ledger
+from lightning_rlhf.evaluation.judges import JudgeMetrics
+from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
+from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.recorded import recorded_probability
+from lightning_rlhf.ledger.same_run import check_same_settings
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.prompts.base import AbstractPromptSource
+from lightning_rlhf.prompts.text import text_prompts
+from lightning_rlhf.randomness import Key
+from lightning_rlhf.runtime.fingerprint import FREE_OF_SERVERS, described
+from lightning_rlhf.samplers.offline import OfflineSampler
+from lightning_rlhf.types import Comparison, Label, Prompt
+
+
+PAGE = 1024
+"""Pairs that are written to the ledger, or read for the report, at once."""
+
+
+class LabelRun:
+    """Has existing pairs labelled, into a ledger, and reports how good the labels are.
+
+    Calling the same command again continues: labels in the ledger are not asked for again. Which response of a pair is
+    shown first is a fair coin, so that a taste for the first place cannot look like skill.
+
+    Args:
+        pairs: where the pairs come from: `DatasetPrompts`, `HHPrompts`, `LedgerPrompts`, or your own source.
+        labeler: who says which response is better.
+        run_dir: folder for the ledger and the report.
+        out: also write the labelled pairs to this file (.jsonl or .parquet), as rows that TRL and `DatasetPrompts`
+            read.
+        rows: rows of ``out``: ``plain`` texts, ``conversational`` messages, or ``auto``.
+        recorded_labels: whether the data say which response people prefer; false for pairs in an order that means
+            nothing.
+        label_attempts: times that a pair is shown to the labeler until it is given up, >= 1; a later call may raise it.
+        chunk: pairs that are given to the labeler at once, >= 1; their labels are durable when it returns them.
+        seed: decides which response is shown first, and what the labeler draws.
+    """
+
+    def __init__(
+        self,
+        pairs: AbstractPromptSource,
+        labeler: AbstractLabeler,
+        run_dir: str = "runs/label",
+        out: str | None = None,
+        rows: Rows = "auto",
+        recorded_labels: bool = True,
+        label_attempts: int = 1,
+        chunk: int = 64,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("label_attempts", label_attempts), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.source, self.labeler, self.run_dir = pairs, labeler, Path(run_dir)
+        self.out, self.rows, self.recorded_labels = out, rows, recorded_labels
+        self.label_attempts, self.chunk, self.seed = label_attempts, chunk, seed
+
+    @property
+    def ledger(self) -> Path:
+        """Path of the ledger."""
+        return self.run_dir / "ledger.sqlite"
+
+    def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Label what has no label yet, write the report, print a summary, and return the report.
+
+        Args:
+            settings: what a continued run must share with the ledger, plain JSON; the command line gives its own.
+
+        Raises:
+            ValueError: if a row has no pair, or the ledger is of other data or settings.
+        """
+        if self.out is not None:
+            check_target(str(self.ledger), self.out)  # before anything is paid for
+        prompts = self._load()
+        with PreferenceStore(self.ledger) as store:
+            decisive = {"verb": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
+            objects = {"labeler": described(self.labeler)} if settings is None else settings
+            check_same_settings(store, {**decisive, **objects}, {"pairs", *FREE_OF_SERVERS})
+            check_same_pairs(store, prompts)
+            collector = RoundCollector(
+                store,
+                OfflineSampler(),
+                self.labeler,
+                Key((self.seed,)),
+                label_attempts=self.label_attempts,
+                progress=progress_bar,
+            )
+            collector.sample(0, prompts, None, PAGE)
+            start = time.perf_counter()
+            bought = collector.label(0, self.chunk)
+            seconds = time.perf_counter() - start
+            report = label_report(store, self.source.report, bought, seconds)
+        self._write(report, settings or {})
+        return report
+
+    def _load(self) -> list[Prompt]:
+        rows = self.source.load()
+        for row in rows:
+            if row.pair is None:
+                raise ValueError(
+                    f"{row.source}: has no pair of responses to label; give rows with 'chosen' and 'rejected', or name "
+                    f"their columns, e.g. --pairs.chosen_column=a --pairs.rejected_column=b"
+                )
+        prompts = text_prompts(rows)
+        return prompts if self.recorded_labels else [replace(prompt, recorded=None) for prompt in prompts]
+
+    def _write(self, report: dict[str, Any], settings: Mapping[str, Any]) -> None:
+        lines = label_lines(report)
+        write_whole(self.run_dir / "report.json", to_json({**report, "settings": settings}))
+        text = f"# Labels\n\n{lines[0]}.\n\n{markdown_table(judge_rows(report['figures']))}"
+        if report["left_out"]:
+            text += f"\nRows left out: {counted(report['left_out'])}.\n"
+        write_whole(self.run_dir / "report.md", text)
+        print(*lines, sep="\n", flush=True)
+        if self.out is not None and report["labelled"]:
+            print(f"wrote {export_ledger(str(self.ledger), self.out, rows=self.rows)} rows to {self.out}", flush=True)
+
+
+def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
+    """Compare the pairs of round 0 with those that are to be labelled now.
+
+    Raises:
+        ValueError: if one of them is another, or the ledger has more of them.
+    """
+    for _, position, comparison, _ in store.walk([0]):
+        if position >= len(prompts):
+            raise ValueError(
+                f"ledger {store.path} holds more than the {len(prompts)} pairs of the data: a run may grow, not "
+                f"shrink; raise the limit again, or use another run_dir"
+            )
+        if comparison.prompt != prompts[position]:
+            raise ValueError(
+                f"pair {position + 1} of the data is not the one that ledger {store.path} holds there (it begins "
+                f"{comparison.prompt.text[:60]!r}, now {prompts[position].text[:60]!r}): the data or their order "
+                f"changed since the run started; restore them, or use another run_dir"
+            )
+
+
+def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> dict[str, Any]:
+    """Summarise round 0 of a ledger of recorded pairs.
+
+    Args:
+        store: the ledger.
+        left_out: rows that the source left out, by reason.
+        bought: labels bought in this call.
+        seconds: time that took.
+    """
+    metric = JudgeMetrics()
+    rows = store.comparisons(0)
+    for start in range(0, len(rows), PAGE):
+        update(metric, [(c, label or store.history(id_)[-1]) for id_, c, label in rows[start : start + PAGE]])
+    figures = {name: value.item() for name, value in metric.compute().items()}
+    return {
+        "pairs": len(rows),
+        "labelled": store.num_labels,
+        "ties": store.count_ties(),
+        "failed": store.failed(0),
+        "attempts": store.num_attempts,
+        "cost": store.total_cost,
+        "bought_now": bought,
+        "seconds": seconds,
+        "left_out": {reason: count for reason, count in left_out.items() if count},
+        "figures": figures,
+    }
+
+
+def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> None:
+    """Give comparisons and their last labels, failed ones too, to a metric; lengths are characters.
+
+    Free ties are left out: the labeler has not seen them.
+    """
+    judged = [(comparison, label) for comparison, label in judged if not label.is_free_tie]
+    comparisons, labels = [comparison for comparison, _ in judged], [label for _, label in judged]
+    metric.update(
+        torch.tensor([float("nan") if x.probability is None else x.probability for x in labels], dtype=torch.float64),
+        torch.tensor([human_probability(c) for c in comparisons], dtype=torch.float64),
+        torch.tensor([[len(c.a.text), len(c.b.text)] for c in comparisons]).view(-1, 2),
+        *(_noted(labels, name) for name in ("first_forward", "first_reverse", "mass")),
+    )
+
+
+def human_probability(comparison: Comparison) -> float:
+    """P(a preferred) by the data; NaN if they do not say."""
+    return float("nan") if comparison.prompt.recorded is None else recorded_probability(comparison)
+
+
+def _noted(labels: list[Label], name: str) -> torch.Tensor:
+    return torch.tensor([label.meta.get(name, float("nan")) for label in labels], dtype=torch.float64)
+
+
+def label_lines(report: Mapping[str, Any]) -> list[str]:
+    """A report as a few lines for the terminal."""
+    ties = report.get("ties", 0)
+    missing = report["pairs"] - report["labelled"] - ties
+    failed = f"; without a label {missing}: {counted(report['failed'])}" if missing else ""
+    free = f"; free ties (equal responses) {ties}" if ties else ""
+    speed = f", {report['bought_now'] / report['seconds']:.3g} per second" if report["bought_now"] else ""
+    first = (
+        f"labelled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
+        f"cost {report['cost']:.6g}{failed}{free}; {report['bought_now']} in this call{speed}"
+    )
+    return [first, *judge_lines(report["figures"])]
+
+
+def progress_bar(description: str, total: int) -> AbstractContextManager[Any]:
+    """A progress bar on standard error; silent where that is no terminal."""
+    bar: AbstractContextManager[Any] = tqdm(
+        total=total, desc=description.rpartition(": ")[2], unit="pair", disable=None, smoothing=0.05
+    )
+    return bar

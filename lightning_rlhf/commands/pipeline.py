@@ -1,0 +1,296 @@
+"""``lightning-rlhf run``: several runs in a row, each fed by those before it, and one table at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_rlhf.evaluation.report import write_whole
+from lightning_rlhf.runtime.preemption import run_child
+
+
+STAGE_VERBS = ("fit", "label", "sample", "export", "evaluate")
+STAGE_FIELDS = {"name", "verb", "config", "options"}
+PIPELINE_FIELDS = {"run_dir", "variables", "stages", "report"}
+REPORT_FIELDS = {"policies", "baseline", "beta", "options"}
+DONE = "done.json"
+STOPPED = (129, 130, 143)
+"""Exit statuses of a stage that a signal has ended in good order."""
+
+_REFERENCE = re.compile(r"\$\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a pipeline.
+
+    Args:
+        name: names its folder, and the stage in later ones.
+        verb: what ``lightning-rlhf`` is asked to do.
+        configs: named configs or files, from left to right.
+        options: settings on top of them, by path.
+        folder: its run folder.
+        needs: names of the earlier stages that its options name.
+    """
+
+    name: str
+    verb: str
+    configs: tuple[str, ...]
+    options: dict[str, Any]
+    folder: Path
+    needs: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line behind ``lightning-rlhf``."""
+        where = [] if self.verb == "export" else [f"--run_dir={self.folder}"]
+        configs = [f"--config={config}" for config in self.configs]
+        return [self.verb, *configs, *where, *(f"--{key}={_written(value)}" for key, value in self.options.items())]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the policies of a pipeline are compared.
+
+    Args:
+        policies: names of the stages whose ``model`` folders are compared.
+        baseline: policy that they are compared with, and that KL is measured from; one with their vocabulary.
+        beta: price of a nat in J = score - beta KL, >= 0.
+        options: settings of ``lightning-rlhf evaluate``.
+    """
+
+    policies: tuple[str, ...]
+    baseline: str
+    beta: float
+    options: dict[str, Any]
+
+
+class Pipeline:
+    """Runs stages one after the other, in processes of their own, and skips what is done.
+
+    A stage is a normal ``fit``, ``label``, ``sample``, ``export`` or ``evaluate`` in its own folder below ``run_dir``;
+    the same command continues a pipeline that was stopped, at the stage that was running and within it. In options,
+    ``${NAME}`` stands for the folder of an earlier stage or for an entry of ``variables``, ``${folder}`` for the own
+    folder of a stage.
+
+    Args:
+        path: the pipeline, a YAML file.
+        run_dir: folder of all stages; what the file says when not given.
+        overrides: values of ``variables`` that differ from the file's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no pipeline, or refers to a stage that does not come before; the field is named.
+    """
+
+    def __init__(self, path: str, run_dir: str | None = None, overrides: Mapping[str, str] | None = None) -> None:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"pipeline {path!r}: no such file")
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not valid YAML ({error})") from error
+        raw = _mapping(raw, path, "the file", PIPELINE_FIELDS)
+        self.folder = Path(run_dir or raw.get("run_dir") or f"runs/{file.stem}")
+        names: dict[str, Any] = _mapping(raw.get("variables") or {}, path, "variables", None)
+        unknown = sorted(set(overrides or {}) - set(names))
+        if unknown:
+            raise ValueError(f"{path}: variables has no {unknown[0]!r} to change; it has {sorted(names)}")
+        names = {**names, **(overrides or {})}
+        rows = raw.get("stages")
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{path}: stages must be a list of at least one; got {rows!r}")
+        self.stages: list[Stage] = []
+        for number, row in enumerate(rows):
+            self.stages.append(self._stage(_mapping(row, path, f"stages[{number}]", STAGE_FIELDS), path, number, names))
+            names[self.stages[-1].name] = str(self.stages[-1].folder)
+        self.report = self._report(raw.get("report"), path, names)
+
+    def run(self) -> dict[str, Any] | None:
+        """Run what is not done, then compare the policies; returns the table, None if the file asks for none.
+
+        Raises:
+            SystemExit: if a stage fails, with its status; the same command goes on from there.
+            ValueError: if a stage that is done was run with other settings.
+        """
+        for number, stage in enumerate(self.stages):
+            self._run(stage, f"{number + 1} of {len(self.stages)}")
+        if self.report is None:
+            return None
+        evaluations = {}
+        for policy in self.report.policies:
+            folder = self._stage_named(policy).folder
+            options = {"a": str(folder / "model"), "b": self.report.baseline, "reference": self.report.baseline}
+            where = self.folder / "report" / policy
+            stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, where, (policy,))
+            self._run(stage, f"evaluating {policy}")
+            evaluations[policy] = json.loads((stage.folder / "report.json").read_text(encoding="utf-8"))
+        table = [row_of(self._stage_named(name), found, self.report.beta) for name, found in evaluations.items()]
+        result = {"baseline": self.report.baseline, "beta": self.report.beta, "policies": table}
+        write_whole(self.folder / "report.json", json.dumps(result, indent=2) + "\n")
+        text = table_text(result)
+        write_whole(self.folder / "report.md", f"# {self.folder.name}\n\n{text}")
+        print(text, flush=True)
+        return result
+
+    def _run(self, stage: Stage, number: str) -> None:
+        digest = self._digest(stage)
+        marker = stage.folder / DONE
+        if marker.exists():
+            held = json.loads(marker.read_text(encoding="utf-8"))
+            if held["digest"] != digest:
+                raise ValueError(
+                    f"stage {stage.name!r} was done with other settings, or on an earlier run of a stage before it: "
+                    f"lightning-rlhf {' '.join(held['arguments'])}; delete {stage.folder} and the stages that build on "
+                    f"it, or give another run_dir"
+                )
+            print(f"{stage.name} ({number}): done", flush=True)
+            return
+        print(f"{stage.name} ({number}): lightning-rlhf {' '.join(stage.arguments)}", flush=True)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        status = run_child([sys.executable, "-m", "lightning_rlhf", *stage.arguments])
+        if status in STOPPED:
+            print(f"stage {stage.name!r} was stopped; the same command goes on from there", flush=True)
+            raise SystemExit(status)
+        if status:
+            raise SystemExit(f"stage {stage.name!r} ended with status {status}; the same command goes on from there")
+        seconds = time.monotonic() - start
+        held = {"digest": digest, "arguments": stage.arguments, "seconds": seconds, "finished": time.time()}
+        write_whole(marker, json.dumps(held, indent=2) + "\n")
+
+    def _digest(self, stage: Stage) -> str:
+        """What a stage depends on: its command, the content of its config files, and the runs that it builds on."""
+        files = {c: Path(c).read_text(encoding="utf-8") for c in stage.configs if Path(c).is_file()}
+        markers = [self._stage_named(name).folder / DONE for name in stage.needs]
+        runs = [json.loads(marker.read_text(encoding="utf-8"))["finished"] for marker in markers]
+        return hashlib.sha256(json.dumps([stage.arguments, files, runs]).encode()).hexdigest()
+
+    def _stage_named(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def _stage(self, row: Mapping[str, Any], path: str, number: int, names: Mapping[str, Any]) -> Stage:
+        where = f"stages[{number}]"
+        name = row.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in {*names, "report", "folder"}:
+            raise ValueError(f"{path}: {where}.name must be a new word of letters, digits and _; got {name!r}")
+        verb = row.get("verb", "fit")
+        if verb not in STAGE_VERBS:
+            raise ValueError(f"{path}: {where}.verb must be one of {', '.join(STAGE_VERBS)}; got {verb!r}")
+        configs = row.get("config", [])
+        configs = [configs] if isinstance(configs, str) else configs
+        if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
+            raise ValueError(f"{path}: {where}.config must be a name or a list of names; got {configs!r}")
+        options = _mapping(row.get("options") or {}, path, f"{where}.options", None)
+        if "run_dir" in options:
+            raise ValueError(f"{path}: {where}.options.run_dir is the pipeline's to choose; drop it")
+        folder = self.folder / f"{number + 1:02d}-{name}"
+        known = {**names, "folder": str(folder)}
+        filled = {key: _filled(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
+        mentioned = set(_REFERENCE.findall(json.dumps(options)))
+        needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
+        return Stage(name, verb, tuple(configs), filled, folder, needs)
+
+    def _report(self, raw: Any, path: str, names: Mapping[str, Any]) -> Report | None:
+        if raw is None:
+            return None
+        row = _mapping(raw, path, "report", REPORT_FIELDS)
+        policies = row.get("policies")
+        known = [stage.name for stage in self.stages if stage.verb == "fit"]
+        if not isinstance(policies, list) or not policies or not set(policies) <= set(known):
+            raise ValueError(f"{path}: report.policies must name fit stages, of {known}; got {policies!r}")
+        if not isinstance(row.get("baseline"), str):
+            raise ValueError(f"{path}: report.baseline must be the policy that the others are compared with")
+        beta = row.get("beta", 0.0)
+        if not isinstance(beta, int | float) or beta < 0:
+            raise ValueError(f"{path}: report.beta must be a number >= 0; got {beta!r}")
+        options = _mapping(row.get("options") or {}, path, "report.options", None)
+        filled = {key: _filled(value, names, f"{path}: report.options.{key}") for key, value in options.items()}
+        baseline = _filled(row["baseline"], names, f"{path}: report.baseline")
+        return Report(tuple(policies), str(baseline), float(beta), filled)
+
+
+def row_of(stage: Stage, evaluation: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """What a pipeline's table says of a policy; None where something was not measured."""
+    seconds = json.loads((stage.folder / DONE).read_text(encoding="utf-8"))["seconds"]
+    summary = stage.folder / "summary.json"
+    own = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    score, kl = evaluation.get("scores", {}).get("A"), evaluation.get("kl")
+    return {
+        "policy": stage.name,
+        "score": score and score["mean"],
+        "score_stderr": score and score["stderr"],
+        "kl": kl and kl["mean"],
+        "kl_stderr": kl and kl["stderr"],
+        "j": score["mean"] - beta * kl["mean"] if score and kl else None,
+        "win_rate": evaluation.get("wins", {}).get("win_rate"),
+        "win_rate_low": evaluation.get("wins", {}).get("win_rate_low"),
+        "win_rate_high": evaluation.get("wins", {}).get("win_rate_high"),
+        "labels": own.get("labels"),
+        "seconds": seconds,
+    }
+
+
+def table_text(result: Mapping[str, Any]) -> str:
+    """The table of a pipeline in Markdown."""
+
+    def number(row: Mapping[str, Any], name: str, digits: int = 3) -> str:
+        error = row.get(f"{name}_stderr")
+        if row[name] is None:
+            return "-"
+        return f"{row[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+    rows = []
+    for row in result["policies"]:
+        low, rate, high = (row[name] and 100 * row[name] for name in ("win_rate_low", "win_rate", "win_rate_high"))
+        wins = "-" if rate is None else f"{rate:.0f} % ({low:.0f} to {high:.0f})"
+        labels = "-" if row["labels"] is None else str(row["labels"])
+        figures = (number(row, name) for name in ("score", "kl", "j"))
+        rows.append((row["policy"], *figures, wins, labels, f"{row['seconds']:.0f}"))
+    header = ("policy", "held-out score", "KL, nats", "J", "preferred to the baseline", "labels", "seconds")
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    return "\n".join(lines) + (
+        f"\n\nBaseline: {result['baseline']}. J = score − {result['beta']:g} KL; ± is one standard error over prompts, "
+        f"the interval of the win rate Wilson's of 95 %. Seconds are those of the stage alone.\n"
+    )
+
+
+def _mapping(raw: Any, path: str, where: str, known: set[str] | None) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {where} must be a mapping; got {raw!r}")
+    unknown = sorted(set(map(str, raw)) - known) if known is not None else []
+    if unknown:
+        listed = ", ".join(sorted(known or ()))
+        raise ValueError(f"{path}: {where} has an unknown field {unknown[0]!r}; known are {listed}")
+    return raw
+
+
+def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
+    """A setting with folders and variables in their places; a value that is one variable keeps its type."""
+    if isinstance(value, list):
+        return [_filled(item, names, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, names, where) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    missing = [name for name in _REFERENCE.findall(value) if name not in names]
+    if missing:
+        there = ", ".join(names) or "none"
+        raise ValueError(f"{where}: ${{{missing[0]}}} is neither a variable nor an earlier stage; there are {there}")
+    whole = _REFERENCE.fullmatch(value)
+    return names[whole[1]] if whole else _REFERENCE.sub(lambda found: str(names[found[1]]), value)
+
+
+def _written(value: Any) -> str:
+    """A setting as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,300 @@
+"""What the DataModules share: batches that are optimizer steps, and rounds drawn with the current policy.
+
+Lightning asks for the training loader anew in every epoch; that is the on-epoch hook. What an epoch trains on is read
+from the ledger, so that a killed run continues with what it had drawn and paid for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_rlhf.batching.batches import StepBatch
+from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
+from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, plan
+from lightning_rlhf.generation.base import Decoding
+from lightning_rlhf.ledger.same_run import digest_of_rows, row_differences
+from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
+from lightning_rlhf.prompts.template import turn_format
+from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
+from lightning_rlhf.types import Prompt
+
+
+DEFAULT_DECODING = Decoding()
+
+
+class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
+    """Serves batches that are optimizer steps, in one pass or in several, exactly resumable.
+
+    Implement `items`, `length` and `collate`.
+
+    Args:
+        prompts: where training rows come from.
+        heldout: rows for validation; no validation when not given.
+        decoding: length, temperature and batch of decoding.
+        items_per_batch: items per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
+        tokens_per_batch: most token positions of one forward and backward pass per process, >= 1; ``auto`` is 1024 on a
+            CPU and 8192 elsewhere; null makes one pass.
+        length_window: group items of about one length within windows of this many batches, >= 1.
+        max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
+        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
+        system_prompt: system turn put before conversational prompts.
+        seed: decides order and draws.
+
+    Attributes:
+        FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
+        ITEMS: the argument that ``items_per_batch`` comes from, for errors.
+        UNIT: what an item is, for progress bars and speeds.
+        RESPONSE_LIMIT: the argument that limits responses, for errors.
+    """
+
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "tokens_per_batch"})
+    ITEMS: ClassVar[str] = "items_per_batch"
+    UNIT: ClassVar[str] = "pair"
+    RESPONSE_LIMIT: ClassVar[str] = "decoding.max_new_tokens"
+
+    def __init__(
+        self,
+        prompts: AbstractPromptSource,
+        heldout: AbstractPromptSource | None,
+        decoding: Decoding,
+        items_per_batch: int,
+        tokens_per_batch: int | Literal["auto"] | None,
+        length_window: int,
+        max_prompt_tokens: int | None,
+        on_long_prompt: Literal["error", "drop", "truncate"],
+        system_prompt: str | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.trainer: L.Trainer
+        at_least_one(
+            **{self.ITEMS: items_per_batch},
+            tokens_per_batch=None if tokens_per_batch == "auto" else tokens_per_batch,
+            length_window=length_window,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        self.prompt_source, self.heldout_source = prompts, heldout
+        self.heldout_reward: AbstractReward | None = None
+        """Scores held-out answers."""
+        self.decoding = decoding
+        self.items_per_batch = items_per_batch
+        self.tokens_per_batch, self.length_window = tokens_per_batch, length_window
+        self.max_prompt_tokens, self.on_long_prompt, self.system_prompt = (
+            max_prompt_tokens,
+            on_long_prompt,
+            system_prompt,
+        )
+        self.seed = seed
+        self.fingerprint: dict[str, Any] = {}
+        """Settings that a continued run must share with the ledger, where the command line gives them; what the
+        objects of the run say of themselves when empty."""
+        self.round: Any = None
+        """The newest round, for callbacks; None where there are no rounds."""
+        self.epochs_per_round: int | None = None
+        self.label_budget: int | None = None
+        """Most labels that may be bought in total; the last round is cut to it. The `LabelBudget` callback sets it."""
+        self._prompts: list[Prompt] = []
+        self._heldout: list[Prompt] = []
+        self._tokenizer: Any = None
+        self._rows: dict[str, Any] = digest_of_rows([])
+        self._accumulate = 1
+
+    @abstractmethod
+    def items(self, epoch: int) -> Sequence[Any]:
+        """What an epoch trains on, equal on all ranks; asking twice draws nothing."""
+
+    @abstractmethod
+    def length(self, item: Any) -> int:
+        """Token positions of an item in a pass."""
+
+    @abstractmethod
+    def collate(self, items: Sequence[Any], step: Step) -> StepBatch:
+        """Make the batch of one rank in one optimizer step.
+
+        Args:
+            items: what this rank trains on, pass after pass.
+            step: passes and counts of the step.
+        """
+
+    def setup(self, stage: str) -> None:
+        """Read and check the rows, before any model is loaded."""
+        if stage == "fit":
+            # the hook that resamples: Lightning asks for the training loader anew in every epoch
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self._take_over_accumulation()
+        if stage == "validate" and self.heldout_source is None and self.trainer.state.fn == TrainerFn.VALIDATING:
+            raise ValueError(
+                "there is nothing to validate on: set data.heldout to the rows that are held out, e.g. "
+                "--data.heldout=DatasetPrompts --data.heldout.path=heldout.jsonl"
+            )
+        tokenizer = self.trainer.lightning_module.tokenizer
+        if not self._prompts or self._tokenizer is not tokenizer:
+            self._tokenizer = tokenizer
+            self._prompts = self._load(self.prompt_source, "training")
+            self._rows = digest_of_rows(self._prompts)
+            if self.heldout_source is not None:
+                self._heldout = self._load(self.heldout_source, "held-out")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps: a digest of the rows, which must be the same when the run goes on."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: if a run would go on with other rows.
+        """
+        rows: Mapping[str, Any] | None = state_dict.get("rows")
+        if rows is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        lines = row_differences(rows, self._rows, self._prompts, self._named_source(), "in the checkpoint")
+        if lines:
+            raise ValueError(
+                "the checkpoint was trained on other rows:\n"
+                + "\n".join(lines)
+                + "\nRestore the data; or start another run in another folder, which can begin with these weights."
+            )
+
+    def _named_source(self, source: AbstractPromptSource | None = None, what: str = "training rows") -> str:
+        """Rows and the file they come from, for messages."""
+        found = source if source is not None else self.prompt_source
+        return f"{what} of {getattr(found, 'path', type(found).__name__)}"
+
+    @property
+    def key(self) -> Key:
+        """Key of the run."""
+        return Key((self.seed,))
+
+    @property
+    def num_labels(self) -> int:
+        """Labels bought for the rounds up to the newest one; 0 where nothing is labelled. Every rank must ask."""
+        return 0
+
+    @property
+    def num_ties(self) -> int:
+        """Pairs of equal responses, ties that cost nothing; 0 where nothing is labelled. Every rank must ask."""
+        return 0
+
+    @property
+    def passes_per_pair(self) -> float:
+        """Model forward passes per token position and pair; NaN where no pairs are drawn. Every rank must ask."""
+        return float("nan")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Draw what is due and serve it; asking twice draws nothing."""
+        epoch = self.trainer.current_epoch
+        items = self.items(epoch)
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        lengths = [self.length(item) for item in items]
+        per_step = self.items_per_batch * self._accumulate
+        order = epoch_order(len(items), self.key.fold(Stream.ORDER, epoch))
+        order = group_by_length(order, lengths, per_step, self.length_window, self.key.fold(Stream.WINDOWS, epoch))
+        steps = plan(order, lengths, per_step, self._tokens_per_pass(), rank, world, min_passes=self._accumulate)
+        return ResumableLoader(
+            [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
+            sampler=RankSampler(list(range(len(steps))), rank, world),
+            collate_fn=self._collate,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Serve held-out prompts in batches of ``decoding.rows``."""
+        if not self._heldout:
+            return []
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        indices = list(range(rank, len(self._heldout), world))
+        sampler = RankSampler(indices, rank, world)
+        return DataLoader(self._heldout, batch_size=self.decoding.rows, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the numbers of a training batch; prompts are plain data and stay."""
+        del dataloader_idx
+        return batch.to(device) if isinstance(batch, StepBatch) else batch
+
+    def teardown(self, stage: str) -> None:
+        """Give the accumulation back to the Trainer."""
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
+
+    def _collate(self, items: list[tuple[list[Any], Step]]) -> StepBatch:
+        ((mine, step),) = items
+        return self.collate(mine, step)
+
+    def _load(self, source: AbstractPromptSource, what: str) -> list[Prompt]:
+        module: Any = self.trainer.lightning_module
+        rows = source.load()
+        window = module.context_window
+        limit = self.max_prompt_tokens
+        if limit is None:
+            limit = window - self.decoding.max_new_tokens if window is not None else 1_000_000
+            if limit < 1:
+                raise ValueError(
+                    f"responses of {self.decoding.max_new_tokens} tokens leave no room for a prompt in the policy's "
+                    f"window of {window} tokens; lower data.{self.RESPONSE_LIMIT}"
+                )
+        elif window is not None and limit + self.decoding.max_new_tokens > window:
+            raise ValueError(
+                f"data.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} {self.decoding.max_new_tokens} "
+                f"exceed the policy's window of {window} tokens together; lower one of them"
+            )
+        prompts, report = tokenize_rows(
+            rows,
+            module.tokenizer,
+            max_prompt_tokens=limit,
+            max_response_tokens=self.decoding.max_new_tokens,
+            on_long_prompt=self.on_long_prompt,
+            system_prompt=self.system_prompt,
+            end_ids=module.configured_end_ids,
+        )
+        end = turn_format(module.tokenizer).end
+        if end is not None and end not in module.configured_end_ids and any(p.messages is not None for p in prompts):
+            token = module.tokenizer.convert_ids_to_tokens(end)
+            rank_zero_info(
+                f"{what} prompts: turns end with {token!r}, which the checkpoint does not stop at; responses end there "
+                f"from now on, and the saved model does"
+            )
+        counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
+        rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
+        return prompts
+
+    def _tokens_per_pass(self) -> int | None:
+        if self.tokens_per_batch == "auto":
+            return 1024 if self.trainer.strategy.root_device.type == "cpu" else 8192
+        return self.tokens_per_batch
+
+    def _take_over_accumulation(self) -> None:
+        """Serve the items of all accumulated batches as one: only then can the loss be the mean over them."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise ValueError(
+                    f"GradientAccumulationScheduler does not run with {type(self).__name__}, whose batches are "
+                    f"optimizer steps; set data.{self.ITEMS}, and data.tokens_per_batch to what fits into memory"
+                )
+        self._accumulate, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
+
+
+def at_least_one(**settings: int | None) -> None:
+    """Check settings by name; None is no limit.
+
+    Raises:
+        ValueError: naming the first that is below 1.
+    """
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be at least 1; got {value}")
+
+
+# mark of a module that a fit has trained
+_TRAINED = "_trained_in_rounds"

@@ -1,0 +1,200 @@
+"""The DataModule of reinforcement learning: prompts -> rollouts -> reward -> ledger -> batches.
+
+A round of one batch and one epoch is on-policy (REINFORCE, RLOO); several epochs per round are the inner epochs of PPO
+and GRPO. A round is read from the ledger, so that a killed run continues with the responses and scores it had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.batching.batches import ResponseBatch, RolloutGroup
+from lightning_rlhf.batching.collate import collate_rollouts
+from lightning_rlhf.batching.steps import Step
+from lightning_rlhf.collectors.rollouts import RolloutCollector, RolloutRound
+from lightning_rlhf.datamodules.base import DEFAULT_DECODING, at_least_one
+from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
+from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
+from lightning_rlhf.generation.base import Decoding
+from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.runtime.plugins import check_plugin
+from lightning_rlhf.types import Rollout
+
+
+class RolloutDataModule(AbstractRoundDataModule):
+    """Draws responses in rounds with the current policy, scores them, and serves them as batches.
+
+    Args:
+        prompts: where training prompts come from.
+        reward: scores the responses; what the policy is trained for.
+        heldout: prompts for validation; no validation when not given.
+        heldout_reward: scores held-out answers; ``reward`` when not given.
+        decoding: length, temperature and batch of decoding; ``top_p`` must be 1.
+        responses_per_prompt: responses drawn per prompt and round, >= 1; RLOO and GRPO need two.
+        prompts_per_round: prompts drawn per round; the whole data set when not given. One batch makes it on-policy.
+        epochs_per_round: epochs that train on a round before the next one is drawn, >= 1.
+        prompts_per_batch: prompts per optimizer step over all processes, with all their responses, >= 1; times
+            ``trainer.accumulate_grad_batches``.
+        tokens_per_batch: most token positions of one forward and backward pass per process, a prompt counted once for
+            its responses, >= 1; ``auto`` is 1024 on a CPU and 8192 elsewhere; null makes one pass.
+        length_window: group prompts of about one length within windows of this many batches, >= 1.
+        normalize_rewards: ``std`` divides rewards by their standard deviation over all rounds so far, ``mean_std`` also
+            subtracts their mean; ``none`` takes them as they are, so that beta means what the objective says.
+        missing_eos_penalty: what a response costs that the token limit cut, >= 0, in units of the normalised reward.
+        max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
+        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
+        system_prompt: system turn put before conversational prompts.
+        ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
+        seed: decides prompt order and draws.
+    """
+
+    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {"heldout_reward"}
+    ITEMS: ClassVar[str] = "prompts_per_batch"
+    UNIT: ClassVar[str] = "prompt"
+    DRAWN: ClassVar[str] = "rollouts"
+
+    def __init__(
+        self,
+        prompts: AbstractPromptSource,
+        reward: AbstractReward,
+        heldout: AbstractPromptSource | None = None,
+        heldout_reward: AbstractReward | None = None,
+        decoding: Decoding = DEFAULT_DECODING,
+        responses_per_prompt: int = 4,
+        prompts_per_round: int | None = None,
+        epochs_per_round: int = 1,
+        prompts_per_batch: int = 8,
+        tokens_per_batch: int | Literal["auto"] | None = "auto",
+        length_window: int = 1,
+        normalize_rewards: Literal["none", "std", "mean_std"] = "none",
+        missing_eos_penalty: float = 0.0,
+        max_prompt_tokens: int | None = None,
+        on_long_prompt: Literal["error", "drop", "truncate"] = "error",
+        system_prompt: str | None = None,
+        ledger: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            prompts,
+            heldout,
+            decoding,
+            prompts_per_round,
+            epochs_per_round,
+            prompts_per_batch,
+            tokens_per_batch,
+            length_window,
+            max_prompt_tokens,
+            on_long_prompt,
+            system_prompt,
+            ledger,
+            seed,
+        )
+        at_least_one(responses_per_prompt=responses_per_prompt)
+        if not 0 <= missing_eos_penalty < float("inf"):
+            raise ValueError(f"data.missing_eos_penalty must be finite and at least 0; got {missing_eos_penalty}")
+        check_plugin("data.reward", reward, AbstractReward)
+        if heldout_reward is not None:
+            check_plugin("data.heldout_reward", heldout_reward, AbstractReward)
+        self.reward, self.heldout_reward = reward, heldout_reward or reward
+        self.responses_per_prompt = responses_per_prompt
+        self.normalize_rewards, self.missing_eos_penalty = normalize_rewards, missing_eos_penalty
+        self.round: RolloutRound | None = None
+        """The newest round, for callbacks."""
+        self._moments = torch.zeros(3, dtype=torch.float64)
+        self._groups: list[RolloutGroup] = []
+        self._untaught = copy.deepcopy(reward.state_dict())
+
+    @property
+    def labels_per_prompt(self) -> int:
+        """Scores that a prompt of a round costs."""
+        return self.responses_per_prompt
+
+    def length(self, item: RolloutGroup) -> int:
+        """Token positions of a prompt with its responses."""
+        return len(item.rollouts[0].prompt.ids) + sum(len(rollout.response.ids) for rollout in item.rollouts)
+
+    def collate(self, items: Sequence[RolloutGroup], step: Step) -> ResponseBatch:
+        """Make a batch of prompts with their responses."""
+        lengths = [len(r.response.ids) for i in step.everyone for r in self._groups[i].rollouts]
+        batch = collate_rollouts(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)
+        batch.weight[len(batch) - step.num_idle :] = 0.0
+        return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
+
+    def forget_rounds(self) -> None:
+        """Forget the round and the statistics of the rewards, and let the reward be as it was given."""
+        self.round, self._groups = None, []
+        self._moments = torch.zeros(3, dtype=torch.float64)
+        self.reward.load_state_dict(copy.deepcopy(self._untaught))
+
+    def buffer(self, due: int) -> list[RolloutGroup]:
+        """Prompts of the round that is due, with their rollouts and advantages."""
+        if self.round is None or self.round.index != due:
+            module: Any = self.trainer.lightning_module
+            self.round = self._collect(due)
+            # the budget may have left no prompt
+            self._groups = module.credit(self.round.groups, self.round.rewards) if self.round.groups else []
+        return self._groups
+
+    def draw_only(self, index: int) -> None:
+        """Draw the rollouts of a round."""
+        module: Any = self.trainer.lightning_module
+        self._collector().sample(index, self._round_prompts(index), module.drawer(self.decoding), self._chunk())
+
+    def labels_before(self, store: PreferenceStore, index: int) -> int:
+        """Scores in rounds before ``index``."""
+        return RolloutTable(store).count_scores(before=index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps: which ledger, statistics of the rewards, and what the reward has learnt."""
+        return {**super().state_dict(), "moments": self._moments.tolist(), "reward": self.reward.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`; raises as the base class does."""
+        super().load_state_dict(state_dict)
+        self._moments = torch.tensor(state_dict["moments"], dtype=torch.float64)
+        self.reward.load_state_dict(state_dict["reward"])
+
+    def _collect(self, index: int) -> RolloutRound:
+        module: Any = self.trainer.lightning_module
+        module.start_round(index)
+        drawer, prompts = module.drawer(self.decoding), self._round_prompts(index)
+        result = self._collector().collect(index, prompts, drawer, self._chunk())
+        scores = result.scores()
+        fresh = index >= self._observed
+        # all ranks hold all scores, so that they learn the same
+        if fresh:
+            self.reward.observe(scores)
+        earned = self.reward.earned(scores).double()
+        if fresh:
+            self._moments = merge_moments(torch.stack([self._moments, moments_of(earned)]))
+            module.observe_round(result.groups)
+            self._observed = index + 1
+        result.rewards = self._normalised(earned, result.rollouts).tolist()
+        return result
+
+    def _normalised(self, rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+        """Rewards as training sees them: normalised by what all rounds so far had, less the price of a missing EOS."""
+        count, mean, deviations = self._moments.tolist()
+        std = (deviations / max(count - 1, 1)) ** 0.5
+        if self.normalize_rewards == "mean_std":
+            rewards = rewards - mean
+        if self.normalize_rewards != "none" and std > 0:
+            rewards = rewards / std
+        cut = torch.tensor([rollout.response.finish_reason == "length" for rollout in rollouts])
+        return rewards - self.missing_eos_penalty * cut.double()
+
+    def _collector(self) -> RolloutCollector:
+        table = None if self._store is None else RolloutTable(self._store)
+        return RolloutCollector(table, self.reward, self.key, self.responses_per_prompt, progress=self._progress)
+
+    def _chunk(self) -> int:
+        return max(self.decoding.rows // self.responses_per_prompt, 1) * self.trainer.world_size

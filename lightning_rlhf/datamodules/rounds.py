@@ -1,0 +1,296 @@
+"""The DataModule base whose on-epoch hook collects a round: sampled, labeled or scored, read from the ledger."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lightning_rlhf.batching.loader import RankSampler
+from lightning_rlhf.batching.steps import epoch_order
+from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, at_least_one
+from lightning_rlhf.generation.base import Decoding
+from lightning_rlhf.ledger.same_run import check_same_run, note_code, note_heldout
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.randomness import Stream
+from lightning_rlhf.runtime import distributed
+from lightning_rlhf.runtime.fingerprint import code_of_plugins, run_settings
+from lightning_rlhf.types import Prompt
+
+
+class AbstractRoundDataModule(AbstractStepDataModule):
+    """Draws what it serves in rounds, with the current policy, through the ledger.
+
+    Implement `buffer`, `draw_only` and `labels_before`.
+
+    Args:
+        prompts: where training prompts come from.
+        heldout: prompts for validation; no validation when not given.
+        decoding: length, temperature and batch of decoding.
+        prompts_per_round: prompts drawn per round; the whole data set when not given.
+        epochs_per_round: epochs that train on a round before the next one is drawn; null never draws again.
+        items_per_batch: as in `AbstractStepDataModule`, like what is not named here.
+        tokens_per_batch: see there.
+        length_window: see there.
+        max_prompt_tokens: see there.
+        on_long_prompt: see there.
+        system_prompt: see there.
+        ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
+        seed: decides prompt order, draws and labels.
+
+    Attributes:
+        DRAWN: what a round is made of, for messages.
+    """
+
+    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"ledger"}
+    DRAWN: ClassVar[str] = "comparisons"
+
+    def __init__(
+        self,
+        prompts: AbstractPromptSource,
+        heldout: AbstractPromptSource | None,
+        decoding: Decoding,
+        prompts_per_round: int | None,
+        epochs_per_round: int | None,
+        items_per_batch: int,
+        tokens_per_batch: int | Literal["auto"] | None,
+        length_window: int,
+        max_prompt_tokens: int | None,
+        on_long_prompt: Literal["error", "drop", "truncate"],
+        system_prompt: str | None,
+        ledger: str | None,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            prompts,
+            heldout,
+            decoding,
+            items_per_batch,
+            tokens_per_batch,
+            length_window,
+            max_prompt_tokens,
+            on_long_prompt,
+            system_prompt,
+            seed,
+        )
+        at_least_one(prompts_per_round=prompts_per_round, epochs_per_round=epochs_per_round)
+        self.prompts_per_round, self.epochs_per_round = prompts_per_round, epochs_per_round
+        self.ledger_path = ledger
+        self._observed = 0
+        self._store: PreferenceStore | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @abstractmethod
+    def buffer(self, due: int) -> Sequence[Any]:
+        """Bring round ``due`` to its end unless that is done, and return what it trains on.
+
+        The policy is whole, and computes in the precision of training.
+        """
+
+    @abstractmethod
+    def draw_only(self, index: int) -> None:
+        """Draw a round into the ledger and buy no label; the policy is whole."""
+
+    @abstractmethod
+    def labels_before(self, store: PreferenceStore, index: int) -> int:
+        """Labels bought in rounds before ``index``; called on rank zero."""
+
+    @property
+    def label_share(self) -> float:
+        """Share of a round's prompts that are labelled, in (0, 1]."""
+        return 1.0
+
+    @property
+    def labels_per_prompt(self) -> int:
+        """Labels that a prompt of a round costs."""
+        return 1
+
+    @abstractmethod
+    def forget_rounds(self) -> None:
+        """Forget the rounds of an earlier fit, and what was learnt from them: a fit reads its own from its ledger."""
+
+    def setup(self, stage: str) -> None:
+        """Read and check the rows, before any model is loaded, and open the ledger.
+
+        Raises:
+            ValueError: if the ledger holds the rounds of another run; the message names what differs.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self._observed = 0
+            self.forget_rounds()
+        if stage in ("fit", "predict"):
+            distributed.from_rank_zero(self._open_ledger)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels bought for the rounds up to the newest one; every rank must ask."""
+        return self._labels_before(self.round.index + 1 if self.round is not None else 0)
+
+    @property
+    def ledger(self) -> Path:
+        """Path of the ledger; under ``fast_dev_run`` in a folder that is gone when the run ends."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="fast_dev_run-")
+            return Path(self._scratch.name) / "ledger.sqlite"
+        return Path(self.ledger_path or Path(self.trainer.default_root_dir) / "ledger.sqlite")
+
+    def items(self, epoch: int) -> Sequence[Any]:
+        """Draw the round that is due, once; a run that is over draws none, and reads back what there is."""
+        due = self._due_round(epoch)
+        if self._is_over(epoch) and not self._all_closed(due):
+            return []
+        module: Any = self.trainer.lightning_module
+        # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
+        with module.gathered(), self.trainer.precision_plugin.forward_context():
+            items = self.buffer(due)
+        if not items:
+            failed = self.round.failed
+            remedy = "a larger data.label_attempts asks the labeler again" if failed else "raise the budget"
+            raise RuntimeError(
+                f"round {due} has no labelled {self.UNIT} to train on "
+                f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
+            )
+        return items
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Serve the number of the one round that ``lightning-rlhf sample`` draws, to every rank."""
+        return DataLoader([0], sampler=RankSampler([0]), collate_fn=list)  # type: ignore[arg-type]
+
+    def sample_only(self, rounds: list[int]) -> None:
+        """Draw rounds into the ledger and buy no label."""
+        module: Any = self.trainer.lightning_module
+        with module.gathered():
+            for index in rounds:
+                self.draw_only(index)
+
+    def teardown(self, stage: str) -> None:
+        """Close the ledger."""
+        super().teardown(stage)
+        if stage == "fit" and self.trainer.global_step > 0:
+            vars(self.trainer.lightning_module)[_TRAINED] = True
+        if stage in ("fit", "predict"):
+            self._close_ledger()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the ledger, which another run in this process may go on with."""
+        super().on_exception(exception)
+        self._close_ledger()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps: which ledger, and how many rounds were learnt from. The rounds are in it."""
+        run_id = self._store.run_id if self._store is not None else None
+        return {**super().state_dict(), "run_id": run_id, "observed": self._observed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another ledger than the one in the run folder, or to other rows.
+        """
+        super().load_state_dict(state_dict)
+        is_trial = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._store is not None and state_dict["run_id"] != self._store.run_id and not is_trial:
+            raise ValueError(
+                f"the checkpoint belongs to ledger {state_dict['run_id']}, but {self.ledger} is "
+                f"{self._store.run_id}; put the run's own ledger back, or start over in an empty run folder"
+            )
+        self._observed = state_dict["observed"]
+
+    def _open_ledger(self) -> None:
+        if self._store is not None:
+            return
+        settings = self.fingerprint or run_settings(self.trainer.lightning_module, self)
+        self._store = PreferenceStore(self.ledger)
+        try:
+            restores_weights = self.trainer.ckpt_path is not None
+            check_same_run(
+                self._store, {"seed": self.seed, **settings}, self._prompts, self._named_source(), restores_weights
+            )
+            if _TRAINED in vars(self.trainer.lightning_module) and not restores_weights and self._store.is_drawn():
+                rank_zero_warn(
+                    f"the model in memory has been trained before, and this fit begins at round 0 of {self.ledger}, "
+                    f"which was drawn with the model as it was then; pass ckpt_path to go on, or use another folder"
+                )
+            note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
+            note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
+        except BaseException:
+            self._close_ledger()
+            raise
+
+    def _close_ledger(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def _is_over(self, epoch: int) -> bool:
+        """Whether the run is over before this epoch; Lightning asks for its loader all the same."""
+        steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
+        return steps_over or (self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0))
+
+    def _all_closed(self, due: int) -> bool:
+        """Whether the ledger holds the rounds up to ``due`` as they ended; every rank must ask."""
+        return distributed.from_rank_zero(
+            lambda: self._store is not None and set(range(due + 1)) <= set(self._store.rounds())
+        )
+
+    def _due_round(self, epoch: int) -> int:
+        """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""
+        if self._is_over(epoch):
+            epoch = max(epoch - 1, 0)
+        due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
+        budget = self.label_budget
+        while budget is not None and due > 0 and self._labels_before(due) >= budget:
+            due -= 1
+        return due
+
+    def _round_prompts(self, index: int) -> list[Prompt]:
+        """Prompts of a round: consecutive pieces of an endless stream of shuffled passes over the data set."""
+        total = len(self._prompts)
+        size = self.prompts_per_round or total
+        trial = int(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if trial:  # no more than its batches need: what it draws and buys is thrown away
+            size = min(size, trial * self.items_per_batch * self._accumulate)
+        if self.label_budget is not None:
+            if self.label_budget % self.labels_per_prompt:
+                raise ValueError(
+                    f"a budget of {self.label_budget} labels is no multiple of the {self.labels_per_prompt} that a "
+                    f"prompt costs; take {self.label_budget // self.labels_per_prompt * self.labels_per_prompt}"
+                )
+            # not the labels in the ledger: after a restart it may hold later rounds already
+            left = self.label_budget - self._labels_before(index)
+            size = max(0, min(size, int(left // self.labels_per_prompt / self.label_share + 1e-9)))
+        orders: dict[int, list[int]] = {}
+        prompts = []
+        start = index * (self.prompts_per_round or total)
+        for position in range(start, start + size):
+            passed, place = divmod(position, total)
+            if passed not in orders:
+                orders[passed] = epoch_order(total, self.key.fold(Stream.PROMPTS, passed))
+            prompts.append(self._prompts[orders[passed][place]])
+        return prompts
+
+    def _labels_before(self, index: int) -> int:
+        return distributed.from_rank_zero(lambda: 0 if self._store is None else self.labels_before(self._store, index))
+
+    def _engine(self) -> Any:
+        module: Any = self.trainer.lightning_module
+        return module.engine(self.decoding)
+
+    @contextmanager
+    def _progress(self, description: str, total: int) -> Iterator[Any]:
+        bar = self.trainer.progress_bar_callback
+        disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
+        with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
+            yield progress

@@ -1,0 +1,268 @@
+"""``lightning-rlhf compare``: a grid of runs in parallel processes, resumable cell by cell, and one report."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lightning_rlhf.evaluation.report import to_json, write_whole
+from lightning_rlhf.experiments.base import AbstractExperiment, Job
+from lightning_rlhf.experiments.claims import Claim, judge_claims
+from lightning_rlhf.experiments.curves import Curve, read_cell, write_cell, write_curves
+from lightning_rlhf.experiments.plots import (
+    misaligned,
+    plot_agreement,
+    plot_alignment,
+    plot_claims,
+    plot_frontiers,
+    plot_labels,
+)
+from lightning_rlhf.experiments.report import figures_of, grid_of, markdown, verdicts
+
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class CompareRun:
+    """Compares samplers, or anything else that arguments of ``fit`` can say, over many seeds at equal label budgets.
+
+    Calling the same command again continues: finished cells are read, killed ones go on where they were. Cells may be
+    added to a run folder (more seeds, arms or settings), but not changed. Every process has one thread.
+
+    Args:
+        experiment: what is compared.
+        baseline: the arm that others are compared with.
+        claimant: the arm for which the claims of PILAF are judged.
+        overfitted: settings that start from an overfitted policy.
+        claims: claims to be judged in place of those of PILAF.
+        run_dir: folder of the cells and of the report: ``report.md``, ``report.json``, ``curves.csv`` and PNGs.
+        processes: cells that run at the same time, >= 1; a process per core when not given.
+        minutes: start no more cells after this time; the report is then about those that are there. No limit when not
+            given.
+        title: heading of report and figures.
+    """
+
+    def __init__(
+        self,
+        experiment: AbstractExperiment,
+        baseline: str = "Vanilla",
+        claimant: str = "PILAF",
+        overfitted: list[str] | None = None,
+        claims: list[Claim] | None = None,
+        run_dir: str = "runs/compare",
+        processes: int | None = None,
+        minutes: float | None = None,
+        title: str = "Comparison",
+    ) -> None:
+        if processes is not None and processes < 1:
+            raise ValueError(f"processes must be at least 1; got {processes}")
+        self.experiment, self.baseline, self.claimant = experiment, baseline, claimant
+        self.overfitted, self.claims = overfitted or [], claims
+        self.run_dir, self.title, self.minutes = Path(run_dir).absolute(), title, minutes
+        self.processes = processes or len(os.sched_getaffinity(0))
+
+    def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Do the cells that are not done, write the report, and return its figures.
+
+        Args:
+            settings: ignored; each cell keeps the settings that decide it.
+
+        Raises:
+            ValueError: if a cell of the run folder was run with other settings.
+            RuntimeError: if cells failed; the others are done, and the report is about them.
+        """
+        del settings
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.run_dir / "compare.lock", timeout=0):
+                failed = self._work()
+                return self._report(failed)
+        except Timeout as error:
+            raise RuntimeError(f"another comparison is running in {self.run_dir}; wait for it to end") from error
+
+    # ---- cells -----------------------------------------------------------------------------------------------------
+
+    def _cell(self, job: Job) -> Path:
+        return self.run_dir / "cells" / job.name / "cell.json"
+
+    def _done(self, job: Job) -> bool:
+        """Whether a job's result is there, by the settings it has now."""
+        if not self._cell(job).exists():
+            return False
+        identity = read_cell(self._cell(job))[1]
+        if identity != job.identity:
+            changed = [key for key in job.identity if identity.get(key) != job.identity[key]]
+            raise ValueError(
+                f"{self._cell(job)} was run with other settings ({', '.join(changed)}); use another run_dir, or delete "
+                f"that folder"
+            )
+        return True
+
+    def _work(self) -> list[str]:
+        """Run what is missing; returns the names of jobs that failed or waited for one that did."""
+        jobs = list(self.experiment.jobs())
+        done = {job.name for job in jobs if self._done(job)}
+        todo = [job for job in jobs if job.name not in done]
+        print(f"{len(jobs)} cells, {len(done)} done; {self.processes} at a time in {self.run_dir}", flush=True)
+        started, end = time.monotonic(), None if self.minutes is None else time.monotonic() + 60 * self.minutes
+        running: dict[str, Any] = {}
+        failed: list[str] = []
+        with one_thread():
+            context = multiprocessing.get_context("forkserver")
+            # imported once: cells are forked from a process that has loaded torch and the rest
+            context.set_forkserver_preload(["lightning_rlhf.commands.fit"])
+            try:
+                while todo or running:
+                    late = end is not None and time.monotonic() > end
+                    ready = [] if late else [job for job in todo if set(job.after) <= done]
+                    for job in ready[: self.processes - len(running)]:
+                        todo.remove(job)
+                        self._cell(job).parent.mkdir(parents=True, exist_ok=True)
+                        process = context.Process(target=do, args=(self.experiment, job, self.run_dir / "cells"))
+                        process.start()
+                        running[job.name] = process
+                    if not running:
+                        if not late:
+                            failed += [job.name for job in todo]
+                        break
+                    wait([process.sentinel for process in running.values()])
+                    for name in [name for name, process in running.items() if process.exitcode is not None]:
+                        ok = running.pop(name).exitcode == 0
+                        (done.add if ok else failed.append)(name)
+                        minutes = (time.monotonic() - started) / 60
+                        print(f"{len(done)}/{len(jobs)} {name}{'' if ok else ' FAILED'}, {minutes:.1f} min", flush=True)
+            finally:
+                for process in running.values():
+                    process.kill()
+                    process.join()
+        return failed
+
+    # ---- report ----------------------------------------------------------------------------------------------------
+
+    def _report(self, failed: Sequence[str]) -> dict[str, Any]:
+        curves = [curve for job in self.experiment.jobs() if self._done(job) for curve in read_cell(self._cell(job))[0]]
+        if not curves:
+            raise RuntimeError(f"no cell was finished{failures(self.run_dir, failed)}")
+        grid = grid_of(complete(curves))
+        figures = figures_of(grid, self.baseline)
+        judged = judge_claims(grid, self.claims or [])
+        if self.claims is None:
+            claims = verdicts(grid, self.claimant, self.baseline, self.overfitted)
+        else:
+            claims = [claim.as_row() for claim in judged]
+        write_curves(curves, self.run_dir / "curves.csv")
+        report = {"title": self.title, "settings": figures, "verdicts": [vars(claim) for claim in claims]}
+        write_whole(self.run_dir / "report.json", to_json(jsonable(report)))
+        pictures = ["frontiers.png", "labels.png"]
+        plot_frontiers(grid, self.run_dir / pictures[0], f"{self.title}: reward against KL")
+        plot_labels(grid, self.run_dir / pictures[1], f"{self.title}: J along the runs", self.experiment.unit)
+        if judged:
+            pictures.insert(0, "claims.png")
+            plot_claims(judged, self.run_dir / pictures[0], f"{self.title}: what the claims come to")
+        if any(curve.last.agreement is not None for curve in curves):
+            pictures.append("agreement.png")
+            plot_agreement(grid, self.run_dir / pictures[-1], f"{self.title}: does the reward still rank?")
+        if any(misaligned(found) for arms in grid.values() for found in arms.values()):
+            pictures.append("alignment.png")
+            plot_alignment(grid, self.run_dir / pictures[-1], f"{self.title}: distance of the expected gradient to ∇J")
+        text = markdown(figures, claims, self.baseline, self.experiment.regime)
+        shown = "\n".join(f"![{name.partition('.')[0]}]({name})" for name in pictures)
+        write_whole(self.run_dir / "report.md", f"### {self.title}\n\n{text}\n{shown}\n")
+        print(f"the report is in {self.run_dir / 'report.md'}", flush=True)
+        if failed:
+            raise RuntimeError(f"{len(failed)} cells failed{failures(self.run_dir, failed)}")
+        return report
+
+
+def complete(curves: Sequence[Curve]) -> list[Curve]:
+    """Runs of seeds that all arms of a setting have: an interrupted comparison leaves some seeds in part."""
+    grid = grid_of(curves)
+    kept = []
+    for arms in grid.values():
+        common = set.intersection(*({curve.seed for curve in found} for found in arms.values()))
+        if not common:
+            # an arm was only just added: better all there is than nothing
+            common = {curve.seed for found in arms.values() for curve in found}
+        kept += [curve for found in arms.values() for curve in found if curve.seed in common]
+    return kept
+
+
+def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
+    """Do a job in a process of its own; what it prints goes to ``log.txt`` in its folder."""
+    import torch
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    folder = root / job.name
+    set_aside(folder / "log.txt")
+    with (folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = log
+        sys.argv = ["lightning-rlhf"]
+        try:
+            write_cell(folder / "cell.json", experiment.run(job, root), job.identity)
+        except BaseException:
+            traceback.print_exc()
+            log.flush()
+            os._exit(1)
+
+
+def follow_parent() -> None:
+    """End this process when the comparison does, however it ends: an orphan would hold its ledger."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def one_thread() -> Any:
+    """Let processes that are started inside use one thread for arithmetic."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def jsonable(value: Any) -> Any:
+    """Intervals as lists; what is infinite or not known becomes null."""
+    if isinstance(value, Mapping):
+        return {name: jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return None
+    return None if value != value else value
+
+
+def failures(run_dir: Path, failed: Sequence[str]) -> str:
+    """Where to look."""
+    return f"; see {run_dir / 'cells' / failed[0] / 'log.txt'}" if failed else ""
+
+
+LONGEST_LOG = 8 << 20
+"""Bytes of a text log after which a start begins a new one."""
+
+
+def set_aside(log: Path) -> None:
+    """Rename a log that has become long, ``log.txt`` to ``log.1.txt``, in place of the one before."""
+    if log.is_file() and log.stat().st_size > LONGEST_LOG:
+        log.replace(log.with_name(f"{log.stem}.1{log.suffix}"))

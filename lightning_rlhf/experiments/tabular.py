@@ -1,0 +1,168 @@
+"""Comparisons in the tabular world, where J and its gradient are exact: all seeds of an arm in one job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lightning_rlhf.experiments.base import AbstractExperiment, Job
+from lightning_rlhf.experiments.curves import Curve, CurvePoint
+from lightning_rlhf.worlds.arms import AbstractArm, LawArm, PoolArm, ResampledArm, SecantArm
+from lightning_rlhf.worlds.laws import best_of_n, hybrid, pilaf, t_pilaf, vanilla, weighted_vanilla
+from lightning_rlhf.worlds.learning import Setting, Trace, iterative, online, overfitted_start
+from lightning_rlhf.worlds.tabular import TabularWorld
+
+
+ARMS: dict[str, Callable[[], AbstractArm]] = {
+    "Vanilla": lambda: LawArm(vanilla),
+    "Best-of-8": lambda: LawArm(best_of_n, passes=8.0),
+    "Hybrid": lambda: LawArm(hybrid),
+    "PILAF": lambda: LawArm(pilaf, passes=3.0),
+    "PILAF, tilt 2β": lambda: LawArm(lambda policy, ref, beta: pilaf(policy, ref, beta, 2 * beta), passes=3.0),
+    "T-PILAF": lambda: LawArm(t_pilaf, passes=3.0),
+    "SIR-PILAF": lambda: ResampledArm(),
+    "SIR-PILAF, temperature 0.5": lambda: ResampledArm(temperature=0.5),
+    "Secant, fitted reward": lambda: SecantArm(),
+    "Secant, true reward": lambda: SecantArm(true_reward=True),
+    "Weighted Vanilla": lambda: LawArm(weighted_vanilla),
+    "Random of pool": lambda: PoolArm(chooses=False),
+    "Policy-weighted": lambda: PoolArm(),
+    "Policy-weighted, tilted pool": lambda: PoolArm(tilted=True),
+}
+"""Arms by name."""
+
+
+@dataclass
+class TabularSetting:
+    """A regime of the tabular world.
+
+    Args:
+        kind: ``online`` takes one gradient step per batch, ``iterative`` fits all labels after each round,
+            ``overfitted`` is online from a policy that was fitted far too well to 12 pairs.
+        beta: price of a nat of KL, > 0.
+        spread: standard deviation of r* over the reference's responses, > 0.
+        misfit: relative size of the part of r* that the policy class cannot express, >= 0.
+        budget: labels per run.
+        pairs: pairs per batch or round.
+        learning_rate: that of online runs at the start, per unit of spread.
+    """
+
+    kind: Setting
+    beta: float
+    spread: float
+    misfit: float = 0.0
+    budget: int = 4096
+    pairs: int = 16
+    learning_rate: float = 0.025
+
+
+class TabularExperiment(AbstractExperiment):
+    """Compares samplers where everything is known exactly: J, its gradient, and the samplers' pair laws.
+
+    Args:
+        settings: regimes by name.
+        arms: names of `lightning_rlhf.experiments.tabular.ARMS`.
+        seeds: worlds, each with an oracle, a reference and random numbers of its own, >= 1.
+    """
+
+    def __init__(self, settings: dict[str, TabularSetting], arms: list[str], seeds: int = 20) -> None:
+        unknown = [name for name in arms if name not in ARMS]
+        if unknown:
+            raise ValueError(f"there is no arm {unknown[0]!r} in the tabular world; arms: {', '.join(ARMS)}")
+        self.settings, self.arms, self.seeds = settings, arms, seeds
+
+    def jobs(self) -> Sequence[Job]:
+        """One job per setting and arm."""
+        return [
+            Job(
+                f"{slug(setting)}/{slug(arm)}",
+                {"setting": setting, "arm": arm, "seeds": self.seeds, **asdict(self.settings[setting])},
+            )
+            for setting in self.settings
+            for arm in self.arms
+        ]
+
+    def run(self, job: Job, root: Path) -> list[Curve]:
+        """Run all seeds of an arm."""
+        del root
+        setting, arm = self.settings[job.identity["setting"]], ARMS[job.identity["arm"]]()
+        seeds = list(range(self.seeds))
+        world = TabularWorld.draw(seeds, beta=setting.beta, spread=setting.spread, misfit=setting.misfit)
+        trace = run_setting(world, arm, seeds, setting)
+        return [
+            Curve(
+                job.identity["setting"],
+                job.identity["arm"],
+                seed,
+                tuple(points(trace, seed)),
+                passes=arm.passes,
+                planned_passes=arm.passes,
+                annotations=arm.annotations,
+            )
+            for seed in seeds
+        ]
+
+    def regime(self, setting: str) -> str:
+        """Beta and the spreads of rewards."""
+        it = self.settings[setting]
+        return f"{it.kind}, β = {it.beta:g}, sd of r* = {it.spread:g}" + (
+            f", misfit {it.misfit:g}" if it.misfit else ""
+        )
+
+
+def run_setting(world: TabularWorld, arm: AbstractArm, seeds: list[int], setting: TabularSetting) -> Trace:
+    """Run an arm in a regime."""
+    if setting.kind == "iterative":
+        rounds = max(1, setting.budget // setting.pairs)
+        return iterative(world, arm, seeds, rounds=rounds, pairs=setting.pairs, first=setting.pairs)
+    start = overfitted_start(world, seeds, pairs=12) if setting.kind == "overfitted" else None
+    steps = max(1, setting.budget // setting.pairs)
+    return online(
+        world,
+        arm,
+        seeds,
+        steps=steps,
+        pairs=setting.pairs,
+        learning_rate=setting.learning_rate,
+        evaluate_every=max(1, steps // 32),
+        start=start,
+    )
+
+
+def points(trace: Trace, index: int) -> list[CurvePoint]:
+    """The evaluations of one world."""
+    return [
+        CurvePoint(
+            step,
+            labels,
+            float(found.reward[index]),
+            float(found.kl[index]),
+            float(found.j[index]),
+            known(cosine[index]),
+            known(population[index]),
+            known(spread[index]),
+        )
+        for step, labels, found, cosine, population, spread in zip(
+            trace.steps,
+            trace.labels,
+            trace.objectives,
+            trace.cosines,
+            trace.population_cosines,
+            trace.spreads,
+            strict=True,
+        )
+    ]
+
+
+def known(value: torch.Tensor) -> float | None:
+    """A number, None for NaN."""
+    return None if bool(value.isnan()) else float(value)
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^\w.]+", "_", name).strip("_").lower()

@@ -1,0 +1,1 @@
+"""The ledger: every comparison, label, rollout, score and cost of a run, in SQLite."""

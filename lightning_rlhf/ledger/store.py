@@ -1,0 +1,461 @@
+"""The ledger of a run: its prompts, comparisons, labels, rounds and costs, in one SQLite file.
+
+It stands between the labeler and the collator. Labels cost money, so a label is on the disk when `add_labels` returns,
+whatever happens next (``kill -9``, power loss), and none is bought twice. What is read back equals what was written,
+bit by bit. The store knows no Lightning and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lightning_rlhf.ledger.database import (
+    check_is_ledger,
+    connect,
+    explained,
+    get_value,
+    prepare_for_writing,
+    readable,
+    schema_version,
+    set_value,
+    take_lease,
+)
+from lightning_rlhf.ledger.schema import (
+    INSERT_ATTEMPT,
+    INSERT_COMPARISON,
+    IS_TIE,
+    PROMPT_COLUMNS,
+    SELECT_COMPARISONS,
+    attempt_row,
+    comparison_row,
+    decode,
+    find_or_add_prompt,
+    to_prompt,
+)
+from lightning_rlhf.runtime.fingerprint import differences
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+
+
+PAGE = 1024  # rows that `PreferenceStore.preferences` holds in memory at once
+
+
+class PreferenceStore:
+    """The durable ledger of one training run.
+
+    One process writes; any number may read at the same time, with ``read_only=True``. Threads may share a store; a
+    forked process must open its own. The write lock is the file ``<path>.lock``; the system frees it when the writer
+    ends, also on ``kill -9``. While a writer runs, recent rows are in ``<path>-wal``: copy the ledger after `close`.
+
+    Args:
+        path: the SQLite file; created with its folder if absent.
+        read_only: open an existing ledger without the right to write.
+
+    Raises:
+        ValueError: if the file is not a ledger, or was written by a newer version.
+        RuntimeError: if another process is writing it.
+        OSError: if the file or its folder cannot be opened or written.
+    """
+
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self.path = Path(path)
+        self.read_only = read_only
+        self._mutex = threading.RLock()
+        self._pid = os.getpid()
+        self._lease: sqlite3.Connection | None = None
+        self._connection: sqlite3.Connection | None = None
+        with explained(self.path):
+            self._connection = connect(self.path, read_only)
+            try:
+                is_ledger = check_is_ledger(self._connection, self.path)
+                if not read_only:
+                    self._lease = take_lease(self._connection, self.path)
+                    prepare_for_writing(self._connection, self.path)
+                elif not is_ledger:
+                    raise ValueError(f"{self.path} is empty, not a ledger; pass the ledger of a run that has started")
+                self.run_id: str = get_value(self._connection, "run_id")
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Close the file and give up the right to write; harmless when already closed."""
+        if self._pid != os.getpid():
+            return  # a forked child must not touch what its parent has open
+        with self._mutex:
+            for connection in (self._connection, self._lease):
+                if connection is not None:
+                    connection.close()
+            self._connection = self._lease = None
+
+    def __enter__(self) -> PreferenceStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The open file, for tables of this package; one thread at a time."""
+        if self._pid != os.getpid():  # before the mutex, which another thread may have held when we were forked
+            raise RuntimeError(
+                f"ledger {self.path} was opened by process {self._pid}, and this is its fork {os.getpid()}; "
+                f"open it here with PreferenceStore(path, read_only=True)"
+            )
+        with self._mutex, explained(self.path):
+            if self._connection is None:
+                raise ValueError(f"ledger {self.path} is closed; open it again with PreferenceStore(path)")
+            yield self._connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, on the disk when the block ends; nothing of it is kept if the block raises."""
+        with self.reading() as db:
+            if self.read_only:
+                raise RuntimeError(f"ledger {self.path} was opened with read_only=True; open it without to write")
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite has already rolled back when the disk is full
+                    db.execute("ROLLBACK")
+                raise
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def value(self, key: str) -> Any:
+        """What the run remembers under a key, plain JSON; None if nothing."""
+        with self.reading() as db:
+            return get_value(db, key)
+
+    def set_values(self, values: dict[str, Any]) -> None:
+        """Remember plain JSON by key, in one transaction, in place of what was remembered."""
+        with self.writing() as db:
+            for key, value in values.items():
+                set_value(db, key, value)
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The settings that determine the draws, as stored; None if never set."""
+        with self.reading() as db:
+            stored: dict[str, Any] | None = get_value(db, "fingerprint")
+        return stored
+
+    def set_fingerprint(self, d: dict[str, Any]) -> None:
+        """Store the settings that determine the draws, in place of what was stored; plain JSON."""
+        with self.writing() as db:
+            set_value(db, "fingerprint", d)
+
+    def check_fingerprint(self, d: dict[str, Any]) -> None:
+        """Store the settings of a new run; in a continued run, check that they are still the same.
+
+        Raises:
+            ValueError: naming every setting that differs, with both values.
+        """
+        stored = self.fingerprint()
+        if stored is None:
+            self.set_fingerprint(d)
+            return
+        lines = differences(stored, json.loads(json.dumps(d)), "in the ledger")
+        if lines:
+            raise ValueError(
+                f"the settings differ from those that the run in {self.path} was started with:\n"
+                + "\n".join(lines)
+                + f"\nGo back to the old settings, use another run folder, or delete {self.path} to start over."
+            )
+
+    # -- comparisons and labels ---------------------------------------------------------------------------------------
+
+    def add_comparisons(self, round: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> list[int]:
+        """Append comparisons in one transaction and return their ids, in order.
+
+        A place of a round is filled once. Where it is filled already, as after a restart, the stored comparison
+        stays and its id is returned: label what `comparisons` returns, not what was drawn again.
+
+        Args:
+            round: round in which they were drawn, from 0.
+            comparisons: the pairs.
+            positions: place of each pair in the round, from 0; a prompt may occur at several places.
+
+        Raises:
+            ValueError: if a place is filled with another prompt, or the round is closed.
+        """
+        if len(comparisons) != len(positions) or len(set(positions)) != len(positions):
+            raise ValueError(
+                f"{len(comparisons)} comparisons need as many different positions; got {len(positions)} positions, "
+                f"{len(set(positions))} of them different"
+            )
+        if not comparisons:
+            return []
+        if min(positions) < 0:
+            raise ValueError(f"positions count from 0; got {min(positions)}")
+        rows = [comparison_row(c, f"round {round}, position {p}") for c, p in zip(comparisons, positions, strict=True)]
+        with self.writing() as db:
+            prompts = [find_or_add_prompt(db, c.prompt) for c in comparisons]
+            stored = {
+                position: (identity, prompt)
+                for position, identity, prompt in db.execute(
+                    "SELECT position, id, prompt FROM comparisons WHERE round = ? AND position BETWEEN ? AND ?",
+                    (round, min(positions), max(positions)),
+                )
+            }
+            fresh = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM comparisons").fetchone()[0]  # we alone write
+            ids: list[int] = []
+            inserts: list[tuple[Any, ...]] = []
+            for comparison, position, prompt, row in zip(comparisons, positions, prompts, rows, strict=True):
+                identity, stored_prompt = stored.get(position, (fresh + len(inserts), prompt))
+                if stored_prompt != prompt:
+                    raise ValueError(
+                        f"round {round}, position {position} of {self.path} holds another prompt than prompt "
+                        f"{comparison.prompt.index}: the data, its order or the tokenizer changed since the run "
+                        f"started; restore them or use another run folder"
+                    )
+                ids.append(identity)
+                if position not in stored:
+                    inserts.append((identity, round, position, prompt, *row))
+            if inserts and db.execute("SELECT 1 FROM rounds WHERE round = ?", (round,)).fetchone():
+                raise ValueError(f"round {round} of {self.path} is closed; add new comparisons to a later round")
+            db.executemany(INSERT_COMPARISON, inserts)
+        return ids
+
+    def add_labels(self, ids: Sequence[int], labels: Sequence[Label]) -> None:
+        """Append label attempts, failed ones too; they are on the disk when this returns.
+
+        The attempt with status ``"ok"`` is the label of its comparison. All are stored, or on an error none.
+
+        Args:
+            ids: comparisons, as numbered by `add_comparisons`.
+            labels: one per comparison, in order.
+
+        Raises:
+            ValueError: if a comparison is unknown or already has a label: it would have been bought twice.
+        """
+        if len(ids) != len(labels):
+            raise ValueError(f"got {len(labels)} labels for {len(ids)} comparisons; pass one per comparison, in order")
+        now = time.time()
+        rows = [attempt_row(identity, label, now) for identity, label in zip(ids, labels, strict=True)]
+        with self.writing() as db:
+            for identity, label, row in zip(ids, labels, rows, strict=True):
+                known = db.execute(
+                    f"SELECT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') OR {IS_TIE} "
+                    "FROM comparisons c WHERE c.id = ?",
+                    (identity,),
+                ).fetchone()
+                if known is None:
+                    raise ValueError(f"no comparison {identity} in {self.path}; pass ids that add_comparisons returned")
+                if label.status == "ok" and known[0]:
+                    raise ValueError(
+                        f"comparison {identity} in {self.path} already has a label: this one would be paid twice; "
+                        f"ask only for comparisons whose label is None"
+                    )
+                db.execute(INSERT_ATTEMPT, row)
+            db.execute(
+                "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
+                (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
+            )
+
+    def add_ties(self, ids: Sequence[int]) -> None:
+        """Note that comparisons have equal responses: they read back as ties that cost nothing and were not bought.
+
+        They count neither as labels nor as attempts; one that is noted already stays.
+
+        Args:
+            ids: comparisons without a label, as numbered by `add_comparisons`.
+
+        Raises:
+            ValueError: if a comparison is unknown or has a label.
+        """
+        now = time.time()
+        with self.writing() as db:
+            for identity in ids:
+                known = db.execute(
+                    "SELECT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
+                    "FROM comparisons c WHERE c.id = ?",
+                    (identity,),
+                ).fetchone()
+                if known is None or known[0]:
+                    what = "no comparison" if known is None else "a label for comparison"
+                    raise ValueError(f"{what} {identity} in {self.path}; pass ids of comparisons whose label is None")
+            db.executemany("INSERT OR IGNORE INTO ties VALUES (?, ?)", [(identity, now) for identity in ids])
+
+    def count_ties(self, before: int | None = None) -> int:
+        """Number of pairs of equal responses, in rounds before round ``before`` or in all."""
+        with self.reading() as db:
+            if schema_version(db) < 3:
+                return 0
+            query = "SELECT COUNT(*) FROM ties t JOIN comparisons c ON c.id = t.comparison WHERE c.round < ?"
+            return int(db.execute(query, (sys.maxsize if before is None else before,)).fetchone()[0])
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompts of all comparisons and rollouts, each once, in no order that means anything."""
+        with self.reading() as db:
+            rows = db.execute(f"SELECT {', '.join(PROMPT_COLUMNS)} FROM prompts").fetchall()
+        with readable(self.path, "the table of prompts"):
+            yield from map(to_prompt, rows)
+
+    def is_drawn(self) -> bool:
+        """Whether the ledger holds a comparison or a rollout."""
+        with self.reading() as db:
+            tables = ("comparisons", "rollouts") if schema_version(db) >= 2 else ("comparisons",)
+            return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
+
+    def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
+        """The comparisons of a round in order of position, each with its id and its label, None if it has none yet."""
+        return [row[1:] for row in self._page(round, -1, -1)]
+
+    def positions(self, round: int) -> list[int]:
+        """The places of a round that are filled, ascending."""
+        with self.reading() as db:
+            rows = db.execute("SELECT position FROM comparisons WHERE round = ? ORDER BY position", (round,)).fetchall()
+        return [position for (position,) in rows]
+
+    def attempts(self, round: int) -> dict[int, int]:
+        """How often each comparison of a round was shown to the labeler, by id; those never shown are left out."""
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT c.id, COUNT(*) FROM comparisons c JOIN attempts t ON t.comparison = c.id "
+                "WHERE c.round = ? GROUP BY c.id",
+                (round,),
+            ).fetchall()
+        return dict(rows)
+
+    def history(self, comparison: int) -> list[Label]:
+        """Every label attempt of a comparison, given by its id, failed ones too, oldest first."""
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT probability, status, cost, meta FROM attempts WHERE comparison = ? ORDER BY id", (comparison,)
+            ).fetchall()
+        return [Label(probability, status, cost, json.loads(meta)) for probability, status, cost, meta in rows]
+
+    def failed(self, round: int) -> dict[str, int]:
+        """Count the comparisons of a round that were tried and have no label, by the status of the last attempt."""
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT last.status, COUNT(*) FROM comparisons c "
+                "JOIN attempts last ON last.id = (SELECT MAX(id) FROM attempts WHERE comparison = c.id) "
+                "WHERE c.round = ? AND NOT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
+                f"AND NOT {self._is_tie(db)} GROUP BY last.status ORDER BY last.status",
+                (round,),
+            ).fetchall()
+        return dict(rows)
+
+    def preferences(self, rounds: Iterable[int] | None = None) -> Iterator[Preference]:
+        """Yield the labelled comparisons, round by round and in order of position; memory stays small.
+
+        Args:
+            rounds: which rounds, in which order; None for all, closed or not.
+        """
+        for round, _, comparison, label in self.walk(rounds):
+            if label is not None:
+                yield Preference(comparison, label, round)
+
+    def walk(self, rounds: Iterable[int] | None = None) -> Iterator[tuple[int, int, Comparison, Label | None]]:
+        """Yield round, position, comparison and label (None if it has none yet), in the order of `preferences`."""
+        if rounds is None:
+            with self.reading() as db:
+                rounds = [r for (r,) in db.execute("SELECT DISTINCT round FROM comparisons ORDER BY round").fetchall()]
+        for round in rounds:
+            position = -1
+            while page := self._page(round, position, PAGE):
+                for position, _, comparison, label in page:
+                    yield round, position, comparison, label
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read one state of the ledger until the block ends, whatever its writer adds; for read-only stores."""
+        if not self.read_only:
+            raise RuntimeError(f"ledger {self.path} is open for writing; take snapshots with read_only=True")
+        with self.reading() as db:
+            db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                db.execute("ROLLBACK")
+
+    def _page(self, round: int, after: int, limit: int) -> list[tuple[int, int, Comparison, Label | None]]:
+        with self.reading() as db:
+            rows = db.execute(SELECT_COMPARISONS.format(tie=self._is_tie(db)), (round, after, limit)).fetchall()
+        prompts: dict[int, Prompt] = {}
+        with readable(self.path, f"round {round}"):
+            return [decode(row, prompts) for row in rows]
+
+    @staticmethod
+    def _is_tie(db: sqlite3.Connection) -> str:
+        return IS_TIE if schema_version(db) >= 3 else "0"
+
+    # -- rounds and totals --------------------------------------------------------------------------------------------
+
+    def close_round(self, round: int, info: dict[str, Any]) -> None:
+        """Mark a round as finished; from then on it takes no new comparisons.
+
+        Args:
+            round: the round, from 0.
+            info: what to remember about it; plain JSON.
+
+        Raises:
+            ValueError: if it was closed before with other ``info``.
+        """
+        text = json.dumps(info)
+        with self.writing() as db:
+            stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
+            if stored is None:
+                db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (round, text, time.time()))
+            elif json.loads(stored[0]) != json.loads(text):
+                raise ValueError(f"round {round} of {self.path} was closed before with {stored[0]}; got {text}")
+
+    def round_info(self, round: int) -> dict[str, Any] | None:
+        """What `close_round` was told about a round; None if it is not closed."""
+        with self.reading() as db:
+            stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
+        return None if stored is None else json.loads(stored[0])
+
+    def rounds(self) -> list[int]:
+        """The closed rounds, ascending."""
+        with self.reading() as db:
+            return [r for (r,) in db.execute("SELECT round FROM rounds ORDER BY round")]
+
+    def count_labels(self, before: int) -> int:
+        """Number of labels with status ``"ok"`` in rounds before round ``before``."""
+        with self.reading() as db:
+            query = (
+                "SELECT COUNT(*) FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
+                "WHERE c.round < ?"
+            )
+            return int(db.execute(query, (before,)).fetchone()[0])
+
+    def mean_passes(self) -> float:
+        """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""
+        with self.reading() as db:
+            mean = db.execute("SELECT AVG(passes) FROM comparisons").fetchone()[0]
+        return math.nan if mean is None else float(mean)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels with status ``"ok"``."""
+        return int(self._total("labels"))
+
+    @property
+    def num_attempts(self) -> int:
+        """Number of label attempts, failed ones included."""
+        return int(self._total("attempts"))
+
+    @property
+    def total_cost(self) -> float:
+        """Cost of all attempts, in the labeler's unit."""
+        return self._total("cost")
+
+    def _total(self, column: str) -> float:
+        with self.reading() as db:
+            return float(db.execute(f"SELECT {column} FROM totals").fetchone()[0])

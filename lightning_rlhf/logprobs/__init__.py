@@ -1,0 +1,1 @@
+"""Log-probabilities of responses: packed rows, shared prompts, the output head in tiles."""

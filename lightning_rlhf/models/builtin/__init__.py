@@ -1,0 +1,1 @@
+"""Policies that are built by code or converted from a package: the worlds' models."""

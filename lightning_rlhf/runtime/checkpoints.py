@@ -1,0 +1,459 @@
+"""The checkpoints of a run folder: written whole or not at all, checked before they are continued from.
+
+`RunCheckpoint` writes them, `StopOnSignal` writes one when the run is asked to end, `checked` reads what the command
+line is about to continue from, and `continued_settings` what it was trained with.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector  # has no public name
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector  # has no public name
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lightning_rlhf.runtime import distributed, preemption
+from lightning_rlhf.runtime.sharded_checkpoints import META, shard_damage
+
+
+KEPT = 2
+"""Checkpoints that stay: the newest, and the one before it in case that the newest turns out damaged."""
+PARTIAL = ".partial"
+"""Ending of the name of a checkpoint that is being written."""
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space, or name another disk as --run_dir",
+    errno.EDQUOT: "the disk quota is used up: free some space, or name another disk as --run_dir",
+    errno.EFBIG: "files may not become that large here: raise the limit (ulimit -f), or name another disk as --run_dir",
+    errno.EROFS: "the file system is read-only: name another --run_dir, or mount it writable",
+    errno.EACCES: "this user may not write there: change the permissions, or name another --run_dir",
+    errno.EPERM: "this user may not write there: change the permissions, or name another --run_dir",
+    errno.EIO: "the disk reports an error: check it, and name another --run_dir",
+}
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the two newest checkpoints, and ``last.ckpt``, a link to the newest.
+
+    A checkpoint has its name only when it is complete, and ``last.ckpt`` is moved to it afterwards, in one step: a run
+    that is killed while it writes continues from the checkpoint before. Lightning's own callback would write each
+    checkpoint twice.
+
+    Others may keep checkpoints of their own beside it: a `ModelCheckpoint` that would write into this folder, as one
+    without ``dirpath`` does in a run without loggers, writes into its sub-folder ``user``.
+
+    Args:
+        folder: where they lie.
+        every_n_epochs: epochs between them, >= 1.
+        every_n_steps: optimizer steps between them besides, >= 1; none when not given.
+        every_n_minutes: minutes after which one is written besides, > 0; none when not given. One that falls due at the
+            last step of an epoch is written when the epoch is over.
+
+    Raises:
+        ValueError: if an interval is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+    ) -> None:
+        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise ValueError(
+                f"checkpoint_every and checkpoint_every_steps must be at least 1; got {every_n_epochs} and "
+                f"{every_n_steps}"
+            )
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise ValueError(f"checkpoint_every_minutes must be > 0, or null; got {every_n_minutes}")
+        super().__init__(
+            folder,
+            save_last="link",
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            # a run that goes on from its first checkpoint would write last-v1.ckpt beside a last.ckpt that stays
+            enable_version_counter=False,
+        )
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self._saved_at = time.monotonic()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep other checkpoints out of the folder.
+
+        Raises:
+            ValueError: if checkpoints would be written in the background.
+        """
+        super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "trainer.plugins has AsyncCheckpointIO, which writes a checkpoint after the run has gone on: last.ckpt "
+                "would name a file that is not there yet. Take it out"
+            )
+        own = Path(str(self.dirpath)).resolve()
+        for other in trainer.checkpoint_callbacks:
+            if other is self or not isinstance(other, ModelCheckpoint):
+                continue
+            folder = other.dirpath
+            if folder is None and not trainer.loggers:  # what Lightning is about to choose
+                folder = os.path.join(trainer.default_root_dir, "checkpoints")
+            if folder is not None and Path(folder).resolve() == own:
+                other.dirpath = str(own / "user")
+                rank_zero_info(
+                    f"{own} is where the run keeps the checkpoints that it continues from: those of your "
+                    f"{type(other).__name__} go to {other.dirpath}"
+                )
+
+    def save_now(self, trainer: L.Trainer) -> Path:
+        """Write a checkpoint between the regular ones, and return it; every rank calls."""
+        if self._last_global_step_saved == trainer.global_step and self.best_model_path:
+            return Path(self.best_model_path)
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+        return Path(self.best_model_path)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where this start begins."""
+        super().on_train_start(trainer, pl_module)
+        self._began_at = trainer.global_step
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Write a checkpoint within an epoch if one is due."""
+        if not trainer.is_last_batch:
+            self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the checkpoint of the epoch, or one that fell due at its last step."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        if (self.every_n_steps is None and self.every_n_minutes is None) or self._should_skip_saving_checkpoint(
+            trainer
+        ):
+            return
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if not due and self.every_n_minutes is not None:
+            # the clocks of ranks differ
+            due = distributed.any_rank(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
+        if due:
+            self.save_now(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the end of the training, whatever ``every_n_epochs`` is."""
+        if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step != self._began_at:
+            self.save_now(trainer)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        path = Path(filepath)
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        with explained(path):
+            if trainer.is_global_zero:
+                for left in path.parent.glob(f".*{PARTIAL}"):  # by a run that was killed while it wrote
+                    _remove(left)
+            trainer.strategy.barrier()
+            try:
+                trainer.save_checkpoint(partial, self.save_weights_only)
+                trainer.strategy.barrier()
+                if trainer.is_global_zero:
+                    if not partial.exists():
+                        raise OSError(
+                            errno.ENOENT,
+                            f"{type(trainer.strategy.checkpoint_io).__name__} has written no checkpoint there: take it "
+                            f"out of trainer.plugins",
+                            str(partial),
+                        )
+                    aside = path.with_name(f".{path.name}.before{PARTIAL}")
+                    if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
+                        os.replace(path, aside)
+                    os.replace(partial, path)
+                    _remove(aside)
+            except BaseException:
+                if trainer.is_global_zero:
+                    _remove(partial)
+                raise
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            # as Lightning does, but once the file has its name
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        for path in history(Path(str(self.dirpath)))[KEPT:]:
+            trainer.strategy.remove_checkpoint(path)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Leave Lightning's choice, the checkpoint before, where it is."""
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero:
+            target, link = Path(filepath), Path(linkpath)
+            with explained(link):
+                for path in [target, *target.rglob("*")] if target.is_dir() else [target]:
+                    _sync(path)
+                if link.is_dir() and not link.is_symlink():
+                    shutil.rmtree(link)
+                fresh = link.with_name(f".{link.name}.{os.getpid()}")
+                fresh.unlink(missing_ok=True)
+                fresh.symlink_to(os.path.relpath(target, link.parent))
+                os.replace(fresh, link)
+                _sync(link.parent)
+        trainer.strategy.barrier()
+
+
+class NotedSignals(_SignalConnector):
+    """Lightning's signal handling, but signals are only noted while a run trains or draws.
+
+    Lightning's own handlers run collectives wherever a signal finds a rank, and wait for ranks that are elsewhere; its
+    handler of SIGINT ends all without a checkpoint.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Register Lightning's handlers, and ours in place of some; `teardown` takes them away."""
+        super().register_signal_handlers()
+        if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.PREDICTING):
+            preemption.listen(requeue_signal(self.trainer))
+        else:
+            preemption.end_at_once_on_interrupt()
+
+
+class ExplicitCheckpoints(_CheckpointConnector):
+    """Lightning's choice of a checkpoint, but a run that names none begins afresh.
+
+    Lightning looks through the folders of all callbacks for the newest file where one is an `OnExceptionCheckpoint`.
+    """
+
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
+        if ckpt_path is None and model_provided and not requeued:
+            return None
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+
+
+def requeue_signal(trainer: L.Trainer) -> int | None:
+    """The signal by which SLURM says that it will queue the job again; None where it does not."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue or os.name != "posix":
+        return None
+    return int(environment.requeue_signal or signal.SIGUSR1)
+
+
+class StopOnSignal(L.Callback):
+    """Ends the run in good order when it is asked to: a checkpoint, a line that says so, and an exit status.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it, with status 143, 130 and 129; the signal of SLURM's auto-requeue also
+    queues the job again. It acts after the training step that is going on, the validation of an epoch that ends with it
+    included, or the chunk of a round that is being drawn or labelled; what is drawn and labelled so far is in the
+    ledger. Put it last among the callbacks. With `RLHFTrainer` or Lightning's own Trainer.
+
+    Args:
+        save: writes the checkpoint and returns its path; None where the run keeps none.
+    """
+
+    def __init__(self, save: Callable[[L.Trainer], Path] | None) -> None:
+        self.save = save
+        self._drawing = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note signals, where the Trainer does not yet; it puts back what it found there."""
+        if not preemption.listens():
+            preemption.listen(requeue_signal(trainer))
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the round is drawn."""
+        self._drawing = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the run here if some rank was asked to; at the end of an epoch, once that is over."""
+        if not trainer.is_last_batch:
+            self._end_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the run here if some rank was asked to; what follows is the next round."""
+        self._end_if_asked(trainer)
+        self._drawing = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Keep what was learnt before the round that was being drawn."""
+        if not isinstance(exception, preemption.Stopped) or self._told:
+            return
+        if self._drawing:
+            self._end(trainer, exception.signal)
+        else:
+            self._tell(trainer, exception.signal, "; the same command goes on from there")
+
+    def _end_if_asked(self, trainer: L.Trainer) -> None:
+        number = distributed.largest(preemption.asked_by())
+        if number:
+            self._end(trainer, number)
+            raise preemption.Stopped(number)
+
+    _told = False
+
+    def _end(self, trainer: L.Trainer, number: int) -> None:
+        self._told = True
+        where = "nothing was saved, since the run keeps no checkpoints"
+        if self.save is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            where = f"checkpoint {self.save(trainer)}; the same command goes on from there"
+        self._tell(trainer, number, f" after step {trainer.global_step}: {where}")
+
+    def _tell(self, trainer: L.Trainer, number: int, how: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        print(f"stopped by {preemption.name_of(number)}{how}", flush=True)
+        if number == requeue_signal(trainer):
+            print(preemption.requeue_job(), flush=True)
+
+
+def history(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, the newest first; ``last.ckpt`` is not among them."""
+    found = []
+    for path in folder.glob("epoch=*-step=*.ckpt"):
+        match = re.fullmatch(r"epoch=(\d+)-step=(\d+)(?:-v(\d+))?\.ckpt", path.name)
+        if match is not None:
+            found.append((int(match[2]), int(match[1]), int(match[3] or 0), path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it can be read to its end.
+
+    Args:
+        checkpoint: a file, or a folder of shards.
+        rank: which of the processes reads; of shards each reads a part.
+        world: number of processes that read.
+    """
+    if not checkpoint.exists():
+        return "it does not exist"
+    try:
+        if checkpoint.is_dir():
+            return shard_damage(checkpoint, rank, world)
+        with zipfile.ZipFile(checkpoint) as archive:
+            broken = archive.testzip()
+            return None if broken is None else f"its part {broken} is not what was written"
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        return f"it cannot be read ({error})"
+
+
+def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
+    """Refuse a damaged checkpoint before anything is loaded, and name the one before.
+
+    Args:
+        checkpoint: a file, or a folder of shards.
+        rank: which of the processes reads; of shards each reads a part.
+        world: number of processes that read.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    wrong = damage(checkpoint, rank, world)
+    if wrong is None:
+        return
+    itself = checkpoint.resolve()
+    for path in history(checkpoint.parent):
+        if path.resolve() != itself and damage(path) is None:
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged: {wrong}. The one before is whole: continue from it with "
+                f"--ckpt_path={path}; nothing is labelled twice, the steps since are done again"
+            )
+    raise ValueError(
+        f"checkpoint {checkpoint} is damaged: {wrong}, and there is no other one. Restore a copy; or delete "
+        f"{checkpoint.parent} to train from the start on the labels that the ledger holds"
+    )
+
+
+def meta(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors are mapped, not read.
+
+    Only plain data and tensors are ever unpickled.
+    """
+    if checkpoint.is_dir():
+        found = torch.load(checkpoint / META, map_location="cpu", weights_only=True)
+    else:
+        found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(found, dict):
+        raise ValueError(f"{checkpoint} holds no checkpoint but a {type(found).__name__}")
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and write into it.
+
+    Raises:
+        OSError: naming the folder and the remedy.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn errors of writing into errors that name the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES or "; " in str(error.strerror):
+            raise
+        kept = "; what was written before is kept, and the same command goes on from it"
+        message = f"{error.strerror}: {REMEDIES[error.errno]}{kept}"
+        raise type(error)(error.errno, message, str(path)) from error
+    except CheckpointException as error:
+        # what ranks found while they wrote shards: no Exception, and the same on all of them
+        failures = [failure for failure, _ in error.failures.values()]
+        found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
+        with explained(path):
+            raise found from error
+    except RuntimeError as error:
+        # torch's own writer, of sharded checkpoints, says no more than this
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise OSError(
+            errno.EIO,
+            f"the checkpoint could not be written ({str(error).splitlines()[0]}): check that the disk has room, and "
+            f"start again; the checkpoint before is kept",
+            str(path),
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk before the link points to it."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,144 @@
+"""The few collectives on plain Python objects that rounds need; without a process group they do nothing.
+
+They run in a process group of their own: on the CPU, and without a time limit, because ranks wait here while rank zero
+asks a judge, which may take hours. An error of one rank is raised on all, so that none waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lightning_rlhf.runtime.preemption import Stopped
+
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=365)
+"""How long a rank waits for another one. A process that dies closes its connections, which ends the wait at once."""
+
+
+class RankError(RuntimeError):
+    """What stopped another rank, and with it this one."""
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def interleave(draw: Callable[[], list[T]]) -> list[T]:
+    """Gather the shards ``items[rank::world]`` of all ranks and put them back in order, on every rank.
+
+    Args:
+        draw: makes the shard of this rank.
+
+    Raises:
+        RankError: if another rank could not make its own.
+    """
+    if world_size() == 1:
+        return draw()
+    outcomes: list[Any] = [None] * world_size()
+    mine = _outcome(draw)
+    dist.all_gather_object(outcomes, _sendable(mine), group=_group())
+    _raise_first(outcomes, mine)
+    shards: list[list[T]] = [value for _, value in outcomes]
+    result: list[T] = []
+    for i in range(max(map(len, shards))):
+        result.extend(shard[i] for shard in shards if i < len(shard))
+    return result
+
+
+def from_rank_zero(compute: Callable[[], T]) -> T:
+    """Run something on rank zero and give every rank its result; the others wait as long as it takes.
+
+    Args:
+        compute: what rank zero runs; not called elsewhere.
+
+    Raises:
+        RankError: on the other ranks, if it raised on rank zero, where the error itself is raised.
+    """
+    if world_size() == 1:
+        return compute()
+    mine = _outcome(compute) if rank() == 0 else None
+    box: list[Any] = [None if mine is None else _sendable(mine)]
+    dist.broadcast_object_list(box, src=0, group=_group())
+    _raise_first(box, mine)
+    value: T = box[0][1]
+    return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is up on some rank; every rank must ask."""
+    return bool(largest(int(flag)))
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all ranks; every rank must ask."""
+    if world_size() == 1:
+        return number
+    most = torch.tensor([number])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=_group())
+    return int(most.item())
+
+
+def leave() -> None:
+    """End the process groups, where there are any, before the interpreter ends; Lightning does it for NCCL.
+
+    Threads of gloo that still run then abort the process now and then, and a launcher takes a run that went well for
+    one that failed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# what a rank found: a value; or why there is none, with the error itself where it was raised
+_Outcome = tuple[str, Any]
+
+
+def _outcome(compute: Callable[[], Any]) -> _Outcome:
+    try:
+        return "value", compute()
+    except Stopped as stopped:
+        return "stopped", stopped
+    except Exception as error:
+        return "error", error
+
+
+def _sendable(outcome: _Outcome) -> _Outcome:
+    kind, value = outcome
+    if kind == "stopped":
+        return kind, value.signal
+    return outcome if kind == "value" else (kind, f"{type(value).__name__}: {value}")
+
+
+def _raise_first(outcomes: list[Any], mine: _Outcome | None) -> None:
+    """Raise what stopped a rank: its own error where there is one."""
+    if mine is not None and mine[0] != "value":
+        raise mine[1]
+    for number, (kind, value) in enumerate(outcomes):
+        if kind == "stopped":
+            raise Stopped(value)
+        if kind == "error":
+            raise RankError(f"process {number} of {world_size()} stopped with {value}")
+
+
+_own: tuple[Any, Any] | None = None
+
+
+def _group() -> Any:
+    """The process group of this module; every rank makes it at its first collective here."""
+    global _own
+    world = dist.group.WORLD
+    if _own is None or _own[0] is not world:
+        _own = (world, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _own[1]

@@ -1,0 +1,475 @@
+"""What tells one run from another, as plain data: its settings, and the content of the files that they name.
+
+A class counts by its name, wherever it lives and however it was spelt; a folder of a model by its content, wherever it
+lies. `lightning_rlhf.ledger.same_run` compares runs, `lightning_rlhf.ledger.store` keeps what is compared.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from lightning_rlhf.renamed import renamed_config
+
+
+FREE_OF_SERVERS = {
+    *("base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal", "price_in", "price_out")
+}
+"""Settings of a `JudgeServer` that may change within a run: where, how and at what price a model is asked."""
+
+FREE_OF_MODELS = {"device", "tokens_per_batch"}
+"""Settings of labelers, rewards and samplers that say where and how fast they compute."""
+
+WHOLE = 64 << 20
+"""Bytes up to which a file is read whole; of a larger one `SAMPLES` pieces of `SAMPLE` bytes count."""
+SAMPLES, SAMPLE = 64, 1 << 20
+MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+FILE_SUFFIXES = (".yaml", ".yml", ".json", ".jinja", ".gguf", ".safetensors", ".bin", ".pt", ".parquet")
+"""Files that a setting may name to be read; others, such as logs, may be written by the run itself."""
+
+_CONTENT = re.compile(r"(.*?) (?:\[content )?([0-9a-f]{16})\]?", re.DOTALL)
+_DEPTH = 12
+
+
+class KeepsArguments:
+    """Base of what a run is made of: an object remembers the arguments that it was made with."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the object and note its arguments, defaults included."""
+        made = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
+        except (TypeError, ValueError):  # a copy is made without arguments, and gets those of the original
+            return made
+        bound.apply_defaults()
+        made.__dict__["_arguments"] = _named(bound)
+        return made
+
+
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments by name, without the object itself."""
+    found: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            found |= value
+        else:
+            found[name] = value
+    return found
+
+
+def run_settings(module: Any, datamodule: Any) -> dict[str, Any]:
+    """Settings of a run that was put together in Python, as the command line has them.
+
+    Args:
+        module: the LightningModule.
+        datamodule: the DataModule.
+    """
+    return decisive({"model": described(module), "data": described(datamodule)}, module, datamodule)
+
+
+def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[str, Any]:
+    """The settings that decide what is drawn, labelled and learnt; the classes name those that do not.
+
+    Args:
+        settings: ``model`` and ``data``, each ``class_path`` and ``init_args``; others stay as they are.
+        module: the LightningModule.
+        datamodule: the DataModule.
+    """
+    kept = {**settings}
+    for name, part in (("model", module), ("data", datamodule)):
+        free: frozenset[str] = getattr(part, "FREE_SETTINGS", frozenset())
+        if hasattr(part, "free_settings"):
+            free = part.free_settings()
+        kept[name] = {**settings[name], "init_args": without_paths(settings[name].get("init_args", {}), free)}
+    found: dict[str, Any] = with_contents(comparable(kept))
+    return found
+
+
+def without_paths(arguments: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Arguments without those at some paths; a dot leads into a group, as in ``options.layout``."""
+    kept = dict(arguments)
+    for path in paths:
+        group, _, leaf = path.partition(".")
+        if not leaf:
+            kept.pop(group, None)
+        elif isinstance(kept.get(group), Mapping):
+            kept[group] = {name: value for name, value in kept[group].items() if name != leaf}
+    return kept
+
+
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their present names, without those that may always change within a run.
+
+    Those are the devices of judges and rewards, and the number of rows decoded at once.
+    """
+    kept = renamed_config(dict(settings))
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = without(kept["data"], FREE_OF_SERVERS | FREE_OF_MODELS)
+        decoding = kept["data"].get("init_args", {}).get("decoding")
+        if isinstance(decoding, dict):
+            kept["data"]["init_args"]["decoding"] = {k: v for k, v in decoding.items() if k != "rows"}
+    return kept
+
+
+def without(value: Any, names: set[str] | frozenset[str]) -> Any:
+    """A tree of plain data without the branches of some names."""
+    if isinstance(value, dict):
+        return {name: without(inner, names) for name, inner in value.items() if name not in names}
+    return [without(inner, names) for inner in value] if isinstance(value, list) else value
+
+
+# -- objects ----------------------------------------------------------------------------------------------------------
+
+
+def described(value: Any, depth: int = 0) -> Any:
+    """An object as plain data that is the same in every process: class and arguments, as in a config.
+
+    What an object has learnt since it was made is left out. Tensors and torch modules count by their content.
+
+    Args:
+        value: anything that a constructor may be given.
+        depth: how deep in the tree it stands; beyond `_DEPTH` a class counts alone.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Enum | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, type):
+        return value.__qualname__
+    if depth > _DEPTH:
+        return {"class_path": _class_path(type(value))}
+    if isinstance(value, Mapping):
+        return {str(name): described(inner, depth + 1) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(inner, depth + 1) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted((described(inner, depth + 1) for inner in value), key=json.dumps)
+    if dataclasses.is_dataclass(value):
+        return {field.name: described(getattr(value, field.name), depth + 1) for field in dataclasses.fields(value)}
+    if isinstance(value, torch.Tensor):
+        return {"tensor": list(value.shape), "digest": _digest(_tensor_bytes(value))}
+    if hasattr(value, "__array__") and hasattr(value, "dtype"):
+        return value.item() if getattr(value, "shape", None) == () else described(torch.as_tensor(value))
+    if isinstance(value, functools.partial):
+        return {"function": described([value.func, value.args, value.keywords], depth + 1)}
+    if inspect.isroutine(value):
+        return _described_function(value, depth)
+    return _described_object(value, depth)
+
+
+def _described_object(value: Any, depth: int) -> dict[str, Any]:
+    arguments = value.__dict__.get("_arguments") if hasattr(value, "__dict__") else None
+    if arguments is None:
+        arguments = _attributes_of_arguments(value)
+    found = {}
+    for name, argument in arguments.items():
+        now = vars(value).get(name) if hasattr(value, "__dict__") else None
+        # what was set after it was made
+        plain = isinstance(now, bool | int | float | str) and isinstance(argument, bool | int | float | str)
+        found[name] = described(now if plain else argument, depth + 1)
+    tree: dict[str, Any] = {"class_path": _class_path(type(value)), "init_args": found}
+    if isinstance(value, torch.nn.Module) and not isinstance(value, KeepsArguments):
+        pieces = (name.encode() + _tensor_bytes(tensor) for name, tensor in sorted(value.state_dict().items()))
+        tree["weights"] = _digest(*pieces)
+    return tree
+
+
+def _attributes_of_arguments(value: Any) -> dict[str, Any]:
+    """What an object that keeps no arguments still shows of them: attributes of the same name."""
+    try:
+        names = list(inspect.signature(type(value).__init__).parameters)[1:]
+    except (TypeError, ValueError):
+        return {}
+    held = vars(value) if hasattr(value, "__dict__") else {}
+    return {name: held.get(name, held.get(f"_{name}")) for name in names if name in held or f"_{name}" in held}
+
+
+def _described_function(function: Any, depth: int) -> dict[str, Any]:
+    """A function by its name, its code without comments, and what it took from around it."""
+    inner = getattr(function, "__func__", function)
+    tree: dict[str, Any] = {"function": getattr(inner, "__qualname__", str(inner)), "code": code_digest(inner)}
+    cells = getattr(inner, "__closure__", None) or ()
+    if cells:
+        tree["closure"] = [described(_cell_value(cell), depth + 1) for cell in cells]
+    if getattr(function, "__self__", None) is not None and not inspect.ismodule(function.__self__):
+        tree["self"] = described(function.__self__, depth + 1)
+    return tree
+
+
+def code_digest(code: Any) -> str | None:
+    """Digest of the source of a function or class, in which comments and layout do not count; None without a source.
+
+    A lambda counts by its bytecode: its source is a line that may hold several.
+    """
+    compiled = getattr(code, "__code__", None)
+    try:
+        if getattr(code, "__name__", "") != "<lambda>":
+            return _digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(code)))).encode())
+    except (OSError, TypeError, SyntaxError, ValueError):
+        pass
+    if compiled is None:
+        return None
+    return _digest(compiled.co_code, repr((compiled.co_consts, compiled.co_names)).encode())
+
+
+def code_of_plugins(*objects: Any) -> dict[str, str]:
+    """Digests of the code of a user's own classes, by class path, and of plain values that it took from around it.
+
+    Args:
+        objects: what a run is made of; their arguments are looked through, too.
+    """
+    found: dict[str, str] = {}
+    _collect_code(list(objects), found, 0)
+    return found
+
+
+def _collect_code(value: Any, found: dict[str, str], depth: int) -> None:
+    if depth > _DEPTH:
+        return
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _collect_code(inner, found, depth + 1)
+        return
+    if not isinstance(value, KeepsArguments):
+        return
+    kind = type(value)
+    if not kind.__module__.startswith("lightning_rlhf."):
+        methods = [member for member in vars(kind).values() if inspect.isfunction(member)]
+        cells = [cell for method in methods for cell in method.__closure__ or ()]
+        values = [_cell_value(cell) for cell in cells]
+        outer = [repr(value) for value in values if isinstance(value, bool | int | float | str)]
+        code = code_digest(kind) or "".join(str(code_digest(method)) for method in methods)
+        found[_class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
+    _collect_code(value.__dict__.get("_arguments", {}), found, depth + 1)
+
+
+def _cell_value(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+
+
+def _class_path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> bytes:
+    head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return head + (flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+# -- content ----------------------------------------------------------------------------------------------------------
+
+
+def with_contents(value: Any) -> Any:
+    """Settings in which folders of models, and files that are read, are named with a digest of their content.
+
+    Rows have digests of their own (`lightning_rlhf.ledger.same_run`): the settings of prompt sources stay as they are.
+    """
+    if isinstance(value, dict):
+        return {
+            name: inner if name in ("class_path", "prompts", "heldout", "pairs") else with_contents(inner)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [with_contents(inner) for inner in value]
+    if isinstance(value, str) and _CONTENT.fullmatch(value) is None:
+        digest = content_digest(value)
+        return value if digest is None else f"{value} [content {digest}]"
+    return value
+
+
+def content_digest(name: str) -> str | None:
+    """Digest of a local folder of a model, or of a file that settings name to be read; None for anything else.
+
+    Of weights larger than `WHOLE` bytes the size, both ends and evenly spaced pieces count.
+    """
+    if not 0 < len(name) < 4096 or "\n" in name or "\0" in name:
+        return None
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = _model_files(path)
+        else:
+            files = {path.name: path} if path.name.lower().endswith(FILE_SUFFIXES) and path.is_file() else {}
+        # a file alone counts without its name
+        parts = [(relative.encode() if path.is_dir() else b"", _file_digest(file)) for relative, file in files.items()]
+    except (OSError, RuntimeError):  # no path, no home folder, or nothing that may be read
+        return None
+    return _digest(*(part for pair in parts for part in pair)) if parts else None
+
+
+def _model_files(folder: Path) -> dict[str, Path]:
+    """Files of a model by their name in its folder; none if it is no folder of a model."""
+    marks = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
+    if not any(next(folder.glob(mark), None) for mark in marks):
+        return {}
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in MODEL_SUFFIXES and file.is_file())
+    named = {str(file.relative_to(folder)): file for file in files}
+    return {
+        name: named[name]
+        for name in sorted(named)
+        if not any(part.startswith((".", "checkpoint-")) for part in Path(name).parts)
+        and Path(name).name not in ("trainer_state.json", "training_args.bin")
+    }
+
+
+def _file_digest(file: Path) -> bytes:
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= WHOLE:
+            digest.update(stream.read())
+        else:
+            for number in range(SAMPLES):
+                stream.seek((size - SAMPLE) * number // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE))
+    return digest.digest()
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+    """One line per setting that differs between two trees of plain data, with both values.
+
+    Classes are compared by the last part of their path; folders and files by their content where it is known.
+
+    Args:
+        then: what is stored.
+        now: what is asked for.
+        where: says in a line where the stored value lies.
+    """
+    old, new = dict(_flatten(then)), dict(_flatten(now))
+    keys = [key for key in {**old, **new} if key not in old or key not in new or not _same(key, old[key], new[key])]
+    return [_line(key, old, new, where) for key in sorted(keys)]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+            yield from _flatten({str(i): inner for i, inner in enumerate(value)}, f"{prefix}{key}.")
+        elif value != {} or key not in ("init_args", "dict_kwargs"):  # a class without arguments may leave them out
+            yield f"{prefix}{key}", value
+
+
+def _same(key: str, old: Any, new: Any) -> bool:
+    if old == new:
+        return True
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    if key.rpartition(".")[2] == "class_path":
+        return old.rpartition(".")[2] == new.rpartition(".")[2]
+    (old_name, old_content), (new_name, new_content) = _split(old), _split(new)
+    return old_content == new_content if old_content and new_content else old_name == new_name
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """A name, and the digest of its content where it has one."""
+    found = _CONTENT.fullmatch(text)
+    return (text, None) if found is None else (found[1], found[2])
+
+
+def _line(key: str, old: dict[str, Any], new: dict[str, Any], where: str) -> str:
+    if isinstance(old.get(key), str) and isinstance(new.get(key), str):
+        (old_name, old_content), (new_name, new_content) = _split(old[key]), _split(new[key])
+        if old_content and new_content and old_name == new_name:
+            return f"  {key}: the content of {new_name} has changed"
+        return f"  {key}: {old_name!r} {where}, {new_name!r} now"
+    return f"  {key}: {_shown(old, key)} {where}, {_shown(new, key)} now"
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "(absent)"
+
+
+def without_new_defaults(then: Any, now: Any, kind: Any = None) -> tuple[Any, list[str]]:
+    """Settings without those that a newer version has added and that are at their defaults, and the names of these.
+
+    Args:
+        then: what an earlier version has stored.
+        now: what is asked for, a tree of ``class_path`` and ``init_args``.
+        kind: class or dataclass whose arguments ``now`` holds, where that is known.
+    """
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return now, []
+    if isinstance(now.get("class_path"), str):
+        kind = _imported(now["class_path"])
+        inner, names = without_new_defaults(then.get("init_args", {}), now.get("init_args", {}), kind)
+        return {**now, "init_args": inner}, names
+    kept, left_out = {}, []
+    for name, value in now.items():
+        if name not in then and kind is not None and _default(kind, name) == (True, value):
+            left_out.append(name)
+            continue
+        kept[name], inner_names = without_new_defaults(then.get(name), value, _dataclass_of(kind, name))
+        left_out += [f"{name}.{inner}" for inner in inner_names]
+    return kept, left_out
+
+
+def _imported(path: str) -> type | None:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found if isinstance(found, type) else None
+
+
+def _default(kind: type, name: str) -> tuple[bool, Any]:
+    """Whether an argument has a default, and the default as plain data."""
+    parameter = _parameters(kind).get(name)
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return False, None
+    return True, json.loads(json.dumps(described(parameter.default)))
+
+
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    initialise: Callable[..., None] = kind.__init__  # type: ignore[misc]
+    try:
+        return inspect.signature(initialise).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _dataclass_of(kind: type | None, name: str) -> type | None:
+    """The dataclass that an argument is annotated with, alone or beside None."""
+    if kind is None:
+        return None
+    try:
+        hint = typing.get_type_hints(kind.__init__).get(name)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):
+        return None
+    for candidate in (hint, *typing.get_args(hint)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None

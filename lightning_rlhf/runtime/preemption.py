@@ -1,0 +1,190 @@
+"""Ending a run when it is asked to: a signal is noted, and acted on where nothing is half done.
+
+Cluster schedulers send SIGTERM, and SIGKILL some seconds later; people press Ctrl-C (SIGINT) or close the terminal
+(SIGHUP); SLURM sends a signal of its own before it queues a job again. Rounds look at the note between chunks, training
+between steps; `lightning_rlhf.runtime.checkpoints.StopOnSignal` writes the checkpoint. And ending a run with its
+launcher.
+
+Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+
+STATUS = 128 + signal.SIGTERM
+"""Exit status of a run that SIGTERM asked to end; what a shell reports of a process that it ended."""
+
+FORWARDED = 2.0
+"""Seconds within which a second SIGINT of a rank is the first one, passed on by its launcher."""
+
+_asked_by = 0
+_asked_at = 0.0
+
+
+class Stopped(SystemExit):
+    """The run was asked to end, and does; the exit status is 128 and the number of the signal.
+
+    Args:
+        number: the signal; the one that was noted, or SIGTERM, when not given.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        self.signal = number or _asked_by or int(signal.SIGTERM)
+        super().__init__(128 + self.signal)
+
+
+def listen(requeue: int | None = None) -> None:
+    """Note signals from now on, in place of whoever listened before; only a main thread can.
+
+    A second SIGINT ends the process at once.
+
+    Args:
+        requeue: a signal after which the job is to be queued again, as SLURM sends it.
+    """
+    global _asked_by
+    _asked_by = 0
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note)
+    # nohup has it ignored, and means that
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+        signal.signal(hang_up, _note)
+    if requeue is not None:
+        signal.signal(requeue, _note)
+
+
+def listens() -> bool:
+    """Whether signals are noted."""
+    return signal.getsignal(signal.SIGTERM) is _note
+
+
+def end_at_once_on_interrupt() -> None:
+    """Let SIGINT end the run where it is, with its own exit status: nothing would be saved."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end)
+
+
+def asked() -> bool:
+    """Whether this process was asked to end."""
+    return _asked_by != 0
+
+
+def asked_by() -> int:
+    """Number of the signal that asked this process to end; 0 if none did."""
+    return _asked_by
+
+
+def name_of(number: int) -> str:
+    """What people call a signal."""
+    name = signal.Signals(number).name
+    return f"Ctrl-C ({name})" if number == signal.SIGINT else name
+
+
+def check() -> None:
+    """End here if this process was asked to.
+
+    Raises:
+        Stopped: if it was.
+    """
+    if asked():
+        raise Stopped
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    del frame
+    global _asked_by, _asked_at
+    if number == signal.SIGINT and not is_worker():
+        # by the system from now on: a process that waits inside a library runs no handler
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _say("stopping after the step, or the chunk of a round, that is going on; Ctrl-C again ends the run at once\n")
+    elif number == signal.SIGINT and _asked_by == number and time.monotonic() - _asked_at > FORWARDED:
+        os._exit(128 + number)
+    if not _asked_by:
+        _asked_by, _asked_at = number, time.monotonic()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise Stopped(number)
+
+
+def _say(text: str) -> None:
+    """Write to standard error from a signal handler, where `print` may be in the middle of something."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}".encode())
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit status; signals that ask this process to end are passed on to it.
+
+    The child is in a process group of its own, so that one Ctrl-C reaches it once.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    early = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal early
+        del frame
+        if child is None:
+            early = number
+        else:
+            child.send_signal(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        child = subprocess.Popen(command, process_group=0 if os.name == "posix" and main else None)
+        if early:
+            child.send_signal(early)
+        status = child.wait()
+        return 128 - status if status < 0 else status
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def requeue_job() -> str:
+    """Queue the SLURM job of this process again, and say so."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    if not re.fullmatch(r"[0-9_]+", job):
+        return f"the job was not queued again: its number is {job!r}"
+    try:
+        status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
+    except OSError as error:
+        return f"job {job} was not queued again ({error})"
+    return f"job {job} is queued again" if status == 0 else f"scontrol requeue {job} failed with status {status}"
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when the one that started it dies; Linux alone has a way.
+
+    A launcher that is killed leaves its ranks behind otherwise, which hold the ledger and the GPUs.
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_worker(environment: dict[str, str] | None = None) -> bool:
+    """Whether this process is a rank that torchrun, or rank zero of Lightning, has started."""
+    env = os.environ if environment is None else environment
+    return "TORCHELASTIC_RUN_ID" in env or env.get("LOCAL_RANK", "0") != "0"

@@ -1,0 +1,33 @@
+"""Repair of checkpoints that Lightning saved at the end of an epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
+    """Mend, before it is restored, a Lightning checkpoint that was saved when the batches of an epoch were done.
+
+    Lightning 2.6 takes up such an epoch once more: it asks for its loader again, with ``max_steps`` it runs an empty
+    epoch and counts it, and it compares the batches done with the length of the *next* epoch, so that it skips as many
+    batches of a next round that is longer. From then on it counts fewer epochs started than processed, and so would
+    later checkpoints. Here such a checkpoint becomes one of the epoch's end.
+    """
+    if "loops" not in checkpoint:  # saved with weights only
+        return
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if epochs["total"]["processed"] != epochs["total"]["started"]:
+        if not batches["is_last_batch"]:  # saved in the middle of the epoch
+            return
+        # saved at the end of its last batch, before it was counted
+        for count in (epochs["total"], epochs["current"]):
+            count["processed"] = count["started"]
+        if batches["total"]["completed"] < batches["total"]["processed"]:
+            batches["total"]["completed"] = batches["total"]["processed"]
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    for count in (epochs["total"], epochs["current"]):
+        count["completed"] = count["processed"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    fit_loop["state_dict"].pop("combined_loader", None)

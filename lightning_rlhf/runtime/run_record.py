@@ -1,0 +1,197 @@
+"""A run folder says what made it: ``run.json`` holds settings, versions, commit, command and hashes of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_rlhf.ledger.same_run import without_arguments
+from lightning_rlhf.runtime.fingerprint import comparable, differences, without_new_defaults
+
+
+PACKAGES = ("lightning-rlhf", "torch", "lightning", "transformers", "peft", "tokenizers", "jsonargparse", "numpy")
+SAMPLE = 64 << 20
+"""Bytes at either end of a file that are hashed where it is larger than `WHOLE`."""
+WHOLE = 1 << 30
+KEPT_STARTS = 32
+"""Newest starts that ``run.json`` keeps beside the first one."""
+
+
+class RunRecord(L.Callback):
+    """Writes ``run.json`` when training starts, and has the checkpoints remember the settings.
+
+    A start that continues the run is appended to ``starts``, which keeps the first and the newest `KEPT_STARTS`. Rank
+    zero writes.
+
+    Args:
+        folder: the run folder.
+        settings: what is configured, as plain data.
+        fingerprint: those settings that decide what is drawn, labelled and learnt.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+        self.folder, self.settings, self.fingerprint = folder, settings, fingerprint
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file."""
+        if trainer.is_global_zero:
+            write_record(self.folder, self.settings, trainer.world_size, trainer.ckpt_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fingerprint, as JSON."""
+        return {"fingerprint": json.dumps(self.fingerprint)}
+
+
+def check_settings(checkpoint: Mapping[str, Any], path: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to continue from a checkpoint that was trained with other settings.
+
+    Args:
+        checkpoint: what it holds.
+        path: where it lies, for the message.
+        now: fingerprint of the run that would continue.
+
+    Raises:
+        ValueError: naming every setting that differs, with both values.
+    """
+    stored = checkpoint.get("callbacks", {}).get(RunRecord.__qualname__, {}).get("fingerprint")
+    if stored is None:
+        return
+    old, new = comparable(json.loads(stored)), json.loads(json.dumps(dict(now)))
+    new, _ = without_new_defaults(old, new)
+    if any(isinstance(part, Mapping) and "rows" in part for part in checkpoint.values()):
+        # the state of the DataModule knows the rows by their content
+        old, new = without_arguments(old, "prompts"), without_arguments(new, "prompts")
+    lines = differences(old, new, "in the checkpoint")
+    if lines:
+        raise ValueError(
+            f"the settings differ from those that checkpoint {path} was trained with:\n"
+            + "\n".join(lines)
+            + "\nGo back to the old settings, or start another run in another --run_dir; it can begin with these "
+            "weights by model.policy=<old run>/model."
+        )
+
+
+def write_record(folder: Path, settings: Mapping[str, Any], processes: int, continued_from: Any) -> Path:
+    """Write or extend ``run.json``, and return it."""
+    path = folder / "run.json"
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "host": socket.gethostname(),
+        "processes": processes,
+        "continued_from": None if continued_from is None else str(continued_from),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "git": {"working_folder": commit(Path.cwd()), "lightning_rlhf": commit(Path(__file__).parent)},
+        "config": settings,
+        "data": [hashed(file) for file in named_files(settings)],
+    }
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"starts": []}
+    starts, left_out = [*held["starts"], start], held.get("starts_left_out", 0)
+    if len(starts) > KEPT_STARTS + 1:
+        left_out += len(starts) - KEPT_STARTS - 1
+        starts = [starts[0], *starts[-KEPT_STARTS:]]
+    record = {"starts": starts, **({"starts_left_out": left_out} if left_out else {})}
+    text = without_secrets(json.dumps(record, indent=1, default=str, ensure_ascii=False))
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: Path) -> dict[str, Any] | None:
+    """Git commit of a folder, and whether files that git knows were changed since; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def named_files(settings: Any) -> Iterator[Path]:
+    """Files that settings name, each once; folders of models give their files."""
+    seen: set[Path] = set()
+    for text in _strings(settings):
+        try:
+            path = Path(text).expanduser()
+            files = sorted(path.iterdir()) if path.is_dir() and (path / "config.json").is_file() else [path]
+            for file in files:
+                if file.is_file() and file not in seen:
+                    seen.add(file)
+                    yield file
+        except OSError:  # a text that is no path
+            continue
+
+
+def hashed(file: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file; of a very large one the beginning and the end only, which is said."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        if size <= WHOLE:
+            digest = hashlib.file_digest(stream, "sha256")
+            return {"path": str(file), "bytes": size, "sha256": digest.hexdigest()}
+        digest.update(stream.read(SAMPLE))
+        stream.seek(size - SAMPLE)
+        digest.update(stream.read(SAMPLE))
+    return {"path": str(file), "bytes": size, "sha256_of_both_ends": digest.hexdigest()}
+
+
+def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """Replace the values of environment variables that are called key, token, secret or password."""
+    env = os.environ if environment is None else environment
+    secrets = [
+        value
+        for name, value in env.items()
+        if len(value) >= 8 and re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name, re.IGNORECASE)
+    ]
+    for secret in sorted(secrets, key=len, reverse=True):
+        for written in {secret, json.dumps(secret)[1:-1]}:
+            text = text.replace(written, "[secret]")
+    return text
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        # a longer one is a text; a NUL is in no path
+        if 0 < len(value) < 4096 and "\0" not in value and "\n" not in value:
+            yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        for inner in value:
+            yield from _strings(inner)

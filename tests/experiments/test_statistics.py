@@ -1,0 +1,179 @@
+"""Figures of comparisons, on curves whose figures are known."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import scipy.stats
+
+from lightning_rlhf.experiments.curves import Curve, CurvePoint, read_cell, write_cell
+from lightning_rlhf.experiments.efficiency import student_quantile
+from lightning_rlhf.experiments.plots import alignment_figure, frontier_figure, label_figure, seed_effects
+from lightning_rlhf.experiments.report import (
+    Interval,
+    figures_of,
+    grid_of,
+    judged,
+    markdown,
+    saving_verdict,
+    shares,
+    verdicts,
+)
+from lightning_rlhf.experiments.run import complete
+from lightning_rlhf.experiments.statistics import common_grid, label_share, mean_interval, paired
+
+
+def curve(arm: str, seed: int, j: list[float], kl: float = 1.0, cosine: float | None = None) -> Curve:
+    """A run with evaluations every 10 labels; J as given, reward = J + 0.1 KL."""
+    points = tuple(
+        CurvePoint(i, 10 * i, value + 0.1 * kl, kl, value, cosine, cosine, None) for i, value in enumerate(j)
+    )
+    return Curve("online", arm, seed, points, passes=2.5, planned_passes=2.0)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 9, 39])
+def test_student_quantile(freedom: int) -> None:
+    assert student_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-4)
+
+
+def test_mean_interval_is_students() -> None:
+    values = [1.0, 2.0, 4.0, 4.5]
+    expected = scipy.stats.t.interval(0.95, 3, sum(values) / 4, scipy.stats.sem(values))
+    found = mean_interval(values)
+    assert (found.value, found.low, found.high) == pytest.approx((sum(values) / 4, *expected), rel=1e-4)
+    assert math.isnan(mean_interval([1.0]).low)
+
+
+def test_paired_differences_cancel_what_seeds_share() -> None:
+    baseline = [curve("Vanilla", seed, [0.0, 10.0 * seed]) for seed in range(4)]
+    better = [curve("PILAF", seed, [0.0, 10.0 * seed + 1.0]) for seed in (3, 1, 2, 0)]
+    found = paired(better, baseline, "j")
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_label_share_is_over_the_baselines_own_labels() -> None:
+    baseline = [curve("Vanilla", seed, [0.0, 1.0, 2.0 + 0.1 * seed, 3.0, 4.0]) for seed in range(5)]
+    fast = [curve("PILAF", seed, [0.0, 2.0, 4.0, 4.5, 5.0]) for seed in range(5)]
+    assert label_share(fast, baseline) == pytest.approx((0.5, 0.5, 0.5))
+    never = label_share([curve("PILAF", s, [0.0, 1.0, 1.0, 1.0, 1.0]) for s in range(5)], baseline)
+    assert never.value == math.inf and saving_verdict(never) == "contradicted"
+    # a baseline that ends where it began has nothing to reach
+    flat = [curve("Vanilla", seed, [2.0, 1.0]) for seed in range(5)]
+    assert math.isnan(label_share(fast, flat).value) and saving_verdict(label_share(fast, flat)) == "not measured"
+    # one that levels off was there before its budget was spent
+    level = [curve("Vanilla", seed, [0.0, 4.0, 4.0, 4.0, 4.0]) for seed in range(5)]
+    assert label_share(fast, level).value == pytest.approx(2.0)
+    assert label_share(fast[:1], baseline[:1]) == pytest.approx((0.5, math.nan, math.nan), nan_ok=True)
+    for wrong in ({"resamples": 0}, {"gain": 0.0}, {"gain": 1.5}):
+        with pytest.raises(ValueError, match="resamples >= 1 and gain"):
+            label_share(fast, baseline, **wrong)
+
+
+def test_runs_are_paired_by_seed_whatever_their_order() -> None:
+    """Seeds differ by far more than arms do, and by the same for both."""
+    ease, small = [0.0, 10.0, -10.0, 30.0, 5.0], [0.01, -0.02, 0.02, -0.01, 0.0]
+    baseline = [curve("Vanilla", s, [ease[s] + n for n in (0.0, 1.0, 2.0 + small[s], 3.0, 4.0)]) for s in range(5)]
+    fast = [curve("PILAF", s, [ease[s] + n for n in (0.0, 2.0, 4.0 + small[s], 4.5, 5.0)]) for s in (3, 0, 4, 2, 1)]
+    found = label_share(fast, baseline)
+    assert 0.47 < found.low < found.value < found.high < 0.53
+    # runs of a seed that the other arm lacks do not count
+    assert label_share([*fast, curve("PILAF", 9, [0.0] * 5)], baseline) == found
+    # arms that share no seed are resampled each on its own, and then the seeds' ease is in the way
+    others = [curve("Vanilla", c.seed + 100, [point.j for point in c.points]) for c in baseline]
+    apart = label_share(fast, others)
+    assert apart.value == pytest.approx(found.value) and apart.low < 0.1 and apart.high == math.inf
+
+
+def test_runs_that_were_evaluated_at_other_labels_are_interpolated() -> None:
+    short = Curve("online", "PILAF", 1, curve("PILAF", 1, [0.0, 1.0, 2.0, 3.0]).points[1:3], 2.5, 2.0)
+    between = CurvePoint(1, 15, 0.0, 0.0, 9.0)
+    odd = Curve("online", "PILAF", 2, (short.points[0], between, short.points[1]), 2.5, 2.0)
+    labels, j = common_grid([curve("PILAF", 0, [0.0, 1.0, 2.0, 3.0]), short, odd])
+    assert labels.tolist() == [10.0, 15.0, 20.0]
+    assert j.tolist() == [[1.0, 1.5, 2.0], [1.0, 1.5, 2.0], [1.0, 9.0, 2.0]]
+
+
+def test_verdicts_follow_the_intervals() -> None:
+    up, down, none = Interval(1, 0.5, 1.5), Interval(-1, -1.5, -0.5), Interval(0.1, -1, 1)
+    assert judged({"reward": up, "kl": down, "j": up}) == "reproduced"
+    assert judged({"reward": none, "kl": down, "j": none}) == "partly"
+    assert judged({"reward": none, "kl": none, "j": none}) == "not shown"
+    assert judged({"reward": up, "kl": up, "j": down}) == "contradicted"
+    assert judged({"reward": none, "kl": up, "j": none}) == "not shown"
+    assert judged({"reward": up, "kl": down, "j": Interval(1.0)}) == "not measured"
+    assert saving_verdict(Interval(0.5, 0.4, 0.7)) == "reproduced"
+    assert saving_verdict(Interval(0.8, 0.7, 0.9)) == "partly"
+    assert saving_verdict(Interval(0.8, 0.7, math.inf)) == "not shown"
+    assert saving_verdict(Interval(math.inf, math.inf, math.inf)) == "contradicted"
+    assert saving_verdict(Interval(math.nan, 0.0, math.inf)) == "not measured"
+    assert shares(Interval(0.5, 0.4, math.inf)) == "50 % [40, never]"
+    assert shares(Interval(math.inf, 0.9, math.inf)) == "not reached [90, never]"
+
+
+def example() -> list[Curve]:
+    noise = [0.0, 0.02, -0.02, 0.01]
+    vanilla = [curve("Vanilla", s, [0.0, 1.0 + e, 2.0 + e], kl=2.0, cosine=0.5) for s, e in enumerate(noise)]
+    pilaf = [curve("PILAF", s, [0.0, 2.5 - e, 3.0], kl=1.0 + e, cosine=0.6 + e) for s, e in enumerate(noise)]
+    return [*vanilla, *pilaf]
+
+
+def test_report_has_a_table_the_verdicts_and_the_costs() -> None:
+    grid = grid_of(example())
+    claims = verdicts(grid, "PILAF", "Vanilla")
+    found = {claim.claim: claim.verdict for claim in claims}
+    assert found == {
+        "PILAF over Vanilla in reward, KL and J": "reproduced",
+        "PILAF reaches Vanilla's final J with 40 % fewer labels": "reproduced",
+        "PILAF's expected gradient is nearer to ∇J than Vanilla's": "reproduced",
+        "PILAF's batch gradient is nearer to ∇J than Vanilla's": "reproduced",
+    }
+    text = markdown(figures_of(grid, "Vanilla"), claims, "Vanilla", lambda setting: f"regime of {setting}")
+    assert "regime of online; 20 labels per run, 4 seeds." in text
+    assert "| PILAF | **3.100" in text
+    assert "| PILAF | 2 | 2.50 | 2 | – |" in text
+
+
+def test_cells_survive_the_disk(tmp_path: pytest.TempPathFactory) -> None:
+    path = tmp_path / "cell.json"  # type: ignore[operator]
+    write_cell(path, example(), {"seeds": 4})
+    assert read_cell(path) == (example(), {"seeds": 4})
+
+
+def test_seeds_that_an_arm_lacks_are_left_out_of_all() -> None:
+    kept = complete([*example(), curve("Vanilla", 9, [0.0, 1.0])])
+    assert {c.seed for c in kept} == {0, 1, 2, 3}
+
+
+def test_seed_effects_are_what_arms_share_and_add_up_to_zero() -> None:
+    arms = {
+        name: [curve(name, seed, [0.0, 5.0 * seed + shift]) for seed in (0, 1)] for name, shift in (("a", 0), ("b", 3))
+    }
+    assert seed_effects(arms) == {0: -2.5, 1: 2.5}
+
+
+def test_bands_without_what_arms_share_are_as_wide_as_the_noise_of_an_arm() -> None:
+    """Seeds differ by 100, runs by noise of their own: the band is that of the noise, with any number of arms."""
+    generator = random.Random(0)
+    for count in (1, 2, 5):
+        ease = {seed: 100.0 * generator.random() if count > 1 else 0.0 for seed in range(400)}
+        grid = grid_of(
+            [
+                curve(f"arm {arm}", seed, [0.0, ease[seed] + generator.gauss(0.0, 1.0)])
+                for arm in range(count)
+                for seed in ease
+            ]
+        )
+        band = label_figure(grid, "title").axes[0].collections[0].get_paths()[0].vertices
+        at_the_end = [y for x, y in band.tolist() if x == 10.0]
+        expected = 2 * scipy.stats.t.ppf(0.975, 399) / 400**0.5
+        assert max(at_the_end) - min(at_the_end) == pytest.approx(expected, rel=0.12)
+
+
+def test_figures_have_a_panel_per_setting_and_a_legend_of_arms() -> None:
+    grid = grid_of(example())
+    for figure in (frontier_figure(grid, "title"), label_figure(grid, "title"), alignment_figure(grid, "title")):
+        assert [axes.get_title(loc="left") for axes in figure.axes] == ["online"]
+        assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Vanilla", "PILAF"]
