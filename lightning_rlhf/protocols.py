@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import RolloutGroup
-from lightning_rlhf.generation.base import AbstractEngine, Decoding
+from lightning_rlhf.generation import PolicyEngine
+from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.rollouts import RolloutDrawer
 from lightning_rlhf.rewards.base import AbstractReward
 from lightning_rlhf.types import Preference, Rollout
@@ -47,6 +48,10 @@ class StepModule(Protocol):
     def context_window(self) -> int | None:
         """Longest sequence in tokens; None when the model sets no limit."""
 
+    @property
+    def configured_end_ids(self) -> tuple[int, ...]:
+        """Token ids at which generation stops by tokenizer and generation config."""
+
 
 @runtime_checkable
 class RoundModule(StepModule, Protocol):
@@ -58,7 +63,7 @@ class RoundModule(StepModule, Protocol):
     def start_round(self, index: int) -> None:
         """Prepare for round ``index``, e.g. move the reference; called before anything of the round is sampled."""
 
-    def engine(self, decoding: Decoding) -> AbstractEngine | None:
+    def engine(self, decoding: Decoding) -> PolicyEngine | None:
         """Make the engine that samples responses; None where there is no policy, and pairs must be recorded ones."""
 
 

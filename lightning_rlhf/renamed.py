@@ -45,6 +45,20 @@ RENAMED: dict[str, dict[str, str]] = {
         "margin": "loss.margin",
         "center_coefficient": "loss.center_coefficient",
     },
+    "data": {
+        "prompts_per_round": "rounds.prompts_per_round",
+        "epochs_per_round": "rounds.epochs_per_round",
+        "replay": "rounds.replay",
+        "label_attempts": "rounds.label_attempts",
+        "ledger": "rounds.ledger",
+        "tokens_per_batch": "batching.max_tokens_per_micro_batch",
+        "length_window": "batching.length_window",
+        "max_prompt_tokens": "prompt_options.max_prompt_tokens",
+        "on_long_prompt": "prompt_options.on_long_prompt",
+        "system_prompt": "prompt_options.system_prompt",
+        "normalize_rewards": "shaping.normalize_rewards",
+        "missing_eos_penalty": "shaping.missing_eos_penalty",
+    },
 }
 """Old argument to new path, per section of a config."""
 
@@ -53,6 +67,14 @@ CLASS_PATHS = {
     "lr_scheduler": "lightning_rlhf.modules.ConstantWithWarmup",
 }
 """Groups that are built by a class: an old argument in a config names the class that it belonged to."""
+
+RENAMED_MODULES = {
+    "lightning_rlhf.datamodule": "lightning_rlhf.datamodules",
+    "lightning_rlhf.rollout_datamodule": "lightning_rlhf.datamodules",
+    "lightning_rlhf.completion_datamodule": "lightning_rlhf.datamodules",
+    "lightning_rlhf.comparison": "lightning_rlhf.experiments",
+}
+"""Modules whose classes configs of version 0.1 name."""
 
 _REFERENCE_RULES = ("fixed", "previous", "ema")
 
@@ -68,6 +90,7 @@ def renamed_arguments(args: list[str], note: Callable[[str], None] = lambda _: N
 
 
 def _renamed_argument(arg: str, note: Callable[[str], None]) -> str:
+    arg = re.sub(r"(?<==)lightning_rlhf\.[\w.]+$", lambda path: renamed_class(path[0]), arg)
     found = re.fullmatch(r"--(\w+)\.(?:init_args\.)?(\w+)(=.*)?", arg, flags=re.DOTALL)
     if found is None:
         return arg
@@ -89,7 +112,7 @@ def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda
         content: the config.
         note: told every translation.
     """
-    result = dict(content)
+    result: dict[str, Any] = _with_renamed_classes(content)
     for section, names in RENAMED.items():
         part = result.get(section)
         if not isinstance(part, dict):
@@ -100,6 +123,23 @@ def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda
         elif "class_path" not in part:
             result[section] = _renamed_fields(part, section, names, note)
     return result
+
+
+def renamed_class(path: str) -> str:
+    """The present path of a class that version 0.1 had in another module."""
+    module, _, name = path.rpartition(".")
+    return f"{RENAMED_MODULES.get(module, module)}.{name}" if module else path
+
+
+def _with_renamed_classes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: renamed_class(inner)
+            if key == "class_path" and isinstance(inner, str)
+            else _with_renamed_classes(inner)
+            for key, inner in value.items()
+        }
+    return [_with_renamed_classes(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _renamed_fields(

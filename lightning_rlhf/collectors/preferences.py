@@ -11,7 +11,7 @@ from typing import Any
 from lightning_rlhf.collectors.chunks import chunks_without_repeats
 from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
-from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
@@ -85,7 +85,7 @@ class RoundCollector:
         self.progress: Progress = progress or silent
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
 
-    def collect(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> Round:
+    def collect(self, index: int, prompts: Sequence[Prompt], engine: PolicyEngine | None, chunk: int) -> Round:
         """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
 
         Args:
@@ -106,7 +106,7 @@ class RoundCollector:
         result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._read(index))
         return result
 
-    def sample(self, index: int, prompts: Sequence[Prompt], engine: DecodeEngine | None, chunk: int) -> None:
+    def sample(self, index: int, prompts: Sequence[Prompt], engine: PolicyEngine | None, chunk: int) -> None:
         """Draw the comparisons of a round that the ledger does not hold yet."""
         held = set(distributed.from_rank_zero(lambda: self._ledger.positions(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
@@ -128,7 +128,7 @@ class RoundCollector:
                 distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
                 bar.update(len(positions))
 
-    def _draw(self, prompts: Sequence[Prompt], engine: DecodeEngine | None, key: Key) -> list[Comparison]:
+    def _draw(self, prompts: Sequence[Prompt], engine: PolicyEngine | None, key: Key) -> list[Comparison]:
         preemption.check()
         made = self.sampler.sample(prompts, engine, key) if prompts else []  # type: ignore[arg-type]
         drawn = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")

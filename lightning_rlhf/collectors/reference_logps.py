@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.types import Comparison, Preference
 
 
 def with_reference_logps(
-    comparisons: Sequence[Comparison], engine: DecodeEngine, cache: ReferenceCache | None = None
+    comparisons: Sequence[Comparison], engine: PolicyEngine, cache: ReferenceCache | None = None
 ) -> list[Comparison]:
     """Give every response its reference log-probabilities, by one forward pass where sampler and cache left none.
 
@@ -33,7 +33,7 @@ def with_reference_logps(
     ]
 
 
-def refreshed(preferences: Sequence[Preference], engine: DecodeEngine | None) -> list[Preference]:
+def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) -> list[Preference]:
     """Recompute reference log-probabilities that were taken under an older reference; without an engine none are."""
     if engine is None:
         return list(preferences)

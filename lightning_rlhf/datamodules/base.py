@@ -6,9 +6,10 @@ from the ledger, so that a killed run continues with what it had drawn and paid 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -20,10 +21,12 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.batching.batches import StepBatch
 from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
 from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, plan
+from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, at_least_one
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.same_run import digest_of_rows, row_differences
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.prompts.template import turn_format
+from lightning_rlhf.protocols import PreferenceSource, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
@@ -40,16 +43,12 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
 
     Args:
         prompts: where training rows come from.
-        heldout: rows for validation; no validation when not given.
+        heldout: rows for validation; default: no validation.
         decoding: length, temperature and batch of decoding.
         items_per_batch: items per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
-        tokens_per_batch: most token positions of one forward and backward pass per process, >= 1; ``auto`` is 1024 on a
-            CPU and 8192 elsewhere; null makes one pass.
-        length_window: group items of about one length within windows of this many batches, >= 1.
-        max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
-        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
-        system_prompt: system turn put before conversational prompts.
-        seed: decides order and draws.
+        batching: how an optimizer step is split into micro-batches.
+        prompt_options: how prompts become tokens.
+        seed: decides order and samples.
 
     Attributes:
         FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
@@ -58,43 +57,31 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         RESPONSE_LIMIT: the argument that limits responses, for errors.
     """
 
-    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "tokens_per_batch"})
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "batching.max_tokens_per_micro_batch"})
     ITEMS: ClassVar[str] = "items_per_batch"
     UNIT: ClassVar[str] = "pair"
     RESPONSE_LIMIT: ClassVar[str] = "decoding.max_new_tokens"
 
     def __init__(
         self,
+        *,
         prompts: AbstractPromptSource,
         heldout: AbstractPromptSource | None,
         decoding: Decoding,
         items_per_batch: int,
-        tokens_per_batch: int | Literal["auto"] | None,
-        length_window: int,
-        max_prompt_tokens: int | None,
-        on_long_prompt: Literal["error", "drop", "truncate"],
-        system_prompt: str | None,
+        batching: BatchOptions,
+        prompt_options: PromptOptions,
         seed: int,
     ) -> None:
         super().__init__()
         self.trainer: L.Trainer
-        at_least_one(
-            **{self.ITEMS: items_per_batch},
-            tokens_per_batch=None if tokens_per_batch == "auto" else tokens_per_batch,
-            length_window=length_window,
-            max_prompt_tokens=max_prompt_tokens,
-        )
+        at_least_one(**{self.ITEMS: items_per_batch})
         self.prompt_source, self.heldout_source = prompts, heldout
         self.heldout_reward: AbstractReward | None = None
-        """Scores held-out answers."""
+        """Scores held-out responses."""
         self.decoding = decoding
         self.items_per_batch = items_per_batch
-        self.tokens_per_batch, self.length_window = tokens_per_batch, length_window
-        self.max_prompt_tokens, self.on_long_prompt, self.system_prompt = (
-            max_prompt_tokens,
-            on_long_prompt,
-            system_prompt,
-        )
+        self.batching, self.prompt_options = batching, prompt_options
         self.seed = seed
         self.fingerprint: dict[str, Any] = {}
         """Settings that a continued run must share with the ledger, where the command line gives them; what the
@@ -138,7 +125,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
                 "there is nothing to validate on: set data.heldout to the rows that are held out, e.g. "
                 "--data.heldout=DatasetPrompts --data.heldout.path=heldout.jsonl"
             )
-        tokenizer = self.trainer.lightning_module.tokenizer
+        tokenizer = module_of(self.trainer, StepModule, type(self).__name__).tokenizer
         if not self._prompts or self._tokenizer is not tokenizer:
             self._tokenizer = tokenizer
             self._prompts = self._load(self.prompt_source, "training")
@@ -172,6 +159,17 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         found = source if source is not None else self.prompt_source
         return f"{what} of {getattr(found, 'path', type(found).__name__)}"
 
+    def planned_steps(self) -> int | None:
+        """Optimizer steps of the run if they are known in advance, for learning-rate schedules; else None."""
+        epochs, items = self.trainer.max_epochs, self._items_per_epoch()
+        if items is None or epochs is None or epochs < 1:
+            return None
+        return epochs * math.ceil(items / (self.items_per_batch * self._accumulate))
+
+    def _items_per_epoch(self) -> int | None:
+        """Items of an epoch if every epoch has as many; else None."""
+        return None
+
     @property
     def key(self) -> Key:
         """Key of the run."""
@@ -179,7 +177,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
 
     @property
     def num_labels(self) -> int:
-        """Labels bought for the rounds up to the newest one; 0 where nothing is labelled. Every rank must ask."""
+        """Labels bought for the rounds up to the newest one; 0 where nothing is labeled. Every rank must ask."""
         return 0
 
     @property
@@ -200,8 +198,12 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         lengths = [self.length(item) for item in items]
         per_step = self.items_per_batch * self._accumulate
         order = epoch_order(len(items), self.key.fold(Stream.ORDER, epoch))
-        order = group_by_length(order, lengths, per_step, self.length_window, self.key.fold(Stream.WINDOWS, epoch))
-        steps = plan(order, lengths, per_step, self._tokens_per_pass(), rank, world, min_passes=self._accumulate)
+        order = group_by_length(
+            order, lengths, per_step, self.batching.length_window, self.key.fold(Stream.WINDOWS, epoch)
+        )
+        steps = plan(
+            order, lengths, per_step, self._max_tokens_per_micro_batch(), rank, world, min_passes=self._accumulate
+        )
         return ResumableLoader(
             [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
             sampler=RankSampler(list(range(len(steps))), rank, world),
@@ -233,10 +235,10 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         return self.collate(mine, step)
 
     def _load(self, source: AbstractPromptSource, what: str) -> list[Prompt]:
-        module: Any = self.trainer.lightning_module
+        module = module_of(self.trainer, StepModule, type(self).__name__)
         rows = source.load()
         window = module.context_window
-        limit = self.max_prompt_tokens
+        limit = self.prompt_options.max_prompt_tokens
         if limit is None:
             limit = window - self.decoding.max_new_tokens if window is not None else 1_000_000
             if limit < 1:
@@ -246,7 +248,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
                 )
         elif window is not None and limit + self.decoding.max_new_tokens > window:
             raise ValueError(
-                f"data.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} {self.decoding.max_new_tokens} "
+                f"data.prompt_options.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} {self.decoding.max_new_tokens} "
                 f"exceed the policy's window of {window} tokens together; lower one of them"
             )
         prompts, report = tokenize_rows(
@@ -254,8 +256,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
             module.tokenizer,
             max_prompt_tokens=limit,
             max_response_tokens=self.decoding.max_new_tokens,
-            on_long_prompt=self.on_long_prompt,
-            system_prompt=self.system_prompt,
+            on_long_prompt=self.prompt_options.on_long_prompt,
+            system_prompt=self.prompt_options.system_prompt,
             end_ids=module.configured_end_ids,
         )
         end = turn_format(module.tokenizer).end
@@ -269,10 +271,11 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
         return prompts
 
-    def _tokens_per_pass(self) -> int | None:
-        if self.tokens_per_batch == "auto":
+    def _max_tokens_per_micro_batch(self) -> int | None:
+        limit = self.batching.max_tokens_per_micro_batch
+        if limit == "auto":
             return 1024 if self.trainer.strategy.root_device.type == "cpu" else 8192
-        return self.tokens_per_batch
+        return limit
 
     def _take_over_accumulation(self) -> None:
         """Serve the items of all accumulated batches as one: only then can the loss be the mean over them."""
@@ -280,21 +283,19 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
             if isinstance(callback, GradientAccumulationScheduler):
                 raise ValueError(
                     f"GradientAccumulationScheduler does not run with {type(self).__name__}, whose batches are "
-                    f"optimizer steps; set data.{self.ITEMS}, and data.tokens_per_batch to what fits into memory"
+                    f"optimizer steps; set data.{self.ITEMS}, and data.batching.max_tokens_per_micro_batch to fit into memory"
                 )
         self._accumulate, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
 
 
-def at_least_one(**settings: int | None) -> None:
-    """Check settings by name; None is no limit.
-
-    Raises:
-        ValueError: naming the first that is below 1.
-    """
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise ValueError(f"data.{name} must be at least 1; got {value}")
-
-
 # mark of a module that a fit has trained
 _TRAINED = "_trained_in_rounds"
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(datamodule: AbstractStepDataModule) -> StepData:
+        return datamodule
+
+    def _is_read_by_callbacks(datamodule: AbstractStepDataModule) -> PreferenceSource:
+        return datamodule

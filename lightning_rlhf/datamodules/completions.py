@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from lightning_rlhf.batching.batches import ResponseBatch
 from lightning_rlhf.batching.collate import collate_completions
 from lightning_rlhf.batching.steps import Step
-from lightning_rlhf.datamodules.base import AbstractStepDataModule, at_least_one
+from lightning_rlhf.datamodules.base import AbstractStepDataModule
+from lightning_rlhf.datamodules.options import (
+    DEFAULT_BATCHING,
+    DEFAULT_PROMPTS,
+    BatchOptions,
+    PromptOptions,
+    at_least_one,
+)
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.types import Prompt
 
 
+@accepts_old_names("data")
 class CompletionDataModule(AbstractStepDataModule):
-    """Serves recorded completions to imitate, packed without filling.
+    """Serves recorded completions to imitate, packed without padding.
 
     Args:
         prompts: where training rows come from; each with a completion, as `DatasetCompletions` reads them.
-        heldout: rows for validation; no validation when not given.
+        heldout: rows for validation; default: no validation.
         rows_per_batch: rows per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
-        tokens_per_batch: most token positions of one forward and backward pass per process, >= 1; ``auto`` is 1024 on a
-            CPU and 8192 elsewhere; null makes one pass.
-        length_window: group rows of about one length within windows of this many batches, >= 1.
+        batching: how an optimizer step is split into micro-batches.
         max_completion_tokens: longest completion, EOS included; longer ones lose their end.
-        max_prompt_tokens: longest prompt; what the context window leaves beside the completion when not given.
-        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
-        system_prompt: system turn put before conversational prompts.
+        prompt_options: how prompts become tokens.
         seed: decides the order of the rows.
     """
 
@@ -41,26 +46,20 @@ class CompletionDataModule(AbstractStepDataModule):
         prompts: AbstractPromptSource,
         heldout: AbstractPromptSource | None = None,
         rows_per_batch: int = 16,
-        tokens_per_batch: int | Literal["auto"] | None = "auto",
-        length_window: int = 1,
         max_completion_tokens: int = 512,
-        max_prompt_tokens: int | None = None,
-        on_long_prompt: Literal["error", "drop", "truncate"] = "error",
-        system_prompt: str | None = None,
+        batching: BatchOptions = DEFAULT_BATCHING,
+        prompt_options: PromptOptions = DEFAULT_PROMPTS,
         seed: int = 0,
     ) -> None:
         at_least_one(max_completion_tokens=max_completion_tokens)
         super().__init__(
-            prompts,
-            heldout,
-            Decoding(max_new_tokens=max_completion_tokens),
-            rows_per_batch,
-            tokens_per_batch,
-            length_window,
-            max_prompt_tokens,
-            on_long_prompt,
-            system_prompt,
-            seed,
+            prompts=prompts,
+            heldout=heldout,
+            decoding=Decoding(max_new_tokens=max_completion_tokens),
+            items_per_batch=rows_per_batch,
+            batching=batching,
+            prompt_options=prompt_options,
+            seed=seed,
         )
 
     def setup(self, stage: str) -> None:
@@ -78,6 +77,9 @@ class CompletionDataModule(AbstractStepDataModule):
         """All rows."""
         del epoch
         return self._prompts
+
+    def _items_per_epoch(self) -> int:
+        return len(self._prompts)
 
     def length(self, item: Prompt) -> int:
         """Token positions of a row."""

@@ -9,19 +9,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.batching.collate import collate_preferences
 from lightning_rlhf.batching.steps import Step
 from lightning_rlhf.collectors.preferences import Round, RoundCollector
 from lightning_rlhf.collectors.reference_logps import refreshed
-from lightning_rlhf.datamodules.base import DEFAULT_DECODING, at_least_one
+from lightning_rlhf.datamodules.base import DEFAULT_DECODING
+from lightning_rlhf.datamodules.options import (
+    DEFAULT_BATCHING,
+    DEFAULT_PREFERENCE_ROUNDS,
+    DEFAULT_PROMPTS,
+    BatchOptions,
+    PreferenceRoundOptions,
+    PromptOptions,
+)
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
@@ -29,34 +38,28 @@ from lightning_rlhf.samplers import AbstractPairSampler
 from lightning_rlhf.types import Preference
 
 
+@accepts_old_names("data")
 class PreferenceDataModule(AbstractRoundDataModule):
     """Collects preferences in rounds, with the current policy, and serves them as batches.
 
     Args:
         prompts: where training prompts (or recorded pairs) come from.
-        sampler: which pair of responses is shown to the labeler.
-        labeler: who says which response is better.
-        heldout: prompts for validation; no validation when not given.
-        reward: scores held-out answers; the labeler's own reward when it has one and this is not given.
+        sampler: generates the pair of responses that is shown to the labeler.
+        labeler: labels which response is better.
+        heldout: prompts for validation; default: no validation.
+        reward: scores held-out responses; default: the labeler's own reward if it has one.
         decoding: length, temperature and batch of decoding.
-        prompts_per_round: prompts drawn per round; the whole data set when not given. One batch makes online DPO.
-        epochs_per_round: epochs that train on a round before the next one is drawn; null never draws again (offline).
+        rounds: how rounds are cut, labeled and replayed. One batch per round is online DPO.
         pairs_per_batch: pairs per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
-        tokens_per_batch: most token positions of one forward and backward pass per process, a prompt counted once per
-            pair, >= 1: an optimizer step whose pairs need more is done in several passes; the gradient is that of the
-            whole. ``auto`` is 1024 on a CPU, whose caches hold that much, and 8192 elsewhere; null makes one pass.
-        length_window: group pairs of about one length within windows of this many batches of the shuffled epoch, >= 1;
-            1 leaves the batches as they were drawn.
-        replay: ``last`` trains on the newest round, ``all`` on all rounds so far, a number on that many newest rounds.
-        label_attempts: times that a comparison is shown to the labeler until it is dropped, >= 1.
-        max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
-        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
-        system_prompt: system turn put before conversational prompts.
-        ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
-        seed: decides prompt order, draws and labels.
+        batching: how an optimizer step is split into micro-batches.
+        prompt_options: how prompts become tokens.
+        seed: decides prompt order, samples and labels.
     """
 
-    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {"reward", "label_attempts"}
+    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {
+        "reward",
+        "rounds.label_attempts",
+    }
     ITEMS: ClassVar[str] = "pairs_per_batch"
 
     def __init__(
@@ -67,42 +70,29 @@ class PreferenceDataModule(AbstractRoundDataModule):
         heldout: AbstractPromptSource | None = None,
         reward: AbstractReward | None = None,
         decoding: Decoding = DEFAULT_DECODING,
-        prompts_per_round: int | None = None,
-        epochs_per_round: int | None = 1,
+        rounds: PreferenceRoundOptions = DEFAULT_PREFERENCE_ROUNDS,
         pairs_per_batch: int = 8,
-        tokens_per_batch: int | Literal["auto"] | None = "auto",
-        length_window: int = 1,
-        replay: int | Literal["last", "all"] = "last",
-        label_attempts: int = 1,
-        max_prompt_tokens: int | None = None,
-        on_long_prompt: Literal["error", "drop", "truncate"] = "error",
-        system_prompt: str | None = None,
-        ledger: str | None = None,
+        batching: BatchOptions = DEFAULT_BATCHING,
+        prompt_options: PromptOptions = DEFAULT_PROMPTS,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            prompts,
-            heldout,
-            decoding,
-            prompts_per_round,
-            epochs_per_round,
-            pairs_per_batch,
-            tokens_per_batch,
-            length_window,
-            max_prompt_tokens,
-            on_long_prompt,
-            system_prompt,
-            ledger,
-            seed,
+            prompts=prompts,
+            heldout=heldout,
+            decoding=decoding,
+            rounds=rounds,
+            items_per_batch=pairs_per_batch,
+            batching=batching,
+            prompt_options=prompt_options,
+            seed=seed,
         )
-        at_least_one(label_attempts=label_attempts, replay=replay if isinstance(replay, int) else 1)
         check_plugin("data.sampler", sampler, AbstractPairSampler)
         check_plugin("data.labeler", labeler, AbstractLabeler)
         if reward is not None:
             check_plugin("data.reward", reward, AbstractReward)
         self.sampler, self.labeler = sampler, labeler
         self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler) else None)
-        self.replay, self.label_attempts = replay, label_attempts
+        self.replay, self.label_attempts = rounds.replay, rounds.label_attempts
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
@@ -125,6 +115,10 @@ class PreferenceDataModule(AbstractRoundDataModule):
     def label_share(self) -> float:
         """Share of a round's pairs that the sampler has labelled."""
         return self.sampler.label_share
+
+    def _items_per_epoch(self) -> int | None:
+        # replayed rounds make epochs grow
+        return super()._items_per_epoch() if self.replay in ("last", 1) or self.epochs_per_round is None else None
 
     def length(self, item: Preference) -> int:
         """Token positions of a pair, its prompt counted once."""
@@ -155,8 +149,7 @@ class PreferenceDataModule(AbstractRoundDataModule):
         return [preference for preferences in self._rounds.values() for preference in preferences]
 
     def _collect(self, index: int) -> None:
-        module: Any = self.trainer.lightning_module
-        module.start_round(index)
+        self._module().start_round(index)
         result = self._collector().collect(index, self._round_prompts(index), self._engine(), self._chunk())
         self._rounds[index] = result.preferences
         self.round = result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,43 +18,71 @@ from lightning_rlhf.batching.batches import ResponseBatch, RolloutGroup
 from lightning_rlhf.batching.collate import collate_rollouts
 from lightning_rlhf.batching.steps import Step
 from lightning_rlhf.collectors.rollouts import RolloutCollector, RolloutRound
-from lightning_rlhf.datamodules.base import DEFAULT_DECODING, at_least_one
+from lightning_rlhf.datamodules.base import DEFAULT_DECODING
+from lightning_rlhf.datamodules.options import (
+    DEFAULT_BATCHING,
+    DEFAULT_PROMPTS,
+    DEFAULT_ROUNDS,
+    BatchOptions,
+    PromptOptions,
+    RoundOptions,
+    at_least_one,
+)
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.protocols import RolloutModule, module_of
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout
 
 
+@dataclass(frozen=True)
+class RewardShaping:
+    """How scores become the rewards of training.
+
+    Args:
+        normalize_rewards: ``std`` divides rewards by their standard deviation over all rounds so far, ``mean_std`` also
+            subtracts their mean; ``none`` keeps them, so that beta has the meaning that the objective gives it.
+        missing_eos_penalty: subtracted from the reward of a response that the token limit cut, >= 0, in units of the
+            normalized reward.
+    """
+
+    normalize_rewards: Literal["none", "std", "mean_std"] = "none"
+    missing_eos_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.missing_eos_penalty < float("inf"):
+            raise ValueError(
+                f"data.shaping.missing_eos_penalty must be finite and at least 0; got {self.missing_eos_penalty}"
+            )
+
+
+NO_SHAPING = RewardShaping()
+
+
+@accepts_old_names("data")
 class RolloutDataModule(AbstractRoundDataModule):
-    """Draws responses in rounds with the current policy, scores them, and serves them as batches.
+    """Samples responses in rounds with the current policy, scores them, and serves them as batches.
 
     Args:
         prompts: where training prompts come from.
-        reward: scores the responses; what the policy is trained for.
-        heldout: prompts for validation; no validation when not given.
-        heldout_reward: scores held-out answers; ``reward`` when not given.
+        reward: scores the responses; the policy is trained for it.
+        heldout: prompts for validation; default: no validation.
+        heldout_reward: scores held-out responses; default: ``reward``.
         decoding: length, temperature and batch of decoding; ``top_p`` must be 1.
-        responses_per_prompt: responses drawn per prompt and round, >= 1; RLOO and GRPO need two.
-        prompts_per_round: prompts drawn per round; the whole data set when not given. One batch makes it on-policy.
-        epochs_per_round: epochs that train on a round before the next one is drawn, >= 1.
+        responses_per_prompt: responses sampled per prompt and round, >= 1; RLOO and GRPO need two.
+        rounds: how rounds are cut; a round of one batch is on-policy.
         prompts_per_batch: prompts per optimizer step over all processes, with all their responses, >= 1; times
             ``trainer.accumulate_grad_batches``.
-        tokens_per_batch: most token positions of one forward and backward pass per process, a prompt counted once for
-            its responses, >= 1; ``auto`` is 1024 on a CPU and 8192 elsewhere; null makes one pass.
-        length_window: group prompts of about one length within windows of this many batches, >= 1.
-        normalize_rewards: ``std`` divides rewards by their standard deviation over all rounds so far, ``mean_std`` also
-            subtracts their mean; ``none`` takes them as they are, so that beta means what the objective says.
-        missing_eos_penalty: what a response costs that the token limit cut, >= 0, in units of the normalised reward.
-        max_prompt_tokens: longest prompt; what the context window leaves beside the response when not given.
-        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
-        system_prompt: system turn put before conversational prompts.
-        ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
-        seed: decides prompt order and draws.
+        batching: how an optimizer step is split into micro-batches.
+        shaping: how scores become the rewards of training.
+        prompt_options: how prompts become tokens.
+        seed: decides prompt order and samples.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {"heldout_reward"}
@@ -70,43 +98,30 @@ class RolloutDataModule(AbstractRoundDataModule):
         heldout_reward: AbstractReward | None = None,
         decoding: Decoding = DEFAULT_DECODING,
         responses_per_prompt: int = 4,
-        prompts_per_round: int | None = None,
-        epochs_per_round: int = 1,
+        rounds: RoundOptions = DEFAULT_ROUNDS,
         prompts_per_batch: int = 8,
-        tokens_per_batch: int | Literal["auto"] | None = "auto",
-        length_window: int = 1,
-        normalize_rewards: Literal["none", "std", "mean_std"] = "none",
-        missing_eos_penalty: float = 0.0,
-        max_prompt_tokens: int | None = None,
-        on_long_prompt: Literal["error", "drop", "truncate"] = "error",
-        system_prompt: str | None = None,
-        ledger: str | None = None,
+        batching: BatchOptions = DEFAULT_BATCHING,
+        shaping: RewardShaping = NO_SHAPING,
+        prompt_options: PromptOptions = DEFAULT_PROMPTS,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            prompts,
-            heldout,
-            decoding,
-            prompts_per_round,
-            epochs_per_round,
-            prompts_per_batch,
-            tokens_per_batch,
-            length_window,
-            max_prompt_tokens,
-            on_long_prompt,
-            system_prompt,
-            ledger,
-            seed,
+            prompts=prompts,
+            heldout=heldout,
+            decoding=decoding,
+            rounds=rounds,
+            items_per_batch=prompts_per_batch,
+            batching=batching,
+            prompt_options=prompt_options,
+            seed=seed,
         )
         at_least_one(responses_per_prompt=responses_per_prompt)
-        if not 0 <= missing_eos_penalty < float("inf"):
-            raise ValueError(f"data.missing_eos_penalty must be finite and at least 0; got {missing_eos_penalty}")
         check_plugin("data.reward", reward, AbstractReward)
         if heldout_reward is not None:
             check_plugin("data.heldout_reward", heldout_reward, AbstractReward)
         self.reward, self.heldout_reward = reward, heldout_reward or reward
         self.responses_per_prompt = responses_per_prompt
-        self.normalize_rewards, self.missing_eos_penalty = normalize_rewards, missing_eos_penalty
+        self.shaping = shaping
         self.round: RolloutRound | None = None
         """The newest round, for callbacks."""
         self._moments = torch.zeros(3, dtype=torch.float64)
@@ -138,7 +153,7 @@ class RolloutDataModule(AbstractRoundDataModule):
     def buffer(self, due: int) -> list[RolloutGroup]:
         """Prompts of the round that is due, with their rollouts and advantages."""
         if self.round is None or self.round.index != due:
-            module: Any = self.trainer.lightning_module
+            module = self._module()
             self.round = self._collect(due)
             # the budget may have left no prompt
             self._groups = module.credit(self.round.groups, self.round.rewards) if self.round.groups else []
@@ -146,7 +161,7 @@ class RolloutDataModule(AbstractRoundDataModule):
 
     def draw_only(self, index: int) -> None:
         """Draw the rollouts of a round."""
-        module: Any = self.trainer.lightning_module
+        module = self._module()
         self._collector().sample(index, self._round_prompts(index), module.drawer(self.decoding), self._chunk())
 
     def labels_before(self, store: PreferenceStore, index: int) -> int:
@@ -163,8 +178,11 @@ class RolloutDataModule(AbstractRoundDataModule):
         self._moments = torch.tensor(state_dict["moments"], dtype=torch.float64)
         self.reward.load_state_dict(state_dict["reward"])
 
+    def _module(self) -> RolloutModule:
+        return module_of(self.trainer, RolloutModule, type(self).__name__)
+
     def _collect(self, index: int) -> RolloutRound:
-        module: Any = self.trainer.lightning_module
+        module = self._module()
         module.start_round(index)
         drawer, prompts = module.drawer(self.decoding), self._round_prompts(index)
         result = self._collector().collect(index, prompts, drawer, self._chunk())
@@ -185,12 +203,12 @@ class RolloutDataModule(AbstractRoundDataModule):
         """Rewards as training sees them: normalised by what all rounds so far had, less the price of a missing EOS."""
         count, mean, deviations = self._moments.tolist()
         std = (deviations / max(count - 1, 1)) ** 0.5
-        if self.normalize_rewards == "mean_std":
+        if self.shaping.normalize_rewards == "mean_std":
             rewards = rewards - mean
-        if self.normalize_rewards != "none" and std > 0:
+        if self.shaping.normalize_rewards != "none" and std > 0:
             rewards = rewards / std
         cut = torch.tensor([rollout.response.finish_reason == "length" for rollout in rollouts])
-        return rewards - self.missing_eos_penalty * cut.double()
+        return rewards - self.shaping.missing_eos_penalty * cut.double()
 
     def _collector(self) -> RolloutCollector:
         table = None if self._store is None else RolloutTable(self._store)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -15,11 +15,14 @@ from tqdm.auto import tqdm
 
 from lightning_rlhf.batching.loader import RankSampler
 from lightning_rlhf.batching.steps import epoch_order
-from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, at_least_one
+from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule
+from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, RoundOptions
+from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.same_run import check_same_run, note_code, note_heldout
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.protocols import RoundData, RoundModule, module_of
 from lightning_rlhf.randomness import Stream
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import code_of_plugins, run_settings
@@ -33,57 +36,44 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
     Args:
         prompts: where training prompts come from.
-        heldout: prompts for validation; no validation when not given.
+        heldout: prompts for validation; default: no validation.
         decoding: length, temperature and batch of decoding.
-        prompts_per_round: prompts drawn per round; the whole data set when not given.
-        epochs_per_round: epochs that train on a round before the next one is drawn; null never draws again.
-        items_per_batch: as in `AbstractStepDataModule`, like what is not named here.
-        tokens_per_batch: see there.
-        length_window: see there.
-        max_prompt_tokens: see there.
-        on_long_prompt: see there.
-        system_prompt: see there.
-        ledger: path of the ledger; ``ledger.sqlite`` in the run folder when not given.
-        seed: decides prompt order, draws and labels.
+        rounds: how rounds are cut.
+        items_per_batch: as in `AbstractStepDataModule`, like the arguments below.
+        batching: see there.
+        prompt_options: see there.
+        seed: decides prompt order, samples and labels.
 
     Attributes:
         DRAWN: what a round is made of, for messages.
     """
 
-    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"ledger"}
+    FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"rounds.ledger"}
     DRAWN: ClassVar[str] = "comparisons"
 
     def __init__(
         self,
+        *,
         prompts: AbstractPromptSource,
         heldout: AbstractPromptSource | None,
         decoding: Decoding,
-        prompts_per_round: int | None,
-        epochs_per_round: int | None,
+        rounds: RoundOptions,
         items_per_batch: int,
-        tokens_per_batch: int | Literal["auto"] | None,
-        length_window: int,
-        max_prompt_tokens: int | None,
-        on_long_prompt: Literal["error", "drop", "truncate"],
-        system_prompt: str | None,
-        ledger: str | None,
+        batching: BatchOptions,
+        prompt_options: PromptOptions,
         seed: int,
     ) -> None:
         super().__init__(
-            prompts,
-            heldout,
-            decoding,
-            items_per_batch,
-            tokens_per_batch,
-            length_window,
-            max_prompt_tokens,
-            on_long_prompt,
-            system_prompt,
-            seed,
+            prompts=prompts,
+            heldout=heldout,
+            decoding=decoding,
+            items_per_batch=items_per_batch,
+            batching=batching,
+            prompt_options=prompt_options,
+            seed=seed,
         )
-        at_least_one(prompts_per_round=prompts_per_round, epochs_per_round=epochs_per_round)
-        self.prompts_per_round, self.epochs_per_round = prompts_per_round, epochs_per_round
-        self.ledger_path = ledger
+        self.prompts_per_round, self.epochs_per_round = rounds.prompts_per_round, rounds.epochs_per_round
+        self.ledger_path = rounds.ledger
         self._observed = 0
         self._store: PreferenceStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -148,13 +138,13 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         due = self._due_round(epoch)
         if self._is_over(epoch) and not self._all_closed(due):
             return []
-        module: Any = self.trainer.lightning_module
+        module = self._module()
         # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
         with module.gathered(), self.trainer.precision_plugin.forward_context():
             items = self.buffer(due)
         if not items:
             failed = self.round.failed
-            remedy = "a larger data.label_attempts asks the labeler again" if failed else "raise the budget"
+            remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
                 f"round {due} has no labelled {self.UNIT} to train on "
                 f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
@@ -167,8 +157,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
     def sample_only(self, rounds: list[int]) -> None:
         """Draw rounds into the ledger and buy no label."""
-        module: Any = self.trainer.lightning_module
-        with module.gathered():
+        with self._module().gathered():
             for index in rounds:
                 self.draw_only(index)
 
@@ -255,6 +244,12 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             due -= 1
         return due
 
+    def _items_per_epoch(self) -> int | None:
+        """Prompts of a round, where a budget does not end the run and every prompt becomes an item."""
+        if self.label_budget is not None or self.label_share < 1:
+            return None
+        return self.prompts_per_round or len(self._prompts)
+
     def _round_prompts(self, index: int) -> list[Prompt]:
         """Prompts of a round: consecutive pieces of an endless stream of shuffled passes over the data set."""
         total = len(self._prompts)
@@ -284,9 +279,11 @@ class AbstractRoundDataModule(AbstractStepDataModule):
     def _labels_before(self, index: int) -> int:
         return distributed.from_rank_zero(lambda: 0 if self._store is None else self.labels_before(self._store, index))
 
-    def _engine(self) -> Any:
-        module: Any = self.trainer.lightning_module
-        return module.engine(self.decoding)
+    def _module(self) -> RoundModule:
+        return module_of(self.trainer, RoundModule, type(self).__name__)
+
+    def _engine(self) -> PolicyEngine | None:
+        return self._module().engine(self.decoding)
 
     @contextmanager
     def _progress(self, description: str, total: int) -> Iterator[Any]:
@@ -294,3 +291,9 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
         with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
             yield progress
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(datamodule: AbstractRoundDataModule) -> RoundData:
+        return datamodule

@@ -7,6 +7,10 @@ run the models on a KV cache.
 
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation.vllm import VLLMEngine
 
 
-__all__ = ["AbstractEngine", "DecodeEngine", "Decoding", "Request"]
+__all__ = ["AbstractEngine", "DecodeEngine", "Decoding", "PolicyEngine", "Request", "VLLMEngine"]
+
+PolicyEngine = DecodeEngine | VLLMEngine
+"""Engines that sample from a policy and score under its reference."""

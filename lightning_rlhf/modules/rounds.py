@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING
 
-from lightning_rlhf.generation.base import AbstractEngine, Decoding
+from lightning_rlhf.generation import PolicyEngine
+from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.modules.base import AbstractStepModule, Batch
 from lightning_rlhf.protocols import RoundData, RoundModule, datamodule_of
 
@@ -13,7 +14,7 @@ from lightning_rlhf.protocols import RoundData, RoundModule, datamodule_of
 class AbstractRoundModule(AbstractStepModule[Batch], ABC):
     """A module that may be trained on rounds."""
 
-    def engine(self, decoding: Decoding) -> AbstractEngine | None:
+    def engine(self, decoding: Decoding) -> PolicyEngine | None:
         """Make the engine that samples responses; default: None, pairs must be recorded ones."""
         del decoding
         return None

@@ -1,0 +1,103 @@
+"""Groups of options that DataModules share: rounds, batching, prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def at_least_one(**settings: int | None) -> None:
+    """Check settings by name, with dots written as double underscores; None is no limit.
+
+    Raises:
+        ValueError: naming the first that is below 1.
+    """
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name.replace('__', '.')} must be at least 1; got {value}")
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """How rounds are cut.
+
+    Args:
+        prompts_per_round: prompts sampled per round, >= 1; default: the whole data set. One batch per round is online.
+        epochs_per_round: epochs that train on a round before the next one is sampled, >= 1; null never samples again
+            (offline).
+        ledger: path of the ledger; default: ``ledger.sqlite`` in the run folder.
+    """
+
+    prompts_per_round: int | None = None
+    epochs_per_round: int | None = 1
+    ledger: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one(rounds__prompts_per_round=self.prompts_per_round, rounds__epochs_per_round=self.epochs_per_round)
+
+
+@dataclass(frozen=True)
+class PreferenceRoundOptions(RoundOptions):
+    """How rounds of preferences are cut, labeled and replayed.
+
+    Args:
+        prompts_per_round: prompts sampled per round, >= 1; default: the whole data set. One batch makes online DPO.
+        epochs_per_round: epochs that train on a round before the next one is sampled, >= 1; null never samples again
+            (offline).
+        ledger: path of the ledger; default: ``ledger.sqlite`` in the run folder.
+        replay: ``last`` trains on the newest round, ``all`` on all rounds so far, a number on that many newest rounds.
+        label_attempts: times that a comparison is shown to the labeler until it is dropped, >= 1.
+    """
+
+    replay: int | Literal["last", "all"] = "last"
+    label_attempts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        replay = self.replay if isinstance(self.replay, int) else 1
+        at_least_one(rounds__label_attempts=self.label_attempts, rounds__replay=replay)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How an optimizer step is split into micro-batches.
+
+    Args:
+        max_tokens_per_micro_batch: token positions of one forward and backward pass per process, a prompt counted once
+            for its responses, >= 1: a step that needs more is accumulated over several micro-batches, with the gradient
+            of the whole. ``auto`` is 1024 on a CPU, whose caches hold that much, and 8192 elsewhere; null: no limit.
+        length_window: group items of similar length within windows of this many batches of the shuffled epoch, >= 1; 1
+            keeps the shuffled order.
+    """
+
+    max_tokens_per_micro_batch: int | Literal["auto"] | None = "auto"
+    length_window: int = 1
+
+    def __post_init__(self) -> None:
+        limit = self.max_tokens_per_micro_batch
+        at_least_one(
+            batching__max_tokens_per_micro_batch=None if limit == "auto" else limit,
+            batching__length_window=self.length_window,
+        )
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How prompts become tokens.
+
+    Args:
+        max_prompt_tokens: longest prompt; default: the context window less the longest response.
+        on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
+        system_prompt: system turn put before conversational prompts; default: none.
+    """
+
+    max_prompt_tokens: int | None = None
+    on_long_prompt: Literal["error", "drop", "truncate"] = "error"
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one(prompt_options__max_prompt_tokens=self.max_prompt_tokens)
+
+
+DEFAULT_ROUNDS, DEFAULT_PREFERENCE_ROUNDS = RoundOptions(), PreferenceRoundOptions()
+DEFAULT_BATCHING, DEFAULT_PROMPTS = BatchOptions(), PromptOptions()
