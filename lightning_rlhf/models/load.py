@@ -359,7 +359,7 @@ def probe_rows(config: PreTrainedConfig) -> list[list[int]]:
 def nearly_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two results differ by rounding alone."""
     scale = max(1.0, right.abs().max().item())
-    return (left.double() - right.double()).abs().max().item() <= 3 * torch.finfo(right.dtype).eps ** 0.5 * scale
+    return bool((left.double() - right.double()).abs().max().item() <= 3 * torch.finfo(right.dtype).eps ** 0.5 * scale)
 
 
 def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
@@ -473,7 +473,7 @@ def open_model(
         raise ValueError(f"transformers cannot open {policy!r}: {error}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"policy {policy!r} is an adapter on the Hub; download it and name the local folder")
-    named = (config.architectures or [None])[0] if config is not None else None
+    named: str | None = config.architectures[0] if config is not None and config.architectures else None
     speaks = named is None or (named.endswith(_LANGUAGE_MODELS) and not named.endswith("RewardModel"))
     # a reward model whose head is missing, or has another form: a new one would forget what it learnt
     learnt = not speaks or any(key.partition(".")[0] in HEADS for key in report["unexpected_keys"])
@@ -519,7 +519,8 @@ def _language_head(keys: Iterable[str], config: PreTrainedConfig) -> set[str]:
         return keys
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            from_config: Any = AutoModelForCausalLM.from_config
+            model: Any = from_config(config)
     except (KeyError, ValueError):
         return set()
     return keys & set(model.state_dict())
@@ -558,7 +559,7 @@ def _check_named_class(named: str, model: PreTrainedModel, source: Path | str, p
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int | None:
     """Rows of the embedding; None where there is no table."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     return None if weight is None else int(weight.shape[0])
 
@@ -686,7 +687,8 @@ def _converted_gguf(file: Path) -> Path:
         options = {}
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        model, report = from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, **options
         )
         check_keys(report, model, str(file), kind="a causal LM")

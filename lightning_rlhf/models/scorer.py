@@ -259,7 +259,7 @@ class ClassifierScorer(nn.Module):
     @property
     def config(self) -> PreTrainedConfig:
         """Configuration of the model."""
-        return cast(PreTrainedConfig, self.model.config)
+        return self.model.config
 
     @property
     def window(self) -> int | None:
