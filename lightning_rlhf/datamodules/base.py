@@ -248,8 +248,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
                 )
         elif window is not None and limit + self.decoding.max_new_tokens > window:
             raise ValueError(
-                f"data.prompt_options.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} {self.decoding.max_new_tokens} "
-                f"exceed the policy's window of {window} tokens together; lower one of them"
+                f"data.prompt_options.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} "
+                f"{self.decoding.max_new_tokens} exceed the policy's window of {window} tokens together; lower one of them"
             )
         prompts, report = tokenize_rows(
             rows,
@@ -283,7 +283,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
             if isinstance(callback, GradientAccumulationScheduler):
                 raise ValueError(
                     f"GradientAccumulationScheduler does not run with {type(self).__name__}, whose batches are "
-                    f"optimizer steps; set data.{self.ITEMS}, and data.batching.max_tokens_per_micro_batch to fit into memory"
+                    f"optimizer steps; set data.{self.ITEMS}, and data.batching.max_tokens_per_micro_batch to fit into "
+                    f"memory"
                 )
         self._accumulate, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
 

@@ -61,7 +61,7 @@ def reward(tiny_policy: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], None], name: str = "model.safetensors") -> None:
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any], name: str = "model.safetensors") -> None:
     """Change the weights in a file."""
     state = load_file(folder / name)
     change(state)
@@ -264,7 +264,7 @@ def adapter(base: Path, folder: Path, labels: int | None = None, tokens: int = 0
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     adapted.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
-    return adapted.eval()  # type: ignore[no-any-return]
+    return adapted.eval()
 
 
 @pytest.mark.parametrize("task_type", [TaskType.SEQ_CLS, None])
@@ -426,7 +426,11 @@ def encoder(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> An
     elif family == "roberta":
         model = RobertaForSequenceClassification(RobertaConfig(**size))
     else:
-        relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 16}
+        relative: dict[str, Any] = {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "pooler_hidden_size": 16,
+        }
         model = DebertaV2ForSequenceClassification(DebertaV2Config(**size, **relative))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ SIZE: dict[str, Any] = {
 }
 
 
+def evaluated(model: Any) -> PreTrainedModel:
+    evaluating: PreTrainedModel = model.eval()
+    return evaluating
+
+
 def longrope() -> PreTrainedModel:
     torch.manual_seed(0)
     half = SIZE["hidden_size"] // SIZE["num_attention_heads"] // 2
@@ -46,13 +51,13 @@ def longrope() -> PreTrainedModel:
         original_max_position_embeddings=WINDOW,
         rope_parameters={**rope, "original_max_position_embeddings": WINDOW},
     )
-    return Phi3ForCausalLM(config).eval()
+    return evaluated(Phi3ForCausalLM(config))
 
 
 def dynamic() -> PreTrainedModel:
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    return LlamaForCausalLM(LlamaConfig(**SIZE, max_position_embeddings=WINDOW, rope_parameters=rope)).eval()
+    return evaluated(LlamaForCausalLM(LlamaConfig(**SIZE, max_position_embeddings=WINDOW, rope_parameters=rope)))
 
 
 def ids(n: int, seed: int) -> tuple[int, ...]:
@@ -72,8 +77,8 @@ def alone(make: Callable[[], PreTrainedModel], row: tuple[int, ...]) -> Any:
         return make()(input_ids=torch.tensor([row]), output_hidden_states=True)
 
 
-def expected_logps(make: Callable[[], PreTrainedModel], prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
-    logps = alone(make, (*prompt, *response)).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+def expected_logps(make: Callable[[], PreTrainedModel], prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    logps: Tensor = alone(make, (*prompt, *response)).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
     return logps.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
 
 
@@ -141,7 +146,8 @@ def test_the_cache_is_kept_where_no_text_crosses_the_window() -> None:
 
 def test_gradients_are_those_of_single_rows() -> None:
     model, single = longrope(), longrope()
-    torch.cat(response_logps(model, GROUPS)).sum().backward()
+    total: Any = torch.cat(response_logps(model, GROUPS)).sum()
+    total.backward()
     for prompt, responses in GROUPS:
         for response in responses:
             logps = single(input_ids=torch.tensor([(*prompt, *response)])).logits[0].log_softmax(-1)
