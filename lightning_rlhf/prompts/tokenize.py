@@ -160,7 +160,7 @@ def tokenize_rows(
 
         if len(prompt.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
-            ids, text = renderer.truncated(prompt.ids, max_prompt_tokens)
+            ids, text = renderer.truncated(prompt.ids, prompt.text, max_prompt_tokens)
             prompt = replace(prompt, ids=ids, text=text)
         prompts.append(prompt)
     counts = +counts  # without zeros
@@ -517,23 +517,33 @@ class _Renderer:
             return body
         return ids if reading == "template" else body + ((end,) if end == eos or eos is None else (end, eos))
 
-    def truncated(self, ids: tuple[int, ...], length: int) -> tuple[tuple[int, ...], str]:
+    def truncated(self, ids: tuple[int, ...], text: str, length: int) -> tuple[tuple[int, ...], str]:
         """Keep the end of a prompt, and its text, from which a plain prompt gets the same ids again.
 
         Args:
             ids: ids of the prompt.
+            text: its text.
             length: how many to keep at most; some less, where the text would be tokenised otherwise.
         """
         kept = truncate_left(ids, length, self.tokenizer.bos_token_id, self.leading)
         head = front_length(kept, self.tokenizer.bos_token_id, self.leading)
         front, tail = kept[:head], kept[head:]
+        places = self._places(text)
         for start in range(min(len(tail), _ATTEMPTS)):
-            candidate = front + tail[start:]
-            for text in (decode(self.tokenizer, tail[start:]), decode(self.tokenizer, candidate)):
-                (bare,) = encode_all(self.tokenizer, [text])
+            candidate, length = front + tail[start:], len(tail) - start
+            texts = [text[places[-length] :]] if length <= len(places) else []
+            for end in (*texts, decode(self.tokenizer, tail[start:]), decode(self.tokenizer, candidate)):
+                (bare,) = encode_all(self.tokenizer, [end])
                 if self.with_front(bare, conversational=False) == candidate:
-                    return candidate, text
+                    return candidate, end
         return kept, decode(self.tokenizer, tail)
+
+    def _places(self, text: str) -> list[int]:
+        """Where the tokens of a text begin in it; nothing where the tokenizer does not know."""
+        if not self.tokenizer.is_fast:
+            return []
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [start for start, _ in encoded["offset_mapping"]]
 
 
 _SYSTEM = ("system", "developer")

@@ -314,7 +314,8 @@ def test_fields_of_messages_and_columns_for_the_template_are_kept(tmp_path: Path
     assert parsed.finish_reasons == ("eos", "length")
     # the same from Parquet, which fills up what only other messages have
     file = tmp_path / "rows.parquet"
-    Dataset.from_list([row]).to_parquet(str(file))
+    whole = {**parts, "content": "2 m"}  # Arrow has one type per field
+    Dataset.from_list([{**row, "prompt": [USER, called, whole]}]).to_parquet(str(file))
     (again,) = DatasetPrompts(str(file)).load()
     assert (again.messages, again.answers, again.pair) == (parsed.messages, parsed.answers, parsed.pair)
     (tmp_path / "less.jsonl").write_text(json.dumps({**row, "prompt": [USER], "rejected": "b"}))
