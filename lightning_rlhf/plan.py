@@ -146,8 +146,8 @@ def estimate(
         gpus: how many.
         strategy: ``fsdp`` shards policy and reference; ``ddp`` has them whole on every device.
         lora: rank of the adapters; the whole model is trained when not given.
-        weight_bytes: bytes per weight of the model: 4 for float32, 2 for bfloat16, where AdamW also keeps a float32 copy
-            of what is trained. AdamW's moments and adapters are float32 in either case.
+        weight_bytes: bytes per weight of the model: 4 for float32, 2 for bfloat16, where AdamW also keeps a float32
+            copy of what is trained. AdamW's moments and adapters are float32 in either case.
         checkpointing: recompute activations.
     """
     shards = gpus if strategy == "fsdp" else 1

@@ -85,7 +85,9 @@ def kl_loss(
     KL(pi || pi_ref) at X_t, the mean gradient of ``loss_k3`` that of KL(pi_ref || pi), though the mean value of k3 is
     KL(pi || pi_ref). ``loss_k3_ratio`` is k3 times rho = pi / pi_sampling, through which the gradient flows too
     (DeepSeek-V3.2, arXiv 2512.02556; what TRL's GRPO does unless told otherwise): its mean gradient is that of
-    KL(pi || pi_ref), also on tokens of an earlier policy. None of them sees that a token changes which states come later, as a penalty in the reward does: only
+    KL(pi || pi_ref), also on tokens of an earlier policy.
+
+    None of them sees that a token changes which states come later, as a penalty in the reward does: only
     ``reward`` has the gradient of the KL of whole responses.
 
     Args:

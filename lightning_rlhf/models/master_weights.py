@@ -105,7 +105,7 @@ class MasterWeights(Optimizer):
             yield from zip(outer["params"], inner["params"], strict=True)
 
     def _hand_settings_down(self) -> None:
-        """Give the optimizer inside the learning rates and other settings of the groups, which a schedule may change."""
+        """Give the optimizer inside the settings of the groups, which a schedule may have changed."""
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
             inner.update({name: value for name, value in outer.items() if name != "params"})
 
