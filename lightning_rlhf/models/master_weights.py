@@ -51,7 +51,7 @@ class MasterWeights(Optimizer):
             self.optimizer.add_param_group({**self.param_groups[-1], "params": masters})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step on the copies and round them into the weights; weights without a gradient stay as they are.
 
         A weight that was changed from outside since the last step, by loading another model say, becomes the copy.
@@ -81,7 +81,7 @@ class MasterWeights(Optimizer):
         return result
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, in float32; torch's own would round it to the type of the weights.
 
         A state without copies, of a run before there were any, begins with copies of the weights as they are.

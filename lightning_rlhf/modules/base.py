@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -156,7 +156,8 @@ class AbstractStepModule(L.LightningModule, ABC):
     @cached_property
     def _checkpoint_config(self) -> PreTrainedConfig:
         checkpoint = resolve_checkpoint(self.checkpoint)
-        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=self.trust_remote_code)
+        return cast(PreTrainedConfig, config)
 
     def engine(self, decoding: Decoding) -> AbstractEngine | None:
         """Make what responses are drawn with; None where there is no policy, and pairs must be recorded ones."""
@@ -226,10 +227,9 @@ class AbstractStepModule(L.LightningModule, ABC):
         groups = self.parameter_groups()
         parameters = [parameter for group in groups for parameter in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        optimizer: torch.optim.Optimizer
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        optimizer: Any = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         # Lightning does not clip gradients, in bfloat16 neither, for optimizers that say that they unscale them
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         if any(map(is_half, parameters)):
             optimizer = MasterWeights(optimizer)
         warmup = max(self.warmup_steps, 1)
