@@ -19,7 +19,9 @@ class NonFiniteGuard(Callback):
 
     The pairs (rollouts, rows) whose figures are not finite are named by round and prompt; where the loss is finite and
     its gradient is not, all those of the step are. The weights and the state of the optimizer stay as they were. On a
-    GPU the check waits for the backward pass, once per step.
+    GPU the check waits for the backward pass, once per step. Under ``trainer.precision=16-mixed`` a gradient overflows
+    now and then because the loss is scaled up: as long as the loss itself is finite, such a step is dropped and the
+    scale lowered, whatever ``action`` says, up to ``most_in_a_row`` times.
 
     Args:
         action: ``stop`` ends the run with an error, ``skip`` drops the step, warns and goes on.
@@ -45,7 +47,8 @@ class NonFiniteGuard(Callback):
         """Look at loss and gradient; forget the gradient if it is unusable."""
         figures = cast(dict[str, Any], cast(Any, pl_module).step_metrics)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.isfinite(figures["loss"]) & all_finite(gradients))
+        loss_finite = torch.isfinite(figures["loss"])
+        finite = bool(loss_finite & all_finite(gradients))
         if not distributed.any_rank(not finite):
             self._in_a_row = 0
             return
@@ -53,6 +56,9 @@ class NonFiniteGuard(Callback):
         optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
         self._in_a_row += 1
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if scaled and self._in_a_row < self.most_in_a_row and not distributed.any_rank(not bool(loss_finite)):
+            return  # the scaler drops the step, and lowers its scale
         names = list(self._batch.names)
         found = distributed.interleave(lambda: offenders(names, figures))
         suspects = found or distributed.interleave(lambda: names)

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_rlhf import (
@@ -24,6 +25,7 @@ from lightning_rlhf import (
     RolloutDataModule,
 )
 from lightning_rlhf.advantages import GAE
+from lightning_rlhf.callbacks import NonFiniteGuard
 from lightning_rlhf.commands.fit import RLHFTrainer
 from lightning_rlhf.labelers import RecordedLabeler
 from lightning_rlhf.models.load import LoRA, load_tokenizer
@@ -215,6 +217,17 @@ def test_the_command_line_refuses_transformer_engine_by_name() -> None:
 def test_settings_out_of_range_are_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DPOModule("nowhere", **options)
+
+
+def test_an_overflow_of_the_scaled_loss_is_the_scalers_business(tmp_path: Path, tiny_policy: Path) -> None:
+    """float16 on the CPU: the first scale is far too large, as it often is at the start of a run."""
+    guard, scaler = NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=2.0**22)  # type: ignore[attr-defined]
+    policy = DPOModule(str(tiny_policy), learning_rate=1e-3)
+    run = trainer(tmp_path, guard, max_epochs=8, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    run.fit(policy, datamodule=pairs())
+    assert 1 <= guard.skipped < 10
+    assert scaler.get_scale() == 2.0 ** (22 - guard.skipped)
+    assert run.optimizers[0].state_dict()["state"][0]["step"] == 16 - guard.skipped
 
 
 DRAWS = """
