@@ -129,7 +129,7 @@ def _say(text: str) -> None:
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Run a command to its end and return its exit status; signals that ask this process to end are passed on to it.
+    """Run a command to its end and return its status, as `subprocess` gives it; signals to end are passed on to it.
 
     The child is in a process group of its own, so that one Ctrl-C reaches it once.
     """
@@ -152,8 +152,7 @@ def run_child(command: Sequence[str]) -> int:
         child = subprocess.Popen(command, process_group=0 if os.name == "posix" and main else None)
         if early:
             child.send_signal(early)
-        status = child.wait()
-        return 128 - status if status < 0 else status
+        return child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
