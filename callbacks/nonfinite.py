@@ -70,7 +70,7 @@ class NonFiniteGuard(Callback):
         if self.action == "stop" or self._in_a_row >= self.most_in_a_row:
             raise FloatingPointError(
                 f"{message}. The weights are those before the step. Look at these responses in the ledger; lower "
-                f"model.learning_rate, use float32 or bfloat16 in place of float16"
+                f"model.optimizer.lr, use float32 or bfloat16 in place of float16"
                 + (", or drop such steps with NonFiniteGuard.action=skip" if self.action == "stop" else "")
                 + (f". {self._in_a_row} steps in a row were like this" if self._in_a_row > 1 else "")
             )

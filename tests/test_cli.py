@@ -25,7 +25,7 @@ SMALL = [
     *("--trainer.enable_progress_bar=false", "--trainer.strategy=auto", "--trainer.check_val_every_n_epoch=1"),
     *("--data.pairs_per_batch=2", "--data.decoding.max_new_tokens=4"),
 ]
-ONLINE = [*SMALL, "--data.prompts_per_round=2", "--data.prompts.limit=6", "--data.heldout.limit=3"]
+ONLINE = [*SMALL, "--data.rounds.prompts_per_round=2", "--data.prompts.limit=6", "--data.heldout.limit=3"]
 RUNNABLE = ["dpo_iterative", "dpo_online", "quickstart"]
 
 
@@ -287,7 +287,7 @@ def test_a_reward_that_misbehaves_is_named(in_folder: Path, tiny_policy: Path, r
         ('{"prompt": "x", "chosen": "a", "rejected": 3}\n', [], "row 1.*rejected"),
         (
             '{"prompt": "%s", "chosen": "a", "rejected": "b"}\n' % ("x" * 300),
-            ["--data.on_long_prompt=error"],
+            ["--data.prompt_options.on_long_prompt=error"],
             "row 1.*tokens",
         ),
     ],
@@ -322,7 +322,7 @@ def test_the_last_validation_is_of_the_final_policy(in_folder: Path, tiny_policy
 def test_a_chat_template_by_name(in_folder: Path, tiny_policy: Path) -> None:
     fit(
         *("--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
-        "--model.chat_template=human_assistant",
+        "--model.options.chat_template=human_assistant",
     )
     with PreferenceStore(in_folder / "run" / "ledger.sqlite", read_only=True) as store:
         assert all(p.comparison.prompt.text.endswith("Assistant:") for p in store.preferences())
@@ -332,7 +332,7 @@ def test_settings_of_speed_alone_may_change_on_a_restart(in_folder: Path, tiny_p
     del in_folder
     command = ["--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"]
     fit(*command)
-    fit(*command, "--data.decoding.rows=3", "--model.tokens_per_batch=512", "--trainer.max_steps=3")
+    fit(*command, "--data.decoding.rows=3", "--model.options.scoring_batch_tokens=512", "--trainer.max_steps=3")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(in_folder: Path, tiny_policy: Path) -> None:

@@ -73,18 +73,18 @@ COMMAND = [
     "--trainer.max_epochs=3",
     "--trainer.check_val_every_n_epoch=3",
     "--checkpoint_every=1",
-    "--model.learning_rate=1e-3",
+    "--model.optimizer.lr=1e-3",
     "--data.heldout.limit=4",
     "--data.sampler=plugins.Sampler",
     "--data.labeler=plugins.Labeler",
     "--data.labeler.rule=bernoulli",
     "--data.labeler.reward=plugins.Letters",
-    "--data.prompts_per_round=8",
+    "--data.rounds.prompts_per_round=8",
     "--data.pairs_per_batch=4",
-    "--data.replay=2",
+    "--data.rounds.replay=2",
     "--data.decoding.max_new_tokens=6",
     "--data.decoding.rows=8",
-    "--data.max_prompt_tokens=200",
+    "--data.prompt_options.max_prompt_tokens=200",
 ]
 
 

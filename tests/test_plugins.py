@@ -132,8 +132,8 @@ def test_an_error_of_a_constructor_is_the_cause_and_the_place(fit: Any) -> None:
     assert "plug.py:" in place
     assert "Namespace" not in str(caught.value)
     with pytest.raises((ValueError, SystemExit)) as caught:
-        fit("--data.labeler.reward=plug.Letters", "--data.prompts_per_round=0")
-    assert "data.prompts_per_round must be at least 1; got 0" in str(caught.value)
+        fit("--data.labeler.reward=plug.Letters", "--data.rounds.prompts_per_round=0")
+    assert "data.rounds.prompts_per_round must be at least 1; got 0" in str(caught.value)
     assert "Namespace" not in str(caught.value)
 
 

@@ -396,7 +396,7 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     for options, message in (
         ({"beta": 1.0}, "the reward counts for nothing"),
         ({"beta": 1.5}, r"beta must lie in \[0, 1\]"),
-        ({"clip": 0.0}, "model.clip must be > 0"),
+        ({"clip": 0.0}, "model.loss.clip must be > 0"),
         ({"kl_target": 6.0}, "needs objective=penalty"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -408,7 +408,7 @@ def test_a_frozen_copy_of_the_policy_judges_it(tmp_path: Path, tiny_judge: Path)
     main(
         [
             *("fit", "--config", "drlaif_self", f"--model.policy={tiny_judge}", "--data.reward.min_mass=0"),
-            *("--model.learning_rate=1e-2", "--model.warmup_steps=0", "--data.prompts_per_round=2"),
+            *("--model.optimizer.lr=1e-2", "--model.lr_scheduler.warmup_steps=0", "--data.rounds.prompts_per_round=2"),
             *("--data.decoding.max_new_tokens=4", "--data.heldout.limit=2", "--trainer.max_epochs=3"),
             *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
             f"--run_dir={tmp_path}",

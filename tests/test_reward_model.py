@@ -52,7 +52,7 @@ def write_rows(path: Path, count: int, first: int = 0, **extra: Any) -> Path:
 
 
 SETTINGS = [
-    *("--config", "reward_model", "--model.learning_rate=3e-3", "--model.warmup_steps=1"),
+    *("--config", "reward_model", "--model.optimizer.lr=3e-3", "--model.lr_scheduler.warmup_steps=1"),
     *("--data.decoding.max_new_tokens=16", "--data.pairs_per_batch=8", "--trainer.precision=32-true"),
     *("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
 ]

@@ -75,11 +75,11 @@ OPTIONS = [
     ),
     *("--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=9", "--trainer.enable_progress_bar=false"),
     *("--checkpoint_every=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--data.heldout=null"),
-    *("--model.learning_rate=1e-3", "--model.value_learning_rate=2e-3", "--model.warmup_steps=0"),
-    *("--model.advantage=GAE", "--model.clip=0.2", "--model.aggregation=token_mean", "--model.whiten_advantages=true"),
-    *("--data.reward=UncertaintyPenalty", "--data.reward.reward=plugins.Bytes", "--data.normalize_rewards=mean_std"),
-    *("--data.prompts_per_round=6", "--data.prompts_per_batch=4", "--data.responses_per_prompt=2"),
-    *("--data.epochs_per_round=2", "--data.missing_eos_penalty=0.5", "--data.max_prompt_tokens=200"),
+    *("--model.optimizer.lr=1e-3", "--model.value.learning_rate=2e-3", "--model.lr_scheduler.warmup_steps=0"),
+    *("--model.advantage=GAE", "--model.loss.clip=0.2", "--model.loss.aggregation=token_mean", "--model.loss.whiten_advantages=true"),
+    *("--data.reward=UncertaintyPenalty", "--data.reward.reward=plugins.Bytes", "--data.shaping.normalize_rewards=mean_std"),
+    *("--data.rounds.prompts_per_round=6", "--data.prompts_per_batch=4", "--data.responses_per_prompt=2"),
+    *("--data.rounds.epochs_per_round=2", "--data.shaping.missing_eos_penalty=0.5", "--data.prompt_options.max_prompt_tokens=200"),
     *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=6", "--data.decoding.temperature=0.8"),
 ]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -120,7 +120,7 @@ def place(tmp_path: Path, name: str) -> Path:
     [
         ("trainer/ddp", []),
         ("trainer/fsdp", []),
-        ("trainer/fsdp", ["--model.advantage=RLOO", "--model.kl_placement=loss_k3", "--model.aggregation=sum"]),
+        ("trainer/fsdp", ["--model.advantage=RLOO", "--model.kl.placement=loss_k3", "--model.loss.aggregation=sum"]),
     ],
     ids=["ddp_ppo", "fsdp_ppo", "fsdp_rloo"],
 )

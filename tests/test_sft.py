@@ -162,7 +162,7 @@ def test_the_command_line_trains_reports_and_saves(
         [
             *("fit", "--config", "sft", f"--model.policy={tiny_policy}", f"--data.prompts.path={train}"),
             *("--data.heldout=DatasetCompletions", f"--data.heldout.path={heldout}", "--data.rows_per_batch=8"),
-            *("--model.learning_rate=1e-2", "--model.warmup_steps=1", "--trainer.max_epochs=6"),
+            *("--model.optimizer.lr=1e-2", "--model.lr_scheduler.warmup_steps=1", "--trainer.max_epochs=6"),
             *("--data.max_completion_tokens=32", "--trainer.precision=32-true", "--trainer.accelerator=cpu"),
             *("--trainer.enable_progress_bar=false", f"--run_dir={tmp_path / 'run'}"),
         ]
@@ -196,7 +196,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path) -> None:
                 *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", "--config", "sft", *extra),
                 *(f"--model.policy={tiny_policy}", f"--data.prompts.path={train}", "--data.rows_per_batch=4"),
                 *("--data.heldout=DatasetCompletions", f"--data.heldout.path={heldout}", "--trainer.accelerator=cpu"),
-                *("--model.learning_rate=1e-3", "--model.warmup_steps=0", "--trainer.precision=32-true"),
+                *("--model.optimizer.lr=1e-3", "--model.lr_scheduler.warmup_steps=0", "--trainer.precision=32-true"),
                 *("--data.max_completion_tokens=32", f"--run_dir={tmp_path / name}"),
             ],
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
@@ -228,8 +228,8 @@ def test_a_teacher_is_imitated(tmp_path: Path, tiny_policy: Path, capsys: pytest
     main(
         [
             *("sample", "--config", "rlhf", f"--model.policy={tiny_policy}", "--model.advantage=RLOO", *small),
-            *("--data.reward=LexiconReward", "--data.prompts_per_round=3", "--data.responses_per_prompt=2"),
-            *("--data.decoding.max_new_tokens=4", "--data.max_prompt_tokens=200", f"--run_dir={tmp_path / 'teacher'}"),
+            *("--data.reward=LexiconReward", "--data.rounds.prompts_per_round=3", "--data.responses_per_prompt=2"),
+            *("--data.decoding.max_new_tokens=4", "--data.prompt_options.max_prompt_tokens=200", f"--run_dir={tmp_path / 'teacher'}"),
             f"--out={tmp_path / 'rows.jsonl'}",
         ]
     )

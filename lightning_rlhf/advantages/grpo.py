@@ -12,8 +12,8 @@ class GRPO(AbstractAdvantage):
     """Return of a response standardized within its prompt, the same for all its tokens.
 
     GRPO, Shao et al. 2024 (arXiv 2402.03300, section 4.1.2). The paper puts the KL into the loss
-    (``model.kl_placement=loss_k3``), averages over the tokens of a response (``model.aggregation=sequence_mean``) and
-    clips (``model.clip=0.2``).
+    (``model.kl.placement=loss_k3``), averages over the tokens of a response (``model.aggregation=sequence_mean``) and
+    clips (``model.loss.clip=0.2``).
 
     Args:
         divide_by_std: divide by the std of the group; false is Dr. GRPO (arXiv 2503.20783).

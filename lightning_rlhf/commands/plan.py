@@ -261,9 +261,9 @@ def plan(
         prompt_tokens: tokens of a prompt.
         response_tokens: tokens of a response.
         rows: responses decoded together on each, ``data.decoding.rows``.
-        tokens_per_pass: positions of a training pass on each, ``data.tokens_per_batch``.
+        tokens_per_pass: positions of a training pass on each, ``data.batching.max_tokens_per_micro_batch``.
         lora: rank of the adapters in the rows that have some.
-        dtype: type of the weights, ``model.dtype``.
+        dtype: type of the weights, ``model.options.dtype``.
     """
     shape, device = shape_of(model), Device(memory, tflops, bandwidth)
     load = Load(pairs, prompt_tokens, response_tokens, rows, tokens_per_pass)

@@ -20,7 +20,7 @@ class FitSetting:
     """How the arms are trained.
 
     Args:
-        args: arguments of ``lightning-rlhf fit`` for all arms, e.g. ``--data.prompts_per_round=256``.
+        args: arguments of ``lightning-rlhf fit`` for all arms, e.g. ``--data.rounds.prompts_per_round=256``.
         start: arguments of a run that all arms of a seed start from, e.g. one Vanilla iteration, or one that is
             overfitted to few pairs; the arms start from the SFT model when not given. Its labels are not counted.
         labels: labels per run; those of the experiment when not given.

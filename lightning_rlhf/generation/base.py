@@ -105,5 +105,5 @@ class AbstractEngine(ABC):
         del prompts, responses, dim
         raise ValueError(
             f"{type(self).__name__} cannot differentiate the policy, which this sampler needs; use DecodeEngine, that "
-            f"is model.use_vllm=false"
+            f"is model.options.use_vllm=false"
         )

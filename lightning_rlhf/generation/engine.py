@@ -144,7 +144,7 @@ class DecodeEngine(AbstractEngine):
             if self.rows == 1 and self.tokens_per_batch <= MIN_TOKENS_PER_PASS:
                 raise MemoryError(
                     f"there is too little memory to decode a single response ({reason}): lower "
-                    f"data.decoding.max_new_tokens or data.max_prompt_tokens, or use a smaller model"
+                    f"data.decoding.max_new_tokens or data.prompt_options.max_prompt_tokens, or use a smaller model"
                 )
             self.rows = max(self.rows // 2, 1)
             self.tokens_per_batch = max(self.tokens_per_batch // 2, MIN_TOKENS_PER_PASS)

@@ -137,14 +137,14 @@ def refuse_half_weights(optimizers: Iterable[Optimizer], owner: str) -> None:
         kinds = {p.dtype for group in optimizer.param_groups for p in group["params"] if is_half(p)}
         if torch.float16 in kinds:
             raise ValueError(
-                f"{owner} trains weights in float16, whose small gradients are 0; set model.dtype=bfloat16, or "
-                f"model.dtype=float32 with trainer.precision=16-mixed on a GPU"
+                f"{owner} trains weights in float16, whose small gradients are 0; set model.options.dtype=bfloat16, or "
+                f"model.options.dtype=float32 with trainer.precision=16-mixed on a GPU"
             )
         if kinds and not isinstance(optimizer, MasterWeights):
             raise ValueError(
                 f"configure_optimizers of {owner} gives a {type(optimizer).__name__} on weights in bfloat16, which "
                 f"small steps would not change; return lightning_rlhf.models.master_weights.MasterWeights(optimizer) "
-                f"and make the schedule from that, or set model.dtype=float32"
+                f"and make the schedule from that, or set model.options.dtype=float32"
             )
 
 

@@ -1,6 +1,6 @@
 """Precision of a run: ``auto``, which the command line resolves when the Trainer is built, and what cannot work.
 
-``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights keep the type that ``model.dtype``
+``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights keep the type that ``model.options.dtype``
 gives them, and the log-softmax is taken in float32 in either case.
 """
 
@@ -53,9 +53,9 @@ def check_precision(precision: str, plugin: str = "") -> None:
         ValueError: naming what to set.
     """
     remedies = {
-        "bf16-true": "for weights in bfloat16 set model.dtype=bfloat16 with trainer.precision=32-true or bf16-mixed",
-        "16-true": "for weights in half precision set model.dtype=bfloat16 with trainer.precision=32-true or "
-        "bf16-mixed; for float16 on a GPU, model.dtype=float32 with trainer.precision=16-mixed",
+        "bf16-true": "for weights in bfloat16 set model.options.dtype=bfloat16 with trainer.precision=32-true or bf16-mixed",
+        "16-true": "for weights in half precision set model.options.dtype=bfloat16 with trainer.precision=32-true or "
+        "bf16-mixed; for float16 on a GPU, model.options.dtype=float32 with trainer.precision=16-mixed",
         "64-true": "weights are float32 at most; set trainer.precision=32-true",
     }
     if precision.startswith("transformer-engine"):
@@ -72,7 +72,7 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
     """Refuse to train in float16 where small gradients would be 0.
 
     Args:
-        dtype: ``model.dtype``.
+        dtype: ``model.options.dtype``.
         precision: ``trainer.precision``.
         trained_whole: whether weights of that type are trained, not adapters alone, which are float32.
 
@@ -82,8 +82,8 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
     if dtype != "float16" or (precision == "16-mixed" and not trained_whole):
         return
     raise ValueError(
-        f"model.dtype=float16 cannot be trained {'as a whole' if trained_whole else f'with precision {precision}'}: "
-        f"gradients below 6e-8 would be 0. Set model.dtype=bfloat16; or model.dtype=float32 with "
+        f"model.options.dtype=float16 cannot be trained {'as a whole' if trained_whole else f'with precision {precision}'}: "
+        f"gradients below 6e-8 would be 0. Set model.options.dtype=bfloat16; or model.options.dtype=float32 with "
         f"trainer.precision=16-mixed on a GPU, which scales the loss"
     )
 

@@ -25,7 +25,7 @@ def check_trainer(trainer: L.Trainer) -> None:
         if isinstance(callback, LearningRateFinder | BatchSizeFinder):
             raise ValueError(
                 f"{type(callback).__name__} would draw and label rounds for steps that it takes back: take it out, and "
-                f"set model.learning_rate, or data.tokens_per_batch to what fits into memory"
+                f"set model.optimizer.lr, or data.batching.max_tokens_per_micro_batch to what fits into memory"
             )
     limit = trainer.limit_train_batches
     if trainer.fast_dev_run or trainer.overfit_batches or limit is None:  # type: ignore[attr-defined]
@@ -33,5 +33,5 @@ def check_trainer(trainer: L.Trainer) -> None:
     if isinstance(limit, int) or limit < 1:
         rank_zero_info(
             f"trainer.limit_train_batches={limit}: what is drawn and labelled beyond these batches of a round is not "
-            f"trained on; a smaller data.prompts_per_round costs less"
+            f"trained on; a smaller data.rounds.prompts_per_round costs less"
         )

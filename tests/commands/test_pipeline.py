@@ -37,7 +37,7 @@ def write(path: Path, content: dict[str, Any]) -> str:
 
 def chain(policy: Path) -> dict[str, Any]:
     """Both pipelines of the issue at once: sft -> pairs -> labels -> reward model -> rlaif, and sft -> a reward."""
-    small = {"data.prompts_per_round": 4, "data.prompts.limit": 4, "data.heldout.limit": 2}
+    small = {"data.rounds.prompts_per_round": 4, "data.prompts.limit": 4, "data.heldout.limit": 2}
     sft = {k: v for k, v in SHORT.items() if k != "data.decoding.max_new_tokens"}
     rl = {**small, "data.prompts_per_batch": 4, "model.policy": "${sft}/model"}
     return {
@@ -49,7 +49,7 @@ def chain(policy: Path) -> dict[str, Any]:
                 "options": {
                     **sft,
                     "model.policy": "${policy}",
-                    "model.learning_rate": "${rate}",
+                    "model.optimizer.lr": "${rate}",
                     "data.prompts.path": "rows.jsonl",
                     "data.rows_per_batch": 2,
                     "data.max_completion_tokens": 8,
@@ -63,7 +63,7 @@ def chain(policy: Path) -> dict[str, Any]:
                     "model.policy": "${sft}/model",
                     "data.sampler": "VanillaSampler",
                     "data.prompts.limit": 4,
-                    "data.prompts_per_round": 4,
+                    "data.rounds.prompts_per_round": 4,
                     "data.decoding.max_new_tokens": 4,
                     "trainer.precision": "32-true",
                 },

@@ -317,7 +317,7 @@ def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -
             del key
             return [Label(None, "timeout") for _ in comparisons]
 
-    with pytest.raises(RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.label_attempts"):
+    with pytest.raises(RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.rounds.label_attempts"):
         trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(VanillaSampler(), Mute(0)))
     again = data(VanillaSampler(), label_attempts=2)
     trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=again)

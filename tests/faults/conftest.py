@@ -79,17 +79,17 @@ OPTIONS = [
     "--trainer.max_epochs=3",
     "--trainer.limit_val_batches=0",
     "--checkpoint_every=1",
-    "--model.learning_rate=1e-3",
-    "--model.warmup_steps=0",
+    "--model.optimizer.lr=1e-3",
+    "--model.lr_scheduler.warmup_steps=0",
     "--data.heldout=null",
     "--data.labeler=plugins.Labeler",
     "--data.labeler.rule=bernoulli",
     "--data.labeler.reward=plugins.Letters",
-    "--data.prompts_per_round=8",
+    "--data.rounds.prompts_per_round=8",
     "--data.pairs_per_batch=4",
     "--data.decoding.max_new_tokens=6",
     "--data.decoding.rows=8",
-    "--data.max_prompt_tokens=200",
+    "--data.prompt_options.max_prompt_tokens=200",
 ]
 
 

@@ -74,7 +74,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(folder: 
     with pytest.raises(ValueError, match=r"model\.init_args\.beta: 0\.1 in the checkpoint, 0\.5 now"):
         fit(folder, tiny_policy, *other, f"--run_dir={folder / 'other'}")
     # how fast a run is may change, and how long it is
-    fit(folder, tiny_policy, "--trainer.max_epochs=2", "--data.tokens_per_batch=64")
+    fit(folder, tiny_policy, "--trainer.max_epochs=2", "--data.batching.max_tokens_per_micro_batch=64")
 
 
 def test_a_try_of_one_batch_leaves_no_checkpoint_to_go_on_from(folder: Path, tiny_policy: Path) -> None:
@@ -120,9 +120,9 @@ def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> No
             ]
         )
 
-    sft("--trainer.max_epochs=1", "--model.learning_rate=1e-4")
+    sft("--trainer.max_epochs=1", "--model.optimizer.lr=1e-4")
     with pytest.raises(ValueError, match=r"learning_rate: 0\.0001 in the checkpoint, 0\.001 now"):
-        sft("--trainer.max_epochs=2", "--model.learning_rate=1e-3")
+        sft("--trainer.max_epochs=2", "--model.optimizer.lr=1e-3")
 
 
 def shards(folder: Path, setting: Any = 0.1) -> Path:

@@ -32,7 +32,7 @@ def test_memory_stays_flat_over_rounds_and_the_folder_describes_the_run(runs: An
     (runs.folder / "memory.py").write_text(MEMORY)
     status, said = runs.run(
         *("--trainer.max_epochs=60", "--trainer.callbacks=memory.Memory", "--checkpoint_every=20"),
-        *("--data.prompts_per_round=4", "--data.replay=last"),
+        *("--data.rounds.prompts_per_round=4", "--data.rounds.replay=last"),
     )
     assert status == 0, said
     used = [int(line) for line in (runs.folder / "memory.txt").read_text().split()]

@@ -27,8 +27,8 @@ def test_two_local_nodes_train_by_the_torchrun_script(runs: Any) -> None:
         *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.callbacks=null"),
         *("--trainer.enable_progress_bar=false", "--trainer.max_epochs=2", "--data.heldout=null"),
         *("--data.labeler=plugins.Labeler", "--data.labeler.rule=bernoulli", "--data.labeler.reward=plugins.Letters"),
-        *("--data.prompts_per_round=4", "--data.pairs_per_batch=4", "--data.decoding.max_new_tokens=4"),
-        *("--data.max_prompt_tokens=200", f"--model.policy={runs.policy}", "--run_dir=run"),
+        *("--data.rounds.prompts_per_round=4", "--data.pairs_per_batch=4", "--data.decoding.max_new_tokens=4"),
+        *("--data.prompt_options.max_prompt_tokens=200", f"--model.policy={runs.policy}", "--run_dir=run"),
     ]
     folder = Path(sys.executable).parent
     nodes = [

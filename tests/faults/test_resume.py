@@ -38,69 +38,69 @@ for fault, arguments in json.load(open(sys.argv[1])):
 """
 COMMON = [
     *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
-    *("--trainer.logger=false", "--trainer.limit_val_batches=0", "--data.heldout=null", "--model.warmup_steps=5"),
+    *("--trainer.logger=false", "--trainer.limit_val_batches=0", "--data.heldout=null", "--model.lr_scheduler.warmup_steps=5"),
     *("--trainer.callbacks=plugins.Watch", "--trainer.callbacks+=lightning_rlhf.callbacks.HFExport"),
     "--checkpoint_every=100",  # what is there was written on the signal
 ]
 RECORDED = ["--data.prompts.path=pairs.jsonl", "--data.decoding.max_new_tokens=8", "--data.pairs_per_batch=4"]
 DRAWN = [
     *("--data.labeler=plugins.Labeler", "--data.labeler.rule=bernoulli", "--data.labeler.reward=plugins.Letters"),
-    *("--data.prompts_per_round=8", "--data.pairs_per_batch=4", "--data.decoding.max_new_tokens=6"),
-    *("--data.decoding.rows=8", "--data.max_prompt_tokens=200"),
+    *("--data.rounds.prompts_per_round=8", "--data.pairs_per_batch=4", "--data.decoding.max_new_tokens=6"),
+    *("--data.decoding.rows=8", "--data.prompt_options.max_prompt_tokens=200"),
 ]
 LORA = ["--model.lora.r=2", "--model.lora.alpha=4"]
-DROPOUT = [*LORA, "--model.lora.dropout=0.2", "--model.learning_rate=1e-2"]
+DROPOUT = [*LORA, "--model.lora.dropout=0.2", "--model.optimizer.lr=1e-2"]
 # a name: where it is stopped, its options, and those of several processes in place of some
 RECIPES: dict[str, tuple[str, list[str]]] = {
     # 12 rows, 3 steps an epoch; in passes of a few tokens
-    "dpo": ("step5=term", ["--config=dpo_offline", *RECORDED, "--model.learning_rate=1e-3", "--trainer.max_epochs=3"]),
+    "dpo": ("step5=term", ["--config=dpo_offline", *RECORDED, "--model.optimizer.lr=1e-3", "--trainer.max_epochs=3"]),
     # the optimizer has float32 copies of the weights
     "dpo_bfloat16": (
         "step5=term",
         [
-            *("--config=dpo_offline", *RECORDED, "--model.dtype=bfloat16", "--model.learning_rate=1e-3"),
+            *("--config=dpo_offline", *RECORDED, "--model.options.dtype=bfloat16", "--model.optimizer.lr=1e-3"),
             *("--trainer.gradient_clip_val=1.0", "--trainer.max_epochs=3"),
         ],
     ),
     "dpo_lora": (
         "step4=term",
-        ["--config=dpo_offline", *RECORDED, *DROPOUT, "--data.tokens_per_batch=40", "--trainer.max_epochs=3"],
+        ["--config=dpo_offline", *RECORDED, *DROPOUT, "--data.batching.max_tokens_per_micro_batch=40", "--trainer.max_epochs=3"],
     ),
     "reward_model": (
         "step4=term",
-        ["--config=reward_model", *RECORDED, "--model.learning_rate=1e-3", "--trainer.max_epochs=3"],
+        ["--config=reward_model", *RECORDED, "--model.optimizer.lr=1e-3", "--trainer.max_epochs=3"],
     ),
     "sft": (
         "step4=term",
         [
             *("--config=sft", "--data.prompts.path=completions.jsonl", "--data.max_completion_tokens=8"),
-            *("--data.rows_per_batch=4", "--model.learning_rate=1e-3", "--trainer.max_epochs=3"),
+            *("--data.rows_per_batch=4", "--model.optimizer.lr=1e-3", "--trainer.max_epochs=3"),
         ],
     ),
     # while a round is labelled: the second half of round 1 in one process, round 3 in two
     "online": (
         "label4=term",
-        ["--config=dpo_online", *DRAWN, "--data.replay=2", "--model.learning_rate=1e-3", "--trainer.max_epochs=4"],
+        ["--config=dpo_online", *DRAWN, "--data.rounds.replay=2", "--model.optimizer.lr=1e-3", "--trainer.max_epochs=4"],
     ),
     # in the second pass over round 1; the reference moves along
     "iterative": (
         "step7=term",
         [
-            *("--config=dpo_iterative", *DRAWN, *DROPOUT, "--model.reference=previous", "--trainer.max_epochs=6"),
+            *("--config=dpo_iterative", *DRAWN, *DROPOUT, "--model.reference.rule=previous", "--trainer.max_epochs=6"),
         ],
     ),
     # two steps an epoch and two epochs a round
     "policy_gradient": (
         "step7=term",
         [
-            *("--config=rlhf", "--model.clip=0.2", "--model.learning_rate=1e-3", "--data.reward=plugins.Letters"),
-            *("--data.normalize_rewards=mean_std", "--data.prompts_per_round=6", "--data.prompts_per_batch=3"),
-            *("--data.responses_per_prompt=2", "--data.epochs_per_round=2", "--data.max_prompt_tokens=200"),
+            *("--config=rlhf", "--model.loss.clip=0.2", "--model.optimizer.lr=1e-3", "--data.reward=plugins.Letters"),
+            *("--data.shaping.normalize_rewards=mean_std", "--data.rounds.prompts_per_round=6", "--data.prompts_per_batch=3"),
+            *("--data.responses_per_prompt=2", "--data.rounds.epochs_per_round=2", "--data.prompt_options.max_prompt_tokens=200"),
             *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=6", "--trainer.max_epochs=6"),
         ],
     ),
 }
-GAE = ["--model.advantage=GAE", "--model.value_learning_rate=2e-3"]
+GAE = ["--model.advantage=GAE", "--model.value.learning_rate=2e-3"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -202,7 +202,7 @@ def test_two_sharded_processes_go_on_as_if_they_had_not_stopped(runs: Any, shard
         f"--trainer.strategy.save_distributed_checkpoint={str(sharded).lower()}",
     )
     # a reference of its own that moves is sharded too
-    own = {"policy_gradient": GAE, "online": ["--model.reference=ema"]}
+    own = {"policy_gradient": GAE, "online": ["--model.reference.rule=ema"]}
     more = {name: own.get(name, []) for name in RECIPES}
     if not sharded:
         more = {name: more[name] for name in ("dpo_bfloat16", "dpo_lora", "reward_model", "online")}

@@ -197,7 +197,7 @@ def test_overlay_labels_a_round_on_the_server(
         ),
         *("--trainer.enable_progress_bar=false", "--trainer.strategy=auto", "--data.decoding.max_new_tokens=4"),
         *(
-            "--data.prompts_per_round=2",
+            "--data.rounds.prompts_per_round=2",
             "--data.pairs_per_batch=2",
             "--data.prompts.limit=2",
             "--data.heldout=null",

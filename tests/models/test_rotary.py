@@ -139,7 +139,7 @@ def test_the_cache_is_kept_where_no_text_crosses_the_window() -> None:
     for make, beyond in ((longrope, SlotLanes), (dynamic, RecomputedLanes)):
         model = make()
         assert lanes_for(model, [8, 20], 6) is SlotLanes
-        with pytest.warns(UserWarning, match="beyond 32 tokens. Lower data.max_prompt_tokens"):
+        with pytest.warns(UserWarning, match="beyond 32 tokens. Lower data.prompt_options.max_prompt_tokens"):
             assert lanes_for(model, [29], 6) is RecomputedLanes
         assert lanes_for(model, [40, 20], 6) is beyond
 
