@@ -48,7 +48,7 @@ def ours(job: Job) -> dict[str, Any]:
         lengths = [len(prompt) + len(a) + len(b) for prompt, (a, b) in groups]
         (step,) = plan(list(range(len(rows))), lengths, len(rows), limit)
         places, total = iter(step.indices), 0.0
-        for size in step.passes:
+        for size in step.micro_batches:
             part = [groups[next(places)] for _ in range(size)]
             chosen, rejected = response_scores(model.base_model, model.score, part, layout=layout).view(-1, 2).unbind(1)
             loss = -torch.nn.functional.logsigmoid(chosen - rejected).sum() / len(rows)

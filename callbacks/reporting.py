@@ -23,7 +23,7 @@ class Round(Protocol):
     preferences: Sequence[Preference]
     failed: Mapping[str, int]
     sampling_seconds: float
-    labelling_seconds: float
+    labeling_seconds: float
     labels_bought: int
 
 

@@ -38,7 +38,7 @@ class Throughput(Callback):
     steps, all those since the last log among them; time between steps, as for sampling, labelling and validation, is
     left out. At the end of each epoch, for the round it trained on: ``round/labels`` (labels bought for it since the
     last start), ``round/failed`` (comparisons without a verdict), ``round/ties`` (pairs of equal responses, which
-    nobody was asked about), ``round/sampling_seconds`` and ``round/labelling_seconds``.
+    nobody was asked about), ``round/sampling_seconds`` and ``round/labeling_seconds``.
 
     Args:
         window: training steps that a speed is averaged over at least, >= 1.
@@ -101,5 +101,5 @@ def round_costs(drawn: Round) -> dict[str, float]:
         "round/failed": float(sum(drawn.failed.values())),
         "round/ties": float(getattr(drawn, "ties", 0)),
         "round/sampling_seconds": drawn.sampling_seconds,
-        "round/labelling_seconds": drawn.labelling_seconds,
+        "round/labeling_seconds": drawn.labeling_seconds,
     }

@@ -25,7 +25,7 @@ from lightning_rlhf.commands.fit import RLHFCLI, hush, told_by_constructors
 from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.commands.plan import plan
-from lightning_rlhf.commands.settings import FREE_OF_VERBS, _plain
+from lightning_rlhf.commands.settings import FREE_OF_COMMANDS, _plain
 from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import without
@@ -36,7 +36,7 @@ from lightning_rlhf.runtime.preemption import Stopped
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
-VERBS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
+COMMANDS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
     "compare": CompareRun,
     "evaluate": EvaluationRun,
     "label": LabelRun,
@@ -44,9 +44,9 @@ VERBS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
 """Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
 
-def run_verb(verb: str, args: list[str]) -> None:
-    """Run one of `VERBS`."""
-    kind = VERBS[verb]
+def run_command(verb: str, args: list[str]) -> None:
+    """Run one of `COMMANDS`."""
+    kind = COMMANDS[verb]
     description = (kind.__doc__ or "").strip().partition("\n\n    Args:")[0]
     parser = ArgumentParser(prog=f"lightning-rlhf {verb}", description=description, parser_mode="omegaconf+")
     parser.add_argument("-c", "--config", action=NamedConfig, help="A file with these settings.")
@@ -54,7 +54,7 @@ def run_verb(verb: str, args: list[str]) -> None:
         args = ["--config", *args]
     parser.add_class_arguments(kind, as_group=False)
     config = parser.parse_args(args)
-    settings = without(_plain(config), FREE_OF_VERBS)
+    settings = without(_plain(config), FREE_OF_COMMANDS)
     with told_by_constructors(config):
         values = parser.instantiate(config).as_dict()
     values.pop("config")
@@ -100,8 +100,8 @@ def _run(argv: list[str], args: list[str] | None) -> None:
     if argv[:1] == ["run"]:
         run_pipeline(argv[1:])
         return
-    if argv and argv[0] in VERBS:
-        run_verb(argv[0], argv[1:])
+    if argv and argv[0] in COMMANDS:
+        run_command(argv[0], argv[1:])
         return
     try:
         RLHFCLI(args=args)

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.batching.batches import RolloutGroup
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.generation.rollouts import RolloutGenerator
 from lightning_rlhf.rewards.base import AbstractReward
 from lightning_rlhf.types import Preference, Rollout
 
@@ -71,10 +71,10 @@ class RoundModule(StepModule, Protocol):
 class RolloutModule(RoundModule, Protocol):
     """A module as `RolloutDataModule` sees it."""
 
-    def drawer(self, decoding: Decoding) -> RolloutDrawer:
+    def rollout_generator(self, decoding: Decoding) -> RolloutGenerator:
         """Make the generator of rollouts from the current policy."""
 
-    def credit(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
+    def compute_advantages(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
         """Give every token of a round its advantage; on every rank alike."""
 
     def observe_round(self, groups: Sequence[Sequence[Rollout]]) -> None:
@@ -109,7 +109,7 @@ class Round(Protocol):
     preferences: Sequence[Preference]
     failed: Mapping[str, int]
     sampling_seconds: float
-    labelling_seconds: float
+    labeling_seconds: float
     labels_bought: int
 
 

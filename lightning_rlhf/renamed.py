@@ -76,6 +76,9 @@ RENAMED_MODULES = {
 }
 """Modules whose classes configs of version 0.1 name."""
 
+RENAMED_CLASSES = {"SigmoidLoss": "DPOLoss"}
+"""Classes with new names."""
+
 _REFERENCE_RULES = ("fixed", "previous", "ema")
 
 
@@ -90,7 +93,9 @@ def renamed_arguments(args: list[str], note: Callable[[str], None] = lambda _: N
 
 
 def _renamed_argument(arg: str, note: Callable[[str], None]) -> str:
-    arg = re.sub(r"(?<==)lightning_rlhf\.[\w.]+$", lambda path: renamed_class(path[0]), arg)
+    arg = re.sub(
+        rf"(?<==)(lightning_rlhf\.[\w.]+|{'|'.join(RENAMED_CLASSES)})$", lambda path: renamed_class(path[0]), arg
+    )
     found = re.fullmatch(r"--(\w+)\.(?:init_args\.)?(\w+)(=.*)?", arg, flags=re.DOTALL)
     if found is None:
         return arg
@@ -128,7 +133,8 @@ def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda
 def renamed_class(path: str) -> str:
     """The present path of a class that version 0.1 had in another module."""
     module, _, name = path.rpartition(".")
-    return f"{RENAMED_MODULES.get(module, module)}.{name}" if module else path
+    name = RENAMED_CLASSES.get(name, name)
+    return f"{RENAMED_MODULES.get(module, module)}.{name}" if module else name
 
 
 def _with_renamed_classes(value: Any) -> Any:

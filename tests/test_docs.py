@@ -20,7 +20,7 @@ from lightning_rlhf.cli import main
 from lightning_rlhf.commands.config_files import config_names
 from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.generation.base import AbstractEngine, Request
-from lightning_rlhf.losses import PairLogps, SigmoidLoss
+from lightning_rlhf.losses import DPOLoss, PairLogps
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, FinishReason, Prompt, Response
 
@@ -274,5 +274,5 @@ def test_loss_of_the_page_is_dpo_without_offset_and_asks_for_a_lead_with_it(own:
         label=label,
         weight=ones,
     )
-    torch.testing.assert_close(own["OffsetLoss"](offset=0.0)(pairs, 0.5), SigmoidLoss()(pairs, 0.5))
-    assert (own["OffsetLoss"](offset=1.0)(pairs, 0.5) > SigmoidLoss()(pairs, 0.5)).all()
+    torch.testing.assert_close(own["OffsetLoss"](offset=0.0)(pairs, 0.5), DPOLoss()(pairs, 0.5))
+    assert (own["OffsetLoss"](offset=1.0)(pairs, 0.5) > DPOLoss()(pairs, 0.5)).all()

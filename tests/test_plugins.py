@@ -101,7 +101,7 @@ def fit(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> A
             "AbstractPairSampler",
         ),
         (
-            ["--model.loss=plug.Loss", "--model.loss.inner=lightning_rlhf.losses.SigmoidLoss"],
+            ["--model.loss=plug.Loss", "--model.loss.inner=lightning_rlhf.losses.DPOLoss"],
             "model.loss.inner",
             "AbstractPreferenceLoss",
         ),

@@ -120,18 +120,18 @@ def test_credit_by_hand(tiny_policy: Path) -> None:
 
     first, second = rollout((-1.0, -2.0), (-1.5, -1.0), (0.5, 0.25)), rollout((-3.0,), (-1.0,), (1.0,))
     # rho: (-0.1 * 0.5, 0.9 * 2 + 0.1) and (0.9 * 1 + 0.2): returns (1.85, 1.9) and 1.1
-    (group,) = module(tiny_policy, LearnedBaseline(), beta=0.1).credit([[first, second]], [2.0, 1.0])
+    (group,) = module(tiny_policy, LearnedBaseline(), beta=0.1).compute_advantages([[first, second]], [2.0, 1.0])
     assert group.advantages == pytest.approx((1.85 - 0.5, 1.9 - 0.25, 1.1 - 1.0))
     assert group.targets == pytest.approx((1.85, 1.9, 1.1))
-    (group,) = module(tiny_policy, RLOO(), beta=0.1).credit([[first, second]], [2.0, 1.0])
+    (group,) = module(tiny_policy, RLOO(), beta=0.1).compute_advantages([[first, second]], [2.0, 1.0])
     assert group.advantages == pytest.approx((0.75, 0.75, -0.75))
     assert group.targets is None
     # with the KL in the loss, rewards alone are compared; the penalty objective leaves them whole
     loss = module(tiny_policy, RLOO(), beta=0.1, objective="penalty", kl_placement="loss_k2")
-    (group,) = loss.credit([[first, second]], [2.0, 1.0])
+    (group,) = loss.compute_advantages([[first, second]], [2.0, 1.0])
     assert group.advantages == pytest.approx((1.0, 1.0, -1.0))
     white = module(tiny_policy, LearnedBaseline(), beta=0.1, whiten_advantages=True)
-    (group,) = white.credit([[first, second]], [2.0, 1.0])
+    (group,) = white.compute_advantages([[first, second]], [2.0, 1.0])
     assert sum(group.advantages) == pytest.approx(0.0, abs=1e-6)
     assert group.targets == pytest.approx((1.85, 1.9, 1.1))  # the value model learns what it learnt before
 

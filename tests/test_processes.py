@@ -28,7 +28,12 @@ OPTIONS = [
     *("fit", "--config", "dpo_online", "--config", "sampler/t_pilaf"),
     *("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--trainer.enable_progress_bar=false"),
     *("--model.optimizer.lr=1e-3", "--model.lr_scheduler.warmup_steps=0", "--data.labeler.reward=my_reward.Bytes"),
-    *("--data.heldout.limit=5", "--data.rounds.prompts_per_round=10", "--data.pairs_per_batch=4", "--data.rounds.replay=all"),
+    *(
+        "--data.heldout.limit=5",
+        "--data.rounds.prompts_per_round=10",
+        "--data.pairs_per_batch=4",
+        "--data.rounds.replay=all",
+    ),
     *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=4", "--data.prompt_options.max_prompt_tokens=240"),
 ]
 LORA = ["--model.lora.r=2", "--model.lora.alpha=4"]
@@ -100,7 +105,11 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str
 def test_shards_take_the_steps_of_ddp_in_mixed_precision_and_with_accumulation(
     tmp_path: Path, tiny_policy: Path
 ) -> None:
-    options = ["--trainer.accumulate_grad_batches=2", "--trainer.devices=2", "--model.options.gradient_checkpointing=true"]
+    options = [
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.devices=2",
+        "--model.options.gradient_checkpointing=true",
+    ]
     options += ["--data.rounds.prompts_per_round=12"]
     folders = [
         run(tmp_path, tiny_policy, name, TWO, f"--config=trainer/{name}", *options, precision="bf16-mixed")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.generation.rollouts import RolloutGenerator
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
 
 HERE = Path(__file__).parent
@@ -54,17 +54,17 @@ class Killer(Callback):
         die_at(f"training step {trainer.global_step}")
 
 
-class Drawer(RolloutDrawer):
+class Drawer(RolloutGenerator):
     chunks = 0
 
-    def draw(self, requests):
+    def generate(self, requests):
         Drawer.chunks += 1
         die_at(f"sampling chunk {Drawer.chunks}")
-        return super().draw(requests)
+        return super().generate(requests)
 
 
 import lightning_rlhf.modules.policy_gradient
-lightning_rlhf.modules.policy_gradient.RolloutDrawer = Drawer
+lightning_rlhf.modules.policy_gradient.RolloutGenerator = Drawer
 """
 OPTIONS = [
     *("-m", "lightning_rlhf", "fit", "--config", "rlhf"),
@@ -76,10 +76,23 @@ OPTIONS = [
     *("--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=9", "--trainer.enable_progress_bar=false"),
     *("--checkpoint_every=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--data.heldout=null"),
     *("--model.optimizer.lr=1e-3", "--model.value.learning_rate=2e-3", "--model.lr_scheduler.warmup_steps=0"),
-    *("--model.advantage=GAE", "--model.loss.clip=0.2", "--model.loss.aggregation=token_mean", "--model.loss.whiten_advantages=true"),
-    *("--data.reward=UncertaintyPenalty", "--data.reward.reward=plugins.Bytes", "--data.shaping.normalize_rewards=mean_std"),
+    *(
+        "--model.advantage=GAE",
+        "--model.loss.clip=0.2",
+        "--model.loss.aggregation=token_mean",
+        "--model.loss.whiten_advantages=true",
+    ),
+    *(
+        "--data.reward=UncertaintyPenalty",
+        "--data.reward.reward=plugins.Bytes",
+        "--data.shaping.normalize_rewards=mean_std",
+    ),
     *("--data.rounds.prompts_per_round=6", "--data.prompts_per_batch=4", "--data.responses_per_prompt=2"),
-    *("--data.rounds.epochs_per_round=2", "--data.shaping.missing_eos_penalty=0.5", "--data.prompt_options.max_prompt_tokens=200"),
+    *(
+        "--data.rounds.epochs_per_round=2",
+        "--data.shaping.missing_eos_penalty=0.5",
+        "--data.prompt_options.max_prompt_tokens=200",
+    ),
     *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=6", "--data.decoding.temperature=0.8"),
 ]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

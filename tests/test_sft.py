@@ -229,7 +229,11 @@ def test_a_teacher_is_imitated(tmp_path: Path, tiny_policy: Path, capsys: pytest
         [
             *("sample", "--config", "rlhf", f"--model.policy={tiny_policy}", "--model.advantage=RLOO", *small),
             *("--data.reward=LexiconReward", "--data.rounds.prompts_per_round=3", "--data.responses_per_prompt=2"),
-            *("--data.decoding.max_new_tokens=4", "--data.prompt_options.max_prompt_tokens=200", f"--run_dir={tmp_path / 'teacher'}"),
+            *(
+                "--data.decoding.max_new_tokens=4",
+                "--data.prompt_options.max_prompt_tokens=200",
+                f"--run_dir={tmp_path / 'teacher'}",
+            ),
             f"--out={tmp_path / 'rows.jsonl'}",
         ]
     )

@@ -22,7 +22,7 @@ class StepBatch(Protocol):
     """What a batch that is an optimizer step can do; the items are pairs, or prompts with their responses."""
 
     @property
-    def num_idle(self) -> int:
+    def num_padding(self) -> int:
         """Items at the end that count for nothing."""
 
     @property
@@ -64,8 +64,8 @@ class PreferenceBatch:
         rejected_from_reference: the same of the rejected response.
         num_global: pairs of the optimizer step on all ranks, divided by the ranks; losses are summed and divided by it,
             so that the average over ranks, which DDP takes, is the mean over pairs. The pairs here when not given.
-        passes: number of pairs in each forward and backward pass of the step; one pass over all when not given.
-        num_idle: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
+        micro_batches: number of pairs in each forward and backward pass of the step; one pass over all when not given.
+        num_padding: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
             passes must still run as many.
         names: what each pair is called in messages; empty where nobody asked.
     """
@@ -82,8 +82,8 @@ class PreferenceBatch:
     chosen_from_reference: Tensor
     rejected_from_reference: Tensor
     num_global: float | None = None
-    passes: tuple[int, ...] | None = None
-    num_idle: int = 0
+    micro_batches: tuple[int, ...] | None = None
+    num_padding: int = 0
     names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -109,16 +109,20 @@ class PreferenceBatch:
 
     def split(self) -> list[PreferenceBatch]:
         """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
-        if self.passes is None:
+        if self.micro_batches is None:
             return [self]
-        if sum(self.passes) != len(self) or min(self.passes) < 1:
-            raise ValueError(f"passes {self.passes} must be positive and add up to the {len(self)} pairs of the batch")
-        parts, start, last_counted = [], 0, len(self) - self.num_idle
+        if sum(self.micro_batches) != len(self) or min(self.micro_batches) < 1:
+            raise ValueError(
+                f"micro_batches {self.micro_batches} must be positive and add up to the {len(self)} pairs of the batch"
+            )
+        parts, start, last_counted = [], 0, len(self) - self.num_padding
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for end in accumulate(self.passes):
+        for end in accumulate(self.micro_batches):
             mine: dict[str, Any] = {name: v[start:end] for name, v in values.items() if isinstance(v, (list, Tensor))}
-            num_idle = min(max(end - last_counted, 0), end - start)
-            part = replace(self, **mine, passes=None, num_idle=num_idle, num_global=self.num_global or last_counted)
+            num_padding = min(max(end - last_counted, 0), end - start)
+            part = replace(
+                self, **mine, micro_batches=None, num_padding=num_padding, num_global=self.num_global or last_counted
+            )
             # known of the whole: asking a part could mean to wait for the device
             vars(part).update({name: True for name in ("has_reference", "has_sampling") if getattr(self, name)})
             parts.append(part)
@@ -178,8 +182,8 @@ class ResponseBatch:
         max_length: token limit of the responses.
         temperature: softmax temperature they were drawn at.
         num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
-        passes: number of prompts in each pass; one pass when not given.
-        num_idle: prompts at the end that count for nothing.
+        micro_batches: number of prompts in each pass; one pass when not given.
+        num_padding: prompts at the end that count for nothing.
         names: what each prompt is called in messages; empty where nobody asked.
     """
 
@@ -191,8 +195,8 @@ class ResponseBatch:
     max_length: int
     temperature: float = 1.0
     num_global: float | None = None
-    passes: tuple[int, ...] | None = None
-    num_idle: int = 0
+    micro_batches: tuple[int, ...] | None = None
+    num_padding: int = 0
     names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -204,14 +208,14 @@ class ResponseBatch:
 
     def split(self) -> list[ResponseBatch]:
         """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
-        if self.passes is None:
+        if self.micro_batches is None:
             return [self]
-        if sum(self.passes) != len(self) or min(self.passes) < 1:
+        if sum(self.micro_batches) != len(self) or min(self.micro_batches) < 1:
             raise ValueError(
-                f"passes {self.passes} must be positive and add up to the {len(self)} prompts of the batch"
+                f"micro_batches {self.micro_batches} must be positive and add up to the {len(self)} prompts of the batch"
             )
-        parts, start, first, last_counted = [], 0, 0, len(self) - self.num_idle
-        for size in self.passes:
+        parts, start, first, last_counted = [], 0, 0, len(self) - self.num_padding
+        for size in self.micro_batches:
             end = start + size
             last = first + sum(len(ids) for responses in self.responses[start:end] for ids in responses)
             parts.append(
@@ -223,8 +227,8 @@ class ResponseBatch:
                     numbers=self.numbers[:, first:last],
                     weight=self.weight[start:end],
                     num_global=self.num_global or last_counted,
-                    passes=None,
-                    num_idle=min(max(end - last_counted, 0), size),
+                    micro_batches=None,
+                    num_padding=min(max(end - last_counted, 0), size),
                 )
             )
             start, first = end, last

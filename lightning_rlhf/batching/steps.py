@@ -20,8 +20,8 @@ class Step:
 
     Args:
         indices: pairs of this rank, pass after pass.
-        passes: number of pairs in each forward and backward pass; every rank has as many passes.
-        num_idle: pairs at the end that count for nothing, each a pass of its own: a rank that has fewer pairs than
+        micro_batches: number of pairs in each forward and backward pass; every rank has as many passes.
+        num_padding: pairs at the end that count for nothing, each a pass of its own: a rank that has fewer pairs than
             others have passes must still run as many.
         num_global: pairs of the step on all ranks divided by the ranks. The loss of a rank is its sum over pairs
             divided by that number: the average over ranks, which DDP takes, is the mean over pairs.
@@ -29,8 +29,8 @@ class Step:
     """
 
     indices: list[int]
-    passes: tuple[int, ...]
-    num_idle: int
+    micro_batches: tuple[int, ...]
+    num_padding: int
     num_global: float
     everyone: tuple[int, ...] = field(default=(), compare=False)
 
@@ -63,7 +63,7 @@ def plan(
     tokens_per_pass: int | None,
     rank: int = 0,
     world: int = 1,
-    min_passes: int = 1,
+    min_micro_batches: int = 1,
 ) -> list[Step]:
     """Deal an order of pairs to the ranks, step by step, and cut the share of each rank into passes.
 
@@ -77,19 +77,19 @@ def plan(
         tokens_per_pass: most token positions of a pass; a longer pair is a pass of its own. No limit when None.
         rank: whose steps to return.
         world: number of ranks.
-        min_passes: cut the share of a rank into as many passes at least, as far as it has pairs.
+        min_micro_batches: cut the share of a rank into as many passes at least, as far as it has pairs.
     """
     steps = []
     for start in range(0, len(order), pairs_per_step):
         pairs = sorted(order[start : start + pairs_per_step], key=lambda i: (-lengths[i], i))
         shares = [_cut(share, lengths, tokens_per_pass) for share in _deal(pairs, lengths, world)]
-        shares = [_split(share, lengths, min_passes) for share in shares]
+        shares = [_split(share, lengths, min_micro_batches) for share in shares]
         num_passes = max(map(len, shares))
         mine = _split(shares[rank], lengths, num_passes)
-        num_idle = num_passes - len(mine)
-        mine += [[pairs[-1]]] * num_idle
+        num_padding = num_passes - len(mine)
+        mine += [[pairs[-1]]] * num_padding
         indices = [index for indices in mine for index in indices]
-        steps.append(Step(indices, tuple(map(len, mine)), num_idle, len(pairs) / world, tuple(pairs)))
+        steps.append(Step(indices, tuple(map(len, mine)), num_padding, len(pairs) / world, tuple(pairs)))
     return steps
 
 

@@ -32,7 +32,7 @@ class Round:
         comparisons: all comparisons, labelled or not, in prompt order.
         failed: comparisons without a label, by the status of their last attempt.
         sampling_seconds: wall time spent on drawing responses in this process.
-        labelling_seconds: wall time spent on labels in this process.
+        labeling_seconds: wall time spent on labels in this process.
         labels_bought: labels paid for in this process; those read back from the ledger are not counted.
     """
 
@@ -41,7 +41,7 @@ class Round:
     comparisons: list[Comparison] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
     sampling_seconds: float = 0.0
-    labelling_seconds: float = 0.0
+    labeling_seconds: float = 0.0
     labels_bought: int = 0
 
     @property
@@ -102,7 +102,7 @@ class RoundCollector:
             start = time.perf_counter()
             bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
             result.labels_bought = bought if self.store is not None else 0
-            result.labelling_seconds = time.perf_counter() - start
+            result.labeling_seconds = time.perf_counter() - start
         result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._read(index))
         return result
 

@@ -13,7 +13,7 @@ import torch
 from lightning_rlhf.collectors.chunks import chunks_without_repeats
 from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
 from lightning_rlhf.generation.base import Request
-from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.generation.rollouts import RolloutGenerator
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward, RewardOutput, checked_output
@@ -31,7 +31,7 @@ class RolloutRound:
         rewards: what each rollout earns in training, group by group: normalised, with penalties; the DataModule fills
             it in.
         sampling_seconds: wall time spent on drawing in this process.
-        labelling_seconds: wall time spent on scoring in this process.
+        labeling_seconds: wall time spent on scoring in this process.
         labels_bought: scores bought in this process; those read back from the ledger are not counted.
         failed: scores that failed, by status; none: a reward that cannot score stops the run.
         preferences: none; callbacks on pairs find nothing to report.
@@ -42,7 +42,7 @@ class RolloutRound:
     groups: list[list[Rollout]]
     rewards: list[float] = field(default_factory=list)
     sampling_seconds: float = 0.0
-    labelling_seconds: float = 0.0
+    labeling_seconds: float = 0.0
     labels_bought: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     preferences: Sequence[Preference] = ()
@@ -85,40 +85,40 @@ class RolloutCollector:
         self.responses_per_prompt = responses_per_prompt
         self.progress: Progress = progress or silent
 
-    def collect(self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int) -> RolloutRound:
+    def collect(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> RolloutRound:
         """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
 
         Args:
             index: number of the round.
             prompts: prompts of the round, in order.
-            drawer: draws.
+            generator: draws.
             chunk: prompts that are drawn, stored and scored together, >= 1.
         """
         result = RolloutRound(index, [])
         if not distributed.from_rank_zero(lambda: self._rollouts.store.round_info(index) is not None):
             start = time.perf_counter()
-            self.sample(index, prompts, drawer, chunk)
+            self.sample(index, prompts, generator, chunk)
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
             bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
             result.labels_bought = bought if self.table is not None else 0
-            result.labelling_seconds = time.perf_counter() - start
+            result.labeling_seconds = time.perf_counter() - start
         rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
         result.groups = [[row[2] for row in same] for _, same in groupby(rows, key=lambda row: row[1])]
         return result
 
-    def sample(self, index: int, prompts: Sequence[Prompt], drawer: RolloutDrawer, chunk: int) -> None:
+    def sample(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> None:
         """Draw the rollouts of a round that the ledger does not hold yet."""
         held = set(distributed.from_rank_zero(lambda: self._rollouts.positions(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
             return
         with self.progress(f"round {index}: sampling", len(missing)) as bar:
-            drawer.engine.on_tokens = count_tokens(bar)
+            generator.engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(Stream.SAMPLING, index, repeat)
                 mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
-                groups = distributed.interleave(partial(self._draw, mine, drawer, key))
+                groups = distributed.interleave(partial(self._draw, mine, generator, key))
                 distributed.from_rank_zero(partial(self._keep, index, groups, positions))
                 bar.update(len(positions))
 
@@ -127,10 +127,10 @@ class RolloutCollector:
         assert self.table is not None  # asked on rank zero
         return self.table
 
-    def _draw(self, prompts: Sequence[Prompt], drawer: RolloutDrawer, key: Key) -> list[list[Rollout]]:
+    def _draw(self, prompts: Sequence[Prompt], generator: RolloutGenerator, key: Key) -> list[list[Rollout]]:
         preemption.check()
         size = self.responses_per_prompt
-        drawn = drawer.draw([Request(p, key.fold(p.index, sample)) for p in prompts for sample in range(size)])
+        drawn = generator.generate([Request(p, key.fold(p.index, sample)) for p in prompts for sample in range(size)])
         return [drawn[i : i + size] for i in range(0, len(drawn), size)]
 
     def _keep(self, index: int, groups: Sequence[Sequence[Rollout]], positions: Sequence[int]) -> None:

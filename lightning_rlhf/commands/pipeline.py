@@ -18,7 +18,7 @@ from lightning_rlhf.evaluation.report import write_whole
 from lightning_rlhf.runtime.preemption import run_child
 
 
-STAGE_VERBS = ("fit", "label", "sample", "export", "evaluate")
+STAGE_COMMANDS = ("fit", "label", "sample", "export", "evaluate")
 STAGE_FIELDS = {"name", "verb", "config", "options"}
 PIPELINE_FIELDS = {"run_dir", "variables", "stages", "report"}
 REPORT_FIELDS = {"policies", "baseline", "beta", "options"}
@@ -185,8 +185,8 @@ class Pipeline:
         if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in {*names, "report", "folder"}:
             raise ValueError(f"{path}: {where}.name must be a new word of letters, digits and _; got {name!r}")
         verb = row.get("verb", "fit")
-        if verb not in STAGE_VERBS:
-            raise ValueError(f"{path}: {where}.verb must be one of {', '.join(STAGE_VERBS)}; got {verb!r}")
+        if verb not in STAGE_COMMANDS:
+            raise ValueError(f"{path}: {where}.verb must be one of {', '.join(STAGE_COMMANDS)}; got {verb!r}")
         configs = row.get("config", [])
         configs = [configs] if isinstance(configs, str) else configs
         if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):

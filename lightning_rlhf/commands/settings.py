@@ -19,7 +19,7 @@ def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.Light
     return {**decisive(settings, model, datamodule), "seed_everything": config.get("seed_everything")}
 
 
-FREE_OF_VERBS = {
+FREE_OF_COMMANDS = {
     *FREE_OF_SERVERS,
     *FREE_OF_MODELS,
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for

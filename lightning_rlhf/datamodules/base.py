@@ -202,7 +202,13 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
             order, lengths, per_step, self.batching.length_window, self.key.fold(Stream.WINDOWS, epoch)
         )
         steps = plan(
-            order, lengths, per_step, self._max_tokens_per_micro_batch(), rank, world, min_passes=self._accumulate
+            order,
+            lengths,
+            per_step,
+            self._max_tokens_per_micro_batch(),
+            rank,
+            world,
+            min_micro_batches=self._accumulate,
         )
         return ResumableLoader(
             [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]

@@ -89,8 +89,10 @@ class CompletionDataModule(AbstractStepDataModule):
         """Make a batch of rows."""
         lengths = [completion_length(self._prompts[i]) for i in step.everyone]
         batch = collate_completions(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)
-        batch.weight[len(batch) - step.num_idle :] = 0.0
-        return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
+        batch.weight[len(batch) - step.num_padding :] = 0.0
+        return replace(
+            batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
+        )
 
 
 def completion_length(prompt: Prompt) -> int:

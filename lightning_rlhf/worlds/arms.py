@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
 from lightning_rlhf.estimators.tabular import tilted_distributions
 from lightning_rlhf.samplers.sir_pilaf import pair_probabilities
-from lightning_rlhf.worlds.laws import PairLaw, Sampler, secant
+from lightning_rlhf.worlds.laws import PairDistribution, Sampler, secant
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import TabularWorld
 
@@ -62,24 +62,24 @@ class AbstractArm(ABC):
         """
         del gaps, labels
 
-    def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw | None:
+    def pair_distribution(self, world: TabularWorld, parameters: Tensor) -> PairDistribution | None:
         """Distribution and weight of the pairs; None without a closed form."""
         del world, parameters
         return None
 
 
-class AbstractLawArm(AbstractArm):
+class AbstractDistributionArm(AbstractArm):
     """A sampler whose distribution of pairs has a closed form."""
 
     @abstractmethod
-    def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
+    def pair_distribution(self, world: TabularWorld, parameters: Tensor) -> PairDistribution:
         """Distribution and weight of the pairs."""
 
     def draw(
         self, world: TabularWorld, parameters: Tensor, prompts: Tensor, generators: Sequence[torch.Generator]
     ) -> Pairs:
         """Sample one pair per prompt of a round."""
-        pairs = self.pair_law(world, parameters)
+        pairs = self.pair_distribution(world, parameters)
         size = pairs.law.shape[-1]
         # one categorical outcome per pair: the flat index a * size + b
         index = categorical(pairs.law.flatten(-2), prompts, 1, generators).squeeze(-1)
@@ -88,7 +88,7 @@ class AbstractLawArm(AbstractArm):
         return Pairs(index // size, index % size, weight[rows, prompts, index])
 
 
-class LawArm(AbstractLawArm):
+class DistributionArm(AbstractDistributionArm):
     """A sampler whose distribution of pairs depends on policy, reference and beta only.
 
     Args:
@@ -100,12 +100,12 @@ class LawArm(AbstractLawArm):
         super().__init__(passes)
         self.sampler = sampler
 
-    def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
+    def pair_distribution(self, world: TabularWorld, parameters: Tensor) -> PairDistribution:
         """Distribution and weight of the pairs."""
         return self.sampler(world.log_policy(parameters), world.log_reference, world.beta)
 
 
-class SecantArm(AbstractLawArm):
+class SecantArm(AbstractDistributionArm):
     """Policy pairs tilted by the secant to a reward: that of the oracle, or a reward model of the labels so far.
 
     Args:
@@ -136,7 +136,7 @@ class SecantArm(AbstractLawArm):
         record = torch.cat(self._gaps, 1), torch.cat(self._labels, 1)
         self._fitted = maximum_likelihood(*record, torch.ones_like(record[1]), self._fitted, self.ridge)
 
-    def pair_law(self, world: TabularWorld, parameters: Tensor) -> PairLaw:
+    def pair_distribution(self, world: TabularWorld, parameters: Tensor) -> PairDistribution:
         """Distribution and weight of the pairs."""
         # r_hat = w_hat . phi
         reward = world.reward if self.true_reward else torch.einsum("wxyd,wd->wxy", world.features, self._fitted)

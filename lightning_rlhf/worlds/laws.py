@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.pilaf import cosh_delta, log_secant_slope, pair_weight
-from lightning_rlhf.estimators.tabular import differences, product_pair_law, tilted_distributions, tilted_pair_law
-from lightning_rlhf.estimators.tabular import tpilaf_pair_law as exact_tpilaf
+from lightning_rlhf.estimators.tabular import (
+    differences,
+    product_pair_distribution,
+    tilted_distributions,
+    tilted_pair_distribution,
+)
+from lightning_rlhf.estimators.tabular import tpilaf_pair_distribution as exact_tpilaf
 
 
 TIE = 1e-9
 """Implicit rewards of a prompt count as equal within this range, as they are while the policy is the reference."""
 
 
-class PairLaw(NamedTuple):
+class PairDistribution(NamedTuple):
     """Distribution and loss weight of the pairs of a sampler.
 
     Args:
@@ -34,49 +39,49 @@ class PairLaw(NamedTuple):
     weight: Tensor
 
 
-Sampler = Callable[[Tensor, Tensor, float], PairLaw]
+Sampler = Callable[[Tensor, Tensor, float], PairDistribution]
 """Maps log policy, log reference and beta to the distribution of pairs."""
 
 
-def vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
+def vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairDistribution:
     """Two independent policy samples."""
     del log_reference, beta
     # q(a, b) = pi_theta(a) pi_theta(b)
-    return _unweighted(product_pair_law(log_policy, log_policy))
+    return _unweighted(product_pair_distribution(log_policy, log_policy))
 
 
-def hybrid(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
+def hybrid(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairDistribution:
     """One policy sample and one reference sample (Xie et al. 2024, arXiv 2405.21046)."""
     del beta
     # q(a, b) = pi_theta(a) pi_ref(b), symmetrized
-    return _unweighted(product_pair_law(log_policy, log_reference))
+    return _unweighted(product_pair_distribution(log_policy, log_reference))
 
 
-def pilaf(log_policy: Tensor, log_reference: Tensor, beta: float, tilt: float | None = None) -> PairLaw:
+def pilaf(log_policy: Tensor, log_reference: Tensor, beta: float, tilt: float | None = None) -> PairDistribution:
     """PILAF with branch probability 1/2; tilts whole responses. Default of ``tilt``: beta."""
     # q(a, b) = pi_theta(a) pi_theta(b) / 2 + pi+(a) pi-(b) / 2, symmetrized
-    return _unweighted(tilted_pair_law(log_policy, log_reference, beta if tilt is None else tilt, 0.5))
+    return _unweighted(tilted_pair_distribution(log_policy, log_reference, beta if tilt is None else tilt, 0.5))
 
 
-def t_pilaf(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
+def t_pilaf(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairDistribution:
     """T-PILAF with the branch probability and prompt weights of Theorem 1; prompts are the last leading dimension."""
     zz = tilted_distributions(log_policy, log_reference, beta).zz()
     # w(x) = (1 + zz) / (1 + mean zz)
     weight = pair_weight(zz, zz.mean(-1, keepdim=True) if zz.dim() else zz)
-    return PairLaw(exact_tpilaf(log_policy, log_reference, beta), weight[..., None, None])
+    return PairDistribution(exact_tpilaf(log_policy, log_reference, beta), weight[..., None, None])
 
 
-def weighted_vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairLaw:
+def weighted_vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairDistribution:
     """Policy pairs weighted by their importance under T-PILAF; the expected gradient is that of T-PILAF."""
-    law = product_pair_law(log_policy, log_policy)
+    law = product_pair_distribution(log_policy, log_policy)
     cosh = cosh_delta(beta * differences(log_policy - log_reference))
     mean = (law * cosh).sum((-1, -2), keepdim=True)
     mean = mean.mean(-3, keepdim=True) if mean.dim() > 2 else mean
     # w = (1 + cosh delta) / (1 + E[cosh delta])
-    return PairLaw(law, (1 + cosh) / (1 + mean))
+    return PairDistribution(law, (1 + cosh) / (1 + mean))
 
 
-def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8) -> PairLaw:
+def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8) -> PairDistribution:
     """Best and worst of n policy samples by the implicit reward; a random pair if all rewards tie.
 
     With responses sorted by reward, the probability that n samples have their minimum at b and their maximum at a > b
@@ -107,10 +112,10 @@ def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8
     law = law.gather(-1, place[..., None, :].expand(*place.shape, size))
     law = (law + law.transpose(-1, -2)) / 2
     ties = (reward.amax(-1) - reward.amin(-1) < TIE)[..., None, None]
-    return _unweighted(torch.where(ties, product_pair_law(log_policy, log_policy), law))
+    return _unweighted(torch.where(ties, product_pair_distribution(log_policy, log_policy), law))
 
 
-def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tensor) -> PairLaw:
+def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tensor) -> PairDistribution:
     """Policy pairs tilted by 1/m, with the secant slope ``m = (sigma(delta*) - sigma(delta)) / (delta* - delta)``.
 
     T-PILAF approximates m by ``sigma'(delta)``. With the secant to the true reward the gradient is aligned exactly,
@@ -125,10 +130,10 @@ def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tenso
     delta, target = beta * differences(log_policy - log_reference), differences(reward)
     slope = log_secant_slope(delta, target).exp()
     # q(a, b) = pi_theta(a) pi_theta(b) / (m Z(x)) with the weight w(x) = Z(x) / mean Z
-    tilted = product_pair_law(log_policy, log_policy) / slope
+    tilted = product_pair_distribution(log_policy, log_policy) / slope
     total = tilted.sum((-1, -2), keepdim=True)
     mean = total.mean(-3, keepdim=True) if total.dim() > 2 else total
-    return PairLaw(tilted / total, total / mean)
+    return PairDistribution(tilted / total, total / mean)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -142,6 +147,6 @@ SAMPLERS: dict[str, Sampler] = {
 """Samplers with a closed form, by their names in reports."""
 
 
-def _unweighted(law: Tensor) -> PairLaw:
+def _unweighted(law: Tensor) -> PairDistribution:
     """Pairs of weight 1."""
-    return PairLaw(law, torch.ones((), dtype=law.dtype, device=law.device))
+    return PairDistribution(law, torch.ones((), dtype=law.dtype, device=law.device))

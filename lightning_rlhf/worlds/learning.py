@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.worlds.arms import AbstractArm, LawArm, Pairs
+from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, Pairs
 from lightning_rlhf.worlds.laws import vanilla
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld, deviation
@@ -60,7 +60,7 @@ class Trace:
         unknown = parameters.new_full((world.num_worlds,), float("nan"))
         self.cosines.append(torch.stack(seen).mean(0) if seen else unknown)
         seen.clear()
-        law = arm.pair_law(world, parameters)
+        law = arm.pair_distribution(world, parameters)
         expected = None if law is None else -world.expected_gradient(parameters, law)
         ascent = world.gradient_j(parameters)
         self.population_cosines.append(unknown if expected is None else F.cosine_similarity(expected, ascent))
@@ -149,7 +149,7 @@ def iterative(
     streams = _Streams(seeds, world.features.shape[1])
     arm.reset(world)
     prompts, uniforms = streams.batch(first)
-    shared = LawArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
+    shared = DistributionArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
     gaps, labels = labelled(world, prompts, shared, uniforms)
     weights = shared.weight
     parameters = maximum_likelihood(gaps, labels, weights, world.origin(), ridge)
@@ -184,7 +184,7 @@ def overfitted_start(world: TabularWorld, seeds: Sequence[int], *, pairs: int, r
     # another purpose: the random numbers differ from those of the run that starts here
     streams = _Streams(seeds, world.features.shape[1], purpose=_OVERFIT)
     prompts, uniforms = streams.batch(pairs)
-    sampled = LawArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
+    sampled = DistributionArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
     gaps, labels = labelled(world, prompts, sampled, uniforms)
     return maximum_likelihood(gaps, labels, sampled.weight, world.origin(), ridge)
 

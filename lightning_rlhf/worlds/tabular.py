@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_rlhf.estimators.kl import categorical_kl
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.worlds.laws import PairLaw
+from lightning_rlhf.worlds.laws import PairDistribution
 
 
 class Objective(NamedTuple):
@@ -158,7 +158,7 @@ class TabularWorld:
         second = torch.einsum("wxy,wxyd,wxye->wde", policy, self.features, self.features)
         return (second - torch.einsum("wxd,wxe->wde", mean, mean)) / policy.shape[1]
 
-    def expected_gradient(self, parameters: Tensor, pairs: PairLaw) -> Tensor:
+    def expected_gradient(self, parameters: Tensor, pairs: PairDistribution) -> Tensor:
         """Gradient in w of the population DPO loss, with expected labels; [worlds, dimensions].
 
         Args:
@@ -172,7 +172,7 @@ class TabularWorld:
         # sum_{a,b} mass[a, b] (phi_a - phi_b) = 2 sum_{a,b} mass[a, b] phi_a, since mass is antisymmetric
         return -2 * torch.einsum("wxab,wxad->wd", mass, self.features) / mass.shape[1]
 
-    def information(self, parameters: Tensor, pairs: PairLaw) -> Tensor:
+    def information(self, parameters: Tensor, pairs: PairDistribution) -> Tensor:
         """Fisher information per label; [worlds, dim, dim].
 
         Args:
@@ -188,7 +188,7 @@ class TabularWorld:
         cross = torch.einsum("wxab,wxad,wxbe->wde", mass, self.features, self.features)
         return 2 * (own - cross) / mass.shape[1]
 
-    def asymptotic_gap(self, parameters: Tensor, pairs: PairLaw) -> Tensor:
+    def asymptotic_gap(self, parameters: Tensor, pairs: PairDistribution) -> Tensor:
         """Limit of n E[J* - J] for a maximum-likelihood fit to n labels, the V-optimal design criterion; [worlds].
 
         Args:

@@ -129,13 +129,13 @@ def test_lightning_moves_the_batch_and_workers_hand_it_over() -> None:
 def test_passes_are_consecutive_parts_that_add_up_to_the_step() -> None:
     whole = collate_preferences([preference(A, B, 0.25 * i, index=i, weight=i) for i in range(5)])
     assert whole.split() == [whole]
-    parts = dataclasses.replace(whole, passes=(2, 2, 1), num_idle=1, num_global=2.0).split()
+    parts = dataclasses.replace(whole, micro_batches=(2, 2, 1), num_padding=1, num_global=2.0).split()
     for part, start, end in zip(parts, (0, 2, 4), (2, 4, 5), strict=True):
         alone = collate_preferences([preference(A, B, 0.25 * i, index=i, weight=i) for i in range(start, end)])
-        assert_equal(part, dataclasses.replace(alone, num_global=2.0, num_idle=int(end == 5)))
+        assert_equal(part, dataclasses.replace(alone, num_global=2.0, num_padding=int(end == 5)))
         assert vars(part)["has_reference"]  # known of the whole, not asked again
     with pytest.raises(ValueError, match=r"passes \(2, 2\) must be positive and add up to the 5 pairs"):
-        dataclasses.replace(whole, passes=(2, 2)).split()
+        dataclasses.replace(whole, micro_batches=(2, 2)).split()
 
 
 def test_errors_name_the_preference_and_the_remedy() -> None:

@@ -14,12 +14,12 @@ def drawn_lengths(count: int, seed: int = 0) -> list[int]:
 
 
 def counted(step: Step) -> list[int]:
-    return step.indices[: len(step.indices) - step.num_idle]
+    return step.indices[: len(step.indices) - step.num_padding]
 
 
 def cut(step: Step) -> list[list[int]]:
     indices = iter(step.indices)
-    return [[next(indices) for _ in range(size)] for size in step.passes]
+    return [[next(indices) for _ in range(size)] for size in step.micro_batches]
 
 
 @pytest.mark.parametrize("count", [1, 17, 24, 61])
@@ -34,13 +34,13 @@ def test_ranks_share_the_steps_of_one_process_within_the_budget(count: int, worl
     for number, steps in enumerate(zip(*shards, strict=True)):
         expected = order[8 * number : 8 * (number + 1)]
         assert sorted(i for step in steps for i in counted(step)) == sorted(expected)
-        assert len({len(step.passes) for step in steps}) == 1
+        assert len({len(step.micro_batches) for step in steps}) == 1
         for step in steps:
             # the average over ranks of (sum over pairs / num_global) is the mean over the pairs of the step
             assert step.num_global * world == len(expected)
-            assert sum(step.passes) == len(step.indices)
+            assert sum(step.micro_batches) == len(step.indices)
             assert set(step.indices) <= set(expected)
-            assert all(size == 1 for size in step.passes[len(step.passes) - step.num_idle :])
+            assert all(size == 1 for size in step.micro_batches[len(step.micro_batches) - step.num_padding :])
             for part in cut(step):
                 assert len(part) >= 1
                 assert len(part) == 1 or limit is None or sum(lengths[i] for i in part) <= limit
@@ -73,10 +73,13 @@ def test_ranks_get_about_as_many_tokens() -> None:
 
 
 def test_without_a_budget_accumulation_still_makes_passes() -> None:
-    (step,) = plan(list(range(8)), [5] * 8, 8, None, min_passes=2)
-    assert step.passes == (4, 4)
+    (step,) = plan(list(range(8)), [5] * 8, 8, None, min_micro_batches=2)
+    assert step.micro_batches == (4, 4)
     # a last step with fewer pairs than passes does not repeat any
-    assert [step.passes for step in plan(list(range(9)), [5] * 9, 8, None, min_passes=4)] == [(2, 2, 2, 2), (1,)]
+    assert [step.micro_batches for step in plan(list(range(9)), [5] * 9, 8, None, min_micro_batches=4)] == [
+        (2, 2, 2, 2),
+        (1,),
+    ]
 
 
 def test_one_batch_windows_leave_the_order() -> None:

@@ -77,7 +77,7 @@ def test_round_costs_and_speeds(columns: dict[str, list[float]]) -> None:
     assert columns["round/labels"] == [4.0, 4.0]
     assert columns["round/failed"] == [3.0, 3.0]
     assert columns["round/sampling_seconds"] == [1.5, 1.5]
-    assert columns["round/labelling_seconds"] == [0.25, 0.25]
+    assert columns["round/labeling_seconds"] == [0.25, 0.25]
     # 10 tokens a pair in every step.
     pairs, tokens = columns["throughput/pairs_per_second"], columns["throughput/tokens_per_second"]
     assert len(pairs) == 4

@@ -33,7 +33,7 @@ class ToyRound:
     preferences: list[Preference]
     failed: dict[str, int] = field(default_factory=lambda: {"invalid": 2, "timeout": 1})
     sampling_seconds: float = 1.5
-    labelling_seconds: float = 0.25
+    labeling_seconds: float = 0.25
     labels_bought: int = 4
 
 

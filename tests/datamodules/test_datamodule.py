@@ -317,7 +317,9 @@ def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -
             del key
             return [Label(None, "timeout") for _ in comparisons]
 
-    with pytest.raises(RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.rounds.label_attempts"):
+    with pytest.raises(
+        RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.rounds.label_attempts"
+    ):
         trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(VanillaSampler(), Mute(0)))
     again = data(VanillaSampler(), label_attempts=2)
     trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=again)
@@ -522,16 +524,16 @@ class Steps(Callback):
     """Notes of each step its passes, its gradient before it is applied, and what was logged."""
 
     def __init__(self) -> None:
-        self.passes: list[int] = []
+        self.micro_batches: list[int] = []
         self.gradients: list[torch.Tensor] = []
         self.figures: list[list[float]] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        assert batch.passes is not None
+        assert batch.micro_batches is not None
         assert all(p.grad is None for p in pl_module.parameters())
-        self.passes.append(len(batch.passes))
+        self.micro_batches.append(len(batch.micro_batches))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -574,7 +576,7 @@ def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, t
         return steps, torch.cat([p.detach().flatten() for p in policy.parameters()])
 
     whole, weights = fit(4, 1, None)
-    assert whole.passes == [1] * 4
+    assert whole.micro_batches == [1] * 4
     for pairs, accumulate, tokens, passes in (
         (4, 1, 1, [4, 3, 4, 3]),
         (4, 1, 300, None),
@@ -584,9 +586,9 @@ def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, t
     ):
         parts, got = fit(pairs, accumulate, tokens)
         if passes is None:
-            assert 4 < sum(parts.passes) < 14
+            assert 4 < sum(parts.micro_batches) < 14
         else:
-            assert parts.passes == passes
+            assert parts.micro_batches == passes
         for expected, gradient in zip(whole.gradients, parts.gradients, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
         torch.testing.assert_close(got, weights, atol=1e-6, rtol=1e-5)

@@ -19,11 +19,11 @@ from lightning_rlhf.estimators import (
     mix_logits,
     objective_j,
     pair_weight,
-    product_pair_law,
+    product_pair_distribution,
     tilt_probability,
     tilted_distributions,
-    tilted_pair_law,
-    tpilaf_pair_law,
+    tilted_pair_distribution,
+    tpilaf_pair_distribution,
     vanilla_pair_weight,
 )
 
@@ -56,11 +56,11 @@ class Problem:
         """Pair law, weights per pair, and Zbar."""
         zz = self.zz()
         weights = pair_weight(zz, zz.mean())[:, None, None]
-        return tpilaf_pair_law(self.log_policy, self.log_reference, self.beta), weights, 1 + zz.mean()
+        return tpilaf_pair_distribution(self.log_policy, self.log_reference, self.beta), weights, 1 + zz.mean()
 
-    def loss_of(self, pair_law: Tensor, weights: Tensor | float, p_star: Tensor) -> Callable[[Tensor], Tensor]:
+    def loss_of(self, pair_distribution: Tensor, weights: Tensor | float, p_star: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda theta: expected_dpo_loss(
-            self.log_policy_of(theta), self.log_reference, self.beta, pair_law, weights, p_star
+            self.log_policy_of(theta), self.log_reference, self.beta, pair_distribution, weights, p_star
         ).mean()
 
     def j_of(self, reward: Tensor) -> Callable[[Tensor], Tensor]:
@@ -121,8 +121,8 @@ betas = pytest.mark.parametrize("beta", BETAS)
 def test_pair_law_is_the_on_policy_law_tilted_by_inverse_curvature(family: str, beta: float) -> None:
     for seed in range(5):
         case = problem(family, beta, seed, spread=2.0)
-        law, zz = tpilaf_pair_law(case.log_policy, case.log_reference, beta), case.zz()
-        base = product_pair_law(case.log_policy, case.log_policy)
+        law, zz = tpilaf_pair_distribution(case.log_policy, case.log_reference, beta), case.zz()
+        base = product_pair_distribution(case.log_policy, case.log_policy)
         delta = differences(case.implicit_reward)
         curvature = torch.sigmoid(delta) * torch.sigmoid(-delta)
         tilted = base / (2 * curvature * (1 + zz)[:, None, None])
@@ -133,7 +133,7 @@ def test_pair_law_is_the_on_policy_law_tilted_by_inverse_curvature(family: str, 
         assert (tilt_probability(zz) > 0.5).all()
         # and it is not the law of practical PILAF, nor Vanilla's
         for probability in (0.0, 0.5):
-            other = tilted_pair_law(case.log_policy, case.log_reference, beta, probability)
+            other = tilted_pair_distribution(case.log_policy, case.log_reference, beta, probability)
             assert (law - other).abs().max() > 1e-6
 
 
@@ -174,7 +174,7 @@ def test_remainder_has_its_closed_form(family: str, beta: float) -> None:
     delta, delta_star, scores = differences(case.implicit_reward), differences(reward), case.scores()
     curvature = torch.sigmoid(delta) * torch.sigmoid(-delta)
     kappa = (torch.sigmoid(delta_star) - torch.sigmoid(delta)) / curvature - (delta_star - delta)
-    base = product_pair_law(case.log_policy, case.log_policy)
+    base = product_pair_distribution(case.log_policy, case.log_policy)
     score_differences = scores[:, :, None] - scores[:, None, :]
     t2 = ((base * kappa / 2)[..., None] * score_differences).sum((1, 2)).mean(0)
     law, weights, z_bar = case.tpilaf()
@@ -206,7 +206,7 @@ def test_vanilla_stays_misaligned_for_small_reward_errors(family: str) -> None:
 
     law, weights, _ = case.tpilaf()
     assert cosine(law, weights) > 1 - 1e-6
-    assert cosine(product_pair_law(case.log_policy, case.log_policy), 1.0) < 0.999
+    assert cosine(product_pair_distribution(case.log_policy, case.log_policy), 1.0) < 0.999
 
 
 @families
@@ -217,9 +217,9 @@ def test_everything_coincides_where_policy_equals_reference(family: str, beta: f
     torch.testing.assert_close(laws.log_plus, case.log_reference, rtol=0, atol=1e-15)
     torch.testing.assert_close(laws.log_minus, case.log_reference, rtol=0, atol=1e-15)
     assert (laws.zz() - 1).abs().max() < 1e-15
-    vanilla = product_pair_law(case.log_policy, case.log_policy)
-    hybrid = product_pair_law(case.log_policy, case.log_reference)
-    pilaf = tilted_pair_law(case.log_policy, case.log_reference, beta, 0.5)
+    vanilla = product_pair_distribution(case.log_policy, case.log_policy)
+    hybrid = product_pair_distribution(case.log_policy, case.log_reference)
+    pilaf = tilted_pair_distribution(case.log_policy, case.log_reference, beta, 0.5)
     law, weights, z_bar = case.tpilaf()
     for other in (law, hybrid, pilaf):
         assert (other - vanilla).abs().max() < 1e-15
@@ -240,7 +240,7 @@ def test_everything_coincides_where_policy_equals_reference(family: str, beta: f
 def test_weighted_vanilla_pairs_have_the_expected_gradient_of_tpilaf(family: str, beta: float) -> None:
     case, p_star = problem(family, beta), torch.sigmoid(differences(2 * direction(3)))
     law, weights, z_bar = case.tpilaf()
-    base = product_pair_law(case.log_policy, case.log_policy)
+    base = product_pair_distribution(case.log_policy, case.log_policy)
     pair_weights = vanilla_pair_weight(differences(case.implicit_reward), case.zz().mean())
     tpilaf = case.gradient(case.loss_of(law, weights, p_star))
     weighted = case.gradient(case.loss_of(base, pair_weights, p_star))
@@ -312,7 +312,7 @@ def test_gap_of_maximum_likelihood_on_sampled_pairs_matches_theorem_two() -> Non
     theta = torch.randn(FEATURES, generator=generator, dtype=torch.float64)
     log_policy = (log_reference + features @ theta).log_softmax(-1)
     reward = beta * (log_policy - log_reference)
-    law = tpilaf_pair_law(log_policy, log_reference, beta)
+    law = tpilaf_pair_distribution(log_policy, log_reference, beta)
 
     draws = torch.multinomial(law.flatten(), repetitions * pairs, replacement=True, generator=generator)
     a, b = draws // RESPONSES, draws % RESPONSES

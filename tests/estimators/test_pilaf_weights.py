@@ -16,7 +16,7 @@ from lightning_rlhf.estimators import (
     differences,
     mix_logits,
     pair_weight,
-    product_pair_law,
+    product_pair_distribution,
     tilt_probability,
     tilted_distributions,
     vanilla_pair_weight,
@@ -191,7 +191,7 @@ def test_running_estimate_converges_to_the_exact_zz() -> None:
     log_policy, log_reference = logits(0, 2, 5).log_softmax(-1), logits(1, 2, 5).log_softmax(-1)
     exact, beta = tilted_distributions(log_policy, log_reference, 0.7).zz(), 0.7
     deltas = differences(beta * (log_policy - log_reference))
-    law = product_pair_law(log_policy, log_policy)
+    law = product_pair_distribution(log_policy, log_policy)
     running, generator = RunningZZ(decay=1.0), torch.Generator().manual_seed(0)
     for _ in range(4):
         for prompt in (0, 1):

@@ -15,7 +15,7 @@ from lightning_rlhf.callbacks.nonfinite import all_finite, offenders
 from lightning_rlhf.datamodules.preferences import PreferenceDataModule
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RecordedLabeler
-from lightning_rlhf.losses import AbstractPreferenceLoss, PairLogps, SigmoidLoss
+from lightning_rlhf.losses import AbstractPreferenceLoss, DPOLoss, PairLogps
 from lightning_rlhf.modules import DPOModule
 from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.samplers import OfflineSampler
@@ -43,7 +43,7 @@ class Broken(AbstractPreferenceLoss):
 
     def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
         self.call += 1
-        losses = SigmoidLoss()(pairs, beta)
+        losses = DPOLoss()(pairs, beta)
         if self.call not in self.calls:
             return losses
         if self.gradient_only:  # the root has an infinite slope at 0

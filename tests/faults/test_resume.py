@@ -38,7 +38,12 @@ for fault, arguments in json.load(open(sys.argv[1])):
 """
 COMMON = [
     *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
-    *("--trainer.logger=false", "--trainer.limit_val_batches=0", "--data.heldout=null", "--model.lr_scheduler.warmup_steps=5"),
+    *(
+        "--trainer.logger=false",
+        "--trainer.limit_val_batches=0",
+        "--data.heldout=null",
+        "--model.lr_scheduler.warmup_steps=5",
+    ),
     *("--trainer.callbacks=plugins.Watch", "--trainer.callbacks+=lightning_rlhf.callbacks.HFExport"),
     "--checkpoint_every=100",  # what is there was written on the signal
 ]
@@ -64,7 +69,13 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     ),
     "dpo_lora": (
         "step4=term",
-        ["--config=dpo_offline", *RECORDED, *DROPOUT, "--data.batching.max_tokens_per_micro_batch=40", "--trainer.max_epochs=3"],
+        [
+            "--config=dpo_offline",
+            *RECORDED,
+            *DROPOUT,
+            "--data.batching.max_tokens_per_micro_batch=40",
+            "--trainer.max_epochs=3",
+        ],
     ),
     "reward_model": (
         "step4=term",
@@ -80,7 +91,13 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     # while a round is labelled: the second half of round 1 in one process, round 3 in two
     "online": (
         "label4=term",
-        ["--config=dpo_online", *DRAWN, "--data.rounds.replay=2", "--model.optimizer.lr=1e-3", "--trainer.max_epochs=4"],
+        [
+            "--config=dpo_online",
+            *DRAWN,
+            "--data.rounds.replay=2",
+            "--model.optimizer.lr=1e-3",
+            "--trainer.max_epochs=4",
+        ],
     ),
     # in the second pass over round 1; the reference moves along
     "iterative": (
@@ -94,8 +111,16 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
         "step7=term",
         [
             *("--config=rlhf", "--model.loss.clip=0.2", "--model.optimizer.lr=1e-3", "--data.reward=plugins.Letters"),
-            *("--data.shaping.normalize_rewards=mean_std", "--data.rounds.prompts_per_round=6", "--data.prompts_per_batch=3"),
-            *("--data.responses_per_prompt=2", "--data.rounds.epochs_per_round=2", "--data.prompt_options.max_prompt_tokens=200"),
+            *(
+                "--data.shaping.normalize_rewards=mean_std",
+                "--data.rounds.prompts_per_round=6",
+                "--data.prompts_per_batch=3",
+            ),
+            *(
+                "--data.responses_per_prompt=2",
+                "--data.rounds.epochs_per_round=2",
+                "--data.prompt_options.max_prompt_tokens=200",
+            ),
             *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=6", "--trainer.max_epochs=6"),
         ],
     ),

@@ -118,8 +118,8 @@ def test_a_loss_that_is_nan_is_caught_whatever_the_callbacks_are(
     folder: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "broken.py").write_text(
-        "from lightning_rlhf.losses import SigmoidLoss\n"
-        "class Broken(SigmoidLoss):\n"
+        "from lightning_rlhf.losses import DPOLoss\n"
+        "class Broken(DPOLoss):\n"
         "    def __call__(self, *args, **kwargs):\n"
         "        return super().__call__(*args, **kwargs) * float('nan')\n"
     )

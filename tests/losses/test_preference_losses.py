@@ -13,33 +13,33 @@ from torch import Tensor
 from lightning_rlhf.losses import (
     AbstractPreferenceLoss,
     CDPOLoss,
+    DPOLoss,
     HingeLoss,
     IPOLoss,
     PairLogps,
     RobustLoss,
-    SigmoidLoss,
     XPOLoss,
     cdpo_loss,
+    dpo_loss,
     hinge_loss,
     implicit_rewards,
     ipo_loss,
     reward_accuracy,
     robust_loss,
-    sigmoid_loss,
     xpo_bonus,
 )
 
 
 BETA = 0.3
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sigmoid": lambda margin, label: sigmoid_loss(margin, label, BETA),
+    "sigmoid": lambda margin, label: dpo_loss(margin, label, BETA),
     "cdpo": lambda margin, label: cdpo_loss(margin, label, BETA, 0.2),
     "robust": lambda margin, label: robust_loss(margin, label, BETA, 0.2),
     "ipo": lambda margin, label: ipo_loss(margin, label, BETA),
     "hinge": lambda margin, label: hinge_loss(margin, label, BETA),
 }
 CLASSES: list[AbstractPreferenceLoss] = [
-    SigmoidLoss(),
+    DPOLoss(),
     CDPOLoss(0.2),
     RobustLoss(0.2),
     IPOLoss(),
@@ -95,9 +95,9 @@ def test_values_worked_by_hand() -> None:
     # beta * margin = log 3, so that sigma = 3/4 and 1 - sigma = 1/4.
     margin, beta = double(math.log(3) / BETA), BETA
     straight, flipped = math.log(4 / 3), math.log(4)
-    assert sigmoid_loss(margin, double(1), beta).item() == pytest.approx(straight, rel=1e-14)
-    assert sigmoid_loss(margin, double(0), beta).item() == pytest.approx(flipped, rel=1e-14)
-    assert sigmoid_loss(margin, double(0.7), beta).item() == pytest.approx(0.7 * straight + 0.3 * flipped, rel=1e-14)
+    assert dpo_loss(margin, double(1), beta).item() == pytest.approx(straight, rel=1e-14)
+    assert dpo_loss(margin, double(0), beta).item() == pytest.approx(flipped, rel=1e-14)
+    assert dpo_loss(margin, double(0.7), beta).item() == pytest.approx(0.7 * straight + 0.3 * flipped, rel=1e-14)
     # smoothing 0.2 turns the label 1 into 0.8, and 0.7 into 0.8 * 0.7 + 0.2 * 0.3 = 0.62
     assert cdpo_loss(margin, double(1), beta, 0.2).item() == pytest.approx(0.8 * straight + 0.2 * flipped, rel=1e-14)
     assert cdpo_loss(margin, double(0.7), beta, 0.2).item() == pytest.approx(
@@ -206,7 +206,7 @@ def test_minima_for_hard_labels() -> None:
     one = torch.ones_like(margin)
     assert margin[ipo_loss(margin, one, 0.25).argmin()].item() == pytest.approx(2.0, abs=1e-3)
     assert margin[cdpo_loss(margin, one, 0.5, 0.1).argmin()].item() == pytest.approx(2 * math.log(9), abs=1e-3)
-    assert margin[sigmoid_loss(margin, one, 0.5).argmin()].item() == 20.0
+    assert margin[dpo_loss(margin, one, 0.5).argmin()].item() == 20.0
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.45])
@@ -218,9 +218,9 @@ def test_robust_loss_is_unbiased_under_flips_and_cdpo_is_not(flip: float, clean:
     def averaged(loss: Callable[[Tensor, Tensor, float, float], Tensor]) -> Tensor:
         return (1 - flip) * loss(margin, label, BETA, flip) + flip * loss(margin, 1 - label, BETA, flip)
 
-    torch.testing.assert_close(averaged(robust_loss), sigmoid_loss(margin, label, BETA), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(averaged(robust_loss), dpo_loss(margin, label, BETA), rtol=1e-12, atol=1e-12)
     if flip > 0:
-        assert not torch.allclose(averaged(cdpo_loss), sigmoid_loss(margin, label, BETA), atol=1e-3)
+        assert not torch.allclose(averaged(cdpo_loss), dpo_loss(margin, label, BETA), atol=1e-3)
 
 
 def test_small_and_large_beta() -> None:
@@ -228,14 +228,14 @@ def test_small_and_large_beta() -> None:
     # beta -> 0: (loss - log 2)/beta -> (1/2 - label) * margin; the hinge's (loss - 1)/beta has twice that slope.
     beta = 1e-7
     torch.testing.assert_close(
-        (sigmoid_loss(margin, label, beta) - math.log(2)) / beta, (0.5 - label) * margin, rtol=1e-6, atol=1e-6
+        (dpo_loss(margin, label, beta) - math.log(2)) / beta, (0.5 - label) * margin, rtol=1e-6, atol=1e-6
     )
     torch.testing.assert_close(
         (hinge_loss(margin, label, beta) - 1) / beta, (1 - 2 * label) * margin, rtol=1e-6, atol=1e-6
     )
     # beta -> infinity: loss/beta -> label * (-margin)+ + (1-label) * (margin)+, for both.
     ramp = label * (-margin).clamp(min=0) + (1 - label) * margin.clamp(min=0)
-    torch.testing.assert_close(sigmoid_loss(margin, label, 1e9) / 1e9, ramp, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(dpo_loss(margin, label, 1e9) / 1e9, ramp, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(hinge_loss(margin, label, 1e9) / 1e9, ramp, rtol=1e-8, atol=1e-8)
     # IPO's target vanishes as beta grows.
     torch.testing.assert_close(ipo_loss(margin, label, 1e12), margin**2)
@@ -243,7 +243,7 @@ def test_small_and_large_beta() -> None:
 
 def test_hard_labels_keep_their_digits_at_large_margins_in_float32() -> None:
     margin = torch.tensor([400.0, -400.0], requires_grad=True)
-    loss = sigmoid_loss(margin, torch.tensor([1.0, 1.0]), 0.1)
+    loss = dpo_loss(margin, torch.tensor([1.0, 1.0]), 0.1)
     torch.testing.assert_close(loss, torch.tensor([math.exp(-40), 40.0]), rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(loss.sum(), margin)
     torch.testing.assert_close(gradient, torch.tensor([-0.1 * math.exp(-40), -0.1]), rtol=1e-5, atol=0)
@@ -269,14 +269,14 @@ def test_ipo_normalises_each_response_by_its_own_length() -> None:
 
 def test_xpo_adds_alpha_times_the_log_probability_of_reference_draws_only() -> None:
     batch = pairs()
-    bonus = XPOLoss(0.01)(batch, BETA) - SigmoidLoss()(batch, BETA)
+    bonus = XPOLoss(0.01)(batch, BETA) - DPOLoss()(batch, BETA)
     chosen, rejected = batch.policy_chosen.detach(), batch.policy_rejected.detach()
     expected = 0.01 * torch.stack([chosen[0], rejected[1], double(0)[0], chosen[3], rejected[4], double(0)[0]])
     torch.testing.assert_close(bonus, expected)
     # Lowering the loss lowers the probability of the reference's response: the gradient has the sign of alpha.
     (gradient,) = torch.autograd.grad(bonus.sum(), batch.policy_chosen)
     torch.testing.assert_close(gradient, double(0.01, 0, 0, 0.01, 0, 0))
-    torch.testing.assert_close(XPOLoss(0.0)(batch, BETA), SigmoidLoss()(batch, BETA), rtol=0, atol=0)
+    torch.testing.assert_close(XPOLoss(0.0)(batch, BETA), DPOLoss()(batch, BETA), rtol=0, atol=0)
 
 
 def test_an_impossible_response_of_the_policy_does_not_enter_the_xpo_bonus() -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from lightning_rlhf.losses import (
     AbstractPreferenceLoss,
     CDPOLoss,
+    DPOLoss,
     HingeLoss,
     IPOLoss,
     PairLogps,
     RobustLoss,
-    SigmoidLoss,
     clipped_loss,
     implicit_rewards,
     kl_loss,
@@ -130,7 +130,7 @@ def gradients_of(network: Any, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("loss_type", "smoothing", "loss"),
     [
-        ("sigmoid", 0.0, SigmoidLoss()),
+        ("sigmoid", 0.0, DPOLoss()),
         ("robust", 0.2, RobustLoss(0.2)),
         ("ipo", 0.0, IPOLoss()),
         ("hinge", 0.0, HingeLoss()),

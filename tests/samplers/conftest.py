@@ -25,7 +25,7 @@ from lightning_rlhf.types import Comparison, Prompt, Response
 VOCABULARY, EOS = 5, 4
 Ids = tuple[int, ...]
 Law = dict[Ids, float]
-PairLaw = dict[tuple[Ids, Ids], float]
+PairDistribution = dict[tuple[Ids, Ids], float]
 
 
 class World:
@@ -173,7 +173,7 @@ class ToyEngine(AbstractEngine):
         )
 
 
-def product_law(first: Mapping[Ids, float], second: Mapping[Ids, float]) -> PairLaw:
+def product_law(first: Mapping[Ids, float], second: Mapping[Ids, float]) -> PairDistribution:
     """The law of two independent draws."""
     return {(a, b): p * q for a, p in first.items() for b, q in second.items()}
 

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_rlhf.estimators import log_secant_slope, product_pair_law, tilted_pair_law, tpilaf_pair_law
+from lightning_rlhf.estimators import (
+    log_secant_slope,
+    product_pair_distribution,
+    tilted_pair_distribution,
+    tpilaf_pair_distribution,
+)
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.samplers import SIRPILAFSampler
@@ -76,7 +81,7 @@ def test_large_pools_give_t_pilafs_law_of_whole_responses() -> None:
     log_reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(-1)
     beta = 0.5
     reward = beta * (log_policy - log_reference)
-    exact = tpilaf_pair_law(log_policy, log_reference, beta)
+    exact = tpilaf_pair_distribution(log_policy, log_reference, beta)
 
     def distance(n: int) -> float:
         pools = torch.multinomial(log_policy.exp().expand(4000, -1), n, replacement=True, generator=generator)
@@ -88,10 +93,10 @@ def test_large_pools_give_t_pilafs_law_of_whole_responses() -> None:
 
     far, near = distance(2), distance(64)
     # of two draws there is one pair, and that is Vanilla's
-    vanilla = product_pair_law(log_policy, log_policy)
+    vanilla = product_pair_distribution(log_policy, log_policy)
     assert far == pytest.approx(float((vanilla - exact).abs().sum() / 2), abs=0.02)
     assert near < 0.02 < far / 3
-    assert near < float((tilted_pair_law(log_policy, log_reference, beta, 0.5) - exact).abs().sum() / 2)
+    assert near < float((tilted_pair_distribution(log_policy, log_reference, beta, 0.5) - exact).abs().sum() / 2)
 
 
 def test_temperatures_reach_from_random_pairs_to_best_of_n() -> None:

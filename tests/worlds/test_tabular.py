@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_rlhf.estimators.tabular import differences, expected_dpo_loss, tilted_distributions
-from lightning_rlhf.worlds.arms import AbstractArm, LawArm, PoolArm, ResampledArm, SecantArm, categorical
+from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, PoolArm, ResampledArm, SecantArm, categorical
 from lightning_rlhf.worlds.laws import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
 from lightning_rlhf.worlds.learning import iterative, labelled, online, overfitted_start
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
@@ -104,14 +104,14 @@ def test_a_reward_fitted_to_the_labels_gives_the_secant_of_the_truth_in_the_end(
     parameters = world.origin()
     # prompts tell nothing of the truth yet: the law is that of a reward of zero
     fitted.reset(world)
-    start = fitted.pair_law(world, parameters).law
+    start = fitted.pair_distribution(world, parameters).law
     torch.testing.assert_close(start, vanilla(world.log_reference, world.log_reference, 0.5).law)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     numbers = torch.stack([torch.rand(2, 20000, generator=g, dtype=torch.float64) for g in generators])
     prompts = (numbers[:, 0] * 4).long()
-    drawn = LawArm(vanilla).draw(world, parameters, prompts, generators)
+    drawn = DistributionArm(vanilla).draw(world, parameters, prompts, generators)
     fitted.learn(*labelled(world, prompts, drawn, numbers[:, 1]))
-    laws = [arm.pair_law(world, parameters).law for arm in (fitted, exact)]
+    laws = [arm.pair_distribution(world, parameters).law for arm in (fitted, exact)]
     assert float((laws[0] - laws[1]).abs().sum((-1, -2)).max()) / 2 < 0.02
     assert float((start - laws[1]).abs().sum((-1, -2)).max()) / 2 > 0.1
 
@@ -162,7 +162,7 @@ def test_asymptotic_gap_is_what_maximum_likelihood_loses() -> None:
     generators = [torch.Generator().manual_seed(i) for i in range(repeats)]
     prompts = torch.stack([torch.randint(3, (num_labels,), generator=g) for g in generators])
     start = truth.expand(repeats, -1)
-    drawn = LawArm(vanilla).draw(copies, start, prompts, generators)
+    drawn = DistributionArm(vanilla).draw(copies, start, prompts, generators)
     uniforms = torch.stack([torch.rand(num_labels, generator=g, dtype=torch.float64) for g in generators])
     gaps, labels = labelled(copies, prompts, drawn, uniforms)
     fitted = maximum_likelihood(gaps, labels, drawn.weight, start, ridge=1e-9)
@@ -195,7 +195,10 @@ def test_runs_of_a_seed_do_not_depend_on_the_other_seeds() -> None:
 def test_online_learning_approaches_the_best_policy_and_all_arms_start_alike() -> None:
     seeds = list(range(6))
     world = TabularWorld.draw(seeds, beta=0.5, spread=2.0)
-    traces = {n: online(world, LawArm(SAMPLERS[n]), seeds, steps=120, evaluate_every=60) for n in ("Vanilla", "PILAF")}
+    traces = {
+        n: online(world, DistributionArm(SAMPLERS[n]), seeds, steps=120, evaluate_every=60)
+        for n in ("Vanilla", "PILAF")
+    }
     for trace in traces.values():
         gaps = [float((world.best_j() - found.j).mean()) for found in trace.objectives]
         assert gaps[-1] < 0.1 * gaps[0]
@@ -208,7 +211,7 @@ def test_an_overfitted_start_is_far_and_poor() -> None:
     world = TabularWorld.draw(seeds, beta=0.5, spread=2.0)
     start = overfitted_start(world, seeds, pairs=12)
     fitted = world.objective(start)
-    optimum = online(world, LawArm(vanilla), seeds, steps=120).objectives[-1]
+    optimum = online(world, DistributionArm(vanilla), seeds, steps=120).objectives[-1]
     assert bool((fitted.kl.mean() > optimum.kl.mean()) & (fitted.j.mean() < optimum.j.mean()))
 
 
