@@ -36,6 +36,8 @@ SMOKE = {
 """What makes a comparison short: arguments, or another comparison in its place."""
 ON_DEMAND = ("stories",)
 """Comparisons that are run only when asked for."""
+EXACT = ("tabular",)
+"""Comparisons that give the same curves again within minutes; theirs are large and not kept."""
 
 
 def run(argv: list[str] | None = None) -> Path:
@@ -73,7 +75,8 @@ def section(folder: Path, name: str, out: Path) -> str:
             shutil.copy(folder / figure, out / "results" / f"{name}_{figure}")
             pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
     shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
-    store_curves(folder / "curves.csv", out / "results" / f"{name}_curves.csv.gz")
+    if name not in EXACT:
+        store_curves(folder / "curves.csv", out / "results" / f"{name}_curves.csv.gz")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     measured = f"Measured on {machine()}, one thread per run, {today}."
     return "\n\n".join([measured, *pictures, body, *answers(folder)])

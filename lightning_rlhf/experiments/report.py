@@ -58,8 +58,9 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
                 if baseline in arms and arm != baseline:
                     found[f"{name}_difference"] = paired(curves, arms[baseline], name)
             for name, gain in (("label_share", 1.0), ("label_share_half", 0.5)):
-                known = baseline in arms
-                found[name] = label_share(curves, arms[baseline], gain=gain) if known else Interval(math.nan)
+                found[name] = Interval(1.0, 1.0, 1.0) if arm == baseline else Interval(math.nan)
+                if baseline in arms and arm != baseline:
+                    found[name] = label_share(curves, arms[baseline], gain=gain)
             agreements = [c.last.agreement for c in curves if c.last.agreement is not None]
             if agreements:
                 found["agreement"] = mean_interval(agreements)
