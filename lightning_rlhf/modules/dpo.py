@@ -82,7 +82,7 @@ class DPOModule(AbstractPolicyModule, AbstractPreferenceModule):
             trust_remote_code,
             disable_dropout,
         )
-        if beta <= 0:
+        if not 0 < beta < float("inf"):
             raise ValueError(f"model.beta must be > 0; got {beta}")
         self.loss = loss if loss is not None else SigmoidLoss()
         self.beta = self.engine_beta = beta

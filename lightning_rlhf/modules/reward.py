@@ -88,11 +88,11 @@ class RewardModule(AbstractPreferenceModule):
         disable_dropout: bool = True,
     ) -> None:
         super().__init__(backbone, chat_template, trust_remote_code, learning_rate, weight_decay, warmup_steps)
-        if margin < 0 or center_coefficient < 0:
+        if not (0 <= margin < float("inf") and 0 <= center_coefficient < float("inf")):
             raise ValueError(
                 f"model.margin and model.center_coefficient must be >= 0; got {margin} and {center_coefficient}"
             )
-        if beta <= 0:
+        if not 0 < beta < float("inf"):
             raise ValueError(f"model.beta must be > 0; got {beta}")
         if reference is not None and policy is None:
             raise ValueError("model.reference is what model.policy is mixed with; set model.policy too")
