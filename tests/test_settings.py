@@ -211,6 +211,7 @@ def test_the_command_line_refuses_transformer_engine_by_name() -> None:
     [
         ({"learning_rate": float("nan")}, r"model\.learning_rate must be > 0; got nan"),
         ({"weight_decay": -0.1}, r"model\.weight_decay must be >= 0; got -0.1"),
+        ({"beta": float("nan")}, r"model\.beta must be > 0; got nan"),
         ({"warmup_steps": -1}, r"model\.warmup_steps must be >= 0; got -1"),
     ],
 )
@@ -221,7 +222,7 @@ def test_settings_out_of_range_are_named(options: dict[str, Any], said: str) -> 
 
 def test_an_overflow_of_the_scaled_loss_is_the_scalers_business(tmp_path: Path, tiny_policy: Path) -> None:
     """float16 on the CPU: the first scale is far too large, as it often is at the start of a run."""
-    guard, scaler = NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=2.0**22)  # type: ignore[attr-defined]
+    guard, scaler = NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=2.0**22)
     policy = DPOModule(str(tiny_policy), learning_rate=1e-3)
     run = trainer(tmp_path, guard, max_epochs=8, plugins=MixedPrecision("16-mixed", "cpu", scaler))
     run.fit(policy, datamodule=pairs())

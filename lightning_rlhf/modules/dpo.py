@@ -65,7 +65,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
-        if beta <= 0:
+        if not 0 < beta < float("inf"):
             raise ValueError(f"model.beta must be > 0; got {beta}")
         if loss is not None:
             check_plugin("model.loss", loss, AbstractPreferenceLoss)

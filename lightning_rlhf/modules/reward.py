@@ -50,7 +50,7 @@ class RewardLoss:
     center_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.margin < 0 or self.center_coefficient < 0:
+        if not (0 <= self.margin < float("inf") and 0 <= self.center_coefficient < float("inf")):
             raise ValueError(
                 f"model.loss.margin and model.loss.center_coefficient must be >= 0; got {self.margin} and "
                 f"{self.center_coefficient}"
@@ -108,7 +108,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         options: ModelOptions = DEFAULT_OPTIONS,
     ) -> None:
         super().__init__(backbone, options=options, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        if beta <= 0:
+        if not 0 < beta < float("inf"):
             raise ValueError(f"model.beta must be > 0; got {beta}")
         if reference is not None and policy is None:
             raise ValueError("model.reference is mixed with model.policy; set model.policy too")
