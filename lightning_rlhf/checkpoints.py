@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector  # has no public name
@@ -316,7 +316,7 @@ class StopOnSignal(L.Callback):
     def _end(self, trainer: L.Trainer, number: int) -> None:
         self._told = True
         where = "nothing was saved, since the run keeps no checkpoints"
-        if self.save is not None and not trainer.fast_dev_run:
+        if self.save is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             where = f"checkpoint {self.save(trainer)}; the same command goes on from there"
         self._tell(trainer, number, f" after step {trainer.global_step}: {where}")
 

@@ -336,7 +336,8 @@ class RLHFCLI(LightningCLI):
             # ours, whatever other callbacks keep
             self.config_init.fit.ckpt_path = str(last) if last.exists() or last.is_symlink() else None
         # a link to nothing is a checkpoint that is gone, not a run that begins
-        found = not self.trainer.fast_dev_run and (last.exists() or last.is_symlink())
+        tries = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        found = not tries and (last.exists() or last.is_symlink())
         if self.config_init.fit.ckpt_path is None and found:
             print(f"continuing from {last}; use another --run_dir to start afresh")
             self.config_init.fit.ckpt_path = str(last)

@@ -28,7 +28,7 @@ def check_trainer(trainer: L.Trainer) -> None:
                 f"set model.learning_rate, or data.tokens_per_batch to what fits into memory"
             )
     limit = trainer.limit_train_batches
-    if trainer.fast_dev_run or trainer.overfit_batches or limit is None:
+    if trainer.fast_dev_run or trainer.overfit_batches or limit is None:  # type: ignore[attr-defined]
         return
     if isinstance(limit, int) or limit < 1:
         rank_zero_info(

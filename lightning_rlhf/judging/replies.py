@@ -144,18 +144,18 @@ def parse_completion(body: str) -> Completion:
     choice = choices[0]
     if not isinstance(choice, dict):
         raise _wrong("choices[0]", "an object", choice)
-    message = choice.get("message")
-    if not isinstance(message, dict):
+    said = choice.get("message")
+    if not isinstance(said, dict):
         _raise_reported(choice)
-        raise _wrong("choices[0].message", "an object", message)
+        raise _wrong("choices[0].message", "an object", said)
     finish = choice.get("finish_reason")
     if finish == "error":
         _raise_reported(choice)
         raise UnreadableError("the server reports an error (finish_reason 'error')")
-    refusal = _text_of(message.get("refusal"))
+    refusal = _text_of(said.get("refusal"))
     if finish == "content_filter":
         refusal = refusal or "content filter"
-    text = _content(message.get("content"))
+    text = _content(said.get("content"))
     usage = raw.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Completion(
@@ -166,7 +166,7 @@ def parse_completion(body: str) -> Completion:
         _count(usage.get("completion_tokens")),
         stopped=finish == "stop",
         cut=finish == "length",
-        reasoning=_text_of(message.get("reasoning_content")) or _text_of(message.get("reasoning")),
+        reasoning=_text_of(said.get("reasoning_content")) or _text_of(said.get("reasoning")),
     )
 
 
@@ -265,8 +265,7 @@ def _token(raw: Any, field: str) -> tuple[str, float]:
     token, logprob = raw.get("token"), raw.get("logprob")
     if not isinstance(token, str):
         raise _wrong(f"token in {field}", "a string", token)
-    number = not isinstance(logprob, bool) and isinstance(logprob, int | float)
-    if not number or logprob != logprob or logprob > SLACK:
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or logprob != logprob or logprob > SLACK:
         raise _wrong(f"logprob in {field}", "a number of 0 at most", logprob)
     return _plain(token), math.exp(max(min(logprob, 0), -1000))
 
