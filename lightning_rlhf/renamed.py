@@ -210,6 +210,11 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
                     kwargs[group] = replace(held, **values)
                 else:
                     kwargs[group] = functools.partial(builders[group], **values)
+            if groups:
+                # objects remember the arguments that they were made with, by their present names
+                bound = inspect.signature(init).bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                self.__dict__["_arguments"] = dict(list(bound.arguments.items())[1:])
             init(self, *args, **kwargs)
 
         cls.__init__ = wrapped  # type: ignore[misc]

@@ -134,7 +134,9 @@ def packed_scores(
     if packed.spans and checkpoints_layers(base):
         raise ValueError("gradient checkpointing recomputes layers outside of the packed layout; use 'shared' with it")
     obstacle = support.packed if packed.spans else support.shared
-    if packed.shares_prompt and depends_on_length(base, int(packed.position_ids.max()) + 1):
+    # the window first: reading a number from a GPU waits for it, which no other model needs
+    windowed = packed.shares_prompt and rotary_window(base) is not None
+    if windowed and depends_on_length(base, int(packed.position_ids.max()) + 1):
         obstacle = "its rotary embeddings depend on the length of a text, which is above their window"
     if packed.shares_prompt and obstacle is not None:
         raise ValueError(

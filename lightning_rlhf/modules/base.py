@@ -28,7 +28,7 @@ from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_c
 from lightning_rlhf.models.master_weights import refuse_half_weights
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.models.stops import configured_ids, saved_generation_config
-from lightning_rlhf.modules.optimizer import ParameterGroups, build_optimizer
+from lightning_rlhf.modules.optimizer import ParameterGroups, build_optimizer, check_settings
 from lightning_rlhf.modules.sharded import ShardedModule
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.protocols import StepData
@@ -106,6 +106,7 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
         lr_scheduler: LRSchedulerCallable,
     ) -> None:
         super().__init__()
+        check_settings(optimizer, lr_scheduler)
         self.checkpoint = checkpoint
         self.options = options
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

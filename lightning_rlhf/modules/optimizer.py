@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_rlhf.models.master_weights import MasterWeights, is_half
@@ -64,6 +65,27 @@ def check_groups(optimizer: Optimizer) -> None:
             raise ValueError(f"model.optimizer.lr must be > 0; got {lr}")
         if not 0 <= decay < float("inf"):
             raise ValueError(f"model.optimizer.weight_decay must be >= 0; got {decay}")
+
+
+def check_settings(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
+    """Check the settings of optimizer and schedule on a small parameter, before any model is loaded.
+
+    Raises:
+        ValueError: naming the setting that is out of range.
+    """
+    # two dimensions: some optimizers take matrices only
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    try:
+        built = optimizer([{"params": [parameter]}])
+        lr_scheduler(built)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(
+            text if text.startswith("model.") else f"model.optimizer or model.lr_scheduler: {text}"
+        ) from None
+    except Exception:  # an optimizer of another package may need the real parameters, or a GPU; it is built later
+        return
+    check_groups(built)
 
 
 def use_fused_adamw(optimizer: Optimizer) -> None:
