@@ -679,7 +679,7 @@ def test_fused_adamw_takes_the_steps_of_the_plain_one(tmp_path: Path, tiny_polic
         policy = kind(str(tiny_policy), learning_rate=1e-3, weight_decay=0.1, layout="padded")
         loaded = data(VanillaSampler(), epochs_per_round=None)
         # Lightning would refuse to clip for a fused optimizer in mixed precision
-        run = trainer(tmp_path, 3, gradient_clip_val=1.0, precision=precision)
+        run = trainer(tmp_path / kind.__name__, 3, gradient_clip_val=1.0, precision=precision)
         run.fit(policy, datamodule=loaded)
         fitted.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     torch.testing.assert_close(*fitted, atol=1e-5, rtol=1e-4)
