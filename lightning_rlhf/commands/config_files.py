@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -78,3 +80,25 @@ class NamedConfig(ActionConfigFile):
 def note_once(text: str) -> None:
     """Say on rank zero, once, that an argument has a new name."""
     rank_zero_warn(f"{text}; the old name works for one more version", category=DeprecationWarning, stacklevel=2)
+
+
+def nested_nulls(args: list[str]) -> list[str]:
+    """Write arguments that set a nested option to null as inline configs, which jsonargparse reads rightly.
+
+    jsonargparse 4.53 hands the value of ``--data.rounds.epochs_per_round=null`` from parser to parser as the text
+    "None".
+
+    Args:
+        args: arguments of a command with the sections ``model`` and ``data``.
+    """
+    return [_inline_null(arg) for arg in args]
+
+
+def _inline_null(arg: str) -> str:
+    found = re.fullmatch(r"--((?:model|data)(?:\.\w+){2,})=(?:null|None|~)", arg)
+    if found is None:
+        return arg
+    value: object = None
+    for key in reversed([key for key in found[1].split(".") if key != "init_args"]):
+        value = {key: value}
+    return f"--config={json.dumps(value)}"
