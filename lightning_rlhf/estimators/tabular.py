@@ -101,8 +101,8 @@ def tilted_pair_distribution(
 def tpilaf_pair_distribution(log_policy: Tensor, log_reference: Tensor, beta: float) -> Tensor:
     """Symmetrized distribution of T-PILAF pairs, built from the two branches.
 
-    Arguments are those of `tilted_pair_distribution`. It equals ``pi_theta(a) pi_theta(b) / (2 sigma'(delta) (1 + zz))``: pairs of the policy tilted by the inverse
-    curvature of the Bradley-Terry likelihood.
+    It equals ``pi_theta(a) pi_theta(b) / (2 sigma'(delta) (1 + zz))``: pairs of the policy tilted by the inverse
+    curvature of the Bradley-Terry likelihood. Arguments are those of `tilted_pair_distribution`.
     """
     # p(x) = zz / (1 + zz)
     zz = tilted_distributions(log_policy, log_reference, beta).zz()

@@ -151,7 +151,8 @@ class DecodeEngine(AbstractEngine):
             _FITTING_SIZES[base_model(self.policy)] = (self.rows, self.tokens_per_batch)
             warnings.warn(
                 f"memory ran out while decoding {self.decoding.rows} responses in one batch ({reason}); now a batch "
-                f"has {self.rows}. Responses do not change. Set data.decoding.rows={self.rows} to start with this number",
+                f"has {self.rows}. Responses do not change. Set data.decoding.rows={self.rows} to start with this "
+                f"number",
                 stacklevel=2,
             )
 

@@ -82,10 +82,11 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
     """
     if dtype != "float16" or (precision == "16-mixed" and not trained_whole):
         return
+    refused = "as a whole" if trained_whole else f"with precision {precision}"
     raise ValueError(
-        f"model.options.dtype=float16 cannot be trained "
-        f"{'as a whole' if trained_whole else f'with precision {precision}'}: gradients below 6e-8 would be 0. Set model.options.dtype=bfloat16; or model.options.dtype=float32 with "
-        f"trainer.precision=16-mixed on a GPU, which scales the loss"
+        f"model.options.dtype=float16 cannot be trained {refused}: gradients below 6e-8 would be 0. Set "
+        f"model.options.dtype=bfloat16; or model.options.dtype=float32 with trainer.precision=16-mixed on a GPU, which "
+        f"scales the loss"
     )
 
 
