@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ def build_optimizer(
         ValueError: if a learning rate or weight decay is out of range, or a schedule needs the number of steps and
             nothing tells it.
     """
-    built = optimizer(groups)  # parameter groups are allowed wherever parameters are
-    check_groups(built)
+    built = checked_optimizer(groups, optimizer)
     use_fused_adamw(built)
     if any(is_half(parameter) for group in built.param_groups for parameter in group["params"]):
         # steps on bfloat16 weights would round to no step at all
@@ -52,18 +52,52 @@ def build_optimizer(
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def check_groups(optimizer: Optimizer) -> None:
-    """Check learning rates and weight decays.
+def checked_optimizer(groups: ParameterGroups, optimizer: OptimizerCallable) -> Optimizer:
+    """Build the optimizer, and check learning rates and weight decays.
 
     Raises:
         ValueError: naming the setting that is out of range.
     """
-    for group in optimizer.param_groups:
+    try:
+        built = optimizer(groups)  # parameter groups are allowed wherever parameters are
+    except ValueError as error:
+        raise ValueError(f"model.optimizer: {error}") from error
+    for group in built.param_groups:
         lr, decay = group.get("lr", 1.0), group.get("weight_decay", 0.0)
         if not 0 < lr < float("inf"):
             raise ValueError(f"model.optimizer.lr must be > 0; got {lr}")
         if not 0 <= decay < float("inf"):
             raise ValueError(f"model.optimizer.weight_decay must be >= 0; got {decay}")
+    return built
+
+
+def trial(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> tuple[Optimizer, Any]:
+    """Optimizer and schedule on a parameter that is thrown away, to check and to describe them.
+
+    Raises:
+        ValueError: naming the setting that is out of range.
+    """
+    built = checked_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], optimizer)
+    return built, lr_scheduler(built)
+
+
+def described_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> dict[str, Any]:
+    """Optimizer and schedule as a config names them: class and arguments, whichever callables make them."""
+    built, schedule = trial(optimizer, lr_scheduler)
+    return {
+        "optimizer": _as_config(built, built.defaults),
+        "lr_scheduler": _as_config(schedule, vars(schedule)),
+    }
+
+
+def _as_config(made: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    kind = type(made)
+    # the first argument is the parameters or the optimizer, which are no settings
+    names = list(inspect.signature(kind).parameters)[1:]
+    return {
+        "class_path": f"{kind.__module__}.{kind.__qualname__}",
+        "init_args": {name: values[name] for name in names if name in values},
+    }
 
 
 def use_fused_adamw(optimizer: Optimizer) -> None:
