@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import (
@@ -39,10 +40,14 @@ from benchmarks.harness import (
 ABLATIONS: dict[str, dict[str, Any]] = {
     "padded rows": {"layout": "padded"},
     "shared prompt by a dense mask": {"layout": "shared"},
-    "one pass per step": {"tokens_per_batch": None},
+    "one micro-batch per step": {"max_tokens_per_micro_batch": None},
     "head on all positions": {"full_head": True},
     "live reference": {"live_reference": True},
-    "all of these but live reference, padded": {"layout": "padded", "tokens_per_batch": None, "full_head": True},
+    "all of these but live reference, padded": {
+        "layout": "padded",
+        "max_tokens_per_micro_batch": None,
+        "full_head": True,
+    },
     "gradient checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"precision": "bf16-mixed"},
 }
@@ -51,9 +56,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def ours(job: Job) -> dict[str, Any]:
     """`DPOModule` on recorded pairs."""
     import lightning as L
+    from torch.optim import AdamW
 
-    from lightning_rlhf import DPOModule, PreferenceDataModule
+    from lightning_rlhf import DPOModule, ModelOptions, PreferenceDataModule
     from lightning_rlhf.callbacks import RewardMonitor
+    from lightning_rlhf.datamodules.options import BatchOptions, PreferenceRoundOptions, PromptOptions
     from lightning_rlhf.generation.base import Decoding
     from lightning_rlhf.labelers import RecordedLabeler
     from lightning_rlhf.logprobs import compute
@@ -85,9 +92,10 @@ def ours(job: Job) -> dict[str, Any]:
     kind = LiveReference if options.get("live_reference") else DPOModule
     module = kind(
         job.model,
-        learning_rate=1e-5,
-        layout=options.get("layout", "auto"),
-        gradient_checkpointing=options.get("gradient_checkpointing", False),
+        optimizer=partial(AdamW, lr=1e-5, weight_decay=0.0),
+        options=ModelOptions(
+            layout=options.get("layout", "auto"), gradient_checkpointing=options.get("gradient_checkpointing", False)
+        ),
     )
     total = job.batch * (job.steps + job.skip)
     data = PreferenceDataModule(
@@ -95,11 +103,10 @@ def ours(job: Job) -> dict[str, Any]:
         OfflineSampler(),
         RecordedLabeler(),
         pairs_per_batch=job.batch,
-        tokens_per_batch=options.get("tokens_per_batch", "auto"),
+        batching=BatchOptions(max_tokens_per_micro_batch=options.get("max_tokens_per_micro_batch", "auto")),
         decoding=Decoding(max_new_tokens=MAX_RESPONSE),
-        max_prompt_tokens=MAX_PROMPT,
-        on_long_prompt="drop",
-        epochs_per_round=None,
+        prompt_options=PromptOptions(max_prompt_tokens=MAX_PROMPT, on_long_prompt="drop"),
+        rounds=PreferenceRoundOptions(epochs_per_round=None),
     )
     trainer = bare_trainer(
         tempfile.mkdtemp(), [RewardMonitor(), Ticks()], max_epochs=1, precision=options.get("precision", "32-true")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ def ours(job: Job) -> dict[str, Any]:
     """`DPOModule` with rounds of one batch."""
     import lightning as L
     import torch
+    from torch.optim import AdamW
 
     from lightning_rlhf import DPOModule, PreferenceDataModule
     from lightning_rlhf.callbacks import RewardMonitor
+    from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
     from lightning_rlhf.generation.base import Decoding
     from lightning_rlhf.labelers import RewardLabeler
     from lightning_rlhf.models.load import LoRA
@@ -46,17 +49,16 @@ def ours(job: Job) -> dict[str, Any]:
             first.setdefault("loss", float(outputs["loss"]))
 
     lora = LoRA(r=16, alpha=32) if job.options.get("lora") else None
-    module = DPOModule(job.model, learning_rate=1e-5, lora=lora)
+    module = DPOModule(job.model, optimizer=partial(AdamW, lr=1e-5, weight_decay=0.0), lora=lora)
     total = job.batch * (job.steps + job.skip)
     data = PreferenceDataModule(
         Rows(job.data, total, module.tokenizer),
         PILAFSampler() if job.options.get("pilaf") else VanillaSampler(),
         RewardLabeler(CountE(), "argmax"),
-        prompts_per_round=job.batch,
+        rounds=PreferenceRoundOptions(prompts_per_round=job.batch),
         pairs_per_batch=job.batch,
         decoding=Decoding(max_new_tokens=job.new_tokens),
-        max_prompt_tokens=MAX_PROMPT,
-        on_long_prompt="drop",
+        prompt_options=PromptOptions(max_prompt_tokens=MAX_PROMPT, on_long_prompt="drop"),
     )
     folder = tempfile.mkdtemp()
     trainer = bare_trainer(folder, [RewardMonitor(), Ticks()], max_steps=job.steps + job.skip)

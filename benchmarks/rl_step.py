@@ -11,6 +11,7 @@ Each side draws responses of its own, so that first losses say nothing; tests ho
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ def ours(job: Job) -> dict[str, Any]:
     """`PolicyGradientModule` with rounds of one batch."""
     import lightning as L
     import torch
+    from torch.optim import AdamW
 
     from lightning_rlhf import Decoding, PolicyGradientModule, RolloutDataModule
     from lightning_rlhf.advantages import GRPO, RLOO, LearnedBaseline
     from lightning_rlhf.callbacks import RolloutMonitor
+    from lightning_rlhf.datamodules.options import PromptOptions, RoundOptions
     from lightning_rlhf.models.load import LoRA
+    from lightning_rlhf.modules import KLControl, PolicyLoss
     from lightning_rlhf.rewards import AbstractReward, RewardOutput
 
     class CountE(AbstractReward):
@@ -48,16 +52,19 @@ def ours(job: Job) -> dict[str, Any]:
             lengths.append(batch.numbers.shape[1])
 
     settings: dict[str, dict[str, Any]] = {
-        "rloo": {"advantage": RLOO()},
+        "rloo": {"advantage": RLOO(), "kl": KLControl("penalty")},
         # GRPO as TRL has it: clipped, the KL in the loss, averaged over tokens
-        "grpo": {"advantage": GRPO(), "clip": 0.2, "kl_placement": "loss_k3", "aggregation": "token_mean"},
-        "baseline": {"advantage": LearnedBaseline()},
+        "grpo": {
+            "advantage": GRPO(),
+            "kl": KLControl("penalty", placement="loss_k3"),
+            "loss": PolicyLoss(clip=0.2, aggregation="token_mean"),
+        },
+        "baseline": {"advantage": LearnedBaseline(), "kl": KLControl("penalty")},
     }
     module = PolicyGradientModule(
         job.model,
         beta=BETA,
-        objective="penalty",
-        learning_rate=1e-5,
+        optimizer=partial(AdamW, lr=1e-5, weight_decay=0.0),
         lora=LoRA(r=16, alpha=32) if job.options.get("lora") else None,
         **settings[job.options["method"]],
     )
@@ -66,11 +73,10 @@ def ours(job: Job) -> dict[str, Any]:
         Rows(job.data, prompts * (job.steps + job.skip), module.tokenizer),
         CountE(),
         responses_per_prompt=RESPONSES,
-        prompts_per_round=prompts,
+        rounds=RoundOptions(prompts_per_round=prompts),
         prompts_per_batch=prompts,
         decoding=Decoding(max_new_tokens=job.new_tokens),
-        max_prompt_tokens=MAX_PROMPT,
-        on_long_prompt="drop",
+        prompt_options=PromptOptions(max_prompt_tokens=MAX_PROMPT, on_long_prompt="drop"),
     )
     folder = tempfile.mkdtemp()
     trainer = bare_trainer(folder, [RolloutMonitor(), Ticks()], max_steps=job.steps + job.skip)

@@ -23,8 +23,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 
-COMMON = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false", "--seed_everything=0"]
-ROUNDS = ["--data.prompts_per_round=4", "--data.decoding.max_new_tokens=6", "--data.decoding.rows=8", "--trainer.max_epochs=2"]
+COMMON = [
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--trainer.enable_progress_bar=false",
+    "--seed_everything=0",
+]
+ROUNDS = [
+    "--data.prompts_per_round=4",
+    "--data.decoding.max_new_tokens=6",
+    "--data.decoding.rows=8",
+    "--trainer.max_epochs=2",
+]
 RATE = ["--model.learning_rate=1e-3", "--model.warmup_steps=2"]
 
 
@@ -33,7 +43,14 @@ def runs(policy: str, reward: str, rows: str, completions: str) -> dict[str, lis
     pairs = [*ROUNDS, *RATE, "--data.pairs_per_batch=4", f"--model.policy={policy}", "--data.heldout.limit=4"]
     template = ["--model.chat_template=human_assistant"]
     recorded = [*RATE, f"--data.prompts.path={rows}", "--data.pairs_per_batch=2", "--data.decoding.max_new_tokens=16"]
-    rollouts = [*ROUNDS, *RATE, "--data.prompts_per_batch=4", f"--model.policy={policy}", "--data.heldout.limit=4", *template]
+    rollouts = [
+        *ROUNDS,
+        *RATE,
+        "--data.prompts_per_batch=4",
+        f"--model.policy={policy}",
+        "--data.heldout.limit=4",
+        *template,
+    ]
     return {
         "quickstart": ["quickstart", *pairs, *template, "--data.system_prompt=null"],
         "dpo_online": ["dpo_online", *pairs, *template, "--model.reference=previous"],
@@ -56,7 +73,9 @@ def make_inputs(folder: Path) -> tuple[str, str, str, str]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens(["<eos>", "<pad>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     torch.manual_seed(0)

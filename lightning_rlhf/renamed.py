@@ -31,12 +31,14 @@ RENAMED: dict[str, dict[str, str]] = {
         "tokens_per_batch": "options.scoring_batch_tokens",
         "use_vllm": "options.use_vllm",
         "trust_remote_code": "options.trust_remote_code",
+        "disable_dropout": "options.disable_dropout",
         "ema_decay": "reference.ema_decay",
         "objective": "kl.objective",
         "kl_placement": "kl.placement",
         "kl_target": "kl.target",
         "kl_gain": "kl.gain",
         "clip": "loss.clip",
+        "aggregation": "loss.aggregation",
         "whiten_advantages": "loss.whiten_advantages",
         "value_model": "value.checkpoint",
         "value_learning_rate": "value.learning_rate",
@@ -79,20 +81,39 @@ RENAMED_MODULES = {
 RENAMED_CLASSES = {"SigmoidLoss": "DPOLoss"}
 """Classes with new names."""
 
+KEPT = {"SFTModule": frozenset({"aggregation"})}
+"""Arguments whose old name is also the present one, by class."""
+
 _REFERENCE_RULES = ("fixed", "previous", "ema")
 
 
-def renamed_arguments(args: list[str], note: Callable[[str], None] = lambda _: None) -> list[str]:
+def renames(section: str, class_path: str | None = None) -> dict[str, str]:
+    """Old argument to new path in a section of a config, without those that its class keeps.
+
+    Args:
+        section: ``model`` or ``data``.
+        class_path: path or name of the class, None if it is not known.
+    """
+    kept = KEPT.get((class_path or "").rpartition(".")[2], frozenset())
+    return {old: new for old, new in RENAMED[section].items() if old not in kept}
+
+
+def renamed_arguments(
+    args: list[str], note: Callable[[str], None] = lambda _: None, model: str | None = None
+) -> list[str]:
     """Translate command-line arguments: ``--model.learning_rate=1e-5`` becomes ``--model.optimizer.lr=1e-5``.
 
     Args:
         args: the arguments.
         note: told every translation.
+        model: class of the module, None if it is not known.
     """
-    return [_renamed_argument(arg, note) for arg in args]
+    return [
+        _renamed_argument(arg, following, note, model) for arg, following in zip(args, [*args[1:], ""], strict=True)
+    ]
 
 
-def _renamed_argument(arg: str, note: Callable[[str], None]) -> str:
+def _renamed_argument(arg: str, following: str, note: Callable[[str], None], model: str | None) -> str:
     arg = re.sub(
         rf"(?<==)(lightning_rlhf\.[\w.]+|{'|'.join(RENAMED_CLASSES)})$", lambda path: renamed_class(path[0]), arg
     )
@@ -100,28 +121,34 @@ def _renamed_argument(arg: str, note: Callable[[str], None]) -> str:
     if found is None:
         return arg
     section, name, value = found[1], found[2], found[3] or ""
-    if section == "model" and name == "reference" and value[1:] in _REFERENCE_RULES:
+    names = renames(section, model) if section in RENAMED else {}
+    # "--model.reference previous" has its value in the next argument
+    if section == "model" and name == "reference" and (value[1:] or following) in _REFERENCE_RULES:
         new = "reference.rule"
-    elif name in RENAMED.get(section, {}):
-        new = RENAMED[section][name]
+    elif name in names:
+        new = names[name]
     else:
         return arg
     note(f"--{section}.{name} is --{section}.{new} since version 0.2")
     return f"--{section}.{new}{value}"
 
 
-def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def renamed_config(
+    content: dict[str, Any], note: Callable[[str], None] = lambda _: None, model: str | None = None
+) -> dict[str, Any]:
     """Translate a config, as read from YAML; the argument is left as it is.
 
     Args:
         content: the config.
         note: told every translation.
+        model: class of the module, for overlays that do not name it.
     """
     result: dict[str, Any] = _with_renamed_classes(content)
-    for section, names in RENAMED.items():
+    for section in RENAMED:
         part = result.get(section)
         if not isinstance(part, dict):
             continue
+        names = renames(section, part.get("class_path", model if section == "model" else None))
         # arguments stand under init_args, or, in overlays without a class path, directly in the section
         if isinstance(part.get("init_args"), dict):
             result[section] = {**part, "init_args": _renamed_fields(part["init_args"], section, names, note)}
@@ -189,35 +216,36 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
     def decorate(cls: Cls) -> Cls:
         init = cls.__init__  # type: ignore[misc]
         parameters = inspect.signature(init).parameters
+        # the groups of this class: dataclasses, and callables with a builder
+        groups = {name for name, parameter in parameters.items() if name in builders or is_dataclass(parameter.default)}
 
         @functools.wraps(init)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
-            groups: dict[str, dict[str, Any]] = {}
-            for name in [n for n in kwargs if n in RENAMED[section] and n not in parameters]:
+            found: dict[str, dict[str, Any]] = {}
+            for name in [name for name in kwargs if name in RENAMED[section] and name not in parameters]:
                 group, _, leaf = RENAMED[section][name].partition(".")
-                if group in parameters:
-                    groups.setdefault(group, {})[leaf] = kwargs.pop(name)
-                    warnings.warn(
-                        f"{cls.__name__}({name}=...) is {group}.{leaf} since version 0.2",
-                        DeprecationWarning,
-                        stacklevel=2,
-                    )
-            if kwargs.get("reference") in _REFERENCE_RULES and is_dataclass(parameters["reference"].default):
-                groups.setdefault("reference", {})["rule"] = kwargs.pop("reference")
-            for group, values in groups.items():
+                if group in groups:
+                    found.setdefault(group, {})[leaf] = kwargs.pop(name)
+                    _warn(cls, name, f"{group}.{leaf}")
+            if "reference" in groups and kwargs.get("reference") in _REFERENCE_RULES:
+                found.setdefault("reference", {})["rule"] = kwargs.pop("reference")
+                _warn(cls, "reference", "reference.rule")
+            for group, values in found.items():
                 held = kwargs.get(group, parameters[group].default)
                 if is_dataclass(held) and not isinstance(held, type):
                     kwargs[group] = replace(held, **values)
                 else:
                     kwargs[group] = functools.partial(builders[group], **values)
-            if groups:
-                # objects remember the arguments that they were made with, by their present names
-                bound = inspect.signature(init).bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                self.__dict__["_arguments"] = dict(list(bound.arguments.items())[1:])
+            if found and hasattr(self, "note_arguments"):
+                # those of the call had names that the signature does not know
+                self.note_arguments(*args, **kwargs)
             init(self, *args, **kwargs)
 
         cls.__init__ = wrapped  # type: ignore[misc]
         return cls
 
     return decorate
+
+
+def _warn(cls: type, old: str, new: str) -> None:
+    warnings.warn(f"{cls.__name__}({old}=...) is {new} since version 0.2", DeprecationWarning, stacklevel=3)

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.harness import check_same, ids_in_order, model_folder
+from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
 
 
@@ -86,8 +87,8 @@ def test_the_peer_gets_the_pairs_of_our_steps(tmp_path: Path) -> None:
         RecordedLabeler(),
         pairs_per_batch=2,
         decoding=Decoding(max_new_tokens=MAX_RESPONSE),
-        max_prompt_tokens=MAX_PROMPT,
-        epochs_per_round=None,
+        prompt_options=PromptOptions(max_prompt_tokens=MAX_PROMPT),
+        rounds=PreferenceRoundOptions(epochs_per_round=None),
     )
     trainer = L.Trainer(
         accelerator="cpu",

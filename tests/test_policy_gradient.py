@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import Decoding, PolicyGradientModule, RolloutDataModule
 from lightning_rlhf.advantages import GAE, GRPO, RLOO, AbstractAdvantage, LearnedBaseline
 from lightning_rlhf.callbacks import LabelBudget, RolloutMonitor
 from lightning_rlhf.cli import main
+from lightning_rlhf.datamodules.options import BatchOptions, RoundOptions
+from lightning_rlhf.datamodules.rollouts import RewardShaping
 from lightning_rlhf.evaluation.rollouts import repetition, round_figures
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.logprobs.compute import response_logps
+from lightning_rlhf.modules import KLControl, PolicyLoss, ReferenceUpdate, ValueModel
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.rewards import AbstractReward, LLMScoreReward, RewardOutput, UncertaintyPenalty
 from lightning_rlhf.types import Prompt, PromptRow, Response, Rollout
@@ -50,15 +55,15 @@ class Even(AbstractReward):
         return RewardOutput(torch.tensor(shares), torch.tensor(spread))
 
 
-def module(policy: Path, advantage: AbstractAdvantage, **options: Any) -> PolicyGradientModule:
+def module(policy: Path, advantage: AbstractAdvantage, lr: float = 1e-2, **options: Any) -> PolicyGradientModule:
     L.seed_everything(0, verbose=False)
-    return PolicyGradientModule(str(policy), advantage, **{"learning_rate": 1e-2, **options})
+    return PolicyGradientModule(str(policy), advantage, optimizer=partial(AdamW, lr=lr, weight_decay=0.0), **options)
 
 
 def data(reward: AbstractReward | None = None, count: int = 6, **options: Any) -> RolloutDataModule:
     settings = {
         "responses_per_prompt": 2,
-        "prompts_per_round": 4,
+        "rounds": RoundOptions(prompts_per_round=4),
         "prompts_per_batch": 2,
         "decoding": Decoding(max_new_tokens=5, rows=4),
         **options,
@@ -91,11 +96,11 @@ class Steps(L.Callback):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_those_of_the_law_that_is_sampled(
+def test_log_probabilities_are_those_of_the_sampled_distribution(
     tmp_path: Path, tiny_policy: Path, temperature: float
 ) -> None:
     kept, decoding = Steps(), Decoding(max_new_tokens=5, rows=4, temperature=temperature)
-    policy = module(tiny_policy, RLOO(), learning_rate=1e-9)
+    policy = module(tiny_policy, RLOO(), lr=1e-9)
     trainer(tmp_path, kept, max_epochs=1).fit(policy, datamodule=data(decoding=decoding))
     drawn = kept.rounds[0]
     assert len(drawn.groups) == 4 and {len(group) for group in drawn.groups} == {2}
@@ -113,7 +118,7 @@ def test_log_probabilities_are_those_of_the_law_that_is_sampled(
     assert [r.reward for r in drawn.rollouts] == pytest.approx(expected_rewards)
 
 
-def test_credit_by_hand(tiny_policy: Path) -> None:
+def test_advantages_by_hand(tiny_policy: Path) -> None:
     def rollout(policy: tuple[float, ...], reference: tuple[float, ...], values: tuple[float, ...]) -> Rollout:
         ids = tuple(range(1, len(policy) + 1))
         return Rollout(Prompt(0, (1,), "x"), Response(ids, "", "eos", policy, reference), 1.0, values)
@@ -127,20 +132,26 @@ def test_credit_by_hand(tiny_policy: Path) -> None:
     assert group.advantages == pytest.approx((0.75, 0.75, -0.75))
     assert group.targets is None
     # with the KL in the loss, rewards alone are compared; the penalty objective leaves them whole
-    loss = module(tiny_policy, RLOO(), beta=0.1, objective="penalty", kl_placement="loss_k2")
+    loss = module(tiny_policy, RLOO(), beta=0.1, kl=KLControl("penalty", placement="loss_k2"))
     (group,) = loss.compute_advantages([[first, second]], [2.0, 1.0])
     assert group.advantages == pytest.approx((1.0, 1.0, -1.0))
-    white = module(tiny_policy, LearnedBaseline(), beta=0.1, whiten_advantages=True)
+    white = module(tiny_policy, LearnedBaseline(), beta=0.1, loss=PolicyLoss(whiten_advantages=True))
     (group,) = white.compute_advantages([[first, second]], [2.0, 1.0])
     assert sum(group.advantages) == pytest.approx(0.0, abs=1e-6)
     assert group.targets == pytest.approx((1.85, 1.9, 1.1))  # the value model learns what it learnt before
 
 
 def test_the_loss_is_that_of_response_tokens_alone(tmp_path: Path, tiny_policy: Path) -> None:
-    """By hand from all logits, row by row: prompts and filling carry nothing, and the value model reads states."""
+    """By hand from all logits, row by row: prompts and padding carry nothing, and the value model reads states."""
     kept = Steps()
-    options = {"beta": 0.2, "kl_placement": "loss_k2", "value_coefficient": 0.5, "aggregation": "sequence_mean"}
-    policy = module(tiny_policy, LearnedBaseline(), **options)
+    policy = module(
+        tiny_policy,
+        LearnedBaseline(),
+        beta=0.2,
+        kl=KLControl(placement="loss_k2"),
+        loss=PolicyLoss(aggregation="sequence_mean"),
+        value=ValueModel(coefficient=0.5),
+    )
     decoding = Decoding(max_new_tokens=5, rows=4, temperature=0.7)
     trainer(tmp_path, kept, max_epochs=1).fit(policy, datamodule=data(prompts_per_batch=4, decoding=decoding))
     start, losses = AutoModelForCausalLM.from_pretrained(tiny_policy), []
@@ -159,46 +170,61 @@ def test_the_loss_is_that_of_response_tokens_alone(tmp_path: Path, tiny_policy: 
     "options",
     [
         {"advantage": RLOO()},
-        {"advantage": GAE(), "clip": 0.2, "value_clip": 0.2, "aggregation": "token_mean", "whiten_advantages": True},
-        {"advantage": GRPO(), "clip": 0.2, "kl_placement": "loss_k3", "aggregation": "sequence_mean"},
+        {"advantage": GAE(), "loss": PolicyLoss(0.2, "token_mean", True), "value": ValueModel(clip=0.2)},
+        {
+            "advantage": GRPO(),
+            "loss": PolicyLoss(0.2, "sequence_mean"),
+            "kl": KLControl(placement="loss_k3"),
+        },
     ],
     ids=["rloo", "ppo", "grpo"],
 )
-def test_passes_and_accumulation_change_nothing(tmp_path: Path, tiny_policy: Path, options: dict[str, Any]) -> None:
+def test_micro_batches_and_accumulation_change_nothing(
+    tmp_path: Path, tiny_policy: Path, options: dict[str, Any]
+) -> None:
     class Plain(PolicyGradientModule):
         """Without the normalisation of AdamW, which makes much of rounding where gradients are small."""
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    found, passes = [], []
+    found, last_losses = [], []
     start = torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(tiny_policy).parameters()]).detach()
     for name, tokens, pieces in (("whole", None, {}), ("parts", 14, {}), ("both", 14, {"accumulate_grad_batches": 2})):
         per_batch = 2 if pieces else 4
         kept, policy = Steps(), Plain(str(tiny_policy), **options)
-        rollouts = data(prompts_per_batch=per_batch, epochs_per_round=2, tokens_per_batch=tokens)
+        rollouts = data(prompts_per_batch=per_batch, rounds=RoundOptions(4, 2), batching=BatchOptions(tokens))
         trainer(tmp_path / name, kept, **pieces).fit(policy, datamodule=rollouts)
         found.append(weights(policy))
         assert (found[-1][: len(start)] - start).abs().max() > 1e-3
-        passes.append(kept.outputs[-1]["loss"].item())
-    for other, loss in zip(found[1:], passes[1:], strict=True):
+        last_losses.append(kept.outputs[-1]["loss"].item())
+    for other, loss in zip(found[1:], last_losses[1:], strict=True):
         torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
-        assert loss == pytest.approx(passes[0], abs=1e-4)
+        assert loss == pytest.approx(last_losses[0], abs=1e-4)
 
 
 RESUMED = {
     "ppo": (
         lambda: GAE(lam=0.9),
-        {"clip": 0.2, "value_clip": 0.2, "objective": "penalty", "beta": 0.1, "kl_target": 0.5},
-        {"normalize_rewards": "mean_std", "missing_eos_penalty": 0.3, "epochs_per_round": 2},
+        {
+            "beta": 0.1,
+            "kl": KLControl("penalty", target=0.5),
+            "loss": PolicyLoss(clip=0.2),
+            "value": ValueModel(clip=0.2),
+        },
+        {"shaping": RewardShaping("mean_std", missing_eos_penalty=0.3), "rounds": RoundOptions(4, 2)},
     ),
-    "rloo": (RLOO, {"reference": "previous"}, {"normalize_rewards": "std", "epochs_per_round": 2}),
+    "rloo": (
+        RLOO,
+        {"reference": ReferenceUpdate("previous")},
+        {"shaping": RewardShaping("std"), "rounds": RoundOptions(4, 2)},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_policy: Path, name: str) -> None:
-    """Two rounds of two epochs of two steps; most checkpoints lie in the middle of a rollout's passes."""
+    """Two rounds of two epochs of two steps; most checkpoints lie in the middle of a rollout's epochs."""
     make, options, settings = RESUMED[name]
 
     def fit(folder: Path, *callbacks: L.Callback, ckpt: str | None = None) -> tuple[torch.Tensor, float, int]:
@@ -211,7 +237,7 @@ def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_poli
     every = ModelCheckpoint(straight / "ckpt", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     expected, coefficient, asked = fit(straight, every)
     assert asked == 16
-    if "kl_target" in options:
+    if "kl" in options:
         assert coefficient != options["beta"]
     checkpoints = sorted((straight / "ckpt").glob("*.ckpt"))
     assert len(checkpoints) == 8
@@ -259,7 +285,7 @@ def learnt(folder: Path, tiny_policy: Path, **options: Any) -> tuple[float, floa
     rollouts = data(
         count=16,
         responses_per_prompt=4,
-        prompts_per_round=16,
+        rounds=RoundOptions(prompts_per_round=16),
         prompts_per_batch=16,
         decoding=Decoding(max_new_tokens=6, rows=64),
     )
@@ -282,10 +308,10 @@ def test_a_rule_judge_is_pleased_and_the_pull_bounds_the_drift(tmp_path: Path, t
 
 @pytest.mark.slow
 def test_the_learned_baseline_learns_too(tmp_path: Path, tiny_policy: Path) -> None:
-    options = {"beta": 0.05, "learning_rate": 2e-2, "value_learning_rate": 3e-2}
-    kept, policy = Steps(), module(tiny_policy, LearnedBaseline(), **options)
+    kept = Steps()
+    policy = module(tiny_policy, LearnedBaseline(), beta=0.05, lr=2e-2, value=ValueModel(learning_rate=3e-2))
     rollouts = data(
-        count=16, responses_per_prompt=4, prompts_per_round=16, prompts_per_batch=16,
+        count=16, responses_per_prompt=4, rounds=RoundOptions(16), prompts_per_batch=16,
         decoding=Decoding(max_new_tokens=6, rows=64),
     )  # fmt: skip
     trainer(tmp_path, kept, max_epochs=12).fit(policy, datamodule=rollouts)
@@ -303,7 +329,7 @@ def test_beta_follows_the_kl_by_hand(tiny_policy: Path) -> None:
         response = Response((1, 2), "", "eos", (-1.0, -1.0), (-1.0 - log_ratio, -1.0))
         return [[Rollout(Prompt(0, (1,), "x"), response)]]
 
-    policy = module(tiny_policy, RLOO(), objective="penalty", beta=0.1, kl_target=2.0)
+    policy = module(tiny_policy, RLOO(), beta=0.1, kl=KLControl("penalty", target=2.0))
     for kl, factor in ((2.2, 1.01), (8.0, 1.02), (2.0, 1.0), (-3.0, 0.98)):  # the error is cut to 20 %, the gain is 0.1
         before = policy.kl_coefficient
         policy.observe_round(drawn(kl))
@@ -338,7 +364,7 @@ def test_the_uncertainty_penalty_by_hand() -> None:
 
 def test_rewards_are_normalised_by_all_rounds_so_far(tmp_path: Path, tiny_policy: Path) -> None:
     kept = Steps()
-    rollouts = data(normalize_rewards="mean_std", missing_eos_penalty=0.25)
+    rollouts = data(shaping=RewardShaping("mean_std", missing_eos_penalty=0.25))
     trainer(tmp_path, kept, max_epochs=3).fit(module(tiny_policy, RLOO()), datamodule=rollouts)
     raw: list[float] = []
     for drawn in kept.rounds:
@@ -395,16 +421,15 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
         trainer(tmp_path / "2").fit(module(tiny_policy, RLOO()), datamodule=nucleus)
     with pytest.raises(ValueError, match=r"data\.prompts_per_batch must be at least 1; got 0"):
         data(prompts_per_batch=0)
-    with pytest.raises(ValueError, match=r"data\.missing_eos_penalty must be finite and at least 0; got -1"):
-        data(missing_eos_penalty=-1.0)
-    for options, message in (
-        ({"beta": 1.0}, "the reward counts for nothing"),
-        ({"beta": 1.5}, r"beta must lie in \[0, 1\]"),
-        ({"clip": 0.0}, "model.loss.clip must be > 0"),
-        ({"kl_target": 6.0}, "needs objective=penalty"),
-    ):
+    with pytest.raises(ValueError, match=r"data\.shaping\.missing_eos_penalty must be finite and at least 0; got -1"):
+        RewardShaping(missing_eos_penalty=-1.0)
+    for beta, message in ((1.0, "the reward has no weight"), (1.5, r"beta must lie in \[0, 1\]")):
         with pytest.raises(ValueError, match=message):
-            module(tiny_policy, RLOO(), **options)
+            module(tiny_policy, RLOO(), beta=beta)
+    with pytest.raises(ValueError, match=r"model\.loss\.clip must be > 0"):
+        PolicyLoss(clip=0.0)
+    with pytest.raises(ValueError, match=r"needs model\.kl\.objective=penalty"):
+        KLControl(target=6.0)
 
 
 def test_a_frozen_copy_of_the_policy_judges_it(tmp_path: Path, tiny_judge: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import PreferenceDataModule
 from lightning_rlhf.cli import main
+from lightning_rlhf.datamodules.options import BatchOptions, PreferenceRoundOptions
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RecordedLabeler, RewardLabeler
 from lightning_rlhf.models.load import LoRA, load_tokenizer
 from lightning_rlhf.models.scorer import Ensemble, open_scorer
 from lightning_rlhf.modules import RewardModule
-from lightning_rlhf.modules.reward import padding_id
+from lightning_rlhf.modules.reward import RewardLoss, padding_id
 from lightning_rlhf.prompts import DatasetPrompts, tokenize_rows
 from lightning_rlhf.prompts.tokenize import encode_answers
 from lightning_rlhf.rewards import AbstractReward, RewardModelReward, RewardOutput, combine, disagreement
@@ -152,7 +155,7 @@ def data(folder: Path, **options: Any) -> PreferenceDataModule:
         OfflineSampler(),
         RecordedLabeler(),
         pairs_per_batch=4,
-        epochs_per_round=None,
+        rounds=PreferenceRoundOptions(epochs_per_round=None),
         decoding=Decoding(max_new_tokens=16),
         **options,
     )
@@ -185,16 +188,21 @@ def fit(
     **options: Any,
 ) -> RewardModule:
     L.seed_everything(0)
-    module = RewardModule(str(tiny_policy), learning_rate=1e-2, margin=0.1, center_coefficient=0.01, **KINDS[kind])
+    module = RewardModule(
+        str(tiny_policy),
+        optimizer=partial(AdamW, lr=1e-2, weight_decay=0.0),
+        loss=RewardLoss(margin=0.1, center_coefficient=0.01),
+        **KINDS[kind],
+    )
     trainer(folder, *callbacks).fit(module, datamodule=data(folder, **options), ckpt_path=ckpt)
     return module
 
 
 @pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
 @pytest.mark.parametrize("kind", ["whole", "adapters", "mean"])
-def test_passes_change_nothing_but_the_passes(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
-    whole = fit(tmp_path / "whole", tiny_policy, tokens_per_batch=None, kind=kind)
-    parts = fit(tmp_path / "parts", tiny_policy, tokens_per_batch=30, kind=kind)
+def test_micro_batches_change_nothing(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
+    whole = fit(tmp_path / "whole", tiny_policy, batching=BatchOptions(None), kind=kind)
+    parts = fit(tmp_path / "parts", tiny_policy, batching=BatchOptions(30), kind=kind)
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-4, rtol=1e-3)
 
 
@@ -218,7 +226,9 @@ def test_the_bonus_for_diversity_makes_adapters_read_more_directions(tmp_path: P
     for diversity in (0.0, 1.0):
         L.seed_everything(0)
         ensemble = Ensemble("lora", 2, diversity=diversity)
-        module = RewardModule(str(tiny_policy), ensemble, LoRA(r=2), learning_rate=1e-2)
+        module = RewardModule(
+            str(tiny_policy), ensemble, LoRA(r=2), optimizer=partial(AdamW, lr=1e-2, weight_decay=0.0)
+        )
         trainer(tmp_path, max_epochs=5).fit(module, datamodule=data(tmp_path / str(diversity)))
         ratios.append(module._diversity().item())
     assert ratios[0] < ratios[1] <= 2.0  # 2 is the most that 2 x 2 directions allow
@@ -302,12 +312,17 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
         sampler,
         RewardLabeler(HighEnding(), rule="soft"),
         pairs_per_batch=8,
-        prompts_per_round=64,
+        rounds=PreferenceRoundOptions(prompts_per_round=64),
         decoding=Decoding(max_new_tokens=3),
     )
     L.seed_everything(0)
     reference = None if isinstance(sampler, VanillaSampler) else str(tiny_policy)
-    module = RewardModule(str(tiny_policy), policy=str(moved_policy), reference=reference, learning_rate=2e-2)
+    module = RewardModule(
+        str(tiny_policy),
+        policy=str(moved_policy),
+        reference=reference,
+        optimizer=partial(AdamW, lr=2e-2, weight_decay=0.0),
+    )
     accuracies, keep = Accuracies(), ModelCheckpoint(tmp_path / "ckpt")
     trainer(tmp_path, accuracies, keep, max_epochs=12).fit(module, datamodule=drawing)
     assert drawing.round is not None
@@ -416,7 +431,7 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     with pytest.raises(ValueError, match=r"held-out prompt 0 \('say 1'\) has no recorded pair"):
         trainer(tmp_path).validate(RewardModule(str(tiny_policy)), datamodule=unpaired)
     with pytest.raises(ValueError, match="must be >= 0; got -1"):
-        RewardModule(str(tiny_policy), margin=-1.0)
+        RewardModule(str(tiny_policy), loss=RewardLoss(margin=-1.0))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         RewardModelReward("/nowhere/at/all")
     with pytest.raises(ValueError, match=r"train with data\.heldout"):

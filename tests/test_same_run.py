@@ -7,18 +7,21 @@ import shutil
 import sqlite3
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.optim import AdamW
 
 from lightning_rlhf import DPOModule, PolicyGradientModule, PreferenceDataModule, RolloutDataModule
 from lightning_rlhf.callbacks import HFExport
 from lightning_rlhf.cli import main
 from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.datamodules.completions import CompletionDataModule
+from lightning_rlhf.datamodules.options import PreferenceRoundOptions, RoundOptions
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RewardLabeler
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -55,13 +58,14 @@ def rows(path: Path, count: int, name: str = "river", **extra: str) -> Path:
 
 
 def pairs(source: Any, **options: Any) -> PreferenceDataModule:
-    settings = {"prompts_per_round": 2, "pairs_per_batch": 2, "decoding": Decoding(max_new_tokens=3), **options}
+    settings = {"pairs_per_batch": 2, "decoding": Decoding(max_new_tokens=3), **options}
+    settings["rounds"] = PreferenceRoundOptions(prompts_per_round=2, ledger=settings.pop("ledger", None))
     sampler, reward = settings.pop("sampler", VanillaSampler()), settings.pop("reward", Letters())
     return PreferenceDataModule(source, sampler, RewardLabeler(reward), **settings)
 
 
 def rollouts(source: Any, **options: Any) -> RolloutDataModule:
-    settings = {"prompts_per_round": 2, "prompts_per_batch": 2, "responses_per_prompt": 2, **options}
+    settings = {"rounds": RoundOptions(2), "prompts_per_batch": 2, "responses_per_prompt": 2, **options}
     reward, sampler = settings.pop("reward", Letters()), settings.pop("sampler", None)
     assert sampler is None
     return RolloutDataModule(source, reward, decoding=Decoding(max_new_tokens=3), **settings)
@@ -116,7 +120,11 @@ def test_a_second_run_from_python_in_the_same_folder_is_refused(tmp_path: Path, 
         (r"reward.*init_args\.sign: 1 in the ledger, -1 now", module(), data(same, reward=Letters(-1))),
         (r"data\.init_args\.decoding\.max_new_tokens|data\.init_args\.seed: 0", module(), data(same, seed=1)),
         (r"model\.init_args\.policy: .* now", module(other), data(same)),
-        (r"model\.init_args\.learning_rate: 1e-06 in the ledger", module(learning_rate=1e-3), data(same)),
+        (
+            r"model\.init_args\.optimizer\.init_args\.lr: 1e-06 in the ledger, 0\.001 now",
+            module(optimizer=partial(AdamW, lr=1e-3, weight_decay=0.0)),
+            data(same),
+        ),
     ]
     if kind == "pairs":
         cases += [(r"data\.init_args\.sampler\.class_path", module(), data(same, sampler=BestOfNSampler(2)))]

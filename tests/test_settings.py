@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_rlhf import (
@@ -27,10 +29,14 @@ from lightning_rlhf import (
 from lightning_rlhf.advantages import GAE
 from lightning_rlhf.callbacks import NonFiniteGuard
 from lightning_rlhf.commands.fit import RLHFTrainer
+from lightning_rlhf.datamodules.options import PreferenceRoundOptions, RoundOptions
 from lightning_rlhf.labelers import RecordedLabeler
 from lightning_rlhf.models.load import LoRA, load_tokenizer
 from lightning_rlhf.models.master_weights import MASTER
+from lightning_rlhf.models.options import ModelOptions
+from lightning_rlhf.modules import ConstantWithWarmup
 from lightning_rlhf.modules.base import AbstractStepModule
+from lightning_rlhf.modules.policy_gradient import PolicyLoss
 from lightning_rlhf.prompts import BuiltinPrompts
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.rewards import LexiconReward
@@ -58,7 +64,12 @@ class Seen(L.Callback):
 def pairs() -> PreferenceDataModule:
     decoding = Decoding(max_new_tokens=16)
     return PreferenceDataModule(
-        Pairs(), OfflineSampler(), RecordedLabeler(), pairs_per_batch=4, decoding=decoding, epochs_per_round=None
+        Pairs(),
+        OfflineSampler(),
+        RecordedLabeler(),
+        pairs_per_batch=4,
+        decoding=decoding,
+        rounds=PreferenceRoundOptions(epochs_per_round=None),
     )
 
 
@@ -91,7 +102,11 @@ def test_the_first_loss_of_dpo_is_ln_2_unless_dropout_is_kept(tmp_path: Path, gp
     first = []
     for kept in (False, True):
         seen = Seen()
-        policy = DPOModule(str(gpt2), disable_dropout=not kept, learning_rate=1e-3)
+        policy = DPOModule(
+            str(gpt2),
+            options=ModelOptions(disable_dropout=not kept),
+            optimizer=partial(AdamW, lr=1e-3, weight_decay=0.0),
+        )
         trainer(tmp_path / str(kept), seen).fit(policy, datamodule=pairs())
         first.append(seen.outputs[0]["loss"].item())
     assert first[0] == pytest.approx(math.log(2), abs=1e-5)
@@ -100,11 +115,13 @@ def test_the_first_loss_of_dpo_is_ln_2_unless_dropout_is_kept(tmp_path: Path, gp
 
 def test_no_ratio_is_clipped_before_the_policy_moves(tmp_path: Path, gpt2: Path) -> None:
     seen = Seen()
-    policy = PolicyGradientModule(str(gpt2), GAE(), clip=1e-3, learning_rate=1e-12)
+    policy = PolicyGradientModule(
+        str(gpt2), GAE(), loss=PolicyLoss(clip=1e-3), optimizer=partial(AdamW, lr=1e-12, weight_decay=0.0)
+    )
     data = RolloutDataModule(
         BuiltinPrompts("train", limit=4),
         LexiconReward(),
-        prompts_per_round=4,
+        rounds=RoundOptions(prompts_per_round=4),
         prompts_per_batch=2,
         decoding=Decoding(max_new_tokens=5, rows=4),
     )
@@ -134,7 +151,10 @@ def test_training_in_bfloat16_moves_as_float32_does(tmp_path: Path, tiny_policy:
         seen, run = Seen(), tmp_path / dtype
         module: AbstractStepModule
         data: L.LightningDataModule = pairs()
-        options: dict[str, Any] = {"learning_rate": 5e-7, "dtype": dtype}
+        options: dict[str, Any] = {
+            "optimizer": partial(AdamW, lr=5e-7, weight_decay=0.0),
+            "options": ModelOptions(dtype=dtype),
+        }
         if kind == "dpo":
             module = DPOModule(str(tiny_policy), **options)
         elif kind == "reward_model":
@@ -144,7 +164,7 @@ def test_training_in_bfloat16_moves_as_float32_does(tmp_path: Path, tiny_policy:
             data = RolloutDataModule(
                 BuiltinPrompts("train", limit=4),
                 LexiconReward(),
-                prompts_per_round=4,
+                rounds=RoundOptions(prompts_per_round=4),
                 prompts_per_batch=2,
                 decoding=Decoding(max_new_tokens=5, rows=4),
             )
@@ -173,11 +193,13 @@ def test_training_in_bfloat16_moves_as_float32_does(tmp_path: Path, tiny_policy:
 
 def test_weights_in_float16_are_refused_before_the_model_is_loaded(tmp_path: Path, tiny_policy: Path) -> None:
     for module in (
-        DPOModule(str(tiny_policy), dtype="float16"),
-        DPOModule(str(tiny_policy), dtype="float16", lora=LoRA(r=2)),
-        RewardModule(str(tiny_policy), dtype="float16", lora=LoRA(r=2)),
+        DPOModule(str(tiny_policy), options=ModelOptions(dtype="float16")),
+        DPOModule(str(tiny_policy), options=ModelOptions(dtype="float16"), lora=LoRA(r=2)),
+        RewardModule(str(tiny_policy), options=ModelOptions(dtype="float16"), lora=LoRA(r=2)),
     ):
-        with pytest.raises(ValueError, match=r"model\.dtype=float16 cannot be trained .*Set model\.dtype=bfloat16"):
+        with pytest.raises(
+            ValueError, match=r"model\.options\.dtype=float16 cannot be .*Set model\.options\.dtype=bfloat16"
+        ):
             trainer(tmp_path).fit(module, datamodule=pairs())
         assert getattr(module, "policy", None) is None and getattr(module, "scorer", None) is None
 
@@ -188,7 +210,7 @@ def test_an_optimizer_of_ones_own_on_bfloat16_is_refused(tmp_path: Path, tiny_po
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     with pytest.raises(ValueError, match=r"configure_optimizers of Plain gives a SGD.*MasterWeights"):
-        trainer(tmp_path).fit(Plain(str(tiny_policy), dtype="bfloat16"), datamodule=pairs())
+        trainer(tmp_path).fit(Plain(str(tiny_policy), options=ModelOptions(dtype="bfloat16")), datamodule=pairs())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
@@ -209,21 +231,25 @@ def test_the_command_line_refuses_transformer_engine_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"learning_rate": float("nan")}, r"model\.learning_rate must be > 0; got nan"),
-        ({"weight_decay": -0.1}, r"model\.weight_decay must be >= 0; got -0.1"),
-        ({"beta": float("nan")}, r"model\.beta must be > 0; got nan"),
-        ({"warmup_steps": -1}, r"model\.warmup_steps must be >= 0; got -1"),
+        ({"optimizer": partial(AdamW, lr=float("nan"))}, r"model\.optimizer: Invalid learning rate: nan"),
+        ({"optimizer": partial(AdamW, lr=0.0)}, r"model\.optimizer\.lr must be > 0; got 0.0"),
+        ({"optimizer": partial(AdamW, weight_decay=-0.1)}, r"model\.optimizer: Invalid weight_decay value: -0.1"),
+        ({"lr_scheduler": partial(ConstantWithWarmup, warmup_steps=-1)}, r"lr_scheduler\.warmup_steps must be >= 0"),
     ],
 )
-def test_settings_out_of_range_are_named(options: dict[str, Any], said: str) -> None:
+def test_optimizer_settings_out_of_range_are_named_before_the_model_is_loaded(
+    tmp_path: Path, tiny_policy: Path, options: dict[str, Any], said: str
+) -> None:
+    module = DPOModule(str(tiny_policy), **options)
     with pytest.raises(ValueError, match=said):
-        DPOModule("nowhere", **options)
+        trainer(tmp_path).fit(module, datamodule=pairs())
+    assert module.policy is None
 
 
 def test_an_overflow_of_the_scaled_loss_is_the_scalers_business(tmp_path: Path, tiny_policy: Path) -> None:
     """float16 on the CPU: the first scale is far too large, as it often is at the start of a run."""
     guard, scaler = NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=2.0**22)
-    policy = DPOModule(str(tiny_policy), learning_rate=1e-3)
+    policy = DPOModule(str(tiny_policy), optimizer=partial(AdamW, lr=1e-3, weight_decay=0.0))
     run = trainer(tmp_path, guard, max_epochs=8, plugins=MixedPrecision("16-mixed", "cpu", scaler))
     run.fit(policy, datamodule=pairs())
     assert 1 <= guard.skipped < 10

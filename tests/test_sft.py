@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.datamodules.completions import CompletionDataModule
+from lightning_rlhf.datamodules.options import BatchOptions
 from lightning_rlhf.models.load import load_tokenizer
 from lightning_rlhf.modules import SFTModule
 from lightning_rlhf.prompts import DatasetCompletions, DatasetPrompts, tokenize_rows
@@ -81,9 +82,8 @@ def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -
 def data(folder: Path, rows: list[dict[str, Any]] | None = None, **options: Any) -> CompletionDataModule:
     folder.mkdir(exist_ok=True)
     path = write(folder / "rows.jsonl", PLAIN if rows is None else rows)
-    return CompletionDataModule(
-        DatasetCompletions(str(path)), **{"rows_per_batch": 4, "max_completion_tokens": 32, **options}
-    )
+    settings = {"rows_per_batch": 4, "max_completion_tokens": 32, **options}
+    return CompletionDataModule(DatasetCompletions(str(path)), **settings)
 
 
 def fit(folder: Path, policy: Path, *callbacks: L.Callback, ckpt: str | None = None, **options: Any) -> SFTModule:
@@ -135,10 +135,12 @@ def test_the_loss_is_that_of_completions_alone(tmp_path: Path, tiny_policy: Path
     assert losses.values[1] < losses.values[0]
 
 
-def test_passes_and_accumulation_change_nothing(tmp_path: Path, tiny_policy: Path) -> None:
-    whole = weights(fit(tmp_path / "whole", tiny_policy, tokens_per_batch=None))
-    parts = weights(fit(tmp_path / "parts", tiny_policy, tokens_per_batch=20))
-    accumulated = weights(fit(tmp_path / "both", tiny_policy, rows_per_batch=2, accumulate=2, tokens_per_batch=20))
+def test_micro_batches_and_accumulation_change_nothing(tmp_path: Path, tiny_policy: Path) -> None:
+    whole = weights(fit(tmp_path / "whole", tiny_policy, batching=BatchOptions(None)))
+    parts = weights(fit(tmp_path / "parts", tiny_policy, batching=BatchOptions(20)))
+    accumulated = weights(
+        fit(tmp_path / "both", tiny_policy, rows_per_batch=2, accumulate=2, batching=BatchOptions(20))
+    )
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(accumulated, whole, atol=1e-4, rtol=1e-3)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+from torch.optim import AdamW
 
 from lightning_rlhf import DPOModule, PreferenceDataModule
 from lightning_rlhf.callbacks import LabelBudget
@@ -116,7 +118,7 @@ def test_a_collapsed_policy_trains_on_ties_and_ends_where_a_budget_would_never_b
         default_root_dir=tmp_path, max_epochs=-1, enable_model_summary=False, callbacks=[LabelBudget(5)], **options
     )
     with pytest.warns(UserWarning, match=f"last {PATIENCE} rounds brought no label.*the policy has collapsed"):
-        trainer.fit(DPOModule(str(tiny_policy), learning_rate=1e-3), datamodule=loaded)
+        trainer.fit(DPOModule(str(tiny_policy), optimizer=partial(AdamW, lr=1e-3, weight_decay=0.0)), datamodule=loaded)
     assert (labeler.asked, trainer.global_step) == ([], PATIENCE)
     with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
         assert (store.num_labels, store.count_ties()) == (0, 2 * PATIENCE)

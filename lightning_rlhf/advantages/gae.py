@@ -9,7 +9,9 @@ from lightning_rlhf.estimators.returns import gae
 
 
 class GAE(AbstractAdvantage):
-    """Generalized advantage estimation, Schulman et al. 2016 (arXiv 1506.02438, eq. 16); for PPO set ``model.loss.clip``.
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    For PPO set ``model.loss.clip``.
 
     Args:
         gamma: discount per token, in [0, 1].

@@ -212,7 +212,8 @@ class ResponseBatch:
             return [self]
         if sum(self.micro_batches) != len(self) or min(self.micro_batches) < 1:
             raise ValueError(
-                f"micro_batches {self.micro_batches} must be positive and add up to the {len(self)} prompts of the batch"
+                f"micro_batches {self.micro_batches} must be positive and add up to the {len(self)} prompts of the "
+                f"batch"
             )
         parts, start, first, last_counted = [], 0, 0, len(self) - self.num_padding
         for size in self.micro_batches:

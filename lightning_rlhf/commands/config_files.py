@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -41,6 +42,35 @@ def find_config(name: str) -> Path:
     raise TypeError(f"no config {name!r}: neither a file, nor one of {', '.join(config_names())}")
 
 
+def model_class(args: Sequence[str]) -> str | None:
+    """Class of the module that command-line arguments name, themselves or in their configs; None if none does."""
+    found = None
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        name, sign, value = arg.partition("=")
+        value = value if sign else following
+        if name in ("--model", "--model.class_path"):
+            found = value
+        elif name in ("-c", "--config"):
+            found = _model_class_of(value, ()) or found
+    return found
+
+
+def _model_class_of(config: str, above: tuple[Path, ...]) -> str | None:
+    try:
+        path = find_config(config)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError, OSError, yaml.YAMLError, RecursionError):
+        return None  # parsing says so, with a better message
+    if not isinstance(content, dict) or path in above:
+        return None
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("class_path"), str):
+        return str(model["class_path"])
+    bases = content.get("defaults")
+    named = [_model_class_of(str(base), (*above, path)) for base in bases] if isinstance(bases, list) else []
+    return next((name for name in reversed(named) if name is not None), None)
+
+
 class NamedConfig(ActionConfigFile):
     """Reads configs by name or path, and their ``defaults`` first."""
 
@@ -61,19 +91,19 @@ class NamedConfig(ActionConfigFile):
             raise TypeError(f"config {path} is no YAML: {error}") from None
         if not isinstance(content, dict):
             raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
-        renamed = renamed_config(content, note_once)
-        changed, content = renamed != content, renamed
         bases = content.pop("defaults", None)
         if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
-        if bases is None and not changed:
-            # by path, so that files it names are looked up beside it
-            super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
-            return
         for base in bases or ():
             beside = path.parent / f"{base}.yaml"
             self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
-        super().__call__(parser, cfg, yaml.safe_dump(content), option)  # type: ignore[no-untyped-call]
+        # the bases tell the class of the module where this file does not
+        renamed = renamed_config(content, note_once, cfg.get("model.class_path"))
+        if bases is None and renamed == content:
+            # by path, so that files it names are looked up beside it
+            super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
+            return
+        super().__call__(parser, cfg, yaml.safe_dump(renamed), option)  # type: ignore[no-untyped-call]
 
 
 @cache

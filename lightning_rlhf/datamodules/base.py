@@ -255,7 +255,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         elif window is not None and limit + self.decoding.max_new_tokens > window:
             raise ValueError(
                 f"data.prompt_options.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} "
-                f"{self.decoding.max_new_tokens} exceed the policy's window of {window} tokens together; lower one of them"
+                f"{self.decoding.max_new_tokens} exceed the policy's window of {window} tokens together; lower one of "
+                f"them"
             )
         prompts, report = tokenize_rows(
             rows,

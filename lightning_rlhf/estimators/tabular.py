@@ -99,10 +99,10 @@ def tilted_pair_distribution(
 
 
 def tpilaf_pair_distribution(log_policy: Tensor, log_reference: Tensor, beta: float) -> Tensor:
-    """Symmetrized distribution of T-PILAF pairs, built from the two branches; arguments as in `tilted_pair_distribution`.
+    """Symmetrized distribution of T-PILAF pairs, built from the two branches.
 
     It equals ``pi_theta(a) pi_theta(b) / (2 sigma'(delta) (1 + zz))``: pairs of the policy tilted by the inverse
-    curvature of the Bradley-Terry likelihood.
+    curvature of the Bradley-Terry likelihood. Arguments are those of `tilted_pair_distribution`.
     """
     # p(x) = zz / (1 + zz)
     zz = tilted_distributions(log_policy, log_reference, beta).zz()
@@ -124,7 +124,8 @@ def expected_dpo_loss(
         log_reference: log pi_ref of every response.
         beta: the DPO beta, > 0.
         pair_distribution: probability of every pair; detach it, since samplers carry no gradient.
-        weights: weight of every pair, broadcast against ``pair_distribution``; pass prompt weights as ``w[..., None, None]``.
+        weights: weight of every pair, broadcast against ``pair_distribution``; pass prompt weights as
+            ``w[..., None, None]``.
         p_star: P(a preferred) of every pair. May leave [0, 1], as the linearized label of the gradient identity does.
     """
     # L = -sum_{a,b} q(a, b) w [p* log sigma(delta) + (1 - p*) log sigma(-delta)], delta = r_theta(a) - r_theta(b)

@@ -150,8 +150,9 @@ class DecodeEngine(AbstractEngine):
             self.tokens_per_batch = max(self.tokens_per_batch // 2, MIN_TOKENS_PER_PASS)
             _FITTING_SIZES[base_model(self.policy)] = (self.rows, self.tokens_per_batch)
             warnings.warn(
-                f"memory ran out while decoding {self.decoding.rows} responses in one batch ({reason}); now a batch has "
-                f"{self.rows}. Responses do not change. Set data.decoding.rows={self.rows} to start with this number",
+                f"memory ran out while decoding {self.decoding.rows} responses in one batch ({reason}); now a batch "
+                f"has {self.rows}. Responses do not change. Set data.decoding.rows={self.rows} to start with this "
+                f"number",
                 stacklevel=2,
             )
 

@@ -304,8 +304,8 @@ def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: i
             _WARNED.add(base)
             warnings.warn(
                 f"{type(base).__name__} decodes without a cache, every token from the start: its rotary embeddings "
-                f"depend on the length of a text beyond {rotary_window(base)} tokens. Lower data.prompt_options.max_prompt_tokens and "
-                f"data.decoding.max_new_tokens to stay within them",
+                f"depend on the length of a text beyond {rotary_window(base)} tokens. Lower "
+                f"data.prompt_options.max_prompt_tokens and data.decoding.max_new_tokens to stay within them",
                 stacklevel=2,
             )
         return RecomputedLanes

@@ -101,7 +101,8 @@ class VLLMEngine(AbstractEngine):
         if window is not None:
             raise ValueError(
                 f"{type(base_model(policy)).__name__} turns texts beyond {window} tokens otherwise than shorter ones, "
-                f"and vLLM decides by the longest that it allows; use the built-in DecodeEngine (model.options.use_vllm=false)"
+                f"and vLLM decides by the longest that it allows; use the built-in DecodeEngine "
+                f"(model.options.use_vllm=false)"
             )
         self._vllm = _import_vllm()
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer

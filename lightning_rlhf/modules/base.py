@@ -28,7 +28,7 @@ from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_c
 from lightning_rlhf.models.master_weights import refuse_half_weights
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.models.stops import configured_ids, saved_generation_config
-from lightning_rlhf.modules.optimizer import ParameterGroups, build_optimizer, check_settings
+from lightning_rlhf.modules.optimizer import ParameterGroups, build_optimizer, described_optimizer, trial
 from lightning_rlhf.modules.sharded import ShardedModule
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.protocols import StepData
@@ -106,7 +106,6 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
         lr_scheduler: LRSchedulerCallable,
     ) -> None:
         super().__init__()
-        check_settings(optimizer, lr_scheduler)
         self.checkpoint = checkpoint
         self.options = options
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -231,16 +230,18 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
     # -- checks before the model is loaded -----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check strategy and precision before the model is loaded.
+        """Check strategy, precision and optimizer before the model is loaded.
 
         Raises:
             ValueError: under FSDP1, whose models cannot be gathered for forward passes that differ between ranks; or
-                under a precision that the model cannot be computed or trained in.
+                under a precision that the model cannot be computed or trained in; or if a setting of the optimizer is
+                out of range.
         """
         plugin = self.trainer.precision_plugin
         check_precision(str(plugin.precision), type(plugin).__name__)
         if stage == "fit":
             check_dtype(self.options.dtype, str(plugin.precision), self.trained_whole)
+            trial(self.optimizer, self.lr_scheduler)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "trainer.strategy=fsdp is FSDP1, which cannot decode or score in rounds; use --config trainer/fsdp, "
@@ -256,6 +257,14 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
         # runs of versions without this setting kept the dropout
         kept = not self.disable_dropout or not config_dropout(self._checkpoint_config)
         return self.FREE_SETTINGS | ({"options.disable_dropout"} if kept else set())
+
+    def resolved_settings(self) -> dict[str, Any]:
+        """Settings whose default depends on the class, by their path, as they are in force."""
+        return {"options.disable_dropout": self.disable_dropout}
+
+    def described_optimizer(self) -> dict[str, Any]:
+        """Optimizer and schedule by class and arguments."""
+        return described_optimizer(self.optimizer, self.lr_scheduler)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_rlhf.models.master_weights import MasterWeights, is_half
 from lightning_rlhf.modules.schedules import AbstractSchedule
+from lightning_rlhf.runtime.fingerprint import described
 
 
 ParameterGroups = list[dict[str, Any]]
@@ -36,8 +38,7 @@ def build_optimizer(
         ValueError: if a learning rate or weight decay is out of range, or a schedule needs the number of steps and
             nothing tells it.
     """
-    built = optimizer(groups)  # parameter groups are allowed wherever parameters are
-    check_groups(built)
+    built = checked_optimizer(groups, optimizer)
     use_fused_adamw(built)
     if any(is_half(parameter) for group in built.param_groups for parameter in group["params"]):
         # steps on bfloat16 weights would round to no step at all
@@ -53,22 +54,29 @@ def build_optimizer(
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def check_groups(optimizer: Optimizer) -> None:
-    """Check learning rates and weight decays.
+def checked_optimizer(groups: ParameterGroups, optimizer: OptimizerCallable) -> Optimizer:
+    """Build the optimizer, and check learning rates and weight decays.
 
     Raises:
         ValueError: naming the setting that is out of range.
     """
-    for group in optimizer.param_groups:
+    try:
+        built = optimizer(groups)  # parameter groups are allowed wherever parameters are
+    except ValueError as error:
+        raise ValueError(f"model.optimizer: {error}") from error
+    for group in built.param_groups:
         lr, decay = group.get("lr", 1.0), group.get("weight_decay", 0.0)
         if not 0 < lr < float("inf"):
             raise ValueError(f"model.optimizer.lr must be > 0; got {lr}")
         if not 0 <= decay < float("inf"):
             raise ValueError(f"model.optimizer.weight_decay must be >= 0; got {decay}")
+    return built
 
 
-def check_settings(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
-    """Check the settings of optimizer and schedule on a small parameter, before any model is loaded.
+def trial(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> tuple[Optimizer, Any] | None:
+    """Optimizer and schedule on a parameter that is thrown away, to check and to describe them.
+
+    None for an optimizer of another package that needs the real parameters or a GPU; it is checked when it is built.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -76,16 +84,34 @@ def check_settings(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallab
     # two dimensions: some optimizers take matrices only
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
-        built = optimizer([{"params": [parameter]}])
-        lr_scheduler(built)
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(
-            text if text.startswith("model.") else f"model.optimizer or model.lr_scheduler: {text}"
-        ) from None
-    except Exception:  # an optimizer of another package may need the real parameters, or a GPU; it is built later
-        return
-    check_groups(built)
+        built = checked_optimizer([{"params": [parameter]}], optimizer)
+        return built, lr_scheduler(built)
+    except ValueError:
+        raise
+    except Exception:
+        return None
+
+
+def described_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> dict[str, Any]:
+    """Optimizer and schedule as a config names them: class and arguments, whichever callables make them."""
+    tried = trial(optimizer, lr_scheduler)
+    if tried is None:
+        return {"optimizer": described(optimizer), "lr_scheduler": described(lr_scheduler)}
+    built, schedule = tried
+    return {
+        "optimizer": _as_config(built, built.defaults),
+        "lr_scheduler": _as_config(schedule, vars(schedule)),
+    }
+
+
+def _as_config(made: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    kind = type(made)
+    # the first argument is the parameters or the optimizer, which are no settings
+    names = list(inspect.signature(kind).parameters)[1:]
+    return {
+        "class_path": f"{kind.__module__}.{kind.__qualname__}",
+        "init_args": {name: values[name] for name in names if name in values},
+    }
 
 
 def use_fused_adamw(optimizer: Optimizer) -> None:

@@ -307,6 +307,6 @@ def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
         if not same:
             raise ValueError(
                 f"the policy {policy!r} has another {what} than the backbone, and pairs that are drawn in rounds are "
-                f"read as they are: use a backbone of the policy's family, and model.options.chat_template where templates "
-                f"differ; or draw with the policy, export the ledger, and train on its rows"
+                f"read as they are: use a backbone of the policy's family, and model.options.chat_template where "
+                f"templates differ; or draw with the policy, export the ledger, and train on its rows"
             )

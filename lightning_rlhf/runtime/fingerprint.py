@@ -51,13 +51,17 @@ class KeepsArguments:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make the object and note its arguments, defaults included."""
         made = super().__new__(cls)
-        try:
-            bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
-        except (TypeError, ValueError):  # a copy is made without arguments, and gets those of the original
-            return made
-        bound.apply_defaults()
-        made.__dict__["_arguments"] = _named(bound)
+        made.note_arguments(*args, **kwargs)
         return made
+
+    def note_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """Note the arguments of the constructor, defaults included."""
+        try:
+            bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
+        except (TypeError, ValueError):  # a copy is made without arguments, and gets those of the original
+            return
+        bound.apply_defaults()
+        self.__dict__["_arguments"] = _named(bound)
 
 
 def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -78,7 +82,11 @@ def run_settings(module: Any, datamodule: Any) -> dict[str, Any]:
         module: the LightningModule.
         datamodule: the DataModule.
     """
-    return decisive({"model": described(module), "data": described(datamodule)}, module, datamodule)
+    model = described(module)
+    if hasattr(module, "described_optimizer"):
+        # callables make them; what they make is the same whether a partial, a lambda or a config gave it
+        model["init_args"] = {**model["init_args"], **described(module.described_optimizer())}
+    return decisive({"model": model, "data": described(datamodule)}, module, datamodule)
 
 
 def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[str, Any]:
@@ -94,7 +102,10 @@ def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[
         free: frozenset[str] = getattr(part, "FREE_SETTINGS", frozenset())
         if hasattr(part, "free_settings"):
             free = part.free_settings()
-        kept[name] = {**settings[name], "init_args": without_paths(settings[name].get("init_args", {}), free)}
+        arguments = settings[name].get("init_args", {})
+        if hasattr(part, "resolved_settings"):
+            arguments = with_paths(arguments, part.resolved_settings())
+        kept[name] = {**settings[name], "init_args": without_paths(arguments, free)}
     found: dict[str, Any] = with_contents(comparable(kept))
     return found
 
@@ -109,6 +120,18 @@ def without_paths(arguments: Mapping[str, Any], paths: Iterable[str]) -> dict[st
         elif isinstance(kept.get(group), Mapping):
             kept[group] = {name: value for name, value in kept[group].items() if name != leaf}
     return kept
+
+
+def with_paths(arguments: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with other values at some paths; a dot leads into a group, which must be there."""
+    changed = dict(arguments)
+    for path, value in values.items():
+        group, _, leaf = path.partition(".")
+        if not leaf:
+            changed[group] = value
+        elif isinstance(changed.get(group), Mapping):
+            changed[group] = {**changed[group], leaf: value}
+    return changed
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,22 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
+from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rlhf import DPOModule, PreferenceDataModule
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.callbacks import KLMonitor, LabelBudget, RewardMonitor, Throughput
 from lightning_rlhf.collectors.preferences import RoundCollector
+from lightning_rlhf.datamodules.options import BatchOptions, PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.generation.base import AbstractEngine, Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RecordedLabeler, RewardLabeler
 from lightning_rlhf.ledger.store import PreferenceStore
-from lightning_rlhf.logprobs.compute import summed_logps
+from lightning_rlhf.logprobs.compute import Layout, summed_logps
 from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.options import ModelOptions
+from lightning_rlhf.models.reference import ReferenceRule
+from lightning_rlhf.modules import ReferenceUpdate
 from lightning_rlhf.prompts import AbstractPromptSource, BuiltinPrompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
@@ -104,20 +111,34 @@ class Said(Callback):
         self.labels = datamodule.num_labels
 
 
-def module(policy: Path, **options: Any) -> DPOModule:
-    return DPOModule(str(policy), **{"learning_rate": 1e-2, "layout": "padded", **options})
+def module(policy: Path, layout: Layout = "padded", dtype: str = "float32", **options: Any) -> DPOModule:
+    return DPOModule(
+        str(policy),
+        optimizer=partial(AdamW, lr=1e-2, weight_decay=0.0),
+        options=ModelOptions(layout=layout, dtype=dtype),
+        **options,
+    )
 
 
 def data(sampler: AbstractPairSampler, labeler: AbstractLabeler | None = None, **options: Any) -> PreferenceDataModule:
-    settings = {
-        "prompts_per_round": 4,
-        "pairs_per_batch": 2,
-        "decoding": Decoding(max_new_tokens=4, rows=4),
-        "max_prompt_tokens": 240,
-        **options,
-    }
-    source = settings.pop("prompts", BuiltinPrompts("train", limit=6))
-    return PreferenceDataModule(source, sampler, labeler or RewardLabeler(Bytes()), **settings)
+    """Six prompts, four in a round; fields of the options of rounds and micro-batches are given by their own names."""
+    rounds = {"prompts_per_round": 4, **taken(options, PreferenceRoundOptions)}
+    batching = taken(options, BatchOptions)
+    settings = {"pairs_per_batch": 2, "decoding": Decoding(max_new_tokens=4, rows=4), **options}
+    return PreferenceDataModule(
+        settings.pop("prompts", BuiltinPrompts("train", limit=6)),
+        sampler,
+        labeler or RewardLabeler(Bytes()),
+        rounds=PreferenceRoundOptions(**rounds),
+        batching=BatchOptions(**batching),
+        prompt_options=PromptOptions(max_prompt_tokens=240),
+        **settings,
+    )
+
+
+def taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Take the fields of a group of options out of keyword arguments."""
+    return {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
 
 
 def trainer(folder: Path, epochs: int, *callbacks: Callback, **options: Any) -> L.Trainer:
@@ -384,7 +405,7 @@ def test_a_sampler_or_labeler_that_returns_too_few_is_named(tmp_path: Path, tiny
 @pytest.mark.parametrize("rule", ["previous", "ema"])
 @pytest.mark.parametrize("lora", [None, LoRA(r=2, alpha=4)], ids=["full", "lora"])
 def test_a_moving_reference_refreshes_old_log_probabilities(
-    tmp_path: Path, tiny_policy: Path, rule: str, lora: LoRA | None
+    tmp_path: Path, tiny_policy: Path, rule: ReferenceRule, lora: LoRA | None
 ) -> None:
     class Check(Callback):
         """At the start of an epoch policy and reference agree under ``previous``; and no pair is stale."""
@@ -400,7 +421,7 @@ def test_a_moving_reference_refreshes_old_log_probabilities(
             assert kept == pytest.approx(fresh, abs=1e-4)
             assert pl_module.reference.version == trainer.current_epoch
 
-    policy = module(tiny_policy, reference=rule, ema_decay=0.5, lora=lora)
+    policy = module(tiny_policy, reference=ReferenceUpdate(rule, ema_decay=0.5), lora=lora)
     trainer(tmp_path, 3, Check()).fit(policy, datamodule=data(PILAFSampler(), replay="all"))
 
 
@@ -436,14 +457,17 @@ class EveryEpoch(ModelCheckpoint):
     ("sampler", "options"),
     [
         (TPILAFSampler, {"replay": 2}),
-        (PILAFSampler, {"epochs_per_round": 2, "reference": "previous", "replay": "all"}),
+        (PILAFSampler, {"epochs_per_round": 2, "reference": ReferenceUpdate("previous"), "replay": "all"}),
         (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "epochs_per_round": None}),
         (PILAFSampler, {"replay": "all", "max_steps": 1000}),
         (PILAFSampler, {"replay": "all", "max_steps": 8}),
-        (VanillaSampler, {"lora": LoRA(r=2, alpha=4, dropout=0.3), "tokens_per_batch": 1, "length_window": 2}),
+        (
+            VanillaSampler,
+            {"lora": LoRA(r=2, alpha=4, dropout=0.3), "max_tokens_per_micro_batch": 1, "length_window": 2},
+        ),
         (VanillaSampler, {"dtype": "bfloat16", "epochs_per_round": None}),
     ],
-    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch", "passes", "bfloat16"],
+    ids=["t_pilaf", "previous", "lora_dropout", "max_steps", "max_steps_within_an_epoch", "micro_batches", "bfloat16"],
 )
 def test_a_run_continues_bitwise_from_every_checkpoint(
     tmp_path: Path, tiny_policy: Path, sampler: type[AbstractPairSampler], options: dict[str, Any]
@@ -521,12 +545,12 @@ def test_fast_dev_run_and_overfit_batches_draw_once(tmp_path: Path, tiny_policy:
 
 
 class Steps(Callback):
-    """Notes of each step its passes, its gradient before it is applied, and what was logged."""
+    """Notes of each step its micro-batches, its gradient before it is applied, and what was logged."""
 
     def __init__(self) -> None:
         self.micro_batches: list[int] = []
         self.gradients: list[torch.Tensor] = []
-        self.figures: list[list[float]] = []
+        self.metrics: list[list[float]] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PreferenceBatch, batch_idx: int
@@ -545,7 +569,7 @@ class Steps(Callback):
         logged = trainer.callback_metrics
         assert outputs["loss"].item() == pytest.approx(logged["train/loss"].item())
         names = ("train/loss", "train/rewards/margins", "train/rewards/accuracies", "train/logps/chosen")
-        self.figures.append([logged[name].item() for name in names])
+        self.metrics.append([logged[name].item() for name in names])
 
 
 class Plain(DPOModule):
@@ -555,15 +579,15 @@ class Plain(DPOModule):
         return torch.optim.SGD(self.parameters(), lr=0.03)
 
 
-def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, tiny_policy: Path) -> None:
-    """Seven pairs in steps of four and three, for two epochs; the whole step in one pass is what must come out."""
+def test_micro_batches_and_accumulation_change_nothing(tmp_path: Path, tiny_policy: Path) -> None:
+    """Seven pairs in steps of four and three, for two epochs; the whole step in one micro-batch must come out."""
 
     def fit(pairs: int, accumulate: int, tokens: int | None) -> tuple[Steps, torch.Tensor]:
-        steps, policy = Steps(), Plain(str(tiny_policy), layout="padded")
+        steps, policy = Steps(), Plain(str(tiny_policy), options=ModelOptions(layout="padded"))
         loaded = data(
             VanillaSampler(),
             pairs_per_batch=pairs,
-            tokens_per_batch=tokens,
+            max_tokens_per_micro_batch=tokens,
             prompts_per_round=7,
             epochs_per_round=None,
         )
@@ -577,7 +601,7 @@ def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, t
 
     whole, weights = fit(4, 1, None)
     assert whole.micro_batches == [1] * 4
-    for pairs, accumulate, tokens, passes in (
+    for pairs, accumulate, tokens, sizes in (
         (4, 1, 1, [4, 3, 4, 3]),
         (4, 1, 300, None),
         (2, 2, None, [2] * 4),
@@ -585,18 +609,18 @@ def test_passes_and_accumulation_change_nothing_but_the_passes(tmp_path: Path, t
         (1, 4, 4096, [4, 3, 4, 3]),
     ):
         parts, got = fit(pairs, accumulate, tokens)
-        if passes is None:
+        if sizes is None:
             assert 4 < sum(parts.micro_batches) < 14
         else:
-            assert parts.micro_batches == passes
+            assert parts.micro_batches == sizes
         for expected, gradient in zip(whole.gradients, parts.gradients, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
         torch.testing.assert_close(got, weights, atol=1e-6, rtol=1e-5)
-        for expected_figures, figures in zip(whole.figures, parts.figures, strict=True):
-            assert figures == pytest.approx(expected_figures, rel=1e-5, abs=1e-6)
+        for expected_metrics, metrics in zip(whole.metrics, parts.metrics, strict=True):
+            assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6)
 
 
-def test_figures_are_means_over_the_steps_since_the_last_log(tmp_path: Path, tiny_policy: Path) -> None:
+def test_metrics_are_means_over_the_steps_since_the_last_log(tmp_path: Path, tiny_policy: Path) -> None:
     class Logged(Callback):
         def __init__(self) -> None:
             self.losses: list[float] = []
@@ -639,7 +663,7 @@ def test_no_step_fetches_single_numbers(tmp_path: Path, tiny_policy: Path) -> No
     callbacks = [First(), KLMonitor(), RewardMonitor(), Throughput(), Last()]
     run = trainer(tmp_path, 3, *callbacks, log_every_n_steps=3, gradient_clip_val=1.0)
     # in the padded layout transformers itself asks its position ids whether rows are packed
-    run.fit(module(tiny_policy, layout="auto"), datamodule=data(VanillaSampler(), tokens_per_batch=1))
+    run.fit(module(tiny_policy, layout="auto"), datamodule=data(VanillaSampler(), max_tokens_per_micro_batch=1))
     # the one of `NonFiniteGuard`, which looks at loss and gradient once per optimizer step
     assert [mode.count for mode in modes] == [1] * 6
     with Fetched() as control:
@@ -676,7 +700,11 @@ def test_fused_adamw_takes_the_steps_of_the_plain_one(tmp_path: Path, tiny_polic
 
     fitted = []
     for kind in (DPOModule, Unfused):
-        policy = kind(str(tiny_policy), learning_rate=1e-3, weight_decay=0.1, layout="padded")
+        policy = kind(
+            str(tiny_policy),
+            optimizer=partial(AdamW, lr=1e-3, weight_decay=0.1),
+            options=ModelOptions(layout="padded"),
+        )
         loaded = data(VanillaSampler(), epochs_per_round=None)
         # Lightning would refuse to clip for a fused optimizer in mixed precision
         run = trainer(tmp_path / kind.__name__, 3, gradient_clip_val=1.0, precision=precision)
@@ -686,5 +714,5 @@ def test_fused_adamw_takes_the_steps_of_the_plain_one(tmp_path: Path, tiny_polic
 
 
 def test_bad_settings_are_named() -> None:
-    with pytest.raises(ValueError, match=r"data\.replay must be at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"data\.rounds\.replay must be at least 1; got 0"):
         data(VanillaSampler(), replay=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from lightning_rlhf.callbacks import NonFiniteGuard
 from lightning_rlhf.callbacks.nonfinite import all_finite, offenders
+from lightning_rlhf.datamodules.options import PreferenceRoundOptions
 from lightning_rlhf.datamodules.preferences import PreferenceDataModule
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RecordedLabeler
@@ -63,14 +66,14 @@ class Poison(L.Callback):
 
 
 def fit(folder: Path, policy: Path, loss: AbstractPreferenceLoss | None, *callbacks: L.Callback) -> DPOModule:
-    module = DPOModule(str(policy), loss, learning_rate=1e-2)
+    module = DPOModule(str(policy), loss, optimizer=partial(AdamW, lr=1e-2, weight_decay=0.0))
     data = PreferenceDataModule(
         Rows(),
         OfflineSampler(),
         RecordedLabeler(),
         pairs_per_batch=2,
         decoding=Decoding(max_new_tokens=8),
-        epochs_per_round=None,
+        rounds=PreferenceRoundOptions(epochs_per_round=None),
     )
     trainer = L.Trainer(
         accelerator="cpu",

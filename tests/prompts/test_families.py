@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.optim import AdamW
 from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from lightning_rlhf import PreferenceDataModule
+from lightning_rlhf.datamodules.options import PreferenceRoundOptions
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.text import drawn_text
 from lightning_rlhf.labelers import RecordedLabeler
@@ -191,10 +194,10 @@ def test_a_trained_reward_model_is_read_where_it_was_trained(name: str, tmp_path
         RecordedLabeler(),
         heldout=DatasetPrompts(str(rows)),
         pairs_per_batch=1,
-        epochs_per_round=None,
+        rounds=PreferenceRoundOptions(epochs_per_round=None),
         decoding=Decoding(max_new_tokens=24),
     )
-    module = RewardModule(str(backbone), learning_rate=1e-2)
+    module = RewardModule(str(backbone), optimizer=partial(AdamW, lr=1e-2, weight_decay=0.0))
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     trainer = L.Trainer(
         default_root_dir=tmp_path, max_epochs=1, enable_progress_bar=False, enable_model_summary=False, **options
