@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 from lightning_rlhf.collectors.chunks import chunks_without_repeats
 from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
@@ -18,8 +18,12 @@ from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.runtime.plugins import returned
-from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+
+
+LedgerRow: TypeAlias = tuple[int, Comparison, Label | None]
+"""Id of a comparison in the ledger, the comparison, and its label if it has one."""
 
 
 @dataclass
@@ -160,14 +164,16 @@ class RoundCollector:
         bought = 0
         key = self.key.fold(Stream.LABELING, index)
         rows = self._rows(index, num_prompts)
-        worth = self._worth(rows)
-        self.store.add_ties([id_ for id_, c, label in rows if id_ in worth and label is None and c.has_equal_responses])
+        to_label = self._to_label(rows)
+        self.store.add_ties(
+            [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
+        )
         for attempt in range(self.label_attempts):
             # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
             asked = self.store.attempts(index)
             rows = self._rows(index, num_prompts)
             open_ = [
-                (id_, c) for id_, c, label in rows if id_ in worth and label is None and asked.get(id_, 0) == attempt
+                (id_, c) for id_, c, label in rows if id_ in to_label and label is None and asked.get(id_, 0) == attempt
             ]
             if not open_:
                 continue
@@ -186,20 +192,22 @@ class RoundCollector:
                     bar.update(len(part))
         return bought
 
-    def _worth(self, rows: Sequence[tuple[int, Comparison, Any]]) -> set[int]:
-        """Ids of the comparisons of a round that the sampler wants labels for."""
-        chosen = set(self.sampler.worth_labels([comparison for _, comparison, _ in rows]))
+    def _to_label(self, rows: Sequence[LedgerRow]) -> set[int]:
+        """Ids of the comparisons of a round that are labeled: all, unless the sampler selects some."""
+        if not isinstance(self.sampler, AbstractSelectiveSampler):
+            return {id_ for id_, _, _ in rows}
+        chosen = set(self.sampler.select_for_labeling([comparison for _, comparison, _ in rows]))
         name, strange = type(self.sampler).__name__, chosen - set(range(len(rows)))
         if strange:
             raise ValueError(
-                f"{name}.worth_labels returned {min(strange)} for a round of {len(rows)} comparisons; return positions "
-                f"from 0 to {len(rows) - 1}"
+                f"{name}.select_for_labeling returned {min(strange)} for a round of {len(rows)} comparisons; return "
+                f"positions from 0 to {len(rows) - 1}"
             )
         most = self.sampler.most_labels(len(rows))
         if len(chosen) > most:
             raise ValueError(
-                f"{name}.worth_labels wants {len(chosen)} labels for {len(rows)} comparisons, more than the {most} "
-                f"that its label_share of {self.sampler.label_share:g} allows; budgets count on it"
+                f"{name}.select_for_labeling wants {len(chosen)} labels for {len(rows)} comparisons, more than the "
+                f"{most} that its label_fraction of {self.sampler.label_fraction:g} allows; budgets count on it"
             )
         return {rows[position][0] for position in chosen}
 
@@ -208,7 +216,7 @@ class RoundCollector:
         assert self.store is not None  # asked on rank zero
         return self.store
 
-    def _rows(self, index: int, num_prompts: int | None) -> list[tuple[int, Comparison, Label | None]]:
+    def _rows(self, index: int, num_prompts: int | None) -> list[LedgerRow]:
         """The comparisons of a round, without those that a smaller budget has cut off since they were drawn."""
         places, rows = self._ledger.positions(index), self._ledger.comparisons(index)
         return [row for place, row in zip(places, rows, strict=True) if num_prompts is None or place < num_prompts]

@@ -34,7 +34,7 @@ from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.samplers import AbstractPairSampler
+from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler
 from lightning_rlhf.types import Preference
 
 
@@ -112,9 +112,9 @@ class PreferenceDataModule(AbstractRoundDataModule):
         return distributed.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
 
     @property
-    def label_share(self) -> float:
-        """Share of a round's pairs that the sampler has labelled."""
-        return self.sampler.label_share
+    def label_fraction(self) -> float:
+        """Fraction of the pairs of a round that are labeled."""
+        return self.sampler.label_fraction if isinstance(self.sampler, AbstractSelectiveSampler) else 1.0
 
     def _items_per_epoch(self) -> int | None:
         # replayed rounds make epochs grow

@@ -94,8 +94,8 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """Labels bought in rounds before ``index``; called on rank zero."""
 
     @property
-    def label_share(self) -> float:
-        """Share of a round's prompts that are labelled, in (0, 1]."""
+    def label_fraction(self) -> float:
+        """Fraction of the prompts of a round that are labeled, in (0, 1]."""
         return 1.0
 
     @property
@@ -246,7 +246,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
     def _items_per_epoch(self) -> int | None:
         """Prompts of a round, where a budget does not end the run and every prompt becomes an item."""
-        if self.label_budget is not None or self.label_share < 1:
+        if self.label_budget is not None or self.label_fraction < 1:
             return None
         return self.prompts_per_round or len(self._prompts)
 
@@ -265,7 +265,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
                 )
             # not the labels in the ledger: after a restart it may hold later rounds already
             left = self.label_budget - self._labels_before(index)
-            size = max(0, min(size, int(left // self.labels_per_prompt / self.label_share + 1e-9)))
+            size = max(0, min(size, int(left // self.labels_per_prompt / self.label_fraction + 1e-9)))
         orders: dict[int, list[int]] = {}
         prompts = []
         start = index * (self.prompts_per_round or total)
