@@ -5,8 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
-from lightning_rlhf.callbacks.reporting import Round, log_known, preference_source
+from lightning_rlhf.callbacks.reporting import log_known, preference_source
 from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
+from lightning_rlhf.protocols import Round
 
 
 class KLMonitor(HeldOutCallback):

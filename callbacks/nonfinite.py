@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_rlhf.batching.batches import StepBatch
+from lightning_rlhf.protocols import TrainedModule, module_of
 from lightning_rlhf.runtime import distributed
 
 
@@ -37,7 +40,7 @@ class NonFiniteGuard(Callback):
         self.skipped = 0
         """Steps dropped so far."""
         self._in_a_row = 0
-        self._batch: Any = None
+        self._batch: StepBatch | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch, for its names."""
@@ -45,9 +48,9 @@ class NonFiniteGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at loss and gradient; forget the gradient if it is unusable."""
-        figures = cast(dict[str, Any], cast(Any, pl_module).step_metrics)
+        metrics = module_of(trainer, TrainedModule, "NonFiniteGuard").step_metrics
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        loss_finite = torch.isfinite(figures["loss"])
+        loss_finite = torch.isfinite(metrics["loss"])
         finite = bool(loss_finite & all_finite(gradients))
         if not distributed.any_rank(not finite):
             self._in_a_row = 0
@@ -59,8 +62,8 @@ class NonFiniteGuard(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled and self._in_a_row < self.most_in_a_row and not distributed.any_rank(not bool(loss_finite)):
             return  # the scaler drops the step, and lowers its scale
-        names = list(self._batch.names)
-        found = distributed.interleave(lambda: offenders(names, figures))
+        names = [] if self._batch is None else list(self._batch.names)
+        found = distributed.interleave(lambda: offenders(names, metrics))
         suspects = found or distributed.interleave(lambda: names)
         message = (
             f"the loss or its gradient is not finite in step {trainer.global_step}; "
@@ -105,15 +108,15 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all()
 
 
-def offenders(names: list[str], figures: dict[str, Any]) -> list[str]:
-    """Names of the items with a figure that is not finite.
+def offenders(names: list[str], metrics: Mapping[str, Tensor]) -> list[str]:
+    """Names of the items with a metric that is not finite.
 
     Args:
-        names: of the items of a step, idle ones at the end.
-        figures: what the passes of the step found, one number per item that counts.
+        names: names of the items of a step, padding items at the end.
+        metrics: metrics of the step, one number per item without padding items; others are ignored.
     """
     bad: set[int] = set()
-    for value in figures.values():
-        if isinstance(value, Tensor) and value.ndim == 1 and len(value) <= len(names):
+    for value in metrics.values():
+        if value.ndim == 1 and len(value) <= len(names):
             bad.update((~value.isfinite()).nonzero().flatten().tolist())
     return [names[i] for i in sorted(bad)]

@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
-from lightning_rlhf.callbacks.reporting import Round, beta, log_known, preference_source
+from lightning_rlhf.callbacks.reporting import log_known, preference_source
 from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
 from lightning_rlhf.losses import reward_accuracy
+from lightning_rlhf.protocols import Round, beta_of
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 
 
@@ -58,7 +59,7 @@ class RewardMonitor(HeldOutCallback):
         values = {
             "val/reward": means.reward,
             "val/reward_stderr": means.reward_stderr,
-            "val/objective/j": means.j(beta(pl_module)),
+            "val/objective/j": means.j(beta_of(pl_module)),
             "val/response_length": means.response_length,
             "val/eos_rate": means.eos_rate,
         }

@@ -58,7 +58,7 @@ class RolloutMonitor(Callback):
 
 def rollout_round(trainer: Trainer) -> RolloutRound:
     """The newest round of rollouts."""
-    drawn: Any = preference_source(trainer).round
+    drawn = preference_source(trainer).round
     if not isinstance(drawn, RolloutRound):
         raise ValueError("RolloutMonitor reports on rollouts; use it with RolloutDataModule, or leave it out")
     return drawn

@@ -12,8 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
-from lightning_rlhf.callbacks.reporting import beta, last_validation, preference_source, root
+from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
 from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarise
+from lightning_rlhf.protocols import beta_of
 
 
 RowKey = tuple[int, int, int]
@@ -70,9 +71,9 @@ class Summary(HeldOutCallback):
         self._seconds_before, self._started = self._seconds(), None
         source = preference_source(trainer)
         passes = source.passes_per_pair
-        ties = getattr(source, "num_ties", 0)
+        ties = source.num_ties
         result = {
-            **result_of(self._before, self._after, beta(pl_module)),
+            **result_of(self._before, self._after, beta_of(pl_module)),
             "steps": trainer.global_step,
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks.reporting import Round, log_known, preference_source
+from lightning_rlhf.callbacks.reporting import log_known, preference_source
+from lightning_rlhf.protocols import Round
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 
@@ -99,7 +100,7 @@ def round_costs(drawn: Round) -> dict[str, float]:
     return {
         "round/labels": float(drawn.labels_bought),
         "round/failed": float(sum(drawn.failed.values())),
-        "round/ties": float(getattr(drawn, "ties", 0)),
+        "round/ties": float(drawn.ties),
         "round/sampling_seconds": drawn.sampling_seconds,
         "round/labeling_seconds": drawn.labeling_seconds,
     }

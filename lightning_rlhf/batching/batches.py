@@ -19,28 +19,32 @@ Ids = tuple[int, ...]
 
 @runtime_checkable
 class StepBatch(Protocol):
-    """What a batch that is an optimizer step can do; the items are pairs, or prompts with their responses."""
+    """A batch that is an optimizer step; the items are pairs, or prompts with their responses."""
 
     @property
     def num_padding(self) -> int:
-        """Items at the end that count for nothing."""
+        """Padding items, at the end; they have weight 0."""
 
     @property
     def num_global(self) -> float | None:
-        """Items of the optimizer step on all ranks, divided by the ranks; the items here when None."""
+        """Items of the optimizer step on all ranks, divided by the number of ranks; None counts the items here."""
 
     @property
     def weight(self) -> Tensor:
         """Weight of each item in the loss, [items]."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Name of each item in messages; may be empty."""
+
     def __len__(self) -> int:
-        """Number of items, idle ones included."""
+        """Number of items, padding items included."""
 
     def split(self) -> Sequence[Self]:
-        """Make a batch of each pass, in order."""
+        """Make a batch of each micro-batch, in order."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the numbers to a device."""
+        """Move the tensors to a device."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class PreferenceBatch:
         num_global: pairs of the optimizer step on all ranks, divided by the ranks; losses are summed and divided by it,
             so that the average over ranks, which DDP takes, is the mean over pairs. The pairs here when not given.
         micro_batches: number of pairs in each forward and backward pass of the step; one pass over all when not given.
-        num_padding: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
-            passes must still run as many.
-        names: what each pair is called in messages; empty where nobody asked.
+        num_padding: padding pairs at the end, of weight 0 and left out of metrics: a rank with fewer pairs must run as
+            many micro-batches as the others.
+        names: name of each pair in messages; may be empty.
     """
 
     prompts: list[Ids]
@@ -182,9 +186,9 @@ class ResponseBatch:
         max_length: token limit of the responses.
         temperature: softmax temperature they were drawn at.
         num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
-        micro_batches: number of prompts in each pass; one pass when not given.
-        num_padding: prompts at the end that count for nothing.
-        names: what each prompt is called in messages; empty where nobody asked.
+        micro_batches: number of prompts in each micro-batch; default: one micro-batch.
+        num_padding: padding prompts at the end.
+        names: name of each prompt in messages; may be empty.
     """
 
     prompts: list[Ids]

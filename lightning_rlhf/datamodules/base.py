@@ -26,7 +26,7 @@ from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.same_run import digest_of_rows, row_differences
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.prompts.template import turn_format
-from lightning_rlhf.protocols import PreferenceSource, StepData, StepModule, module_of
+from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
@@ -86,7 +86,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         self.fingerprint: dict[str, Any] = {}
         """Settings that a continued run must share with the ledger, where the command line gives them; what the
         objects of the run say of themselves when empty."""
-        self.round: Any = None
+        self.round: Round | None = None
         """The newest round, for callbacks; None where there are no rounds."""
         self.epochs_per_round: int | None = None
         self.label_budget: int | None = None

@@ -143,7 +143,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         with module.gathered(), self.trainer.precision_plugin.forward_context():
             items = self.buffer(due)
         if not items:
-            failed = self.round.failed
+            failed = {} if self.round is None else self.round.failed
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
                 f"round {due} has no labelled {self.UNIT} to train on "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,6 +16,7 @@ from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
+from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.runtime.plugins import check_plugin
 
@@ -124,3 +125,9 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
             weight=batch.weight.to(chosen),
         )
         return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
+
+
+if TYPE_CHECKING:
+
+    def _is_read_by_callbacks(module: DPOModule) -> PolicyLike:
+        return module

@@ -41,7 +41,7 @@ from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.optimizer import ParameterGroups
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
-from lightning_rlhf.protocols import RolloutModule
+from lightning_rlhf.protocols import PolicyLike, RolloutModule
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout
@@ -395,4 +395,7 @@ def is_scorer(checkpoint: str, trust_remote_code: bool = False) -> bool:
 if TYPE_CHECKING:
 
     def _fulfils(module: PolicyGradientModule) -> RolloutModule:
+        return module
+
+    def _is_read_by_callbacks(module: PolicyGradientModule) -> PolicyLike:
         return module

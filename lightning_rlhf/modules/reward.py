@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -32,6 +32,7 @@ from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
 from lightning_rlhf.prompts.template import TurnFormat, turn_format
+from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
@@ -310,3 +311,9 @@ def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
                 f"read as they are: use a backbone of the policy's family, and model.options.chat_template where templates "
                 f"differ; or draw with the policy, export the ledger, and train on its rows"
             )
+
+
+if TYPE_CHECKING:
+
+    def _is_read_by_callbacks(module: RewardModule) -> PolicyLike:
+        return module
