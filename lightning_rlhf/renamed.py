@@ -208,7 +208,7 @@ def _renamed_fields(
 
 
 def _merged(old: dict[str, Any], new: Any) -> Any:
-    """A group that is given by its new name, over what old names said of it."""
+    """A group given by its new name; it overrides values that were given by old names."""
     return {**old, **new} if isinstance(new, dict) else new
 
 

@@ -1,7 +1,7 @@
-"""What the DataModules share: batches that are optimizer steps, and rounds drawn with the current policy.
+"""The base of all DataModules: it reads the rows, and serves batches that are optimizer steps.
 
-Lightning asks for the training loader anew in every epoch; that is the on-epoch hook. What an epoch trains on is read
-from the ledger, so that a killed run continues with what it had drawn and paid for.
+Lightning asks for the training loader again in every epoch. This is the hook at which rounds are collected, see
+`lightning_rlhf.datamodules.rounds`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULT_DECODING = Decoding()
 
 
 class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
-    """Serves batches that are optimizer steps, in one pass or in several, exactly resumable.
+    """Serves batches that are optimizer steps, of one or more micro-batches; resumes exactly.
 
     Implement `items`, `length` and `collate`.
 
@@ -51,9 +51,9 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         seed: decides order and samples.
 
     Attributes:
-        FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
+        FREE_SETTINGS: arguments that change speed or metrics, but neither samples nor updates.
         ITEMS: the argument that ``items_per_batch`` comes from, for errors.
-        UNIT: what an item is, for progress bars and speeds.
+        UNIT: name of an item in progress bars and speeds.
         RESPONSE_LIMIT: the argument that limits responses, for errors.
     """
 
@@ -84,8 +84,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         self.batching, self.prompt_options = batching, prompt_options
         self.seed = seed
         self.fingerprint: dict[str, Any] = {}
-        """Settings that a continued run must share with the ledger, where the command line gives them; what the
-        objects of the run say of themselves when empty."""
+        """Settings that a continued run must share with the ledger; default: those that the objects of the run
+        describe. The command line sets it."""
         self.round: Round | None = None
         """The newest round, for callbacks; None where there are no rounds."""
         self.epochs_per_round: int | None = None
@@ -99,19 +99,19 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
 
     @abstractmethod
     def items(self, epoch: int) -> Sequence[Any]:
-        """What an epoch trains on, equal on all ranks; asking twice draws nothing."""
+        """Items of an epoch, equal on all ranks; a second call does not sample again."""
 
     @abstractmethod
     def length(self, item: Any) -> int:
-        """Token positions of an item in a pass."""
+        """Token positions of an item in a forward pass."""
 
     @abstractmethod
     def collate(self, items: Sequence[Any], step: Step) -> StepBatch:
         """Make the batch of one rank in one optimizer step.
 
         Args:
-            items: what this rank trains on, pass after pass.
-            step: passes and counts of the step.
+            items: items of this rank, micro-batch after micro-batch.
+            step: micro-batches and counts of the step.
         """
 
     def setup(self, stage: str) -> None:
@@ -134,7 +134,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
                 self._heldout = self._load(self.heldout_source, "held-out")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps: a digest of the rows, which must be the same when the run goes on."""
+        """A digest of the rows, for the checkpoint: a resumed run must have the same rows."""
         return {"rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,16 +182,16 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
 
     @property
     def num_ties(self) -> int:
-        """Pairs of equal responses, ties that cost nothing; 0 where nothing is labelled. Every rank must ask."""
+        """Pairs of equal responses, whose labels are free; 0 where nothing is labeled. Every rank must ask."""
         return 0
 
     @property
     def passes_per_pair(self) -> float:
-        """Model forward passes per token position and pair; NaN where no pairs are drawn. Every rank must ask."""
+        """Model forward passes per token position and pair; NaN where no pairs are sampled. Every rank must ask."""
         return float("nan")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Draw what is due and serve it; asking twice draws nothing."""
+        """Serve the items of this epoch; a second call does not sample again."""
         epoch = self.trainer.current_epoch
         items = self.items(epoch)
         world, rank = self.trainer.world_size, self.trainer.global_rank
@@ -255,7 +255,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         elif window is not None and limit + self.decoding.max_new_tokens > window:
             raise ValueError(
                 f"data.prompt_options.max_prompt_tokens {limit} and data.{self.RESPONSE_LIMIT} "
-                f"{self.decoding.max_new_tokens} exceed the policy's window of {window} tokens together; lower one of them"
+                f"{self.decoding.max_new_tokens} exceed the policy's window of {window} tokens together; lower one of "
+                f"them"
             )
         prompts, report = tokenize_rows(
             rows,

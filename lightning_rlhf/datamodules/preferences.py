@@ -96,11 +96,11 @@ class PreferenceDataModule(AbstractRoundDataModule):
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
-        self._untaught = copy.deepcopy(sampler.state_dict())
+        self._initial_sampler = copy.deepcopy(sampler.state_dict())
 
     @property
     def passes_per_pair(self) -> float:
-        """Model forward passes per token position and pair, counted over all pairs drawn; every rank must ask."""
+        """Model forward passes per token position and pair, averaged over all sampled pairs; every rank must ask."""
         return distributed.from_rank_zero(
             lambda: self._store.mean_passes() if self._store is not None else float("nan")
         )
@@ -134,9 +134,9 @@ class PreferenceDataModule(AbstractRoundDataModule):
         )
 
     def forget_rounds(self) -> None:
-        """Forget all rounds, and let the sampler be as it was given."""
+        """Forget all rounds, and reset the sampler to its initial state."""
         self.round, self._rounds = None, {}
-        self.sampler.load_state_dict(copy.deepcopy(self._untaught))
+        self.sampler.load_state_dict(copy.deepcopy(self._initial_sampler))
 
     def buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""
@@ -160,7 +160,7 @@ class PreferenceDataModule(AbstractRoundDataModule):
             self._observed = index + 1
 
     def sample_round(self, index: int) -> None:
-        """Draw the comparisons of a round."""
+        """Sample the comparisons of a round."""
         self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
 
     def labels_before(self, store: PreferenceStore, index: int) -> int:
@@ -168,7 +168,7 @@ class PreferenceDataModule(AbstractRoundDataModule):
         return store.count_labels(before=index)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps: which ledger, and what the sampler has learnt. The pairs are in the ledger."""
+        """Id of the ledger and state of the sampler, for the checkpoint; the pairs are in the ledger."""
         return {**super().state_dict(), "sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

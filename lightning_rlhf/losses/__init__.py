@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps
+from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps, checked_losses
 from lightning_rlhf.losses.policy_gradient import (
     clipped_loss,
     clipped_share,
@@ -46,6 +46,7 @@ __all__ = [
     "XPOLoss",
     "bradley_terry_loss",
     "cdpo_loss",
+    "checked_losses",
     "centering_penalty",
     "clipped_loss",
     "clipped_share",

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a run, built from what the configuration names."""
+"""Build the optimizer and the schedule that the configuration names."""
 
 from __future__ import annotations
 

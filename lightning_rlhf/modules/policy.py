@@ -101,7 +101,7 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
         return self.lora is None
 
     def on_fit_start(self) -> None:
-        """Check the data types of what is trained, and that the policy computes the same in training and decoding.
+        """Check the data types of trained weights, and that the policy computes the same in training and decoding.
 
         Raises:
             ValueError: if it does not, though its dropout is off.

@@ -136,11 +136,13 @@ DEFAULT_KL, REINFORCE, DEFAULT_VALUE = KLControl(), PolicyLoss(), ValueModel()
     "model", optimizer=partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0), lr_scheduler=ConstantWithWarmup
 )
 class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
-    """Policy gradients on responses that the policy samples itself: REINFORCE with a learned baseline, RLOO, GRPO, PPO.
+    """Policy gradients: REINFORCE (Williams 1992), RLOO (arXiv 2402.14740), GRPO (arXiv 2402.03300), PPO (1707.06347).
 
-    With the defaults this is the algorithm of RLAIF vs. RLHF (arXiv 2309.00267, appendix F): REINFORCE with a learned
-    baseline, the KL penalty of each token inside the return. The DataModule brings the reward: a reward model makes it
-    RLHF or RLAIF, a judge direct RLAIF (`DRLAIFModule`).
+    Maximizes J = E[r(x, y)] - beta KL(pi || pi_ref), or (1 - beta) E[r] - beta KL for ``kl.objective=convex``, by
+    grad J = E[sum_t A_t grad log pi(y_t | x, y_<t)] with the advantages A_t of ``advantage``. The defaults are those of
+    RLAIF vs. RLHF (Lee et al. 2023, arXiv 2309.00267, appendix F): REINFORCE with a learned baseline, and the KL of
+    each token inside the return. The DataModule brings the reward: a reward model makes it RLHF or RLAIF, a judge
+    direct RLAIF (`DRLAIFModule`). Left out: entropy bonus, and rewards of single steps or tool calls.
 
     Logged on training steps, as means over prompts: ``train/policy_loss``, ``train/kl/k1`` and ``train/kl/k3`` (nats
     per response, of the current policy, over the rollouts of the step), ``train/kl_loss/`` and the placement where the
@@ -362,12 +364,12 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         self.log("train/kl_coefficient", torch.tensor(self.kl_coefficient), on_step=False, on_epoch=True, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, the reference if it moves, and beta if it was adapted."""
+        """Keep trained weights, the reference if it moves, and beta if it adapts."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coefficient"] = self.kl_coefficient
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what `on_save_checkpoint` kept."""
+        """Restore the entries of `on_save_checkpoint`."""
         super().on_load_checkpoint(checkpoint)
         if self.kl.target is not None:
             self.kl_coefficient = checkpoint["kl_coefficient"]

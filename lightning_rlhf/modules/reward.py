@@ -65,14 +65,14 @@ BRADLEY_TERRY = RewardLoss()
     "model", optimizer=partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0), lr_scheduler=ConstantWithWarmup
 )
 class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModule):
-    """A reward model trained on preferences by the Bradley-Terry loss, with soft labels.
+    """Reward model of Lee et al. 2023, RLAIF vs. RLHF (arXiv 2309.00267, section 2.2.1): Bradley-Terry, soft labels.
 
-    RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. With D = r(chosen) - r(rejected), the loss of a pair with label p
-    is -p log sigma(D) - (1 - p) log sigma(-D). The reward of a response is a linear function of the hidden state of its
-    last token; in a conversation, of the last token that the chat template writes, which may be a newline after the
-    end of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded
-    pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler samples in rounds; labels come from the
-    data or from any labeler.
+    With D = r(chosen) - r(rejected) and the label p = P(chosen preferred), the loss of a pair is
+    -p log sigma(D) - (1 - p) log sigma(-D). r is a linear function of the hidden state of the last token of a
+    response. In a conversation it is the last token of the chat template, which may be a newline after the end of turn:
+    ``AutoModelForSequenceClassification`` reads it at the same place. Pairs are recorded ones (`OfflineSampler`), or,
+    with ``policy``, sampled in rounds by any sampler. Left out: rewards of single tokens or steps, and ranking losses
+    over more than two responses.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
     over held-out rows with recorded pairs: the metrics of `PairMetrics`, under ``val/``. Of an ensemble these are about
@@ -254,7 +254,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
             metric.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained."""
+        """Keep trained weights."""
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.frozen_backbone and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -285,7 +285,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A special token that never ends a response, to fill rows up with; None if the tokenizer has no such token.
+    """A special token that never ends a response, for padding; None if the tokenizer has no such token.
 
     Here lengths say where a response ends, but transformers takes the last token that is no padding: were that EOS, as
     in many tokenizers, it would score the token before. Without any it scores single rows rightly, and refuses batches.
@@ -295,7 +295,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, policy: str) -> None:
-    """Raise unless what the policy draws can be read by the reward model token by token.
+    """Raise unless the reward model can read the token ids of the policy.
 
     Raises:
         ValueError: if vocabulary, end of sequence or chat template differ.
@@ -307,9 +307,9 @@ def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
     ):
         if not same:
             raise ValueError(
-                f"the policy {policy!r} has another {what} than the backbone, and pairs that are drawn in rounds are "
-                f"read as they are: use a backbone of the policy's family, and model.options.chat_template where templates "
-                f"differ; or draw with the policy, export the ledger, and train on its rows"
+                f"the policy {policy!r} has another {what} than the backbone, which reads the token ids of sampled "
+                f"pairs: use a backbone of the policy's family, and model.options.chat_template where templates "
+                f"differ; or sample with the policy, export the ledger, and train on its rows"
             )
 
 
