@@ -17,7 +17,7 @@ from lightning_rlhf.runtime import distributed
 
 
 class HeldOut:
-    """Collects the rows of one validation epoch; every rank holds its own until `gather`."""
+    """Collects the rows of one validation epoch, on every rank its own until `gather`."""
 
     def __init__(self) -> None:
         self.reset()

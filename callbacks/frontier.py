@@ -1,4 +1,4 @@
-"""The path of the run through the reward-KL plane, as a table and as a figure."""
+"""Reward against KL along the run, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_rlhf.protocols import beta_of
 
 
 class FrontierPlot(HeldOutCallback):
-    """Draws held-out reward against KL(policy || reference), one point per validation.
+    """Plots held-out reward against KL(policy || reference), one point per validation.
 
     Writes ``frontier.csv`` (columns step, labels, reward, reward_stderr, kl, kl_stderr, j; KL in nats per sequence) and
     ``frontier.png`` into ``trainer.default_root_dir`` after each validation of a fit, and shows the figure in
-    TensorBoard and W&B. The points live in the checkpoint, so that a resumed run continues its line; a step that is
-    validated again replaces its point. Validations without rewards or without log-probabilities give no point.
+    TensorBoard and W&B. The checkpoint keeps the points, so that a resumed run continues its line; a repeated
+    validation of a step replaces its point. Validations without rewards or log-probabilities give no point.
 
     Args:
         title: text above the figure.
-        figure: False writes the table alone: drawing takes longer than small runs take to train.
+        figure: False writes the table only: plotting takes longer than the training of small runs.
     """
 
     def __init__(self, title: str = "Reward-KL frontier", figure: bool = True) -> None:
@@ -54,7 +54,7 @@ class FrontierPlot(HeldOutCallback):
             kl_stderr=means.kl_stderr,
             j=j,
         )
-        # A validation outside fit is kept for the fit that may follow; alone it must not replace the files of a run.
+        # a validation outside fit is kept for a fit that may follow, but must not replace the files of a run
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             folder = root(trainer)
             write_frontier(self.points, folder / "frontier.csv")
@@ -68,5 +68,5 @@ class FrontierPlot(HeldOutCallback):
         return {"points": [asdict(point) for point in self.points]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self._points = {point["step"]: FrontierPoint(**point) for point in state_dict["points"]}

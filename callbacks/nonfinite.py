@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number must not reach the weights."""
+"""Keep NaN and infinite losses and gradients from the weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightning_rlhf.runtime import distributed
 class NonFiniteGuard(Callback):
     """Checks every optimizer step, before it is taken, for a loss or gradient that is NaN or infinite.
 
-    The pairs (rollouts, rows) whose figures are not finite are named by round and prompt; where the loss is finite and
-    its gradient is not, all those of the step are. The weights and the state of the optimizer stay as they were. On a
+    The message names the pairs (rollouts, rows) whose metrics are not finite, by round and prompt; if all metrics are
+    finite, it names all of the step. The weights and the state of the optimizer stay as they were. On a
     GPU the check waits for the backward pass, once per step. Under ``trainer.precision=16-mixed`` a gradient overflows
     now and then because the loss is scaled up: as long as the loss itself is finite, such a step is dropped and the
     scale lowered, whatever ``action`` says, up to ``most_in_a_row`` times.
@@ -67,7 +67,7 @@ class NonFiniteGuard(Callback):
         suspects = found or distributed.interleave(lambda: names)
         message = (
             f"the loss or its gradient is not finite in step {trainer.global_step}; "
-            + ("by their figures, it is " if found else "the figures are finite, so it is one of ")
+            + ("by their metrics, it is " if found else "the metrics are finite, so it is one of ")
             + ", ".join(dict.fromkeys(suspects))
         )
         if self.action == "stop" or self._in_a_row >= self.most_in_a_row:
@@ -90,7 +90,7 @@ class NonFiniteGuard(Callback):
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 

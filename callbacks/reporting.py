@@ -48,7 +48,7 @@ def show_image(trainer: Trainer, key: str, path: Path) -> None:
     """Show a PNG in the loggers that can; call it on rank zero. The CSV logger has the file itself."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            from matplotlib.image import imread  # Only runs that draw need matplotlib.
+            from matplotlib.image import imread  # imported here: only runs with figures need matplotlib
 
             logger.experiment.add_image(key, imread(path), trainer.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
@@ -65,25 +65,25 @@ def show_table(trainer: Trainer, key: str, columns: list[str], rows: list[Row], 
 
 
 def log_known(pl_module: LightningModule, values: Mapping[str, float | None]) -> None:
-    """Log the figures that are known, once for the epoch, from a hook that runs on every rank with equal values."""
+    """Log the metrics that are known, once per epoch, from a hook that runs on every rank with equal values."""
     known = {name: value for name, value in values.items() if value is not None}
-    # The mean over ranks of equal values changes nothing; it tells Lightning that the ranks agree.
+    # the mean over ranks of equal values changes nothing, but Lightning warns without it
     pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=pl_module.trainer.world_size > 1, batch_size=1)
 
 
 def last_validation(trainer: Trainer) -> dict[str, float] | None:
-    """Write the figures of the last validation to ``summary.json``, and return them; None on ranks other than zero.
+    """Write the metrics of the last validation to ``summary.json`` and return them; None on ranks other than zero.
 
-    Those that are not known (NaN) are null in the file.
+    Unknown metrics (NaN) are null in the file.
     """
-    figures = {
+    metrics = {
         name.removeprefix("val/"): value.item()
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val/")
     }
     if not trainer.is_global_zero:
         return None
-    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     text = json.dumps({"steps": trainer.global_step, **known}, indent=2)
     (root(trainer) / "summary.json").write_text(text + "\n", encoding="utf-8")
-    return figures
+    return metrics

@@ -22,7 +22,7 @@ RowKey = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Validation:
-    """What is kept of one validation.
+    """The results of one validation.
 
     Args:
         step: optimizer steps taken before it.
@@ -42,8 +42,8 @@ class Summary(HeldOutCallback):
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
     nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
     free ties (pairs of equal responses), where there are any. The first validation of the run counts as before, the
-    latest as after; both live in the checkpoint, as do the seconds. Figures that the run cannot know, such as rewards
-    without a reward function, are left out of the line and null in the file.
+    latest as after; both are kept in the checkpoint, as are the seconds. Unknown metrics, such as rewards without a
+    reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.
@@ -80,7 +80,7 @@ class Summary(HeldOutCallback):
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
         }
-        # Only now: the ledger's count of labels is asked by all ranks.
+        # only now: all ranks ask the ledger for the number of labels
         if not trainer.is_global_zero:
             return
         (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -99,7 +99,7 @@ class Summary(HeldOutCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self._before, self._after = (restored(state_dict[name]) for name in ("before", "after"))
         self._seconds_before, self._started = state_dict["seconds"], None
 
@@ -110,7 +110,7 @@ def restored(state: dict[str, Any] | None) -> Validation | None:
 
 
 def result_of(before: Validation | None, after: Validation | None, beta: float) -> dict[str, Any]:
-    """Compare two validations of a run; figures are None where they are unknown."""
+    """Compare two validations of a run; unknown metrics are None."""
     early = {} if before is None else before.rewards
     late = {} if after is None else after.rewards
     differences = [late[key] - reward for key, reward in early.items() if key in late]
@@ -159,7 +159,7 @@ def closing_line(result: Mapping[str, Any]) -> str:
 
 
 def measured(value: float, error: float | None, sign: str = "") -> str:
-    """Write a figure with its standard error, two decimals each."""
+    """Write a number with its standard error, two decimals each."""
     return rounded(value, sign) + ("" if error is None else f" ± {error:.2f}")
 
 
@@ -169,47 +169,47 @@ def rounded(value: float, sign: str = "-") -> str:
 
 
 class LossSummary(Callback):
-    """Prints the held-out loss as the last line, and writes all figures of the last validation to ``summary.json``.
+    """Prints the held-out loss as the last line, and writes all metrics of the last validation to ``summary.json``.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print the figures."""
-        figures = last_validation(trainer)
-        if figures is None:
+        """Write and print the metrics."""
+        metrics = last_validation(trainer)
+        if metrics is None:
             return
-        if "loss" not in figures:
+        if "loss" not in metrics:
             print(f"{trainer.global_step} steps; no held-out rows", flush=True)
             return
         print(
-            f"held-out loss {figures['loss']:.3f} nats per token (perplexity {figures['perplexity']:.2f}), "
-            f"token accuracy {figures['token_accuracy']:.3f}, {trainer.global_step} steps",
+            f"held-out loss {metrics['loss']:.3f} nats per token (perplexity {metrics['perplexity']:.2f}), "
+            f"token accuracy {metrics['token_accuracy']:.3f}, {trainer.global_step} steps",
             flush=True,
         )
 
 
 class PairSummary(Callback):
-    """Prints held-out accuracy, its baseline and calibration as the last line; all figures go to ``summary.json``.
+    """Prints held-out accuracy, its baseline and calibration as the last line; all metrics go to ``summary.json``.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print the figures of the last validation."""
-        figures = last_validation(trainer)
-        if figures is None:
+        """Write and print the metrics of the last validation."""
+        metrics = last_validation(trainer)
+        if metrics is None:
             return
-        if "accuracy" not in figures:
+        if "accuracy" not in metrics:
             print(f"{trainer.global_step} steps; no held-out pairs", flush=True)
             return
-        accuracy, pairs = figures["accuracy"], figures["pairs"]
+        accuracy, pairs = metrics["accuracy"], metrics["pairs"]
         error = math.sqrt(accuracy * (1 - accuracy) / pairs)
         # whichever of "the longer" and "the shorter is better" is right more often on these pairs
-        by_length = max(figures["longer_accuracy"], 1 - figures["longer_accuracy"])
+        by_length = max(metrics["longer_accuracy"], 1 - metrics["longer_accuracy"])
         print(
             f"held-out accuracy {accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs (by length alone: "
-            f"{by_length:.3f}), Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}, "
+            f"{by_length:.3f}), Brier {metrics['brier']:.3f}, ECE {metrics['ece']:.3f}, "
             f"{trainer.global_step} steps",
             flush=True,
         )

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import StepBatch
 from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
@@ -93,7 +94,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         """Most labels that may be bought in total; the last round is cut to it. The `LabelBudget` callback sets it."""
         self._prompts: list[Prompt] = []
         self._heldout: list[Prompt] = []
-        self._tokenizer: Any = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: dict[str, Any] = digest_of_rows([])
         self._accumulate = 1
 

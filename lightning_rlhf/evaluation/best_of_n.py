@@ -14,7 +14,7 @@ from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
 def best_of_n_gold(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     """Expected gold reward of the response that the proxy likes best among n of the N at hand; [prompts], float64.
 
-    The mean over all subsets of size n, without drawing any: ``sum_i C(i - 1, n - 1) / C(N, n) gold_(i)``, responses
+    The mean over all subsets of size n, without sampling any: ``sum_i C(i - 1, n - 1) / C(N, n) gold_(i)``, responses
     sorted by the proxy, which is unbiased for n fresh responses and of far less variance than one subset (Nakano et al.
     2021, arXiv 2112.09332, appendix I). Of responses with equal proxy reward each is picked equally often.
 
@@ -80,14 +80,14 @@ def _checked(proxy: Tensor, gold: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 class BestOfN(Metric):
-    """What a reward model's choice among n responses is worth, over held-out prompts with N scored responses each.
+    """Quality of a reward model's choice among n responses, over held-out prompts with N scored responses each.
 
     `compute` returns float64 scalars, means over prompts with standard errors (s / sqrt(prompts)) under the same name
     and ``_stderr``; NaN where there are too few prompts:
 
     - ``accuracy/n``: how often the choice is the best of the n; see `best_of_n_accuracy`.
-    - ``gold/n``: gold reward of the choice; see `best_of_n_gold`. Where a model is over-optimised it falls as n grows.
-    - ``oracle/n``: gold reward of the best of the n, what a perfect model would reach.
+    - ``gold/n``: gold reward of the choice; see `best_of_n_gold`. It falls as n grows if the model is over-optimized.
+    - ``oracle/n``: gold reward of the best of the n, the choice of a perfect model.
     - ``prompts``: their number, without error.
 
     Args:
@@ -127,7 +127,7 @@ class BestOfN(Metric):
         self.moments = _merge_rows(torch.stack([self.moments, new]))
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, over all prompts of all processes."""
+        """The metrics, over all prompts of all processes."""
         found: dict[str, Tensor] = {}
         nan = self.moments.new_tensor(float("nan"))
         for name, (count, mean, deviations) in zip(self.names, self.moments, strict=True):
@@ -137,5 +137,5 @@ class BestOfN(Metric):
 
 
 def _merge_rows(groups: Tensor) -> Tensor:
-    """Pool the moments of several figures of several groups; [groups, figures, 3] -> [figures, 3]."""
+    """Pool the moments of several metrics of several groups; [groups, metrics, 3] -> [metrics, 3]."""
     return torch.stack([merge_moments(groups[:, figure]) for figure in range(groups.shape[1])])

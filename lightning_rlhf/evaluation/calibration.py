@@ -1,4 +1,4 @@
-"""How far stated probabilities are from what happens: what pair metrics and judge metrics share."""
+"""Calibration: the distance of predicted probabilities from frequencies, for pair metrics and judge metrics."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def expected_calibration_error(bins: Tensor) -> Tensor:
     """Mean over pairs of |confidence - accuracy| of their bin (Guo et al. 2017); NaN without pairs.
 
     Args:
-        bins: what `calibration_bins` returns, [NUM_BINS, 3].
+        bins: sums from `calibration_bins`, [NUM_BINS, 3].
     """
     return (bins[:, 1] - bins[:, 2]).abs().sum() / bins[:, 0].sum()

@@ -17,7 +17,7 @@ from lightning_rlhf.types import Prompt, Response
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """A held-out prompt, the policy's answer, and what the answer was worth.
+    """A held-out prompt with the response of the policy and its reward.
 
     Args:
         key: names the row: number of the validation loader, `Prompt.index`, and how often the prompt came before.
@@ -42,7 +42,7 @@ class HeldOutRow:
 
 @dataclass(frozen=True)
 class HeldOutMeans:
-    """Means over the rows of a validation epoch; a figure is None where no row knows it.
+    """Means over the rows of a validation epoch; None where no row has the value.
 
     Args:
         reward: mean reward.
@@ -132,6 +132,6 @@ def summarise(rows: Sequence[HeldOutRow]) -> HeldOutMeans:
 
 
 def optional_mean(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard error, None in place of the figures that too few values leave undefined."""
+    """Mean and standard error, each None if there are too few values."""
     mean, error = mean_with_error(torch.tensor(values, dtype=torch.float64))
     return (mean if values else None), (error if len(values) > 1 else None)

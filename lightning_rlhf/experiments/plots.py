@@ -1,4 +1,4 @@
-"""Figures of a comparison, drawn without a display: reward against KL, J against labels, alignment of gradients."""
+"""Figures of a comparison, made without a display: reward against KL, J against labels, alignment of gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MANY = 8
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm is drawn, the same in all figures: colours first, then dashes."""
+    """Style of an arm, the same in all figures: colors first, then dashes."""
 
     colour: str
     line: Literal["-", "--"]
@@ -47,7 +47,7 @@ def style_of(index: int) -> Style:
 
 
 def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
-    """Draw the mean path of each arm through the reward-KL plane (Figures 2 to 5 of PILAF); darker is later.
+    """Plot the mean path of each arm through the reward-KL plane (Figures 2 to 5 of PILAF); darker is later.
 
     Args:
         grid: runs by setting and arm.
@@ -58,7 +58,7 @@ def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
 
 
 def frontier_figure(grid: Grid, title: str) -> Figure:
-    """Draw the figure of `plot_frontiers` without saving it."""
+    """Make the figure of `plot_frontiers` without saving it."""
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels, kl = mean_path(curves, "kl")
@@ -90,18 +90,18 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
 
 
 def plot_labels(grid: Grid, path: Path, title: str, unit: str = "labels") -> None:
-    """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
+    """Plot mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
 
     Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed,
     mean over arms, is taken out of the intervals. Some of each arm's own noise goes with it; intervals are widened by
-    ``sqrt(arms / (arms - 1))``, which makes up for that (Morey 2008). More than `MANY` arms are drawn without
+    ``sqrt(arms / (arms - 1))``, which corrects for that (Morey 2008). More than `MANY` arms are plotted without
     intervals.
     """
     label_figure(grid, title, unit).savefig(path, dpi=140)
 
 
 def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
-    """Draw the figure of `plot_labels` without saving it."""
+    """Make the figure of `plot_labels` without saving it."""
 
     ease = {setting: seed_effects(arms) for setting, arms in grid.items()}
     bands = max(map(len, grid.values())) <= MANY
@@ -119,7 +119,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
-        # the climb from the start is steep and the same for all: what matters is above its first third
+        # the first third of the climb is steep and the same for all arms: leave it out of the axis
         grids = [j_grid(curves)[1].mean(0) for curves in arms.values()]
         top = max(float(j.max()) for j in grids)
         floor = min(float(j[len(j) // 3 :].min()) for j in grids)
@@ -133,15 +133,16 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
 
 
 def plot_alignment(grid: Grid, path: Path, title: str) -> None:
-    """Draw one minus the cosine of expected gradients with that of J along training, on a logarithmic axis.
+    """Plot one minus the cosine of expected gradients with that of J along training, on a logarithmic axis.
 
-    Arguments as for `plot_frontiers`; arms without a closed pair law are left out, and those that are aligned exactly.
+    Arguments as for `plot_frontiers`. Arms without a pair distribution in closed form are left out, as are those that
+    are aligned exactly.
     """
     alignment_figure(grid, title).savefig(path, dpi=140)
 
 
 def alignment_figure(grid: Grid, title: str) -> Figure:
-    """Draw the figure of `plot_alignment` without saving it."""
+    """Make the figure of `plot_alignment` without saving it."""
     known = {setting: {arm: c for arm, c in arms.items() if misaligned(c)} for setting, arms in grid.items()}
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
@@ -161,7 +162,7 @@ def misaligned(curves: Sequence[Curve]) -> bool:
 
 
 def plot_agreement(grid: Grid, path: Path, title: str) -> None:
-    """Draw how often the training reward orders the policy's answers as the held-out one does, along the runs.
+    """Plot how often the training reward orders the policy's answers as the held-out one does, along the runs.
 
     Arguments as for `plot_frontiers`; arms that do not know it are left out.
     """
@@ -169,7 +170,7 @@ def plot_agreement(grid: Grid, path: Path, title: str) -> None:
 
 
 def agreement_figure(grid: Grid, title: str) -> Figure:
-    """Draw the figure of `plot_agreement` without saving it."""
+    """Make the figure of `plot_agreement` without saving it."""
     known = {
         setting: {arm: c for arm, c in arms.items() if all(curve.last.agreement is not None for curve in c)}
         for setting, arms in grid.items()
@@ -194,7 +195,7 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
 
 
 def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:
-    """Draw each claim's difference in its first figure, with its 95 % interval; a colour per verdict.
+    """Plot each claim's difference in its first metric, with its 95 % interval; a colour per verdict.
 
     Args:
         claims: the claims as they were judged, at least one.
@@ -205,7 +206,7 @@ def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:
 
 
 def claims_figure(claims: Sequence[JudgedClaim], title: str) -> Figure:
-    """Draw the figure of `plot_claims` without saving it."""
+    """Make the figure of `plot_claims` without saving it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -254,13 +255,13 @@ def panels(
     Args:
         grid: runs by setting and arm.
         title: text above the figure.
-        draw: draws the runs of an arm.
-        x_label: what the horizontal axes show, with units.
-        y_label: what the vertical axes show.
+        draw: plots the runs of an arm.
+        x_label: quantity on the horizontal axes, with units.
+        y_label: quantity on the vertical axes.
         finish: sets the limits of a panel.
-        places: number of each arm, which names its style; their order in ``grid`` when not given.
+        places: number of each arm, which names its style; default: their order in ``grid``.
     """
-    # Imported here: matplotlib takes a second, which only runs that draw should pay.
+    # imported here: matplotlib takes a second to load, and few runs make figures
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -348,7 +349,7 @@ def half_width(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def mean_path(curves: Sequence[Curve], figure: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Labels of the evaluations that all runs have, and the mean of a figure at them."""
+    """Labels of the evaluations that all runs have, and the mean of a metric at them."""
     labels, _ = j_grid(curves)
     values = [{point.labels: getattr(point, figure) for point in curve.points} for curve in curves]
     return labels, np.array([[found[int(n)] for n in labels] for found in values]).mean(0)

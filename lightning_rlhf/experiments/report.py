@@ -23,13 +23,13 @@ Grid = Mapping[str, Mapping[str, Sequence[Curve]]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
+    """The verdict on a claim.
 
     Args:
-        claim: what is claimed.
+        claim: the claim in words.
         setting: where.
         verdict: ``reproduced``, ``partly``, ``not shown`` (within error), ``contradicted``, or ``not measured``.
-        figures: the figures behind it, in words.
+        figures: the numbers behind it, in words.
     """
 
     claim: str
@@ -47,7 +47,7 @@ def grid_of(curves: Sequence[Curve]) -> dict[str, dict[str, list[Curve]]]:
 
 
 def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
-    """All figures of the tables as plain data: by setting and arm; intervals are [value, low, high]."""
+    """All numbers of the tables as plain data: by setting and arm; intervals are [value, low, high]."""
     report: dict[str, Any] = {}
     for setting, arms in grid.items():
         report[setting] = {}
@@ -87,7 +87,7 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
 def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str] = ()) -> list[Verdict]:
     """The claims of PILAF (arXiv 2502.04270), held against the runs.
 
-    A difference counts if its 95 % interval leaves out zero. ``reproduced`` needs all figures as claimed, ``partly``
+    A difference counts if its 95 % interval leaves out zero. ``reproduced`` needs all metrics as claimed, ``partly``
     one of them and J not against it, ``contradicted`` J against it; else nothing is shown.
 
     Args:
@@ -145,8 +145,8 @@ def judged(differences: Mapping[str, Interval], decisive: str | None = None) -> 
     """The verdict on paired differences.
 
     Args:
-        differences: differences by figure, at least one.
-        decisive: the figure that contradicts a claim alone; the last one when not given.
+        differences: differences by metric, at least one.
+        decisive: the metric that alone can contradict a claim; default: the last one.
     """
     if any(math.isnan(difference.low) for difference in differences.values()):
         return "not measured"
@@ -186,10 +186,10 @@ def markdown(
     """Tables of every setting, the verdicts and the costs.
 
     Args:
-        figures: what `figures_of` found.
-        claims: what `verdicts` found.
+        figures: result of `figures_of`.
+        claims: result of `verdicts`.
         baseline: the arm that others are compared with.
-        regime: what a setting is, in words.
+        regime: description of a setting.
     """
     parts = []
     for setting, arms in figures.items():

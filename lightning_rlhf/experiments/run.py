@@ -42,13 +42,13 @@ class CompareRun:
     added to a run folder (more seeds, arms or settings), but not changed. Every process has one thread.
 
     Args:
-        experiment: what is compared.
+        experiment: the arms and settings.
         baseline: the arm that others are compared with.
         claimant: the arm for which the claims of PILAF are judged.
         overfitted: settings that start from an overfitted policy.
         claims: claims to be judged in place of those of PILAF.
         run_dir: folder of the cells and of the report: ``report.md``, ``report.json``, ``curves.csv`` and PNGs.
-        processes: cells that run at the same time, >= 1; a process per core when not given.
+        processes: cells that run at the same time, >= 1; default: one per core.
         minutes: start no more cells after this time; the report is then about those that are there. No limit when not
             given.
         title: heading of report and figures.
@@ -74,7 +74,7 @@ class CompareRun:
         self.processes = processes or len(os.sched_getaffinity(0))
 
     def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Do the cells that are not done, write the report, and return its figures.
+        """Do the cells that are not done, write the report, and return its numbers.
 
         Args:
             settings: ignored; each cell keeps the settings that decide it.
@@ -111,7 +111,7 @@ class CompareRun:
         return True
 
     def _work(self) -> list[str]:
-        """Run what is missing; returns the names of jobs that failed or waited for one that did."""
+        """Run the missing jobs; returns the names of jobs that failed or waited for one that did."""
         jobs = list(self.experiment.jobs())
         done = {job.name for job in jobs if self._done(job)}
         todo = [job for job in jobs if job.name not in done]
@@ -200,7 +200,7 @@ def complete(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
-    """Do a job in a process of its own; what it prints goes to ``log.txt`` in its folder."""
+    """Run a job in its own process; its output goes to ``log.txt`` in its folder."""
     import torch
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -243,7 +243,7 @@ def one_thread() -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """Intervals as lists; what is infinite or not known becomes null."""
+    """Intervals as lists; infinite and unknown values become null."""
     if isinstance(value, Mapping):
         return {name: jsonable(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
