@@ -49,7 +49,9 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at loss and gradient; forget the gradient if it is unusable."""
         metrics = module_of(trainer, TrainedModule, "NonFiniteGuard").step_metrics
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients: list[Tensor] = []
+        for group in optimizer.param_groups:
+            gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
         loss_finite = torch.isfinite(metrics["loss"])
         finite = bool(loss_finite & all_finite(gradients))
         if not distributed.any_rank(not finite):

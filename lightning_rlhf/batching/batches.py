@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -222,7 +222,7 @@ class ResponseBatch:
         parts, start, first, last_counted = [], 0, 0, len(self) - self.num_padding
         for size in self.micro_batches:
             end = start + size
-            last = first + sum(len(ids) for responses in self.responses[start:end] for ids in responses)
+            last = first + sum(map(len, chain.from_iterable(self.responses[start:end])))
             parts.append(
                 replace(
                     self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -89,7 +90,7 @@ def plan(
         num_padding = num_micro_batches - len(mine)
         # the shortest pair of the step, as padding
         mine += [[pairs[-1]]] * num_padding
-        indices = [index for indices in mine for index in indices]
+        indices = list(chain.from_iterable(mine))
         steps.append(Step(indices, tuple(map(len, mine)), num_padding, len(pairs) / world, tuple(pairs)))
     return steps
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 
@@ -51,7 +51,7 @@ class RolloutRound:
     @property
     def rollouts(self) -> list[Rollout]:
         """All rollouts, prompt by prompt."""
-        return [rollout for group in self.groups for rollout in group]
+        return list(chain.from_iterable(self.groups))
 
     def scores(self) -> RewardOutput:
         """Scores of the rollouts, as the ledger holds them; ``std`` only if every rollout has one."""
@@ -104,7 +104,8 @@ class RolloutCollector:
             result.labels_bought = bought if self.table is not None else 0
             result.labeling_seconds = time.perf_counter() - start
         rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
-        result.groups = [[row[2] for row in same] for _, same in groupby(rows, key=lambda row: row[1])]
+        for _, same in groupby(rows, key=lambda row: row[1]):
+            result.groups.append([rollout for _, _, rollout in same])
         return result
 
     def sample(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> None:

@@ -104,7 +104,9 @@ class BestOfN(Metric):
         if not ns or min(ns) < 1:
             raise ValueError(f"ns must be sizes of at least 1; got {tuple(ns)}")
         self.ns = tuple(ns)
-        self.names = [f"{name}/{n}" for n in self.ns for name in ("accuracy", "gold", "oracle")]
+        self.names: list[str] = []
+        for n in self.ns:
+            self.names += [f"accuracy/{n}", f"gold/{n}", f"oracle/{n}"]
         self.add_state("moments", torch.zeros(len(self.names), 3, dtype=torch.float64), dist_reduce_fx=_merge_rows)
 
     def update(self, proxy: Tensor, gold: Tensor) -> None:
@@ -114,16 +116,12 @@ class BestOfN(Metric):
             proxy: rewards by the model under test, [prompts, N].
             gold: rewards by the judge, [prompts, N].
         """
-        figures = [
-            values
-            for n in self.ns
-            for values in (
-                best_of_n_accuracy(proxy, gold, n),
-                best_of_n_gold(proxy, gold, n),
-                best_of_n_gold(gold, gold, n),
-            )
-        ]
-        new = torch.stack([moments_of(values) for values in figures]).to(self.moments.device)
+        metrics: list[Tensor] = []
+        for n in self.ns:
+            metrics.append(best_of_n_accuracy(proxy, gold, n))
+            metrics.append(best_of_n_gold(proxy, gold, n))
+            metrics.append(best_of_n_gold(gold, gold, n))
+        new = torch.stack([moments_of(values) for values in metrics]).to(self.moments.device)
         self.moments = _merge_rows(torch.stack([self.moments, new]))
 
     def compute(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -34,12 +35,14 @@ def round_metrics(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) 
         groups: scored rollouts, prompt by prompt.
         earned: reward of each in training, group after group.
     """
-    rollouts = [rollout for group in groups for rollout in group]
+    rollouts = list(chain.from_iterable(groups))
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
     lengths = torch.tensor([float(len(r.response.ids)) for r in rollouts], dtype=torch.float64)
     mean, error = mean_with_error(rewards)
-    policy = torch.tensor([p for r in rollouts for p in r.response.policy_logps or ()], dtype=torch.float64)
-    reference = torch.tensor([q for r in rollouts for q in r.response.reference_logps or ()], dtype=torch.float64)
+    policy_logps = chain.from_iterable(rollout.response.policy_logps or () for rollout in rollouts)
+    reference_logps = chain.from_iterable(rollout.response.reference_logps or () for rollout in rollouts)
+    policy = torch.tensor(list(policy_logps), dtype=torch.float64)
+    reference = torch.tensor(list(reference_logps), dtype=torch.float64)
     metrics = {
         "reward": mean,
         "reward_stderr": error,

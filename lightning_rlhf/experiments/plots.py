@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,7 +73,7 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
         axes.scatter(kl[-1:], reward[-1:], s=60, edgecolor="black", linewidth=0.8, zorder=3, **look)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
-        if all(curve.points[0].kl > 1e-3 for curves in arms.values() for curve in curves):
+        if all(curve.points[0].kl > 1e-3 for curve in chain.from_iterable(arms.values())):
             return
         # the way from the reference is long and about the same for all: the panel shows the last nine tenths
         late = [(labels > labels[-1] / 10) for labels, _ in (mean_path(curves, "kl") for curves in arms.values())]
@@ -143,7 +144,7 @@ def plot_alignment(grid: Grid, path: Path, title: str) -> None:
 
 def alignment_figure(grid: Grid, title: str) -> Figure:
     """Make the figure of `plot_alignment` without saving it."""
-    known = {setting: {arm: c for arm, c in arms.items() if misaligned(c)} for setting, arms in grid.items()}
+    kept = restricted(grid, misaligned)
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
@@ -151,13 +152,23 @@ def alignment_figure(grid: Grid, title: str) -> Figure:
         axes.plot(labels, 1 - np.median(cosines, 0), color=style.colour, linestyle=style.line, linewidth=1.6)
         axes.set_yscale("log")
 
-    kept = {setting: arms for setting, arms in known.items() if arms}
     return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds", places=places_of(grid))
+
+
+def restricted(grid: Grid, keep: Callable[[Sequence[Curve]], bool]) -> Grid:
+    """The part of a grid whose arms fulfil a condition; settings without such an arm are left out."""
+    result: dict[str, Mapping[str, Sequence[Curve]]] = {}
+    for setting, arms in grid.items():
+        kept = {arm: curves for arm, curves in arms.items() if keep(curves)}
+        if kept:
+            result[setting] = kept
+    return result
 
 
 def misaligned(curves: Sequence[Curve]) -> bool:
     """Whether the expected gradients of an arm are known, and are not all that of J exactly."""
-    cosines = [point.population_cosine for curve in curves for point in curve.points]
+    points = chain.from_iterable(curve.points for curve in curves)
+    cosines = [point.population_cosine for point in points]
     return None not in cosines and any(cosine is not None and cosine < 1 - 1e-9 for cosine in cosines)
 
 
@@ -171,10 +182,7 @@ def plot_agreement(grid: Grid, path: Path, title: str) -> None:
 
 def agreement_figure(grid: Grid, title: str) -> Figure:
     """Make the figure of `plot_agreement` without saving it."""
-    known = {
-        setting: {arm: c for arm, c in arms.items() if all(curve.last.agreement is not None for curve in c)}
-        for setting, arms in grid.items()
-    }
+    kept = restricted(grid, lambda curves: all(curve.last.agreement is not None for curve in curves))
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels, share = mean_path(curves, "agreement")
@@ -189,7 +197,6 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
             mean = spread.mean(0)
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
-    kept = {setting: arms for setting, arms in known.items() if arms}
     y_label = "pairs ranked as by the oracle [%]"
     return panels(kept, title, draw, "responses learnt from", y_label, places=places_of(grid))
 
@@ -320,14 +327,15 @@ def panels(
 
 def places_of(grid: Grid) -> dict[str, int]:
     """Number of each arm, in the order in which settings name them."""
-    return {arm: place for place, arm in enumerate(dict.fromkeys(arm for found in grid.values() for arm in found))}
+    arms = dict.fromkeys(chain.from_iterable(grid.values()))
+    return {arm: place for place, arm in enumerate(arms)}
 
 
 def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
     """How much higher than others the runs of a seed end, mean over arms; zero on average, and with a single arm."""
     if len(arms) == 1:
         # the runs of a single arm share nothing with others: all that tells them apart is its own noise
-        return {curve.seed: 0.0 for curves in arms.values() for curve in curves}
+        return {curve.seed: 0.0 for curve in chain.from_iterable(arms.values())}
     ends: dict[int, list[float]] = {}
     for curves in arms.values():
         for curve in curves:

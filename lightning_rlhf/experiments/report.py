@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lightning_rlhf.experiments.curves import Curve
@@ -203,7 +204,7 @@ def markdown(
         parts.append("#### Claims\n\n" + claims_table(claims))
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in claims]
         parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "figures"], rows))
-    if not any("calls" in found for arms in figures.values() for found in arms.values()):
+    if not any("calls" in found for found in chain.from_iterable(arms.values() for arms in figures.values())):
         parts.append("#### Costs\n\n" + cost_table(figures))
     return "\n\n".join(parts) + "\n"
 
@@ -236,7 +237,7 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
 
 def cost_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Passes and annotations per pair, as planned (Table 1 of PILAF) and as counted over all settings."""
-    arms = list(dict.fromkeys(arm for setting in figures.values() for arm in setting))
+    arms = list(dict.fromkeys(chain.from_iterable(figures.values())))
     rows = []
     for arm in arms:
         found = [setting[arm] for setting in figures.values() if arm in setting]

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,10 @@ class CompareRun:
     # ---- report ----------------------------------------------------------------------------------------------------
 
     def _report(self, failed: Sequence[str]) -> dict[str, Any]:
-        curves = [curve for job in self.experiment.jobs() if self._done(job) for curve in read_cell(self._cell(job))[0]]
+        curves: list[Curve] = []
+        for job in self.experiment.jobs():
+            if self._done(job):
+                curves += read_cell(self._cell(job))[0]
         if not curves:
             raise RuntimeError(f"no cell was finished{failures(self.run_dir, failed)}")
         grid = grid_of(complete(curves))
@@ -174,7 +178,7 @@ class CompareRun:
         if any(curve.last.agreement is not None for curve in curves):
             pictures.append("agreement.png")
             plot_agreement(grid, self.run_dir / pictures[-1], f"{self.title}: does the reward still rank?")
-        if any(misaligned(found) for arms in grid.values() for found in arms.values()):
+        if any(map(misaligned, chain.from_iterable(arms.values() for arms in grid.values()))):
             pictures.append("alignment.png")
             plot_alignment(grid, self.run_dir / pictures[-1], f"{self.title}: distance of the expected gradient to ∇J")
         text = markdown(figures, claims, self.baseline, self.experiment.regime)
@@ -191,11 +195,12 @@ def complete(curves: Sequence[Curve]) -> list[Curve]:
     grid = grid_of(curves)
     kept = []
     for arms in grid.values():
-        common = set.intersection(*({curve.seed for curve in found} for found in arms.values()))
-        if not common:
-            # an arm was only just added: better all there is than nothing
-            common = {curve.seed for found in arms.values() for curve in found}
-        kept += [curve for found in arms.values() for curve in found if curve.seed in common]
+        found = list(chain.from_iterable(arms.values()))
+        seeds = {curve.seed for curve in found}
+        for curves_of_arm in arms.values():
+            seeds &= {curve.seed for curve in curves_of_arm}
+        # without a common seed an arm was only just added: keep all runs
+        kept += [curve for curve in found if not seeds or curve.seed in seeds]
     return kept
 
 

@@ -7,8 +7,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from lightning_rlhf.commands.fit import RLHFCLI, hush
@@ -95,7 +96,7 @@ class StagedExperiment(AbstractExperiment):
         if seeds < 1:
             raise ValueError(f"a comparison needs at least one seed; got {seeds}")
         self.stages, self.settings, self.args = stages, settings, args or []
-        common = {name for argument in self.args for name in REFERENCE.findall(argument)} - {"seed"}
+        common = set(references(self.args))
         if common:
             raise ValueError(
                 f"arguments of all stages cannot refer to {{{min(common)}}}: a stage would wait for itself; put "
@@ -180,8 +181,11 @@ class StagedExperiment(AbstractExperiment):
         return order
 
     def _in_order(self) -> list[str]:
-        arms = [made for setting in self.settings.values() for made in setting.arms.values()]
-        return self._behind([name for made in arms for name in made.stages])
+        names: list[str] = []
+        for setting in self.settings.values():
+            for arm in setting.arms.values():
+                names += arm.stages
+        return self._behind(names)
 
     def _curve(self, setting: str, arm: str, made: StagedArm, seed: int, folders: Mapping[str, Path]) -> Curve:
         points: list[CurvePoint] = []
@@ -223,7 +227,12 @@ def stage_cell(name: str, seed: int) -> str:
 
 def needs(stage: FitStage) -> list[str]:
     """Names of the stages that a stage refers to."""
-    found = [name for argument in stage.args for name in REFERENCE.findall(argument)]
+    return references(stage.args)
+
+
+def references(args: Iterable[str]) -> list[str]:
+    """Names of stages in braces in arguments, each once; ``{seed}`` is none."""
+    found = chain.from_iterable(map(REFERENCE.findall, args))
     return [name for name in dict.fromkeys(found) if name != "seed"]
 
 

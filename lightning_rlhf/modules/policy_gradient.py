@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,19 @@ from lightning_rlhf.protocols import PolicyLike, RolloutModule
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout
+
+
+def flat_numbers(rows: Tensor, lengths: Tensor) -> tuple[float, ...]:
+    """Numbers of the tokens of ragged rows without padding, row after row.
+
+    Args:
+        rows: padded numbers, [rows, tokens].
+        lengths: tokens of each row, [rows].
+    """
+    numbers: list[float] = []
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        numbers += row[:length].tolist()
+    return tuple(numbers)
 
 
 def check_positive(**settings: float | None) -> None:
@@ -250,7 +264,8 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         if self.kl.target is None:
             return
         # beta <- beta (1 + gain clip(KL / target - 1, -0.2, 0.2)), Ziegler et al. 2019, section 2.2
-        kl = sum(rollout.response.log_ratio() for group in groups for rollout in group) / sum(map(len, groups))
+        rollouts = list(chain.from_iterable(groups))
+        kl = sum(rollout.response.log_ratio() for rollout in rollouts) / len(rollouts)
         self.kl_coefficient *= 1.0 + self.kl.gain * min(max(kl / self.kl.target - 1.0, -0.2), 0.2)
 
     def compute_advantages(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
@@ -269,7 +284,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 f"{type(self.advantage).__name__} needs at least {self.advantage.min_responses} responses per prompt; "
                 f"set data.responses_per_prompt (now {fewest})"
             )
-        rollouts = [rollout for group in groups for rollout in group]
+        rollouts = list(chain.from_iterable(groups))
         policy, lengths = pad_ragged([rollout.response.policy_logps or () for rollout in rollouts])
         reference, _ = pad_ragged([rollout.response.reference_logps or () for rollout in rollouts])
         reward_weight, kl_weight = objective_weights(self.kl.objective, self.kl_coefficient)
@@ -281,7 +296,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         episodes = Episodes(
             token_rewards(earned, k1(policy, reference), lengths, reward_weight, in_reward),
             lengths,
-            torch.tensor([number for number, group in enumerate(groups) for _ in group]),
+            torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups])),
             values,
         )
         advantages = self.advantage(episodes)
@@ -295,11 +310,10 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
             advantages = whiten(advantages, lengths)
         result, start = [], 0
         for group in groups:
-            rows = range(start, start + len(group))
-            start += len(group)
-            per_token = [a for row in rows for a in advantages[row, : lengths[row]].tolist()]
-            aims = None if targets is None else tuple(z for r in rows for z in targets[r, : lengths[r]].tolist())
-            result.append(RolloutGroup(tuple(group), tuple(per_token), aims))
+            end = start + len(group)
+            aims = None if targets is None else flat_numbers(targets[start:end], lengths[start:end])
+            result.append(RolloutGroup(tuple(group), flat_numbers(advantages[start:end], lengths[start:end]), aims))
+            start = end
         return result
 
     def item_losses(self, batch: ResponseBatch) -> ItemLosses:
@@ -307,7 +321,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         groups, layout = batch.groups(), self.options.layout
         logps = torch.cat(response_logps(self.policy, groups, layout=layout, temperature=batch.temperature))
         sampling, reference, advantages, old_values, targets = batch.numbers.to(logps)
-        lengths = torch.tensor([len(ids) for _, responses in groups for ids in responses])
+        lengths = torch.tensor([len(ids) for ids in chain.from_iterable(batch.responses)])
         sizes = torch.tensor([len(responses) for _, responses in groups])
         # weights of tokens in the mean over the responses of their prompt
         share = (1.0 / sizes).repeat_interleave(sizes)

@@ -278,10 +278,10 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
-        groups = [
-            (prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in answers)) for prompt, answers in groups
-        ]
-        return scorer.scores(groups, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
+        closed: list[Group] = []
+        for prompt, responses in groups:
+            closed.append((prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in responses)))
+        return scorer.scores(closed, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
