@@ -34,6 +34,7 @@ class HeldOut:
 
     def gather(self) -> list[HeldOutRow]:
         """All rows of all ranks, each once, in the order of their keys; every rank must call this."""
+        # by key: the distributed sampler repeats prompts so that every rank has as many
         rows = {row.key: row for row in distributed.interleave(lambda: self._rows)}
         return [rows[key] for key in sorted(rows)]
 

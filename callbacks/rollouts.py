@@ -37,6 +37,7 @@ class RolloutMonitor(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the most rewarded responses before they are trained on."""
         round_ = rollout_round(trainer)
+        # an epoch may train on the round of the epoch before
         if round_.index in self._shown or not trainer.is_global_zero:
             return
         self._shown[round_.index] = top_rows(round_, self.top)

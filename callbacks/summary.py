@@ -113,6 +113,7 @@ def result_of(before: Validation | None, after: Validation | None, beta: float) 
     """Compare two validations of a run; unknown metrics are None."""
     early = {} if before is None else before.rewards
     late = {} if after is None else after.rewards
+    # paired by prompt: hard prompts are hard both times, so that the error is smaller
     differences = [late[key] - reward for key, reward in early.items() if key in late]
     difference, difference_stderr = optional_mean(differences)
     result: dict[str, Any] = {"beta": beta}
@@ -204,6 +205,7 @@ class PairSummary(Callback):
             print(f"{trainer.global_step} steps; no held-out pairs", flush=True)
             return
         accuracy, pairs = metrics["accuracy"], metrics["pairs"]
+        # binomial standard error
         error = math.sqrt(accuracy * (1 - accuracy) / pairs)
         # whichever of "the longer" and "the shorter is better" is right more often on these pairs
         by_length = max(metrics["longer_accuracy"], 1 - metrics["longer_accuracy"])

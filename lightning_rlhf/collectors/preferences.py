@@ -127,6 +127,7 @@ class RoundCollector:
                 engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(Stream.SAMPLING, index, repeat)
+                # every rank samples its share; the key folds the prompt, so that results do not depend on the ranks
                 mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
                 everyone = distributed.interleave(partial(self._sample_chunk, mine, engine, key))
                 distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
@@ -184,6 +185,7 @@ class RoundCollector:
                     labels = labeled(
                         self.sampler, self.labeler, [comparison for _, comparison in part], key.fold(attempt)
                     )
+                    # the cost of earlier attempts is added once
                     if attempt:
                         earlier = [self.store.history(id_) for id_, _ in part]
                         labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]

@@ -118,6 +118,7 @@ class RolloutCollector:
             generator.engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(Stream.SAMPLING, index, repeat)
+                # every rank samples its share; the key folds the prompt, so that results do not depend on the ranks
                 mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
                 groups = distributed.interleave(partial(self._sample_chunk, mine, generator, key))
                 distributed.from_rank_zero(partial(self._keep, index, groups, positions))

@@ -165,6 +165,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         epochs, items = self.trainer.max_epochs, self._items_per_epoch()
         if items is None or epochs is None or epochs < 1:
             return None
+        # the last step of an epoch may have fewer items
         return epochs * math.ceil(items / (self.items_per_batch * self._accumulate))
 
     def _items_per_epoch(self) -> int | None:

@@ -155,6 +155,7 @@ class PreferenceDataModule(AbstractRoundDataModule):
         result = self._collector().collect(index, self._round_prompts(index), self._engine(), self._chunk())
         self._rounds[index] = result.preferences
         self.round = result
+        # once per round, also if a resumed run reads the round again
         if index >= self._observed:
             self.sampler.observe(result.comparisons)
             self._observed = index + 1
@@ -187,4 +188,5 @@ class PreferenceDataModule(AbstractRoundDataModule):
         )
 
     def _chunk(self) -> int:
+        # two responses per pair fill a decoding batch on every rank
         return max(self.decoding.rows // 2, 1) * self.trainer.world_size

@@ -124,6 +124,7 @@ class RolloutDataModule(AbstractRoundDataModule):
         self.shaping = shaping
         self.round: RolloutRound | None = None
         """The newest round, for callbacks."""
+        # number, mean and sum of squared deviations of all rewards so far
         self._moments = torch.zeros(3, dtype=torch.float64)
         self._groups: list[RolloutGroup] = []
         self._initial_reward = copy.deepcopy(reward.state_dict())
@@ -220,4 +221,5 @@ class RolloutDataModule(AbstractRoundDataModule):
         return RolloutCollector(table, self.reward, self.key, self.responses_per_prompt, progress=self._progress)
 
     def _chunk(self) -> int:
+        # the responses of a chunk fill a decoding batch on every rank
         return max(self.decoding.rows // self.responses_per_prompt, 1) * self.trainer.world_size

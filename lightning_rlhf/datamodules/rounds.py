@@ -238,8 +238,10 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         """Round that an epoch trains on; for a run that has ended, the last one."""
         if self._is_over(epoch):
             epoch = max(epoch - 1, 0)
+        # round = floor(epoch / epochs_per_round)
         due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
         budget = self.label_budget
+        # a spent budget buys no further round: train on the last one
         while budget is not None and due > 0 and self._labels_before(due) >= budget:
             due -= 1
         return due
@@ -265,6 +267,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
                 )
             # not the labels in the ledger: after a restart it may hold later rounds already
             left = self.label_budget - self._labels_before(index)
+            # prompts that the rest of the budget pays for; the epsilon: an exact quotient must not round down
             size = max(0, min(size, int(left // self.labels_per_prompt / self.label_fraction + 1e-9)))
         orders: dict[int, list[int]] = {}
         prompts = []

@@ -69,7 +69,8 @@ class HeldOutMeans:
     size: int
 
     def j(self, beta: float) -> float | None:
-        """The objective J = mean reward - beta * KL, which RLHF maximises (PILAF, arXiv 2502.04270)."""
+        """The objective J = mean reward - beta * KL, which RLHF maximizes (PILAF, arXiv 2502.04270)."""
+        # J = E[r] - beta KL(pi || pi_ref)
         return None if self.reward is None or self.kl is None else self.reward - beta * self.kl
 
 
@@ -93,6 +94,7 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
         if response.policy_logps is not None and response.reference_logps is not None:
             policy = torch.tensor(response.policy_logps, dtype=torch.float64)
             reference = torch.tensor(response.reference_logps, dtype=torch.float64)
+            # with r = log pi - log pi_ref per token: k1 = sum r, k3 = sum (exp(-r) - 1 + r)
             kl1, kl3 = k1(policy, reference).sum().item(), k3(policy, reference).sum().item()
         rows.append(
             HeldOutRow(

@@ -68,6 +68,7 @@ class PairMetrics(Metric):
         labels, lengths = labels.double().to(device), lengths.double().to(device)
         longer = lengths[:, 0] - lengths[:, 1]
         agrees = reward_accuracy(difference, labels)
+        # P(a preferred) = sigma(r(a) - r(b))
         probability = difference.sigmoid()
         nll = torch.nn.functional.binary_cross_entropy_with_logits(difference, labels, reduction="none")
         columns = (torch.ones_like(labels), agrees, reward_accuracy(longer, labels), (probability - labels) ** 2, nll)
@@ -81,6 +82,7 @@ class PairMetrics(Metric):
         ratio = lengths.amax(1) / lengths.amin(1)
         borders = torch.tensor(LENGTH_RATIOS, dtype=torch.float64, device=device)
         self.ratios = self.ratios.index_add(0, torch.bucketize(ratio, borders, right=True), counted)
+        # > 0 where the better response is the longer one, < 0 where it is the shorter one, 0 on ties
         better_longer = longer * (labels - 0.5)
         by_length = [counted[chosen].sum(0) for chosen in (better_longer > 0, better_longer < 0)]
         self.lengths = self.lengths + torch.stack(by_length)

@@ -184,6 +184,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         """Give the policy the weights of an earlier run's ``model`` folder; the reference stays where it is."""
         if self.start is None:
             return
+        # reference = the checkpoint, policy = the weights in `start`
         folder = Path(self.start)
 
         def moved() -> PreTrainedModel | PeftModel:

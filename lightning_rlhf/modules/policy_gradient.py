@@ -249,6 +249,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         if self.value_model is None or self.value.learning_rate is None:
             return super().parameter_groups()
         values = list(self.value_model.parameters())
+        # by identity: == on parameters compares their values
         theirs = {id(parameter) for parameter in values}
         ours = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
         return [{"params": ours}, {"params": values, "lr": self.value.learning_rate}]
@@ -289,6 +290,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         reference, _ = pad_ragged([rollout.response.reference_logps or () for rollout in rollouts])
         reward_weight, kl_weight = objective_weights(self.kl.objective, self.kl_coefficient)
         in_reward = kl_weight if self.kl.placement == "reward" else 0.0
+        # r_t = -in_reward (log pi - log pi_ref)(y_t), plus the reward of the response at its last token
         earned = torch.tensor(rewards, dtype=torch.float64)
         values = None
         if self.advantage.needs_values:
@@ -305,6 +307,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 f"{type(self.advantage).__name__} returned shape {tuple(advantages.shape)}; return one advantage per "
                 f"token, {tuple(episodes.rewards.shape)}"
             )
+        # before whitening: A_t = target_t - V_t
         targets = None if values is None else advantages + values
         if self.loss.whiten_advantages:
             advantages = whiten(advantages, lengths)
@@ -353,11 +356,13 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 metrics["ratio/clipped"] = by_prompt(clipped_share(logps, sampling, advantages, clip), mean)
         placement = self.kl.placement
         if placement != "reward":
+            # kl_weight * KL, as a loss of its own instead of a part of the reward
             kl_losses = by_prompt(kl_loss(logps, reference, placement, sampling), per_token)
             losses = losses + objective_weights(self.kl.objective, self.kl_coefficient)[1] * kl_losses
             metrics[f"kl_loss/{placement}"] = kl_losses
         if self.value_model is not None:
             value_losses = by_prompt(self._value_losses(groups, old_values, targets), per_token)
+            # one backward pass for both models, which share no parameters
             losses = losses + self.value.coefficient * value_losses
             metrics["value_loss"] = value_losses
         return ItemLosses(losses, sum(map(len, batch.prompts)) + len(logps), metrics)
@@ -385,6 +390,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the entries of `on_save_checkpoint`."""
         super().on_load_checkpoint(checkpoint)
+        # a fixed beta is a setting: the configuration decides, not the checkpoint
         if self.kl.target is not None:
             self.kl_coefficient = checkpoint["kl_coefficient"]
 

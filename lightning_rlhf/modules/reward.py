@@ -198,16 +198,17 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         """Loss of each pair: the mean over members of their own, or that of the mean reward; [pairs]."""
         if self.ensemble is not None and self.ensemble.loss == "mean":
             chosen, rejected = chosen.mean(1, keepdim=True), rejected.mean(1, keepdim=True)
+        # -p log sigma(D - m) - (1 - p) log sigma(m - D) + c (r_c + r_r)^2, D = r_c - r_r and m = margin (2p - 1)
         losses = bradley_terry_loss(chosen, rejected, label[:, None], self.loss.margin)
         return (losses + self.loss.center_coefficient * centering_penalty(chosen, rejected)).mean(1)
 
     def _diversity(self) -> Tensor:
-        """Mean over layers of how many directions the members' adapters read together."""
+        """Nuclear-norm ratio of the members' adapters, mean over layers."""
         with torch.autocast(self.device.type, enabled=False):
             return torch.stack([nuclear_norm_ratio(a) for a in self.scorer.stacked_down_projections()]).mean()
 
     def sums_to_log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rewards of both responses, their margin, and how often it agrees with the label."""
+        """Rewards of both responses, their margin, and its agreement with the label."""
         chosen, rejected = metrics["chosen_rewards"], metrics["rejected_rewards"]
         return {
             "rewards/chosen": chosen.sum(),
@@ -237,7 +238,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         self.member_std.update(disagreement(members))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics, and keep mean and standard deviation of the members' rewards as the normaliser."""
+        """Log the metrics, and keep mean and standard deviation of the members' rewards for normalization."""
         super().on_validation_epoch_end()
         metrics = self.pair_metrics.compute()
         if len(self.member_rewards) > 1:
