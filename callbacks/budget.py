@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rlhf.callbacks.reporting import preference_source
+from lightning_rlhf.types import State
 
 
 PATIENCE = 20
@@ -69,10 +68,10 @@ class LabelBudget(Callback):
             )
             trainer.should_stop = True
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """How many labels had been bought when the last round ended."""
         return {"round_done_at": self._round_done_at}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._round_done_at = state_dict["round_done_at"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import Row, root, show_table
 from lightning_rlhf.evaluation.heldout import HeldOutRow
+from lightning_rlhf.types import State
 
 
 COLUMNS = ["prompt", "before", "after", "reward before", "reward after"]
@@ -59,11 +59,11 @@ class CompletionsTable(HeldOutCallback):
             else [row.prompt, response, row.response, reward, row.reward]
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The answers before training, as plain data."""
         return {"before": self._before}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._before = state_dict["before"]
 

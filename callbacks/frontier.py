@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,6 +13,7 @@ from lightning_rlhf.evaluation.frontier import FrontierPoint, write_frontier
 from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
 from lightning_rlhf.evaluation.plots import plot_frontier
 from lightning_rlhf.protocols import beta_of
+from lightning_rlhf.types import State
 
 
 class FrontierPlot(HeldOutCallback):
@@ -63,10 +63,10 @@ class FrontierPlot(HeldOutCallback):
             plot_frontier(self.points, folder / "frontier.png", self.title)
             show_image(trainer, "val/frontier", folder / "frontier.png")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The points so far, as plain data."""
         return {"points": [asdict(point) for point in self.points]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._points = {point["step"]: FrontierPoint(**point) for point in state_dict["points"]}

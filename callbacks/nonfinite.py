@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_rlhf.batching.batches import StepBatch
 from lightning_rlhf.protocols import TrainedModule, module_of
 from lightning_rlhf.runtime import distributed
+from lightning_rlhf.types import State
 
 
 class NonFiniteGuard(Callback):
@@ -87,11 +88,11 @@ class NonFiniteGuard(Callback):
         if self.skipped:
             pl_module.log("train/skipped_steps", float(self.skipped), on_step=True, on_epoch=False, batch_size=1)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """How many steps were dropped."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 

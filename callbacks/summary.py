@@ -15,6 +15,7 @@ from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
 from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarise
 from lightning_rlhf.protocols import beta_of
+from lightning_rlhf.types import State
 
 
 RowKey = tuple[int, int, int]
@@ -90,7 +91,7 @@ class Summary(HeldOutCallback):
         """Seconds spent in fit, restarts included."""
         return self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Both validations and the seconds so far, as plain data."""
         return {
             "before": None if self._before is None else asdict(self._before),
@@ -98,7 +99,7 @@ class Summary(HeldOutCallback):
             "seconds": self._seconds(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._before, self._after = (restored(state_dict[name]) for name in ("before", "after"))
         self._seconds_before, self._started = state_dict["seconds"], None

@@ -8,8 +8,11 @@ from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+
+State: TypeAlias = dict[str, Any]
+"""State of an object for the checkpoint, as plain data: numbers, strings, lists, dictionaries and tensors."""
 
 Message = dict[str, Any]
 """One chat turn, ``{"role": "user" | "assistant" | "system" | ..., "content": "..."}``.

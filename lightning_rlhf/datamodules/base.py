@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import lightning as L
 import torch
@@ -31,13 +31,16 @@ from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModu
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, State
 
+
+Item = TypeVar("Item")
+"""A pair, a prompt with its rollouts, or a prompt with its completion."""
 
 DEFAULT_DECODING = Decoding()
 
 
-class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
+class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item], ABC):
     """Serves batches that are optimizer steps, of one or more micro-batches; resumes exactly.
 
     Implement `items`, `length` and `collate`.
@@ -99,15 +102,15 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         self._accumulate = 1
 
     @abstractmethod
-    def items(self, epoch: int) -> Sequence[Any]:
+    def items(self, epoch: int) -> Sequence[Item]:
         """Items of an epoch, equal on all ranks; a second call does not sample again."""
 
     @abstractmethod
-    def length(self, item: Any) -> int:
+    def length(self, item: Item) -> int:
         """Token positions of an item in a forward pass."""
 
     @abstractmethod
-    def collate(self, items: Sequence[Any], step: Step) -> StepBatch:
+    def collate(self, items: Sequence[Item], step: Step) -> StepBatch:
         """Make the batch of one rank in one optimizer step.
 
         Args:
@@ -134,11 +137,11 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """A digest of the rows, for the checkpoint: a resumed run must have the same rows."""
         return {"rows": self._rows}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`.
 
         Raises:
@@ -238,7 +241,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         if stage == "fit":
             self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
 
-    def _collate(self, items: list[tuple[list[Any], Step]]) -> StepBatch:
+    def _collate(self, items: list[tuple[list[Item], Step]]) -> StepBatch:
         ((mine, step),) = items
         return self.collate(mine, step)
 
@@ -304,8 +307,8 @@ _TRAINED = "_trained_in_rounds"
 
 if TYPE_CHECKING:
 
-    def _fulfils(datamodule: AbstractStepDataModule) -> StepData:
+    def _fulfils(datamodule: AbstractStepDataModule[Item]) -> StepData:
         return datamodule
 
-    def _is_read_by_callbacks(datamodule: AbstractStepDataModule) -> PreferenceSource:
+    def _is_read_by_callbacks(datamodule: AbstractStepDataModule[Item]) -> PreferenceSource:
         return datamodule

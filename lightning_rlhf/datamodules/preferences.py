@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.batching.collate import collate_preferences
@@ -35,11 +35,11 @@ from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler
-from lightning_rlhf.types import Preference
+from lightning_rlhf.types import Preference, State
 
 
 @accepts_old_names("data")
-class PreferenceDataModule(AbstractRoundDataModule):
+class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     """Collects preferences in rounds, with the current policy, and serves them as batches.
 
     Args:
@@ -168,11 +168,11 @@ class PreferenceDataModule(AbstractRoundDataModule):
         """Labels with a verdict in rounds before ``index``."""
         return store.count_labels(before=index)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Id of the ledger and state of the sampler, for the checkpoint; the pairs are in the ledger."""
         return {**super().state_dict(), "sampler": self.sampler.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
         super().load_state_dict(state_dict)
         self.sampler.load_state_dict(state_dict["sampler"])

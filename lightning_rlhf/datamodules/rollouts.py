@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from lightning_rlhf.protocols import RolloutModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.types import Rollout
+from lightning_rlhf.types import Rollout, State
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ NO_SHAPING = RewardShaping()
 
 
 @accepts_old_names("data")
-class RolloutDataModule(AbstractRoundDataModule):
+class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
     """Samples responses in rounds with the current policy, scores them, and serves them as batches.
 
     Args:
@@ -173,11 +173,11 @@ class RolloutDataModule(AbstractRoundDataModule):
         """Scores in rounds before ``index``."""
         return RolloutTable(store).count_scores(before=index)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Id of the ledger, statistics of the rewards and state of the reward, for the checkpoint."""
         return {**super().state_dict(), "moments": self._moments.tolist(), "reward": self.reward.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
         super().load_state_dict(state_dict)
         self._moments = torch.tensor(state_dict["moments"], dtype=torch.float64)

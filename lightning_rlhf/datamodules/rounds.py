@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from lightning_rlhf.batching.loader import RankSampler
 from lightning_rlhf.batching.steps import epoch_order
-from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule
+from lightning_rlhf.collectors.progress import Bar
+from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, Item
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, RoundOptions
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
@@ -26,10 +27,10 @@ from lightning_rlhf.protocols import RoundData, RoundModule, module_of
 from lightning_rlhf.randomness import Stream
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import code_of_plugins, run_settings
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, State
 
 
-class AbstractRoundDataModule(AbstractStepDataModule):
+class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     """Collects its items in rounds, with the current policy, through the ledger.
 
     Implement `buffer`, `sample_round` and `labels_before`.
@@ -79,7 +80,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @abstractmethod
-    def buffer(self, due: int) -> Sequence[Any]:
+    def buffer(self, due: int) -> Sequence[Item]:
         """Finish round ``due`` unless it is finished, and return the items to train on.
 
         Called with sharded models gathered, in the precision of training.
@@ -133,7 +134,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             return Path(self._scratch.name) / "ledger.sqlite"
         return Path(self.ledger_path or Path(self.trainer.default_root_dir) / "ledger.sqlite")
 
-    def items(self, epoch: int) -> Sequence[Any]:
+    def items(self, epoch: int) -> Sequence[Item]:
         """Items of the due round, sampled at the first call; a run that is over samples none and reads the ledger."""
         due = self._due_round(epoch)
         if self._is_over(epoch) and not self._all_closed(due):
@@ -174,12 +175,12 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         super().on_exception(exception)
         self._close_ledger()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Id of the ledger and number of observed rounds, for the checkpoint; the rounds are in the ledger."""
         run_id = self._store.run_id if self._store is not None else None
         return {**super().state_dict(), "run_id": run_id, "observed": self._observed}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`.
 
         Raises:
@@ -289,7 +290,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         return self._module().engine(self.decoding)
 
     @contextmanager
-    def _progress(self, description: str, total: int) -> Iterator[Any]:
+    def _progress(self, description: str, total: int) -> Iterator[Bar]:
         bar = self.trainer.progress_bar_callback
         disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
         with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
@@ -298,5 +299,5 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
 if TYPE_CHECKING:
 
-    def _fulfils(datamodule: AbstractRoundDataModule) -> RoundData:
+    def _fulfils(datamodule: AbstractRoundDataModule[Item]) -> RoundData:
         return datamodule

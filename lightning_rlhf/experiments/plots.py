@@ -14,7 +14,7 @@ import numpy as np
 from lightning_rlhf.experiments.curves import Curve
 from lightning_rlhf.experiments.efficiency import student_quantile
 from lightning_rlhf.experiments.report import Grid
-from lightning_rlhf.experiments.statistics import j_grid
+from lightning_rlhf.experiments.statistics import Array, j_grid
 
 
 if TYPE_CHECKING:
@@ -350,13 +350,13 @@ def shared_noise(arms: int) -> float:
     return (arms / (arms - 1)) ** 0.5 if arms > 1 else 1.0
 
 
-def half_width(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def half_width(values: Array) -> Array:
     """Half of Student's 95 % interval of the mean over runs; values have shape [runs, points], two runs at least."""
-    half: np.ndarray[Any, Any] = student_quantile(len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
+    half: Array = student_quantile(len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
     return half
 
 
-def mean_path(curves: Sequence[Curve], figure: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def mean_path(curves: Sequence[Curve], figure: str) -> tuple[Array, Array]:
     """Labels of the evaluations that all runs have, and the mean of a metric at them."""
     labels, _ = j_grid(curves)
     values = [{point.labels: getattr(point, figure) for point in curve.points} for curve in curves]
