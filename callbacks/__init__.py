@@ -1,7 +1,7 @@
-"""Callbacks: what a run reports, writes and stops for. Import them as `lightning_rlhf.callbacks`.
+"""Callbacks: metrics, files, tables and stopping rules of a run. Import them as `lightning_rlhf.callbacks`.
 
-They read what the module returns from its steps and what the DataModule says of its round, under fixed names; none of
-them changes training, but for `LabelBudget`, which ends it.
+They read the outputs of the steps of the module and the round of the DataModule, through `lightning_rlhf.protocols`.
+None of them changes training, except `LabelBudget`, which ends it.
 """
 
 from lightning_rlhf.callbacks.agreement import RewardAgreement

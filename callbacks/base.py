@@ -17,7 +17,7 @@ from lightning_rlhf.runtime import distributed
 
 
 class HeldOut:
-    """Collects the rows of one validation epoch; every rank holds its own until `gather`."""
+    """Collects the rows of one validation epoch, on every rank its own until `gather`."""
 
     def __init__(self) -> None:
         self.reset()
@@ -34,6 +34,7 @@ class HeldOut:
 
     def gather(self) -> list[HeldOutRow]:
         """All rows of all ranks, each once, in the order of their keys; every rank must call this."""
+        # by key: the distributed sampler repeats prompts so that every rank has as many
         rows = {row.key: row for row in distributed.interleave(lambda: self._rows)}
         return [rows[key] for key in sorted(rows)]
 

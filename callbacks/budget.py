@@ -1,13 +1,12 @@
-"""Labels cost money: stop when they are spent."""
+"""Stop a run when its label budget is spent."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rlhf.callbacks.reporting import preference_source
+from lightning_rlhf.types import State
 
 
 PATIENCE = 20
@@ -17,11 +16,10 @@ PATIENCE = 20
 class LabelBudget(Callback):
     """Stops the run when its labels are spent.
 
-    The DataModule cuts the last round to what is left, so never more than ``labels`` are bought; the run trains on that
-    round as on the others, and stops before it would draw another. Only labels with a verdict count. A run that is
-    resumed after its budget was spent trains on nothing more; to go on, resume it with a larger budget. Pairs of equal
-    responses are no labels: a run whose last `PATIENCE` rounds held nothing else would never spend its budget, and
-    stops with a warning.
+    The DataModule cuts the last round to the remaining labels, so that no more than ``labels`` are bought. The run
+    trains on that round as on the others, and stops before it would sample another one. Only labels with a verdict
+    count. A run that is resumed with a spent budget stops at once; to continue, resume it with a larger budget. Pairs
+    of equal responses cost no label: after `PATIENCE` rounds of such pairs only, the run stops with a warning.
 
     Args:
         labels: labels the run may buy in all, over all its restarts, >= 1.
@@ -35,7 +33,7 @@ class LabelBudget(Callback):
         self._idle_rounds = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the DataModule the budget before it draws."""
+        """Set the budget of the DataModule before it samples."""
         if stage != "fit":
             return
         source = preference_source(trainer)
@@ -48,14 +46,14 @@ class LabelBudget(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at once if the rounds before the restart had spent the budget."""
-        # Counted at the end of a round: a run that was cut off in the middle of its last round still finishes it.
+        # counted at the end of a round: a run that was interrupted in its last round still finishes it
         if self._round_done_at >= self.labels:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if the budget is spent."""
         source = preference_source(trainer)
-        # A round may be trained on for several epochs: the last one is finished as the others were.
+        # a round may be trained on for several epochs, and the last round is finished like the others
         if source.epochs_per_round is None or (trainer.current_epoch + 1) % source.epochs_per_round != 0:
             return
         before, self._round_done_at = self._round_done_at, source.num_labels
@@ -70,10 +68,10 @@ class LabelBudget(Callback):
             )
             trainer.should_stop = True
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """How many labels had been bought when the last round ended."""
         return {"round_done_at": self._round_done_at}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore the state of `state_dict`."""
         self._round_done_at = state_dict["round_done_at"]

@@ -1,18 +1,18 @@
-"""What the policy says to held-out prompts, before training and now."""
+"""Responses of the policy to held-out prompts, before training and now."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
-from lightning_rlhf.callbacks.reporting import root, show_table
+from lightning_rlhf.callbacks.reporting import Row, root, show_table
 from lightning_rlhf.evaluation.heldout import HeldOutRow
+from lightning_rlhf.types import State
 
 
 COLUMNS = ["prompt", "before", "after", "reward before", "reward after"]
@@ -42,7 +42,7 @@ class CompletionsTable(HeldOutCallback):
         first = not self._before
         if first:
             self._before = {row.key: (row.response, row.reward) for row in shown}
-        # As for the frontier: a validation outside fit must not replace the files of a run.
+        # as for the frontier: a validation outside fit must not replace the files of a run
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             table = [self._line(row, first) for row in shown]
             folder = root(trainer)
@@ -51,7 +51,7 @@ class CompletionsTable(HeldOutCallback):
             write_csv(folder / "completions.csv", COLUMNS, table)
             show_table(trainer, "val/completions", COLUMNS, table, text)
 
-    def _line(self, row: HeldOutRow, first: bool) -> list[Any]:
+    def _line(self, row: HeldOutRow, first: bool) -> Row:
         response, reward = self._before.get(row.key, ("", None))
         return (
             [row.prompt, response, None, reward, None]
@@ -59,17 +59,17 @@ class CompletionsTable(HeldOutCallback):
             else [row.prompt, response, row.response, reward, row.reward]
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The answers before training, as plain data."""
         return {"before": self._before}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore the state of `state_dict`."""
         self._before = state_dict["before"]
 
 
 def cell(value: str | float | None) -> str:
-    """Write a value into a Markdown cell: what would end the cell, or be read as HTML or Markdown, is escaped."""
+    """Write a value into a Markdown cell, with Markdown and HTML escaped."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.reporting import root
+from lightning_rlhf.protocols import TrainedModule, module_of
 
 
 class HFExport(Callback):
@@ -26,4 +26,4 @@ class HFExport(Callback):
         """Export; all ranks take part, since a sharded policy must be gathered, and rank zero writes."""
         # a trial writes into its own folder, whatever this one is
         folder: Path = root(trainer) / (Path(self.folder).name if trainer.fast_dev_run else self.folder)  # type: ignore[attr-defined]
-        cast(Any, pl_module).save_pretrained(folder)
+        module_of(trainer, TrainedModule, "HFExport").save_pretrained(folder)

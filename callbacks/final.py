@@ -1,4 +1,4 @@
-"""A run ends with a validation, so that what it reports is about the policy that it leaves."""
+"""Validate at the end of a run, so that its report is about the final policy."""
 
 from __future__ import annotations
 

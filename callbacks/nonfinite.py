@@ -1,8 +1,9 @@
-"""A loss or gradient that is no number must not reach the weights."""
+"""Keep NaN and infinite losses and gradients from the weights."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,14 +12,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_rlhf.batching.batches import StepBatch
+from lightning_rlhf.protocols import TrainedModule, module_of
 from lightning_rlhf.runtime import distributed
+from lightning_rlhf.types import State
 
 
 class NonFiniteGuard(Callback):
     """Checks every optimizer step, before it is taken, for a loss or gradient that is NaN or infinite.
 
-    The pairs (rollouts, rows) whose figures are not finite are named by round and prompt; where the loss is finite and
-    its gradient is not, all those of the step are. The weights and the state of the optimizer stay as they were. On a
+    The message names the pairs (rollouts, rows) whose metrics are not finite, by round and prompt; if all metrics are
+    finite, it names all of the step. The weights and the state of the optimizer stay as they were. On a
     GPU the check waits for the backward pass, once per step. Under ``trainer.precision=16-mixed`` a gradient overflows
     now and then because the loss is scaled up: as long as the loss itself is finite, such a step is dropped and the
     scale lowered, whatever ``action`` says, up to ``most_in_a_row`` times.
@@ -37,7 +41,7 @@ class NonFiniteGuard(Callback):
         self.skipped = 0
         """Steps dropped so far."""
         self._in_a_row = 0
-        self._batch: Any = None
+        self._batch: StepBatch | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch, for its names."""
@@ -45,9 +49,11 @@ class NonFiniteGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at loss and gradient; forget the gradient if it is unusable."""
-        figures = cast(dict[str, Any], cast(Any, pl_module).step_metrics)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        loss_finite = torch.isfinite(figures["loss"])
+        metrics = module_of(trainer, TrainedModule, "NonFiniteGuard").step_metrics
+        gradients: list[Tensor] = []
+        for group in optimizer.param_groups:
+            gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        loss_finite = torch.isfinite(metrics["loss"])
         finite = bool(loss_finite & all_finite(gradients))
         if not distributed.any_rank(not finite):
             self._in_a_row = 0
@@ -59,12 +65,12 @@ class NonFiniteGuard(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled and self._in_a_row < self.most_in_a_row and not distributed.any_rank(not bool(loss_finite)):
             return  # the scaler drops the step, and lowers its scale
-        names = list(self._batch.names)
-        found = distributed.interleave(lambda: offenders(names, figures))
+        names = [] if self._batch is None else list(self._batch.names)
+        found = distributed.interleave(lambda: offenders(names, metrics))
         suspects = found or distributed.interleave(lambda: names)
         message = (
             f"the loss or its gradient is not finite in step {trainer.global_step}; "
-            + ("by their figures, it is " if found else "the figures are finite, so it is one of ")
+            + ("by their metrics, it is " if found else "the metrics are finite, so it is one of ")
             + ", ".join(dict.fromkeys(suspects))
         )
         if self.action == "stop" or self._in_a_row >= self.most_in_a_row:
@@ -82,12 +88,12 @@ class NonFiniteGuard(Callback):
         if self.skipped:
             pl_module.log("train/skipped_steps", float(self.skipped), on_step=True, on_epoch=False, batch_size=1)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """How many steps were dropped."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore the state of `state_dict`."""
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
@@ -105,15 +111,15 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all()
 
 
-def offenders(names: list[str], figures: dict[str, Any]) -> list[str]:
-    """Names of the items with a figure that is not finite.
+def offenders(names: list[str], metrics: Mapping[str, Tensor]) -> list[str]:
+    """Names of the items with a metric that is not finite.
 
     Args:
-        names: of the items of a step, idle ones at the end.
-        figures: what the passes of the step found, one number per item that counts.
+        names: names of the items of a step, padding items at the end.
+        metrics: metrics of the step, one number per item without padding items; others are ignored.
     """
     bad: set[int] = set()
-    for value in figures.values():
-        if isinstance(value, Tensor) and value.ndim == 1 and len(value) <= len(names):
+    for value in metrics.values():
+        if value.ndim == 1 and len(value) <= len(names):
             bad.update((~value.isfinite()).nonzero().flatten().tolist())
     return [names[i] for i in sorted(bad)]

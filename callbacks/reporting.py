@@ -1,47 +1,23 @@
-"""What the callbacks ask of the run: the DataModule's round and ledger, the root folder, the loggers."""
+"""Access of the callbacks to the run: its DataModule, its folder and its loggers."""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from lightning_rlhf.types import Preference
+from lightning_rlhf.protocols import PreferenceSource, datamodule_of
 
 
-class Round(Protocol):
-    """One round of the DataModule: what was drawn and labelled together."""
-
-    index: int
-    preferences: Sequence[Preference]
-    failed: Mapping[str, int]
-    sampling_seconds: float
-    labeling_seconds: float
-    labels_bought: int
-
-
-class PreferenceSource(Protocol):
-    """The part of the DataModules that callbacks read."""
-
-    UNIT: ClassVar[str]
-    round: Round | None
-    epochs_per_round: int | None
-    label_budget: int | None
-
-    @property
-    def num_labels(self) -> int:
-        """Labels bought so far, from the ledger on rank zero: every rank must ask."""
-
-    @property
-    def passes_per_pair(self) -> float:
-        """Model passes per token position and pair; NaN before the first pair."""
+Row: TypeAlias = list[str | float | None]
+"""A row of a table, a value per column."""
 
 
 def preference_source(trainer: Trainer) -> PreferenceSource:
@@ -49,19 +25,9 @@ def preference_source(trainer: Trainer) -> PreferenceSource:
 
     Raises:
         ValueError: if the run has none, as after ``trainer.fit(module, dataloader)``.
+        TypeError: if the DataModule lacks a property that callbacks read.
     """
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if datamodule is None:
-        raise ValueError(
-            "this callback reads the round and the ledger of the preference DataModule, but the Trainer was given "
-            "plain dataloaders; call trainer.fit(module, datamodule=...)"
-        )
-    return cast(PreferenceSource, datamodule)
-
-
-def beta(pl_module: LightningModule) -> float:
-    """The strength of the pull towards the reference, > 0."""
-    return float(cast(Any, pl_module).beta)
+    return datamodule_of(trainer, PreferenceSource, "a callback")
 
 
 def root(trainer: Trainer) -> Path:
@@ -82,14 +48,14 @@ def show_image(trainer: Trainer, key: str, path: Path) -> None:
     """Show a PNG in the loggers that can; call it on rank zero. The CSV logger has the file itself."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            from matplotlib.image import imread  # Only runs that draw need matplotlib.
+            from matplotlib.image import imread  # imported here: only runs with figures need matplotlib
 
             logger.experiment.add_image(key, imread(path), trainer.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(key, [str(path)], step=trainer.global_step)
 
 
-def show_table(trainer: Trainer, key: str, columns: list[str], rows: list[list[Any]], markdown: str) -> None:
+def show_table(trainer: Trainer, key: str, columns: list[str], rows: list[Row], markdown: str) -> None:
     """Show a table in the loggers that can; call it on rank zero. The CSV logger has the file itself."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -99,25 +65,25 @@ def show_table(trainer: Trainer, key: str, columns: list[str], rows: list[list[A
 
 
 def log_known(pl_module: LightningModule, values: Mapping[str, float | None]) -> None:
-    """Log the figures that are known, once for the epoch, from a hook that runs on every rank with equal values."""
+    """Log the metrics that are known, once per epoch, from a hook that runs on every rank with equal values."""
     known = {name: value for name, value in values.items() if value is not None}
-    # The mean over ranks of equal values changes nothing; it tells Lightning that the ranks agree.
+    # the mean over ranks of equal values changes nothing, but Lightning warns without it
     pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=pl_module.trainer.world_size > 1, batch_size=1)
 
 
 def last_validation(trainer: Trainer) -> dict[str, float] | None:
-    """Write the figures of the last validation to ``summary.json``, and return them; None on ranks other than zero.
+    """Write the metrics of the last validation to ``summary.json`` and return them; None on ranks other than zero.
 
-    Those that are not known (NaN) are null in the file.
+    Unknown metrics (NaN) are null in the file.
     """
-    figures = {
+    metrics = {
         name.removeprefix("val/"): value.item()
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val/")
     }
     if not trainer.is_global_zero:
         return None
-    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     text = json.dumps({"steps": trainer.global_step, **known}, indent=2)
     (root(trainer) / "summary.json").write_text(text + "\n", encoding="utf-8")
-    return figures
+    return metrics

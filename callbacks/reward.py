@@ -1,4 +1,4 @@
-"""What the policy earns, by its own implicit reward and by the oracle's."""
+"""Implicit rewards of training pairs, and rewards of held-out responses."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
-from lightning_rlhf.callbacks.reporting import Round, beta, log_known, preference_source
+from lightning_rlhf.callbacks.reporting import log_known, preference_source
 from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
 from lightning_rlhf.losses import reward_accuracy
+from lightning_rlhf.protocols import Round, beta_of
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 
 
 class RewardMonitor(HeldOutCallback):
-    """Logs implicit rewards while training, and the oracle's rewards of the policy's answers.
+    """Logs implicit rewards while training, and the reward function's rewards of the policy's responses.
 
-    On each training step that is logged, as means over the pairs of all ranks since the last one that was:
-    ``train/rewards/chosen``, ``train/rewards/rejected``, ``train/rewards/margins`` (implicit rewards, beta times log
-    ratio), ``train/rewards/accuracies`` (how often it agrees with the label; a tie of either counts 0.5),
-    ``train/logps/chosen`` and ``train/logps/rejected`` (nats per answer). At the end of each epoch: ``train/reward``,
-    the mean oracle reward of the round's answers by the policy itself, where the labeler keeps rewards. On each
-    validation: ``val/reward`` and ``val/reward_stderr``, ``val/objective/j`` (mean reward - beta * KL, what RLHF
-    maximises), ``val/response_length`` (tokens) and ``val/eos_rate`` (share of answers that ended by themselves).
+    On logged training steps, as means over the pairs of all ranks since the last log: ``train/rewards/chosen``,
+    ``train/rewards/rejected`` and ``train/rewards/margins`` (implicit rewards, beta times log ratio),
+    ``train/rewards/accuracies`` (agreement with the label; a tie of either counts 0.5), ``train/logps/chosen`` and
+    ``train/logps/rejected`` (nats per response). At the end of each epoch: ``train/reward``, the mean reward of the
+    policy's responses of the round, if the labeler keeps rewards. On each validation: ``val/reward`` and
+    ``val/reward_stderr``, ``val/objective/j`` (mean reward - beta * KL, the objective of RLHF),
+    ``val/response_length`` (tokens) and ``val/eos_rate`` (share of responses that ended with EOS).
 
-    It writes to whatever loggers the Trainer has, and takes no arguments.
+    It logs to all loggers of the Trainer, and takes no arguments.
     """
 
     def __init__(self) -> None:
@@ -47,18 +48,18 @@ class RewardMonitor(HeldOutCallback):
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=int(pairs))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the oracle's mean reward of the round."""
-        drawn = preference_source(trainer).round
-        if drawn is not None:
-            log_known(pl_module, {"train/reward": round_reward(drawn)})
+        """Log the mean reward of the round."""
+        round_ = preference_source(trainer).round
+        if round_ is not None:
+            log_known(pl_module, {"train/reward": round_reward(round_)})
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
-        """Log the held-out figures."""
+        """Log the held-out metrics."""
         means = summarise(rows)
         values = {
             "val/reward": means.reward,
             "val/reward_stderr": means.reward_stderr,
-            "val/objective/j": means.j(beta(pl_module)),
+            "val/objective/j": means.j(beta_of(pl_module)),
             "val/response_length": means.response_length,
             "val/eos_rate": means.eos_rate,
         }
@@ -79,12 +80,12 @@ def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, Tensor | float]:
     }
 
 
-def round_reward(drawn: Round) -> float | None:
-    """Mean oracle reward of the round's answers by the policy; None if the labeler kept no rewards of them."""
-    rewards = [
-        float(preference.label.meta[name])
-        for preference in drawn.preferences
-        for name, response in (("reward_a", preference.comparison.a), ("reward_b", preference.comparison.b))
-        if response.source == "policy" and name in preference.label.meta
-    ]
+def round_reward(round_: Round) -> float | None:
+    """Mean reward of the policy's responses in a round; None if the labeler keeps no rewards."""
+    rewards: list[float] = []
+    for preference in round_.preferences:
+        comparison, meta = preference.comparison, preference.label.meta
+        for name, response in (("reward_a", comparison.a), ("reward_b", comparison.b)):
+            if response.source == "policy" and name in meta:
+                rewards.append(float(meta[name]))
     return sum(rewards) / len(rewards) if rewards else None

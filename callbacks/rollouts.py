@@ -1,27 +1,26 @@
-"""What the policy does for its reward: figures of each round, and the responses that earned most."""
+"""Metrics of each round of rollouts, and its most rewarded responses."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.completions import markdown, write_csv
-from lightning_rlhf.callbacks.reporting import log_known, preference_source, root, show_table
+from lightning_rlhf.callbacks.reporting import Row, log_known, preference_source, root, show_table
 from lightning_rlhf.collectors.rollouts import RolloutRound
-from lightning_rlhf.evaluation.rollouts import repetition, round_figures
+from lightning_rlhf.evaluation.rollouts import repetition, round_metrics
 
 
 COLUMNS = ["round", "prompt", "response", "reward", "log ratio", "tokens", "repetition"]
 
 
 class RolloutMonitor(Callback):
-    """Logs what each round of rollouts earned, and shows the responses that earned most: reward hacking is seen there.
+    """Logs metrics of each round of rollouts, and shows its most rewarded responses, where reward hacking is seen.
 
-    At the end of each epoch, for the round it trained on, under ``rollout/``: what
-    `lightning_rlhf.evaluation.rollouts.round_figures` computes (reward, KL, length, share ended by EOS, repetition, and
-    others). After each round ``top_rollouts.md`` and ``.csv`` in ``trainer.default_root_dir`` hold the most rewarded
+    At the end of each epoch, for the round it trained on, under ``rollout/``: the metrics of
+    `lightning_rlhf.evaluation.rollouts.round_metrics` (reward, KL, length, share ended by EOS, repetition, and others).
+    After each round ``top_rollouts.md`` and ``.csv`` in ``trainer.default_root_dir`` hold the most rewarded
     responses of the rounds since the run was last started, the newest round first; TensorBoard and W&B show them too.
 
     Args:
@@ -33,14 +32,15 @@ class RolloutMonitor(Callback):
         if top < 1 or rounds < 1:
             raise ValueError(f"RolloutMonitor needs top and rounds of at least 1; got {top} and {rounds}")
         self.top, self.rounds = top, rounds
-        self._shown: dict[int, list[list[Any]]] = {}
+        self._shown: dict[int, list[Row]] = {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the most rewarded responses before they are trained on."""
-        drawn = rollout_round(trainer)
-        if drawn.index in self._shown or not trainer.is_global_zero:
+        round_ = rollout_round(trainer)
+        # an epoch may train on the round of the epoch before
+        if round_.index in self._shown or not trainer.is_global_zero:
             return
-        self._shown[drawn.index] = top_rows(drawn, self.top)
+        self._shown[round_.index] = top_rows(round_, self.top)
         for old in sorted(self._shown)[: -self.rounds]:
             del self._shown[old]
         rows = [row for index in sorted(self._shown, reverse=True) for row in self._shown[index]]
@@ -50,26 +50,26 @@ class RolloutMonitor(Callback):
         show_table(trainer, "rollout/top", COLUMNS, rows, text)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the figures of the round."""
-        drawn = rollout_round(trainer)
-        figures = round_figures(drawn.groups, drawn.rewards)
-        log_known(pl_module, {f"rollout/{k}": None if math.isnan(v) else v for k, v in figures.items()})
+        """Log the metrics of the round."""
+        round_ = rollout_round(trainer)
+        metrics = round_metrics(round_.groups, round_.rewards)
+        log_known(pl_module, {f"rollout/{k}": None if math.isnan(v) else v for k, v in metrics.items()})
 
 
 def rollout_round(trainer: Trainer) -> RolloutRound:
     """The newest round of rollouts."""
-    drawn: Any = preference_source(trainer).round
-    if not isinstance(drawn, RolloutRound):
+    round_ = preference_source(trainer).round
+    if not isinstance(round_, RolloutRound):
         raise ValueError("RolloutMonitor reports on rollouts; use it with RolloutDataModule, or leave it out")
-    return drawn
+    return round_
 
 
-def top_rows(drawn: RolloutRound, count: int) -> list[list[Any]]:
+def top_rows(round_: RolloutRound, count: int) -> list[Row]:
     """Rows of the most rewarded responses of a round, the best first."""
-    best = sorted(drawn.rollouts, key=lambda rollout: -(rollout.reward or 0.0))[:count]
+    best = sorted(round_.rollouts, key=lambda rollout: -(rollout.reward or 0.0))[:count]
     return [
         [
-            str(drawn.index),
+            str(round_.index),
             rollout.prompt.messages[-1]["content"] if rollout.prompt.messages else rollout.prompt.text,
             rollout.response.text,
             rollout.reward,

@@ -12,8 +12,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
-from lightning_rlhf.callbacks.reporting import beta, last_validation, preference_source, root
+from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
 from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarise
+from lightning_rlhf.protocols import beta_of
+from lightning_rlhf.types import State
 
 
 RowKey = tuple[int, int, int]
@@ -21,7 +23,7 @@ RowKey = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Validation:
-    """What is kept of one validation.
+    """The results of one validation.
 
     Args:
         step: optimizer steps taken before it.
@@ -41,8 +43,8 @@ class Summary(HeldOutCallback):
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
     nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
     free ties (pairs of equal responses), where there are any. The first validation of the run counts as before, the
-    latest as after; both live in the checkpoint, as do the seconds. Figures that the run cannot know, such as rewards
-    without a reward function, are left out of the line and null in the file.
+    latest as after; both are kept in the checkpoint, as are the seconds. Unknown metrics, such as rewards without a
+    reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.
@@ -70,16 +72,16 @@ class Summary(HeldOutCallback):
         self._seconds_before, self._started = self._seconds(), None
         source = preference_source(trainer)
         passes = source.passes_per_pair
-        ties = getattr(source, "num_ties", 0)
+        ties = source.num_ties
         result = {
-            **result_of(self._before, self._after, beta(pl_module)),
+            **result_of(self._before, self._after, beta_of(pl_module)),
             "steps": trainer.global_step,
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
         }
-        # Only now: the ledger's count of labels is asked by all ranks.
+        # only now: all ranks ask the ledger for the number of labels
         if not trainer.is_global_zero:
             return
         (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -89,7 +91,7 @@ class Summary(HeldOutCallback):
         """Seconds spent in fit, restarts included."""
         return self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Both validations and the seconds so far, as plain data."""
         return {
             "before": None if self._before is None else asdict(self._before),
@@ -97,8 +99,8 @@ class Summary(HeldOutCallback):
             "seconds": self._seconds(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore the state of `state_dict`."""
         self._before, self._after = (restored(state_dict[name]) for name in ("before", "after"))
         self._seconds_before, self._started = state_dict["seconds"], None
 
@@ -109,9 +111,10 @@ def restored(state: dict[str, Any] | None) -> Validation | None:
 
 
 def result_of(before: Validation | None, after: Validation | None, beta: float) -> dict[str, Any]:
-    """Compare two validations of a run; figures are None where they are unknown."""
+    """Compare two validations of a run; unknown metrics are None."""
     early = {} if before is None else before.rewards
     late = {} if after is None else after.rewards
+    # paired by prompt: hard prompts are hard both times, so that the error is smaller
     differences = [late[key] - reward for key, reward in early.items() if key in late]
     difference, difference_stderr = optional_mean(differences)
     result: dict[str, Any] = {"beta": beta}
@@ -158,7 +161,7 @@ def closing_line(result: Mapping[str, Any]) -> str:
 
 
 def measured(value: float, error: float | None, sign: str = "") -> str:
-    """Write a figure with its standard error, two decimals each."""
+    """Write a number with its standard error, two decimals each."""
     return rounded(value, sign) + ("" if error is None else f" ± {error:.2f}")
 
 
@@ -168,47 +171,48 @@ def rounded(value: float, sign: str = "-") -> str:
 
 
 class LossSummary(Callback):
-    """Prints the held-out loss as the last line, and writes all figures of the last validation to ``summary.json``.
+    """Prints the held-out loss as the last line, and writes all metrics of the last validation to ``summary.json``.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print the figures."""
-        figures = last_validation(trainer)
-        if figures is None:
+        """Write and print the metrics."""
+        metrics = last_validation(trainer)
+        if metrics is None:
             return
-        if "loss" not in figures:
+        if "loss" not in metrics:
             print(f"{trainer.global_step} steps; no held-out rows", flush=True)
             return
         print(
-            f"held-out loss {figures['loss']:.3f} nats per token (perplexity {figures['perplexity']:.2f}), "
-            f"token accuracy {figures['token_accuracy']:.3f}, {trainer.global_step} steps",
+            f"held-out loss {metrics['loss']:.3f} nats per token (perplexity {metrics['perplexity']:.2f}), "
+            f"token accuracy {metrics['token_accuracy']:.3f}, {trainer.global_step} steps",
             flush=True,
         )
 
 
 class PairSummary(Callback):
-    """Prints held-out accuracy, its baseline and calibration as the last line; all figures go to ``summary.json``.
+    """Prints held-out accuracy, its baseline and calibration as the last line; all metrics go to ``summary.json``.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and print the figures of the last validation."""
-        figures = last_validation(trainer)
-        if figures is None:
+        """Write and print the metrics of the last validation."""
+        metrics = last_validation(trainer)
+        if metrics is None:
             return
-        if "accuracy" not in figures:
+        if "accuracy" not in metrics:
             print(f"{trainer.global_step} steps; no held-out pairs", flush=True)
             return
-        accuracy, pairs = figures["accuracy"], figures["pairs"]
+        accuracy, pairs = metrics["accuracy"], metrics["pairs"]
+        # binomial standard error
         error = math.sqrt(accuracy * (1 - accuracy) / pairs)
         # whichever of "the longer" and "the shorter is better" is right more often on these pairs
-        by_length = max(figures["longer_accuracy"], 1 - figures["longer_accuracy"])
+        by_length = max(metrics["longer_accuracy"], 1 - metrics["longer_accuracy"])
         print(
             f"held-out accuracy {accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs (by length alone: "
-            f"{by_length:.3f}), Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}, "
+            f"{by_length:.3f}), Brier {metrics['brier']:.3f}, ECE {metrics['ece']:.3f}, "
             f"{trainer.global_step} steps",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""How fast the run goes, and what its rounds took."""
+"""Speed of training, and cost of rounds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_rlhf.callbacks.reporting import Round, log_known, preference_source
+from lightning_rlhf.callbacks.reporting import log_known, preference_source
+from lightning_rlhf.protocols import Round
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step on one rank handled, and how long it took.
+    """Size and duration of one training step on one rank.
 
     Args:
         items: pairs, or prompts with their responses.
@@ -31,14 +32,14 @@ class StepCost:
 
 
 class Throughput(Callback):
-    """Logs the speed of training, and the labels and the time each round took.
+    """Logs the speed of training, and labels and time of each round.
 
-    On each training step that is logged: ``throughput/pairs_per_second`` (``prompts_per_second`` for rollouts,
-    ``rows_per_second`` for completions) and ``throughput/tokens_per_second`` of all ranks together, over the last
-    steps, all those since the last log among them; time between steps, as for sampling, labelling and validation, is
-    left out. At the end of each epoch, for the round it trained on: ``round/labels`` (labels bought for it since the
-    last start), ``round/failed`` (comparisons without a verdict), ``round/ties`` (pairs of equal responses, which
-    nobody was asked about), ``round/sampling_seconds`` and ``round/labeling_seconds``.
+    On logged training steps: ``throughput/pairs_per_second`` (``prompts_per_second`` for rollouts, ``rows_per_second``
+    for completions) and ``throughput/tokens_per_second`` of all ranks together, over at least the steps since the last
+    log. Time between steps is left out, as for sampling, labeling and validation. At the end of each epoch, for the
+    round it trained on: ``round/labels`` (labels bought since the last start), ``round/failed`` (comparisons without a
+    verdict), ``round/ties`` (pairs of equal responses, which cost no label), ``round/sampling_seconds`` and
+    ``round/labeling_seconds``.
 
     Args:
         window: training steps that a speed is averaged over at least, >= 1.
@@ -71,17 +72,17 @@ class Throughput(Callback):
         if log:
             self._steps = self._steps[-max(self._window, self._since_log) :]
             self._since_log = 0
-            # Ranks step together, so their speeds add up.
+            # ranks step together, so their speeds add up
             self._speeds.add(rates(self._steps, preference_source(trainer).UNIT))
             speeds = {f"throughput/{name}": value for name, value in self._speeds.take(trainer).items()}
             pl_module.log_dict(speeds, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the round took."""
-        drawn = preference_source(trainer).round
-        if drawn is not None:
-            # Labels are bought on rank zero, and only its round knows of them.
-            log_known(pl_module, distributed.from_rank_zero(lambda: round_costs(drawn)))
+        """Log the cost of the round."""
+        round_ = preference_source(trainer).round
+        if round_ is not None:
+            # labels are bought on rank zero, and only its round counts them
+            log_known(pl_module, distributed.from_rank_zero(lambda: round_costs(round_)))
 
 
 def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:
@@ -94,12 +95,12 @@ def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:
     }
 
 
-def round_costs(drawn: Round) -> dict[str, float]:
-    """What a round took, by the names it is logged under."""
+def round_costs(round_: Round) -> dict[str, float]:
+    """Cost of a round, by names of metrics."""
     return {
-        "round/labels": float(drawn.labels_bought),
-        "round/failed": float(sum(drawn.failed.values())),
-        "round/ties": float(getattr(drawn, "ties", 0)),
-        "round/sampling_seconds": drawn.sampling_seconds,
-        "round/labeling_seconds": drawn.labeling_seconds,
+        "round/labels": float(round_.labels_bought),
+        "round/failed": float(sum(round_.failed.values())),
+        "round/ties": float(round_.ties),
+        "round/sampling_seconds": round_.sampling_seconds,
+        "round/labeling_seconds": round_.labeling_seconds,
     }

@@ -13,16 +13,18 @@ contract                      asked by                                        fu
 `StepData`                    `AbstractStepModule`, its callbacks             `AbstractStepDataModule`
 `RoundData`                   `AbstractRoundModule`                           `AbstractRoundDataModule`
 `PreferenceSource`, `Round`   callbacks                                       `AbstractStepDataModule`, rounds
+`TrainedModule`               callbacks                                       all modules
 `PolicyLike`                  callbacks                                       policy and reward modules
 ============================  ==============================================  =========================================
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -103,14 +105,35 @@ class RoundData(StepData, Protocol):
 
 
 class Round(Protocol):
-    """One round of a DataModule: comparisons that were sampled and labelled together."""
+    """One round of a DataModule: items that were sampled and labeled together."""
 
-    index: int
-    preferences: Sequence[Preference]
-    failed: Mapping[str, int]
-    sampling_seconds: float
-    labeling_seconds: float
-    labels_bought: int
+    @property
+    def index(self) -> int:
+        """Number of the round, from 0."""
+
+    @property
+    def preferences(self) -> Sequence[Preference]:
+        """The labeled pairs; none in a round of rollouts."""
+
+    @property
+    def failed(self) -> Mapping[str, int]:
+        """Items without a label, by the status of their last attempt."""
+
+    @property
+    def ties(self) -> int:
+        """Pairs of equal responses, which cost no label."""
+
+    @property
+    def sampling_seconds(self) -> float:
+        """Wall time of sampling in this process."""
+
+    @property
+    def labeling_seconds(self) -> float:
+        """Wall time of labeling in this process."""
+
+    @property
+    def labels_bought(self) -> int:
+        """Labels paid for in this process: 0 on ranks other than zero."""
 
 
 @runtime_checkable
@@ -122,26 +145,39 @@ class PreferenceSource(Protocol):
     label_budget: int | None
 
     @property
+    def round(self) -> Round | None:
+        """The newest round; None before the first, and where there are no rounds."""
+
+    @property
     def num_labels(self) -> int:
         """Labels bought so far, from the ledger on rank zero: every rank must ask."""
 
     @property
+    def num_ties(self) -> int:
+        """Pairs of equal responses so far, from the ledger on rank zero: every rank must ask."""
+
+    @property
     def passes_per_pair(self) -> float:
-        """Model forward passes per token position and pair; NaN before the first pair."""
+        """Model forward passes per token position and pair; NaN before the first pair. Every rank must ask."""
 
 
 @runtime_checkable
-class PolicyLike(Protocol):
+class TrainedModule(Protocol):
     """A module as callbacks see it."""
 
     step_metrics: dict[str, Tensor]
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the trained model as a folder; every rank calls, rank zero writes."""
+
+
+@runtime_checkable
+class PolicyLike(TrainedModule, Protocol):
+    """A module with a reference as callbacks see it."""
+
     @property
     def beta(self) -> float:
         """Price of a nat of KL in units of the reward, > 0."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the trained model as a folder; every rank calls, rank zero writes."""
 
 
 Contract = TypeVar("Contract")
@@ -168,7 +204,7 @@ def datamodule_of(trainer: Trainer, contract: type[Contract], asking: str) -> Co
         ValueError: if the run has none, as after ``trainer.fit(module, dataloader)``.
         TypeError: if the DataModule lacks a method of the contract, naming the method.
     """
-    datamodule: Any = getattr(trainer, "datamodule", None)
+    datamodule: object = getattr(trainer, "datamodule", None)
     if datamodule is None:
         raise ValueError(
             f"{asking} reads rounds, seeds and the ledger from a DataModule of this package, but the Trainer was given "
@@ -177,15 +213,32 @@ def datamodule_of(trainer: Trainer, contract: type[Contract], asking: str) -> Co
     return _checked(datamodule, contract, asking)
 
 
-def _checked(found: Any, contract: type[Contract], asking: str) -> Contract:
-    if isinstance(found, contract):
-        return found
-    names = [name for name in dir(contract) if not name.startswith("_")] + list(contract.__annotations__)
-    missing = sorted({name for name in names if not hasattr(type(found), name) and name not in vars(found)})
-    raise TypeError(
-        f"{asking} needs a {contract.__name__} (see lightning_rlhf/protocols.py); {type(found).__name__} lacks "
-        f"{', '.join(missing) or 'part of it'}: use a class of this package, or implement what is missing"
-    )
+def _checked(found: object, contract: type[Contract], asking: str) -> Contract:
+    # not isinstance: it reads every property, and some of them wait for all ranks
+    missing = sorted(name for name in _members(contract) if not _has(found, name))
+    if missing:
+        raise TypeError(
+            f"{asking} needs a {contract.__name__} (see lightning_rlhf/protocols.py); {type(found).__name__} lacks "
+            f"{', '.join(missing)}: use a class of this package, or implement what is missing"
+        )
+    return cast(Contract, found)
+
+
+def _members(contract: type) -> set[str]:
+    """Names of the methods, properties and attributes of a Protocol."""
+    names: set[str] = set()
+    for base in contract.__mro__:
+        if getattr(base, "_is_protocol", False) and base is not Protocol:
+            names |= {*vars(base), *inspect.get_annotations(base)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def _has(found: object, name: str) -> bool:
+    try:
+        inspect.getattr_static(found, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def beta_of(pl_module: LightningModule) -> float:

@@ -1,11 +1,10 @@
-"""Seeds that do not depend on batching, ranks or history: one key per thing that is drawn.
+"""Random numbers that do not depend on batching, ranks or history: one key per sample.
 
 A `Key` is a path of integers, ``(seed, round, prompt index, sample, ...)``, folded one step at a time, as in JAX. The
 same path gives the same numbers on every rank and after every restart.
 
-torch's CPU generator starts from the lower 32 bits of a seed, so that two given keys share their numbers with
-probability 2^-32: among n keys, n^2 / 2^33 pairs are expected to, 1.2 among 100 000 draws. Such a pair of draws is as
-good as any, but the two are not independent.
+torch's CPU generator uses the lower 32 bits of a seed, so that two keys share their numbers with probability 2^-32.
+Among n keys, n^2 / 2^33 such pairs are expected: 1.2 among 100 000 samples. Their samples are not independent.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """First step of a key path below the run seed: what the random numbers are for.
+    """Purpose of random numbers: the first step of a key path below the run seed.
 
     The numbers are part of every run's results and never change; new purposes get new numbers.
     """

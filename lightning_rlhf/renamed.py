@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -83,6 +84,8 @@ RENAMED_CLASSES = {"SigmoidLoss": "DPOLoss"}
 
 KEPT = {"SFTModule": frozenset({"aggregation"})}
 """Arguments whose old name is also the present one, by class."""
+RENAMED_SAMPLER_ARGUMENTS = {"label_share": "label_fraction"}
+"""Arguments of samplers with new names."""
 
 _REFERENCE_RULES = ("fixed", "previous", "ema")
 
@@ -117,6 +120,11 @@ def _renamed_argument(arg: str, following: str, note: Callable[[str], None], mod
     arg = re.sub(
         rf"(?<==)(lightning_rlhf\.[\w.]+|{'|'.join(RENAMED_CLASSES)})$", lambda path: renamed_class(path[0]), arg
     )
+    found = re.fullmatch(r"(--data\.(?:init_args\.)?sampler\.(?:init_args\.)?)(\w+)(=.*)?", arg, flags=re.DOTALL)
+    if found is not None and found[2] in RENAMED_SAMPLER_ARGUMENTS:
+        new = RENAMED_SAMPLER_ARGUMENTS[found[2]]
+        note(f"--data.sampler.{found[2]} is --data.sampler.{new} since version 0.2")
+        return f"{found[1]}{new}{found[3] or ''}"
     found = re.fullmatch(r"--(\w+)\.(?:init_args\.)?(\w+)(=.*)?", arg, flags=re.DOTALL)
     if found is None:
         return arg
@@ -144,6 +152,8 @@ def renamed_config(
         model: class of the module, for overlays that do not name it.
     """
     result: dict[str, Any] = _with_renamed_classes(content)
+    if isinstance(result.get("data"), dict):
+        result["data"] = _with_renamed_sampler(result["data"], note)
     for section in RENAMED:
         part = result.get(section)
         if not isinstance(part, dict):
@@ -175,6 +185,29 @@ def _with_renamed_classes(value: Any) -> Any:
     return [_with_renamed_classes(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _with_renamed_sampler(data: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    """The section ``data`` with the present names of the arguments of its sampler."""
+    if isinstance(data.get("init_args"), dict):
+        return {**data, "init_args": _with_renamed_sampler(data["init_args"], note)}
+    return {**data, "sampler": _renamed_sampler(data["sampler"], note)} if "sampler" in data else data
+
+
+def _renamed_sampler(sampler: Any, note: Callable[[str], None]) -> Any:
+    # a mixture lists its members
+    if isinstance(sampler, list):
+        return [_renamed_sampler(member, note) for member in sampler]
+    if not isinstance(sampler, dict):
+        return sampler
+    result: dict[str, Any] = {}
+    name: str
+    for name, value in sampler.items():
+        new: str = RENAMED_SAMPLER_ARGUMENTS.get(name, name)
+        if new != name:
+            note(f"data.sampler.{name} is data.sampler.{new} since version 0.2")
+        result[new] = _renamed_sampler(value, note) if name in ("init_args", "samplers") else value
+    return result
+
+
 def _renamed_fields(
     fields: Mapping[str, Any], section: str, names: Mapping[str, str], note: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -201,8 +234,56 @@ def _renamed_fields(
 
 
 def _merged(old: dict[str, Any], new: Any) -> Any:
-    """A group that is given by its new name, over what old names said of it."""
+    """A group given by its new name; it overrides values that were given by old names."""
     return {**old, **new} if isinstance(new, dict) else new
+
+
+def adopt_old_selection(sampler: type[Any]) -> None:
+    """Let a sampler class of version 0.1 select for labeling, by ``worth_labels`` and ``label_share``.
+
+    Args:
+        sampler: a new subclass of `AbstractPairSampler`; changed in place, with a `DeprecationWarning`, if it defines
+            ``worth_labels``.
+    """
+    if "worth_labels" not in vars(sampler):
+        return
+    warnings.warn(
+        f"{sampler.__name__}.worth_labels is select_for_labeling of AbstractSelectiveSampler since version 0.2, and "
+        f"label_share is label_fraction",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    sampler.select_for_labeling = sampler.worth_labels
+    if not hasattr(sampler, "label_fraction"):
+        sampler.label_fraction = property(lambda self: getattr(self, "label_share", 1.0))
+    if not hasattr(sampler, "most_labels"):
+        # as in AbstractSelectiveSampler
+        sampler.most_labels = lambda self, count: math.ceil(self.label_fraction * count - 1e-9)
+
+
+def renames_arguments(**names: str) -> Callable[[Cls], Cls]:
+    """Let a constructor take arguments by their old names, with a `DeprecationWarning`.
+
+    Args:
+        names: new name of each old one.
+    """
+
+    def decorate(cls: Cls) -> Cls:
+        init = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+            for old in names.keys() & kwargs.keys():
+                kwargs[names[old]] = kwargs.pop(old)
+                warnings.warn(
+                    f"{cls.__name__}({old}=...) is {names[old]} since version 0.2", DeprecationWarning, stacklevel=2
+                )
+            init(self, *args, **kwargs)
+
+        cls.__init__ = wrapped  # type: ignore[misc]
+        return cls
+
+    return decorate
 
 
 def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[[Cls], Cls]:

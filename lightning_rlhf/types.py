@@ -1,15 +1,18 @@
-"""The nouns that pass between the parts: prompt, response, comparison, label, preference, rollout.
+"""The data types of the framework: prompt, response, comparison, label, preference, rollout.
 
 The flow is *prompt -> sampler -> labeler -> store -> collate -> module -> loss -> callback*. Everything here is plain
-data: it pickles, it goes to JSON, and it knows neither Lightning nor any model. Token ids are what was sampled and are
-never re-derived from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
+data that pickles and converts to JSON, without Lightning or models. Token ids are kept as sampled and never re-derived
+from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+
+State: TypeAlias = dict[str, Any]
+"""State of an object for the checkpoint, as plain data: numbers, strings, lists, dictionaries and tensors."""
 
 Message = dict[str, Any]
 """One chat turn, ``{"role": "user" | "assistant" | "system" | ..., "content": "..."}``.
@@ -24,7 +27,7 @@ LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "
 
 @dataclass(frozen=True)
 class RecordedPair:
-    """Two completions that came with a data row, and what the row says about them.
+    """Two completions of a data row with their label.
 
     Args:
         chosen: text of the preferred completion, without the prompt.
@@ -51,7 +54,7 @@ class PromptRow:
         messages: conversational prompt, rendered with the chat template of the policy.
         pair: recorded completions, for preference rows.
         completion: text of the one recorded completion, for supervised rows.
-        template_options: what the chat template gets beside the messages, such as ``tools``.
+        template_options: arguments of the chat template besides the messages, such as ``tools``.
         answers: the recorded completions as messages, chosen before rejected, where they hold more than text; empty
             otherwise.
         finish_reasons: why the recorded completions ended, in the same order; empty if all of them ended by
@@ -78,9 +81,9 @@ class Prompt:
         text: the rendered text behind ``ids``.
         messages: the conversation behind ``text``, when the row was conversational; labelers and rewards read it.
         pair: tokenised recorded pair (chosen, rejected), for offline preference rows.
-        recorded: what the data row said about ``pair``.
+        recorded: ``pair`` as text, with its label.
         completion: tokenised recorded completion, for supervised rows; ledgers do not keep it.
-        template_options: what the chat template gets beside the messages, such as ``tools``.
+        template_options: arguments of the chat template besides the messages, such as ``tools``.
     """
 
     index: int
@@ -103,7 +106,7 @@ class Response:
         finish_reason: ``"eos"``, or ``"length"`` when the token limit cut it.
         policy_logps: log pi_theta of each token at sampling time, untempered, nats; None when not computed.
         reference_logps: log pi_ref of each token, nats; None when not computed.
-        source: the law it was drawn from: ``"policy"``, ``"reference"``, ``"plus"``, ``"minus"``, ``"dataset"``.
+        source: distribution it was sampled from: ``"policy"``, ``"reference"``, ``"plus"``, ``"minus"``, ``"dataset"``.
     """
 
     ids: tuple[int, ...]
@@ -125,16 +128,16 @@ class Response:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and two responses, before anybody said which is better.
+    """A prompt and two responses without a label.
 
     Args:
         prompt: the prompt.
         a: first response.
         b: second response.
-        branch: how the pair was drawn: ``"base"``, ``"tilt"``, ``"best_of_n"``, ``"hybrid"``, ``"offline"``, ...
+        branch: how the pair was sampled: ``"base"``, ``"tilt"``, ``"best_of_n"``, ``"hybrid"``, ``"offline"``, ...
         weight: importance of the pair in the loss, >= 0 (w(x) of T-PILAF).
         passes: model forward passes per token position spent on the pair (Table 1 of PILAF).
-        meta: numbers worth keeping, e.g. ``{"delta": r_theta(a) - r_theta(b)}``; JSON scalars only.
+        meta: other entries, e.g. ``{"delta": r_theta(a) - r_theta(b)}``; JSON scalars only.
     """
 
     prompt: Prompt
@@ -147,14 +150,14 @@ class Comparison:
 
     @property
     def has_equal_responses(self) -> bool:
-        """Whether nobody can tell the responses apart: the same tokens, or the same text.
+        """Whether the responses are the same: in their tokens, or in their text.
 
-        Bytes that are no text are all decoded to the same replacement character: there the tokens alone count.
+        Invalid bytes all decode to the same replacement character; with it, only tokens are compared.
         """
         return self.a.ids == self.b.ids or (self.a.text == self.b.text and "\ufffd" not in self.a.text)
 
     def swap(self) -> Comparison:
-        """The same comparison with the two responses exchanged, and what ``meta`` says of their order turned round."""
+        """The same comparison with the two responses exchanged; entries of ``meta`` on their order are inverted."""
         meta = dict(self.meta)
         if "delta" in meta:
             meta["delta"] = -meta["delta"]
@@ -171,7 +174,7 @@ class Label:
         probability: P(a preferred) in [0, 1]; None unless ``status`` is ``"ok"``. A failed label is never a tie.
         status: ``"ok"``, or why there is no verdict.
         cost: price of the label in the labeler's own unit (1 per human or oracle label, money for a server).
-        meta: what else is worth keeping, e.g. ``{"reward_a": 0.3, "reward_b": -0.1}``; JSON scalars only.
+        meta: other entries, e.g. ``{"reward_a": 0.3, "reward_b": -0.1}``; JSON scalars only.
     """
 
     probability: float | None
@@ -181,7 +184,7 @@ class Label:
 
     @property
     def is_free_tie(self) -> bool:
-        """Whether nobody was asked, since the responses are equal; see `free_tie`."""
+        """Whether this is the label of equal responses, see `free_tie`."""
         return self.meta.get(FREE_TIE) is True
 
     def __post_init__(self) -> None:
@@ -194,22 +197,22 @@ class Label:
 
 
 FREE_TIE = "free_tie"
-"""Entry of a label's ``meta`` that is true where nobody was asked."""
+"""Entry of a label's ``meta`` that marks free ties."""
 
 
 def free_tie() -> Label:
-    """The label of a pair of equal responses: P = 0.5, given without asking anybody, and no label that was bought."""
+    """The label of a pair of equal responses: P = 0.5, given without the labeler, at no cost."""
     return Label(0.5, cost=0.0, meta={FREE_TIE: True})
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A labelled comparison: what the losses see.
+    """A labeled comparison: one training example.
 
     Args:
         comparison: the pair.
         label: its label, with status ``"ok"``.
-        round: the round in which it was drawn, from 0.
+        round: the round in which it was sampled, from 0.
     """
 
     comparison: Comparison
@@ -225,16 +228,15 @@ class Preference:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response that the policy drew to learn from, and what it earned.
+    """A response that the policy sampled, with its reward.
 
     Args:
         prompt: the prompt.
-        response: the response. Its log-probabilities are those at ``temperature``: under the law that it was drawn
-            from, and under the reference at the same temperature.
-        temperature: softmax temperature of the draw, > 0.
-        values: V of the state before each token when it was drawn; None without a value model.
-        reward: what the reward function said, as it stands; None until it was asked.
-        std: how unsure the reward function was; None where it does not know.
+        response: the response, with log-probabilities under the policy and the reference at ``temperature``.
+        temperature: softmax temperature of sampling, > 0.
+        values: V of the state before each token, at sampling time; None without a value model.
+        reward: output of the reward function, not normalized; None until it is scored.
+        std: standard deviation of the reward; None where the reward function gives none.
     """
 
     prompt: Prompt

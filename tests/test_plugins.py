@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.collectors.preferences import labelled
+from lightning_rlhf.collectors.preferences import labeled
 from lightning_rlhf.datamodules.preferences import PreferenceDataModule
 from lightning_rlhf.labelers import AbstractLabeler, RecordedLabeler, RewardLabeler
 from lightning_rlhf.prompts import BuiltinPrompts
@@ -229,7 +229,7 @@ def test_what_is_no_label_is_named(made: Any, message: str) -> None:
             return made
 
     with pytest.raises((TypeError, ValueError), match=message):
-        labelled(OfflineSampler(), Says(), pairs(1), Key((0,)))
+        labeled(OfflineSampler(), Says(), pairs(1), Key((0,)))
 
 
 # ---- best of N with an oracle --------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Never(AbstractLabeler):
 def test_best_of_n_with_an_oracle_reward_is_labelled_by_the_oracle() -> None:
     sampler = BestOfNSampler(n=8, reward=Fixed(None))
     best, tie = pairs(1, score_a=0.1, score_b=0.0), pairs(1, score_a=0.2, score_b=0.2)
-    labels = labelled(sampler, Never(), best + tie, Key((0,)))
+    labels = labeled(sampler, Never(), best + tie, Key((0,)))
     # a Bernoulli draw would say 0 in 48 of 100 such pairs
     assert [label.probability for label in labels] == [1.0, 0.5]
     assert [label.cost for label in labels] == [4.0, 4.0]
@@ -251,12 +251,12 @@ def test_best_of_n_with_an_oracle_reward_is_labelled_by_the_oracle() -> None:
 
 
 def test_best_of_n_by_the_implicit_reward_asks_the_labeler() -> None:
-    labels = labelled(BestOfNSampler(), RewardLabeler(Fixed([1.0, 2.0]), "argmax"), pairs(1), Key((0,)))
+    labels = labeled(BestOfNSampler(), RewardLabeler(Fixed([1.0, 2.0]), "argmax"), pairs(1), Key((0,)))
     assert [label.probability for label in labels] == [0.0]
 
 
 def test_in_a_mixture_each_member_says_its_own() -> None:
     sampler = MixtureSampler([VanillaSampler(), BestOfNSampler(reward=Fixed(None))])
     mixed = [*pairs(1, member=1, score_a=1.0, score_b=0.0), *pairs(1, member=0)]
-    labels = labelled(sampler, RewardLabeler(Fixed([1.0, 2.0]), "argmax"), mixed, Key((0,)))
+    labels = labeled(sampler, RewardLabeler(Fixed([1.0, 2.0]), "argmax"), mixed, Key((0,)))
     assert [label.probability for label in labels] == [1.0, 0.0]

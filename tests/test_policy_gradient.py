@@ -22,7 +22,7 @@ from lightning_rlhf.callbacks import LabelBudget, RolloutMonitor
 from lightning_rlhf.cli import main
 from lightning_rlhf.datamodules.options import BatchOptions, RoundOptions
 from lightning_rlhf.datamodules.rollouts import RewardShaping
-from lightning_rlhf.evaluation.rollouts import repetition, round_figures
+from lightning_rlhf.evaluation.rollouts import repetition, round_metrics
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.logprobs.compute import response_logps
@@ -290,7 +290,7 @@ def learnt(folder: Path, tiny_policy: Path, **options: Any) -> tuple[float, floa
         decoding=Decoding(max_new_tokens=6, rows=64),
     )
     trainer(folder, kept, max_epochs=12).fit(policy, datamodule=rollouts)
-    figures = [round_figures(drawn.groups, drawn.rewards) for drawn in kept.rounds]
+    figures = [round_metrics(drawn.groups, drawn.rewards) for drawn in kept.rounds]
     last = figures[-2:]
     return figures[0]["reward"], sum(f["reward"] for f in last) / 2, sum(f["kl/k1"] for f in last) / 2
 
@@ -388,7 +388,7 @@ def test_figures_of_a_round_by_hand() -> None:
         return Rollout(Prompt(0, (1,), "x"), response, reward=reward, std=0.5)
 
     groups = [[rollout(1, 1.0), rollout(3, 3.0, eos=False)], [rollout(2, 2.0), rollout(2, 2.0)]]
-    found = round_figures(groups, [0.1, 0.3, 0.2, 0.2])
+    found = round_metrics(groups, [0.1, 0.3, 0.2, 0.2])
     assert found["reward"] == 2.0 and found["earned"] == pytest.approx(0.2)
     assert found["kl/k1"] == pytest.approx(1.0) and found["kl/k3"] == pytest.approx(2 * (math.exp(-0.5) - 0.5))
     assert (found["length"], found["eos_rate"], found["flat_groups"]) == (2.0, 0.75, 0.5)
@@ -407,7 +407,7 @@ def test_the_best_rollouts_are_shown_and_the_budget_is_kept(tmp_path: Path, tiny
     assert len(lines) == 2 + 2 * 2 and lines[2].startswith("| 1 |")
     best = max(rollout.reward for rollout in kept.rounds[0].rollouts)
     assert f"{best:.3f}" in lines[4]
-    figures = round_figures(kept.rounds[1].groups, kept.rounds[1].rewards)
+    figures = round_metrics(kept.rounds[1].groups, kept.rounds[1].rewards)
     assert run.callback_metrics["rollout/reward"].item() == pytest.approx(figures["reward"])
     with pytest.raises(ValueError, match="no multiple of the 2 that a prompt costs; take 12"):
         trainer(tmp_path / "odd", LabelBudget(13)).fit(module(tiny_policy, RLOO()), datamodule=data())

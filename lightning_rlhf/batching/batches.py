@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -19,36 +19,40 @@ Ids = tuple[int, ...]
 
 @runtime_checkable
 class StepBatch(Protocol):
-    """What a batch that is an optimizer step can do; the items are pairs, or prompts with their responses."""
+    """A batch that is an optimizer step; the items are pairs, or prompts with their responses."""
 
     @property
     def num_padding(self) -> int:
-        """Items at the end that count for nothing."""
+        """Padding items, at the end; they have weight 0."""
 
     @property
     def num_global(self) -> float | None:
-        """Items of the optimizer step on all ranks, divided by the ranks; the items here when None."""
+        """Items of the optimizer step on all ranks, divided by the number of ranks; None counts the items here."""
 
     @property
     def weight(self) -> Tensor:
         """Weight of each item in the loss, [items]."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Name of each item in messages; may be empty."""
+
     def __len__(self) -> int:
-        """Number of items, idle ones included."""
+        """Number of items, padding items included."""
 
     def split(self) -> Sequence[Self]:
-        """Make a batch of each pass, in order."""
+        """Make a batch of each micro-batch, in order."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the numbers to a device."""
+        """Move the tensors to a device."""
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Labelled pairs, the response with P >= 0.5 first; on a tie, the one that came first.
+    """Labeled pairs; the response with P >= 0.5 is the chosen one, on a tie response a.
 
     Numbers per pair are float64 (float32 on MPS, which has no float64): they are few, and sums over many tokens.
-    Log-probabilities are such sums, in nats, and NaN where nobody computed them.
+    Log-probabilities are summed over tokens, in nats, and NaN where they were not computed.
 
     Args:
         prompts: token ids of the prompts.
@@ -60,14 +64,14 @@ class PreferenceBatch:
         reference_rejected_logps: log pi_ref(rejected | prompt), [pairs].
         sampling_chosen_logps: log pi(chosen | prompt) of the policy at the time of sampling, untempered, [pairs].
         sampling_rejected_logps: the same of the rejected response, [pairs].
-        chosen_from_reference: whether the reference, not the policy, drew the chosen response; bool, [pairs].
+        chosen_from_reference: whether the chosen response was sampled from the reference; bool, [pairs].
         rejected_from_reference: the same of the rejected response.
-        num_global: pairs of the optimizer step on all ranks, divided by the ranks; losses are summed and divided by it,
-            so that the average over ranks, which DDP takes, is the mean over pairs. The pairs here when not given.
-        micro_batches: number of pairs in each forward and backward pass of the step; one pass over all when not given.
-        num_padding: pairs at the end, of weight 0, that figures leave out: a rank that has fewer pairs than others have
-            passes must still run as many.
-        names: what each pair is called in messages; empty where nobody asked.
+        num_global: pairs of the optimizer step on all ranks, divided by the number of ranks. The loss is the sum over
+            pairs divided by it, so that DDP's average over ranks is the mean over pairs. Default: the pairs here.
+        micro_batches: number of pairs in each micro-batch; default: one micro-batch.
+        num_padding: padding pairs at the end, of weight 0 and left out of metrics: a rank with fewer pairs must run as
+            many micro-batches as the others.
+        names: name of each pair in messages; may be empty.
     """
 
     prompts: list[Ids]
@@ -108,7 +112,7 @@ class PreferenceBatch:
         return [(p, (c, r)) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)]
 
     def split(self) -> list[PreferenceBatch]:
-        """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
+        """Make a batch of each micro-batch, in order; each has the ``num_global`` of the whole step."""
         if self.micro_batches is None:
             return [self]
         if sum(self.micro_batches) != len(self) or min(self.micro_batches) < 1:
@@ -123,14 +127,14 @@ class PreferenceBatch:
             part = replace(
                 self, **mine, micro_batches=None, num_padding=num_padding, num_global=self.num_global or last_counted
             )
-            # known of the whole: asking a part could mean to wait for the device
+            # taken from the whole batch: computing them for a part may wait for the device
             vars(part).update({name: True for name in ("has_reference", "has_sampling") if getattr(self, name)})
             parts.append(part)
             start = end
         return parts
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
-        """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
+        """Move the tensors to a device; Lightning calls this. Token ids stay on the CPU until they are packed."""
         single = torch.device(device).type == "mps"
 
         def move(tensor: Tensor) -> Tensor:
@@ -141,25 +145,25 @@ class PreferenceBatch:
         return self._map(move)
 
     def pin_memory(self) -> PreferenceBatch:
-        """Pin the numbers; the DataLoader calls this."""
+        """Pin the tensors; the DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped = replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})  # type: ignore[arg-type]
-        # asked here, where the numbers are still on the CPU: on the device the question would wait for the whole queue
+        # computed while the tensors are on the CPU: on the device it would wait for the whole queue
         vars(mapped).update(has_reference=self.has_reference, has_sampling=self.has_sampling)
         return mapped
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The rollouts of one prompt with what they are worth; numbers run token by token, response by response.
+    """The rollouts of one prompt with advantages; one number per token, response after response.
 
     Args:
         rollouts: responses to one prompt.
         advantages: advantage of each token.
-        targets: what the value model should say of the state before each token; None without one.
+        targets: target of the value model in the state before each token; None without a value model.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -169,22 +173,22 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Prompts with responses, drawn by the policy or recorded; an item is a prompt with all its responses.
+    """Prompts with responses, sampled from the policy or recorded; an item is a prompt with all its responses.
 
     Args:
         prompts: token ids of the prompts.
         responses: token ids of the responses to each prompt.
-        numbers: per token, response by response, [5, tokens], float64 (float32 on MPS): log pi when it was drawn, log
-            pi_ref, advantage, V when it was drawn, target of V; the last two NaN without a value model. Of recorded
-            responses none, [0, tokens].
-        weight: weight of each prompt in the loss, 0 for idle ones, [prompts].
+        numbers: five numbers per token, response after response, [5, tokens], float64 (float32 on MPS): log pi at
+            sampling time, log pi_ref, advantage, V at sampling time, target of V; the last two NaN without a value
+            model. [0, tokens] for recorded responses.
+        weight: weight of each prompt in the loss, 0 for padding, [prompts].
         mean_length: mean tokens of a response of the optimizer step, over all ranks.
         max_length: token limit of the responses.
-        temperature: softmax temperature they were drawn at.
+        temperature: softmax temperature of sampling.
         num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
-        micro_batches: number of prompts in each pass; one pass when not given.
-        num_padding: prompts at the end that count for nothing.
-        names: what each prompt is called in messages; empty where nobody asked.
+        micro_batches: number of prompts in each micro-batch; default: one micro-batch.
+        num_padding: padding prompts at the end.
+        names: name of each prompt in messages; may be empty.
     """
 
     prompts: list[Ids]
@@ -207,7 +211,7 @@ class ResponseBatch:
         return list(zip(self.prompts, self.responses, strict=True))
 
     def split(self) -> list[ResponseBatch]:
-        """Make a batch of each pass, in order; each has the ``num_global`` of the whole step."""
+        """Make a batch of each micro-batch, in order; each has the ``num_global`` of the whole step."""
         if self.micro_batches is None:
             return [self]
         if sum(self.micro_batches) != len(self) or min(self.micro_batches) < 1:
@@ -218,7 +222,7 @@ class ResponseBatch:
         parts, start, first, last_counted = [], 0, 0, len(self) - self.num_padding
         for size in self.micro_batches:
             end = start + size
-            last = first + sum(len(ids) for responses in self.responses[start:end] for ids in responses)
+            last = first + sum(map(len, chain.from_iterable(self.responses[start:end])))
             parts.append(
                 replace(
                     self,
@@ -236,13 +240,13 @@ class ResponseBatch:
         return parts
 
     def to(self, device: torch.device | str) -> ResponseBatch:
-        """Move the numbers to a device; Lightning calls this. Token ids stay until they are packed."""
+        """Move the tensors to a device; Lightning calls this. Token ids stay on the CPU until they are packed."""
         dtype = torch.float32 if torch.device(device).type == "mps" else None
         numbers, weight = (t.to(device, dtype, non_blocking=True) for t in (self.numbers, self.weight))
         return replace(self, numbers=numbers, weight=weight)
 
     def pin_memory(self) -> ResponseBatch:
-        """Pin the numbers; the DataLoader calls this."""
+        """Pin the tensors; the DataLoader calls this."""
         return replace(self, numbers=self.numbers.pin_memory(), weight=self.weight.pin_memory())
 
 

@@ -1,7 +1,7 @@
-"""Preferences to a batch: who was chosen, how surely, and what was known about the pair when it was drawn.
+"""Collate preferences, rollouts and completions to batches.
 
 Token ids stay ragged here; `lightning_rlhf.logprobs.compute` packs them for the model. There are no pad ids and no
-masks to get wrong: a response is as long as its ids.
+masks: a response is as long as its ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_len
     """Make a batch of prompts with their responses.
 
     Args:
-        groups: at least one, all drawn at one temperature.
+        groups: at least one, all sampled at one temperature.
         mean_length: mean tokens of a response of the optimizer step, over all ranks.
         max_length: token limit of the responses.
     """
@@ -68,7 +68,7 @@ def collate_completions(prompts: Sequence[Prompt], mean_length: float, max_lengt
 
 
 def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
-    """Make a batch of labelled pairs; the order of a and b in a comparison makes no difference but on a tie.
+    """Make a batch of labeled pairs; the order of a and b matters on a tie only.
 
     Raises:
         ValueError: if there are no preferences, one has no verdict, or a response has no tokens or more or fewer
@@ -84,6 +84,7 @@ def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
                 f"preference {number} ({_where(comparison.prompt)}) has a label with status {label.status!r}; "
                 "only labels with status 'ok' can be trained on: drop or retry the others"
             )
+        # the chosen response is the more probable winner, so that labels lie in [0.5, 1]
         first = label.probability >= 0.5
         prompts.append(comparison.prompt.ids)
         chosen.append(_checked(comparison.a if first else comparison.b, number, comparison.prompt))
@@ -124,6 +125,7 @@ def _where(prompt: Prompt) -> str:
 
 
 def _total(logps: Sequence[float] | None) -> float:
+    # fsum rounds once, so that the total does not depend on the order of summation
     return math.nan if logps is None else math.fsum(logps)
 
 

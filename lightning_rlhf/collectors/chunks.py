@@ -1,4 +1,4 @@
-"""Rounds in chunks, each durable before the next begins."""
+"""Chunks of a round; each is in the ledger before the next one begins."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def chunks_without_repeats(
 ) -> Iterator[tuple[int, list[int]]]:
     """Cut a round into chunks in which no prompt comes twice.
 
-    Samplers name random numbers by the prompt, so that a prompt's second pair needs a key of its own.
+    Samplers fold the prompt into their keys, so that the second pair of a prompt needs another key.
 
     Args:
         prompts: prompts of the whole round.
-        positions: places of the round that are to be drawn.
-        chunk: places per chunk at most.
+        positions: positions of the round that are sampled.
+        chunk: most positions per chunk.
 
     Yields:
-        How often the prompts of the chunk came before in the round, and the places.
+        The number of times that the prompts of the chunk came before in the round, and the positions.
     """
     seen: Counter[int] = Counter()
     repeats = []

@@ -1,4 +1,4 @@
-"""One round of preference collection: sample, store, label, store; every chunk is durable before the next begins."""
+"""One round of preferences: sample, store, label, store; a chunk is in the ledger before the next one begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 from lightning_rlhf.collectors.chunks import chunks_without_repeats
 from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
@@ -18,21 +18,25 @@ from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.runtime.plugins import returned
-from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+
+
+LedgerRow: TypeAlias = tuple[int, Comparison, Label | None]
+"""Id of a comparison in the ledger, the comparison, and its label if it has one."""
 
 
 @dataclass
 class Round:
-    """What one pass of the on-epoch hook brought.
+    """One round: pairs that were sampled and labeled together.
 
     Args:
         index: number of the round, from 0.
-        preferences: the labelled comparisons, in prompt order.
-        comparisons: all comparisons, labelled or not, in prompt order.
+        preferences: the labeled comparisons, in prompt order.
+        comparisons: all comparisons, labeled or not, in prompt order.
         failed: comparisons without a label, by the status of their last attempt.
-        sampling_seconds: wall time spent on drawing responses in this process.
-        labeling_seconds: wall time spent on labels in this process.
+        sampling_seconds: wall time of sampling in this process.
+        labeling_seconds: wall time of labeling in this process.
         labels_bought: labels paid for in this process; those read back from the ledger are not counted.
     """
 
@@ -51,22 +55,22 @@ class Round:
 
 
 class RoundCollector:
-    """Draws rounds and buys their labels, through the ledger.
+    """Samples rounds and buys their labels, through the ledger.
 
     Two equal responses are a free tie: the labeler is not asked, and no label is counted. The pair stays in its round
     with P = 0.5: the loss is a mean over all pairs, and the gradient of this one is zero.
 
-    Whatever a killed run left of a round is taken from the ledger; only what is missing is drawn and labelled.
+    A run that was killed continues from the ledger: only missing pairs are sampled and labeled.
 
     Args:
         store: the ledger; None on ranks other than zero.
-        sampler: draws pairs.
+        sampler: samples pairs.
         labeler: labels them, on rank zero.
         key: key of the run; rounds and purposes are folded in.
-        label_attempts: times that a comparison is shown to the labeler until it is given up, >= 1.
+        label_attempts: most times that a comparison is shown to the labeler, >= 1.
         progress: makes progress bars, as `tqdm` does: ``progress(description, total)`` is a context that yields one.
-        reference_cache: keeps reference log-probabilities of recorded responses; what the environment says when not
-            given.
+        reference_cache: keeps reference log-probabilities of recorded responses; default: the cache that the
+            environment names.
     """
 
     def __init__(
@@ -86,13 +90,13 @@ class RoundCollector:
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
 
     def collect(self, index: int, prompts: Sequence[Prompt], engine: PolicyEngine | None, chunk: int) -> Round:
-        """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
+        """Finish round ``index``, or read it from the ledger if it is finished.
 
         Args:
             index: number of the round.
             prompts: prompts of the round, in order.
-            engine: decodes; None if the sampler needs none and the pairs bring their reference log-probabilities.
-            chunk: prompts that are drawn, stored and labelled together, >= 1.
+            engine: generates responses; None if the sampler needs none and the pairs have reference log-probabilities.
+            chunk: prompts that are sampled, stored and labeled together, >= 1.
         """
         result = Round(index, [])
         if not distributed.from_rank_zero(lambda: self._ledger.round_info(index) is not None):
@@ -107,7 +111,7 @@ class RoundCollector:
         return result
 
     def sample(self, index: int, prompts: Sequence[Prompt], engine: PolicyEngine | None, chunk: int) -> None:
-        """Draw the comparisons of a round that the ledger does not hold yet."""
+        """Sample the comparisons of a round that the ledger does not hold yet."""
         held = set(distributed.from_rank_zero(lambda: self._ledger.positions(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
@@ -123,16 +127,17 @@ class RoundCollector:
                 engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(Stream.SAMPLING, index, repeat)
+                # every rank samples its share; the key folds the prompt, so that results do not depend on the ranks
                 mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
-                everyone = distributed.interleave(partial(self._draw, mine, engine, key))
+                everyone = distributed.interleave(partial(self._sample_chunk, mine, engine, key))
                 distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
                 bar.update(len(positions))
 
-    def _draw(self, prompts: Sequence[Prompt], engine: PolicyEngine | None, key: Key) -> list[Comparison]:
+    def _sample_chunk(self, prompts: Sequence[Prompt], engine: PolicyEngine | None, key: Key) -> list[Comparison]:
         preemption.check()
         made = self.sampler.sample(prompts, engine, key) if prompts else []  # type: ignore[arg-type]
-        drawn = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
-        return drawn if engine is None else with_reference_logps(drawn, engine, self.reference_cache)
+        sampled = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
+        return sampled if engine is None else with_reference_logps(sampled, engine, self.reference_cache)
 
     def _keep(self, index: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> None:
         self._ledger.add_comparisons(index, comparisons, positions)
@@ -140,7 +145,7 @@ class RoundCollector:
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
         bought = self.label(index, chunk, num_prompts)
         failed = self._ledger.failed(index)
-        # a round in which every label failed is of no use: it stays open, for more attempts
+        # a round without a single label cannot be trained on: it stays open for more attempts
         labels = [label for _, _, label in self._rows(index, num_prompts)]
         if not failed or any(label is not None and not label.is_free_tie for label in labels):
             self._ledger.close_round(index, {"prompts": num_prompts, "failed": failed})
@@ -153,21 +158,23 @@ class RoundCollector:
 
         Args:
             index: number of the round.
-            chunk: comparisons that are labelled together, >= 1.
-            num_prompts: size of the round, where a budget may have cut it since it was drawn; all when not given.
+            chunk: comparisons that are labeled together, >= 1.
+            num_prompts: size of the round, which a label budget may have cut since it was sampled; default: all.
         """
         assert self.store is not None
         bought = 0
         key = self.key.fold(Stream.LABELING, index)
         rows = self._rows(index, num_prompts)
-        worth = self._worth(rows)
-        self.store.add_ties([id_ for id_, c, label in rows if id_ in worth and label is None and c.has_equal_responses])
+        to_label = self._to_label(rows)
+        self.store.add_ties(
+            [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
+        )
         for attempt in range(self.label_attempts):
-            # attempts are counted by the ledger: a restart asks for no comparison more often than was agreed
+            # the ledger counts attempts, so that a restart does not exceed label_attempts
             asked = self.store.attempts(index)
             rows = self._rows(index, num_prompts)
             open_ = [
-                (id_, c) for id_, c, label in rows if id_ in worth and label is None and asked.get(id_, 0) == attempt
+                (id_, c) for id_, c, label in rows if id_ in to_label and label is None and asked.get(id_, 0) == attempt
             ]
             if not open_:
                 continue
@@ -175,9 +182,10 @@ class RoundCollector:
                 for start in range(0, len(open_), chunk):
                     preemption.check()
                     part = open_[start : start + chunk]
-                    labels = labelled(
+                    labels = labeled(
                         self.sampler, self.labeler, [comparison for _, comparison in part], key.fold(attempt)
                     )
+                    # the cost of earlier attempts is added once
                     if attempt:
                         earlier = [self.store.history(id_) for id_, _ in part]
                         labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
@@ -186,20 +194,22 @@ class RoundCollector:
                     bar.update(len(part))
         return bought
 
-    def _worth(self, rows: Sequence[tuple[int, Comparison, Any]]) -> set[int]:
-        """Ids of the comparisons of a round that the sampler wants labels for."""
-        chosen = set(self.sampler.worth_labels([comparison for _, comparison, _ in rows]))
+    def _to_label(self, rows: Sequence[LedgerRow]) -> set[int]:
+        """Ids of the comparisons of a round that are labeled: all, unless the sampler selects some."""
+        if not isinstance(self.sampler, AbstractSelectiveSampler):
+            return {id_ for id_, _, _ in rows}
+        chosen = set(self.sampler.select_for_labeling([comparison for _, comparison, _ in rows]))
         name, strange = type(self.sampler).__name__, chosen - set(range(len(rows)))
         if strange:
             raise ValueError(
-                f"{name}.worth_labels returned {min(strange)} for a round of {len(rows)} comparisons; return positions "
-                f"from 0 to {len(rows) - 1}"
+                f"{name}.select_for_labeling returned {min(strange)} for a round of {len(rows)} comparisons; return "
+                f"positions from 0 to {len(rows) - 1}"
             )
         most = self.sampler.most_labels(len(rows))
         if len(chosen) > most:
             raise ValueError(
-                f"{name}.worth_labels wants {len(chosen)} labels for {len(rows)} comparisons, more than the {most} "
-                f"that its label_share of {self.sampler.label_share:g} allows; budgets count on it"
+                f"{name}.select_for_labeling wants {len(chosen)} labels for {len(rows)} comparisons, more than the "
+                f"{most} that its label_fraction of {self.sampler.label_fraction:g} allows; budgets count on it"
             )
         return {rows[position][0] for position in chosen}
 
@@ -208,8 +218,8 @@ class RoundCollector:
         assert self.store is not None  # asked on rank zero
         return self.store
 
-    def _rows(self, index: int, num_prompts: int | None) -> list[tuple[int, Comparison, Label | None]]:
-        """The comparisons of a round, without those that a smaller budget has cut off since they were drawn."""
+    def _rows(self, index: int, num_prompts: int | None) -> list[LedgerRow]:
+        """The comparisons of a round, without those that a smaller budget has cut off since."""
         places, rows = self._ledger.positions(index), self._ledger.comparisons(index)
         return [row for place, row in zip(places, rows, strict=True) if num_prompts is None or place < num_prompts]
 
@@ -219,14 +229,14 @@ class RoundCollector:
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
 
 
-def labelled(
+def labeled(
     sampler: AbstractPairSampler, labeler: AbstractLabeler, comparisons: Sequence[Comparison], key: Key
 ) -> list[Label]:
-    """Label comparisons: by what came with the draws where that is a label, by the labeler otherwise.
+    """Label comparisons: by the labels that came with the responses, and by the labeler where there is none.
 
     Raises:
-        TypeError: if the labeler returned something else than labels.
-        ValueError: if it returned another number of them.
+        TypeError: if the labeler did not return labels.
+        ValueError: if it did not return one label per comparison.
     """
     verdicts = getattr(sampler, "verdicts", None)
     labels: list[Label | None] = verdicts(comparisons) if verdicts is not None else [None] * len(comparisons)

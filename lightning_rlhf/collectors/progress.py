@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Protocol
 
 from tqdm.auto import tqdm
 
 
-def count_tokens(bar: Any) -> Callable[[int], None]:
+class Bar(Protocol):
+    """A progress bar, as `tqdm` makes them."""
+
+    def update(self, n: float = 1) -> object:
+        """Advance by ``n`` items."""
+
+    def set_postfix_str(self, s: str = "") -> None:
+        """Show a text at the end of the bar."""
+
+
+def count_tokens(bar: Bar) -> Callable[[int], None]:
     """Make a hook that shows on a progress bar how many tokens were decoded, so that it moves within a chunk."""
     total = 0
 
@@ -21,10 +31,10 @@ def count_tokens(bar: Any) -> Callable[[int], None]:
     return count
 
 
-Progress = Callable[[str, int], AbstractContextManager[Any]]
+Progress = Callable[[str, int], AbstractContextManager[Bar]]
 
 
-def silent(description: str, total: int) -> AbstractContextManager[Any]:
+def silent(description: str, total: int) -> AbstractContextManager[Bar]:
     """Make a progress bar that shows nothing."""
-    bar: AbstractContextManager[Any] = tqdm(total=total, desc=description, disable=True)
+    bar: AbstractContextManager[Bar] = tqdm(total=total, desc=description, disable=True)
     return bar

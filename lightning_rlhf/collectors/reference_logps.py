@@ -7,21 +7,24 @@ from dataclasses import replace
 
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.models.reference_cache import ReferenceCache
-from lightning_rlhf.types import Comparison, Preference
+from lightning_rlhf.types import Comparison, Preference, Prompt, Response
 
 
 def with_reference_logps(
     comparisons: Sequence[Comparison], engine: PolicyEngine, cache: ReferenceCache | None = None
 ) -> list[Comparison]:
-    """Give every response its reference log-probabilities, by one forward pass where sampler and cache left none.
+    """Add reference log-probabilities to the responses that have none, from the cache or by a forward pass.
 
     A training step then runs no reference. The version of the reference is kept in ``meta``, so that log-probabilities
-    under a reference that has moved since are recognised.
+    under an earlier reference are recognized.
     """
     if engine.reference is None:
         return list(comparisons)
-    prompts = [c.prompt for c in comparisons for _ in range(2)]
-    responses = [r for c in comparisons for r in (c.a, c.b)]
+    prompts: list[Prompt] = []
+    responses: list[Response] = []
+    for comparison in comparisons:
+        prompts += [comparison.prompt] * 2
+        responses += [comparison.a, comparison.b]
     if cache is not None:
         scored = cache.complete(engine.reference, prompts, responses, engine.with_reference_logps)
     else:
@@ -34,16 +37,15 @@ def with_reference_logps(
 
 
 def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) -> list[Preference]:
-    """Recompute reference log-probabilities that were taken under an older reference; without an engine none are."""
+    """Recompute reference log-probabilities of an older reference; without an engine, keep all."""
     if engine is None:
         return list(preferences)
     version = engine.reference.version if engine.reference is not None else 0
     stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
     if not stale:
         return list(preferences)
-    bare = [
-        replace(c, a=replace(c.a, reference_logps=None), b=replace(c.b, reference_logps=None))
-        for c in (p.comparison for p in stale)
-    ]
+    bare: list[Comparison] = []
+    for c in [p.comparison for p in stale]:
+        bare.append(replace(c, a=replace(c.a, reference_logps=None), b=replace(c.b, reference_logps=None)))
     fresh = {id(p): replace(p, comparison=c) for p, c in zip(stale, with_reference_logps(bare, engine), strict=True)}
     return [fresh.get(id(p), p) for p in preferences]

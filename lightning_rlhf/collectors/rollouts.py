@@ -1,4 +1,4 @@
-"""One round of rollouts: draw, store, score, store; every chunk is durable before the next begins."""
+"""One round of rollouts: sample, store, score, store; a chunk is in the ledger before the next one begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 
@@ -23,19 +23,19 @@ from lightning_rlhf.types import Preference, Prompt, Rollout
 
 @dataclass
 class RolloutRound:
-    """What one pass of the on-epoch hook brought.
+    """One round: responses that were sampled and scored together.
 
     Args:
         index: number of the round, from 0.
         groups: scored rollouts, prompt by prompt, in the order of the round.
-        rewards: what each rollout earns in training, group by group: normalised, with penalties; the DataModule fills
-            it in.
-        sampling_seconds: wall time spent on drawing in this process.
-        labeling_seconds: wall time spent on scoring in this process.
+        rewards: reward of each rollout in training, group after group, normalized and with penalties; set by the
+            DataModule.
+        sampling_seconds: wall time of sampling in this process.
+        labeling_seconds: wall time of scoring in this process.
         labels_bought: scores bought in this process; those read back from the ledger are not counted.
-        failed: scores that failed, by status; none: a reward that cannot score stops the run.
-        preferences: none; callbacks on pairs find nothing to report.
-        ties: pairs of equal responses; none.
+        failed: always empty: a reward that cannot score stops the run.
+        preferences: always empty; for callbacks that report on pairs.
+        ties: always 0, likewise.
     """
 
     index: int
@@ -51,19 +51,19 @@ class RolloutRound:
     @property
     def rollouts(self) -> list[Rollout]:
         """All rollouts, prompt by prompt."""
-        return [rollout for group in self.groups for rollout in group]
+        return list(chain.from_iterable(self.groups))
 
     def scores(self) -> RewardOutput:
-        """What the reward said of the rollouts, as the ledger kept it; std only where it said one of each."""
+        """Scores of the rollouts, as the ledger holds them; ``std`` only if every rollout has one."""
         rewards = torch.tensor([rollout.reward for rollout in self.rollouts], dtype=torch.float64)
         stds = [rollout.std for rollout in self.rollouts if rollout.std is not None]
         return RewardOutput(rewards, torch.tensor(stds, dtype=torch.float64) if len(stds) == len(rewards) else None)
 
 
 class RolloutCollector:
-    """Draws rounds of rollouts and scores them, through the ledger.
+    """Samples rounds of rollouts and scores them, through the ledger.
 
-    Whatever a killed run left of a round is taken from the ledger; only what is missing is drawn and scored.
+    A run that was killed continues from the ledger: only missing rollouts are sampled and scored.
 
     Args:
         table: rollouts of the ledger; None on ranks other than zero.
@@ -86,13 +86,13 @@ class RolloutCollector:
         self.progress: Progress = progress or silent
 
     def collect(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> RolloutRound:
-        """Bring round ``index`` to its end; one that has come to its end before is read back as it was.
+        """Finish round ``index``, or read it from the ledger if it is finished.
 
         Args:
             index: number of the round.
             prompts: prompts of the round, in order.
-            generator: draws.
-            chunk: prompts that are drawn, stored and scored together, >= 1.
+            generator: samples the responses.
+            chunk: prompts that are sampled, stored and scored together, >= 1.
         """
         result = RolloutRound(index, [])
         if not distributed.from_rank_zero(lambda: self._rollouts.store.round_info(index) is not None):
@@ -104,11 +104,12 @@ class RolloutCollector:
             result.labels_bought = bought if self.table is not None else 0
             result.labeling_seconds = time.perf_counter() - start
         rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
-        result.groups = [[row[2] for row in same] for _, same in groupby(rows, key=lambda row: row[1])]
+        for _, same in groupby(rows, key=lambda row: row[1]):
+            result.groups.append([rollout for _, _, rollout in same])
         return result
 
     def sample(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> None:
-        """Draw the rollouts of a round that the ledger does not hold yet."""
+        """Sample the rollouts of a round that the ledger does not hold yet."""
         held = set(distributed.from_rank_zero(lambda: self._rollouts.positions(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
@@ -117,8 +118,9 @@ class RolloutCollector:
             generator.engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
                 key = self.key.fold(Stream.SAMPLING, index, repeat)
+                # every rank samples its share; the key folds the prompt, so that results do not depend on the ranks
                 mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
-                groups = distributed.interleave(partial(self._draw, mine, generator, key))
+                groups = distributed.interleave(partial(self._sample_chunk, mine, generator, key))
                 distributed.from_rank_zero(partial(self._keep, index, groups, positions))
                 bar.update(len(positions))
 
@@ -127,11 +129,14 @@ class RolloutCollector:
         assert self.table is not None  # asked on rank zero
         return self.table
 
-    def _draw(self, prompts: Sequence[Prompt], generator: RolloutGenerator, key: Key) -> list[list[Rollout]]:
+    def _sample_chunk(self, prompts: Sequence[Prompt], generator: RolloutGenerator, key: Key) -> list[list[Rollout]]:
         preemption.check()
         size = self.responses_per_prompt
-        drawn = generator.generate([Request(p, key.fold(p.index, sample)) for p in prompts for sample in range(size)])
-        return [drawn[i : i + size] for i in range(0, len(drawn), size)]
+        requests: list[Request] = []
+        for prompt in prompts:
+            requests.extend(Request(prompt, key.fold(prompt.index, sample)) for sample in range(size))
+        rollouts = generator.generate(requests)
+        return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
 
     def _keep(self, index: int, groups: Sequence[Sequence[Rollout]], positions: Sequence[int]) -> None:
         self._rollouts.add(index, groups, positions)

@@ -88,7 +88,7 @@ class RLHFTrainer(L.Trainer):
     def sample(
         self,
         model: L.LightningModule,
-        datamodule: AbstractRoundDataModule | None = None,
+        datamodule: AbstractRoundDataModule[Any] | None = None,
         out: str | None = None,
     ) -> None:
         """Draw one round of comparisons or rollouts from any policy into the ledger; no labels, no training.

@@ -1,7 +1,7 @@
-"""What the DataModules share: batches that are optimizer steps, and rounds drawn with the current policy.
+"""The base of all DataModules: it reads the rows, and serves batches that are optimizer steps.
 
-Lightning asks for the training loader anew in every epoch; that is the on-epoch hook. What an epoch trains on is read
-from the ledger, so that a killed run continues with what it had drawn and paid for.
+Lightning asks for the training loader again in every epoch. This is the hook at which rounds are collected, see
+`lightning_rlhf.datamodules.rounds`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import StepBatch
 from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
@@ -26,18 +27,21 @@ from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.same_run import digest_of_rows, row_differences
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.prompts.template import turn_format
-from lightning_rlhf.protocols import PreferenceSource, StepData, StepModule, module_of
+from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, State
 
+
+Item = TypeVar("Item")
+"""A pair, a prompt with its rollouts, or a prompt with its completion."""
 
 DEFAULT_DECODING = Decoding()
 
 
-class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
-    """Serves batches that are optimizer steps, in one pass or in several, exactly resumable.
+class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item], ABC):
+    """Serves batches that are optimizer steps, of one or more micro-batches; resumes exactly.
 
     Implement `items`, `length` and `collate`.
 
@@ -51,9 +55,9 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         seed: decides order and samples.
 
     Attributes:
-        FREE_SETTINGS: arguments that change how fast a run is, or what is measured, but not what it draws and learns.
+        FREE_SETTINGS: arguments that change speed or metrics, but neither samples nor updates.
         ITEMS: the argument that ``items_per_batch`` comes from, for errors.
-        UNIT: what an item is, for progress bars and speeds.
+        UNIT: name of an item in progress bars and speeds.
         RESPONSE_LIMIT: the argument that limits responses, for errors.
     """
 
@@ -84,34 +88,34 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         self.batching, self.prompt_options = batching, prompt_options
         self.seed = seed
         self.fingerprint: dict[str, Any] = {}
-        """Settings that a continued run must share with the ledger, where the command line gives them; what the
-        objects of the run say of themselves when empty."""
-        self.round: Any = None
+        """Settings that a continued run must share with the ledger; default: those that the objects of the run
+        describe. The command line sets it."""
+        self.round: Round | None = None
         """The newest round, for callbacks; None where there are no rounds."""
         self.epochs_per_round: int | None = None
         self.label_budget: int | None = None
         """Most labels that may be bought in total; the last round is cut to it. The `LabelBudget` callback sets it."""
         self._prompts: list[Prompt] = []
         self._heldout: list[Prompt] = []
-        self._tokenizer: Any = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: dict[str, Any] = digest_of_rows([])
         self._accumulate = 1
 
     @abstractmethod
-    def items(self, epoch: int) -> Sequence[Any]:
-        """What an epoch trains on, equal on all ranks; asking twice draws nothing."""
+    def items(self, epoch: int) -> Sequence[Item]:
+        """Items of an epoch, equal on all ranks; a second call does not sample again."""
 
     @abstractmethod
-    def length(self, item: Any) -> int:
-        """Token positions of an item in a pass."""
+    def length(self, item: Item) -> int:
+        """Token positions of an item in a forward pass."""
 
     @abstractmethod
-    def collate(self, items: Sequence[Any], step: Step) -> StepBatch:
+    def collate(self, items: Sequence[Item], step: Step) -> StepBatch:
         """Make the batch of one rank in one optimizer step.
 
         Args:
-            items: what this rank trains on, pass after pass.
-            step: passes and counts of the step.
+            items: items of this rank, micro-batch after micro-batch.
+            step: micro-batches and counts of the step.
         """
 
     def setup(self, stage: str) -> None:
@@ -133,11 +137,11 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps: a digest of the rows, which must be the same when the run goes on."""
+    def state_dict(self) -> State:
+        """A digest of the rows, for the checkpoint: a resumed run must have the same rows."""
         return {"rows": self._rows}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`.
 
         Raises:
@@ -164,6 +168,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         epochs, items = self.trainer.max_epochs, self._items_per_epoch()
         if items is None or epochs is None or epochs < 1:
             return None
+        # the last step of an epoch may have fewer items
         return epochs * math.ceil(items / (self.items_per_batch * self._accumulate))
 
     def _items_per_epoch(self) -> int | None:
@@ -182,16 +187,16 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
 
     @property
     def num_ties(self) -> int:
-        """Pairs of equal responses, ties that cost nothing; 0 where nothing is labelled. Every rank must ask."""
+        """Pairs of equal responses, whose labels are free; 0 where nothing is labeled. Every rank must ask."""
         return 0
 
     @property
     def passes_per_pair(self) -> float:
-        """Model forward passes per token position and pair; NaN where no pairs are drawn. Every rank must ask."""
+        """Model forward passes per token position and pair; NaN where no pairs are sampled. Every rank must ask."""
         return float("nan")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Draw what is due and serve it; asking twice draws nothing."""
+        """Serve the items of this epoch; a second call does not sample again."""
         epoch = self.trainer.current_epoch
         items = self.items(epoch)
         world, rank = self.trainer.world_size, self.trainer.global_rank
@@ -236,7 +241,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, ABC):
         if stage == "fit":
             self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
 
-    def _collate(self, items: list[tuple[list[Any], Step]]) -> StepBatch:
+    def _collate(self, items: list[tuple[list[Item], Step]]) -> StepBatch:
         ((mine, step),) = items
         return self.collate(mine, step)
 
@@ -302,8 +307,8 @@ _TRAINED = "_trained_in_rounds"
 
 if TYPE_CHECKING:
 
-    def _fulfils(datamodule: AbstractStepDataModule) -> StepData:
+    def _fulfils(datamodule: AbstractStepDataModule[Item]) -> StepData:
         return datamodule
 
-    def _is_read_by_callbacks(datamodule: AbstractStepDataModule) -> PreferenceSource:
+    def _is_read_by_callbacks(datamodule: AbstractStepDataModule[Item]) -> PreferenceSource:
         return datamodule

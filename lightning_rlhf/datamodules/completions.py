@@ -24,7 +24,7 @@ from lightning_rlhf.types import Prompt
 
 
 @accepts_old_names("data")
-class CompletionDataModule(AbstractStepDataModule):
+class CompletionDataModule(AbstractStepDataModule[Prompt]):
     """Serves recorded completions to imitate, packed without padding.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.batching.collate import collate_preferences
@@ -34,12 +34,12 @@ from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.samplers import AbstractPairSampler
-from lightning_rlhf.types import Preference
+from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler
+from lightning_rlhf.types import Preference, State
 
 
 @accepts_old_names("data")
-class PreferenceDataModule(AbstractRoundDataModule):
+class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     """Collects preferences in rounds, with the current policy, and serves them as batches.
 
     Args:
@@ -96,11 +96,11 @@ class PreferenceDataModule(AbstractRoundDataModule):
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
-        self._untaught = copy.deepcopy(sampler.state_dict())
+        self._initial_sampler = copy.deepcopy(sampler.state_dict())
 
     @property
     def passes_per_pair(self) -> float:
-        """Model forward passes per token position and pair, counted over all pairs drawn; every rank must ask."""
+        """Model forward passes per token position and pair, averaged over all sampled pairs; every rank must ask."""
         return distributed.from_rank_zero(
             lambda: self._store.mean_passes() if self._store is not None else float("nan")
         )
@@ -112,9 +112,9 @@ class PreferenceDataModule(AbstractRoundDataModule):
         return distributed.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
 
     @property
-    def label_share(self) -> float:
-        """Share of a round's pairs that the sampler has labelled."""
-        return self.sampler.label_share
+    def label_fraction(self) -> float:
+        """Fraction of the pairs of a round that are labeled."""
+        return self.sampler.label_fraction if isinstance(self.sampler, AbstractSelectiveSampler) else 1.0
 
     def _items_per_epoch(self) -> int | None:
         # replayed rounds make epochs grow
@@ -134,9 +134,9 @@ class PreferenceDataModule(AbstractRoundDataModule):
         )
 
     def forget_rounds(self) -> None:
-        """Forget all rounds, and let the sampler be as it was given."""
+        """Forget all rounds, and reset the sampler to its initial state."""
         self.round, self._rounds = None, {}
-        self.sampler.load_state_dict(copy.deepcopy(self._untaught))
+        self.sampler.load_state_dict(copy.deepcopy(self._initial_sampler))
 
     def buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""
@@ -155,23 +155,24 @@ class PreferenceDataModule(AbstractRoundDataModule):
         result = self._collector().collect(index, self._round_prompts(index), self._engine(), self._chunk())
         self._rounds[index] = result.preferences
         self.round = result
+        # once per round, also if a resumed run reads the round again
         if index >= self._observed:
             self.sampler.observe(result.comparisons)
             self._observed = index + 1
 
     def sample_round(self, index: int) -> None:
-        """Draw the comparisons of a round."""
+        """Sample the comparisons of a round."""
         self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
 
     def labels_before(self, store: PreferenceStore, index: int) -> int:
         """Labels with a verdict in rounds before ``index``."""
         return store.count_labels(before=index)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps: which ledger, and what the sampler has learnt. The pairs are in the ledger."""
+    def state_dict(self) -> State:
+        """Id of the ledger and state of the sampler, for the checkpoint; the pairs are in the ledger."""
         return {**super().state_dict(), "sampler": self.sampler.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
         super().load_state_dict(state_dict)
         self.sampler.load_state_dict(state_dict["sampler"])
@@ -187,4 +188,5 @@ class PreferenceDataModule(AbstractRoundDataModule):
         )
 
     def _chunk(self) -> int:
+        # two responses per pair fill a decoding batch on every rank
         return max(self.decoding.rows // 2, 1) * self.trainer.world_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from lightning_rlhf.protocols import RolloutModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.types import Rollout
+from lightning_rlhf.types import Rollout, State
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ NO_SHAPING = RewardShaping()
 
 
 @accepts_old_names("data")
-class RolloutDataModule(AbstractRoundDataModule):
+class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
     """Samples responses in rounds with the current policy, scores them, and serves them as batches.
 
     Args:
@@ -124,9 +124,10 @@ class RolloutDataModule(AbstractRoundDataModule):
         self.shaping = shaping
         self.round: RolloutRound | None = None
         """The newest round, for callbacks."""
+        # number, mean and sum of squared deviations of all rewards so far
         self._moments = torch.zeros(3, dtype=torch.float64)
         self._groups: list[RolloutGroup] = []
-        self._untaught = copy.deepcopy(reward.state_dict())
+        self._initial_reward = copy.deepcopy(reward.state_dict())
 
     @property
     def labels_per_prompt(self) -> int:
@@ -147,22 +148,22 @@ class RolloutDataModule(AbstractRoundDataModule):
         )
 
     def forget_rounds(self) -> None:
-        """Forget the round and the statistics of the rewards, and let the reward be as it was given."""
+        """Forget the round and the statistics of the rewards, and reset the reward to its initial state."""
         self.round, self._groups = None, []
         self._moments = torch.zeros(3, dtype=torch.float64)
-        self.reward.load_state_dict(copy.deepcopy(self._untaught))
+        self.reward.load_state_dict(copy.deepcopy(self._initial_reward))
 
     def buffer(self, due: int) -> list[RolloutGroup]:
         """Prompts of the round that is due, with their rollouts and advantages."""
         if self.round is None or self.round.index != due:
             module = self._module()
             self.round = self._collect(due)
-            # the budget may have left no prompt
+            # a spent budget leaves a round without prompts
             self._groups = module.compute_advantages(self.round.groups, self.round.rewards) if self.round.groups else []
         return self._groups
 
     def sample_round(self, index: int) -> None:
-        """Draw the rollouts of a round."""
+        """Sample the rollouts of a round."""
         module = self._module()
         self._collector().sample(
             index, self._round_prompts(index), module.rollout_generator(self.decoding), self._chunk()
@@ -172,11 +173,11 @@ class RolloutDataModule(AbstractRoundDataModule):
         """Scores in rounds before ``index``."""
         return RolloutTable(store).count_scores(before=index)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps: which ledger, statistics of the rewards, and what the reward has learnt."""
+    def state_dict(self) -> State:
+        """Id of the ledger, statistics of the rewards and state of the reward, for the checkpoint."""
         return {**super().state_dict(), "moments": self._moments.tolist(), "reward": self.reward.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
         super().load_state_dict(state_dict)
         self._moments = torch.tensor(state_dict["moments"], dtype=torch.float64)
@@ -200,11 +201,12 @@ class RolloutDataModule(AbstractRoundDataModule):
             self._moments = merge_moments(torch.stack([self._moments, moments_of(earned)]))
             module.observe_round(result.groups)
             self._observed = index + 1
-        result.rewards = self._normalised(earned, result.rollouts).tolist()
+        result.rewards = self._normalized(earned, result.rollouts).tolist()
         return result
 
-    def _normalised(self, rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
-        """Rewards as training sees them: normalised by what all rounds so far had, less the price of a missing EOS."""
+    def _normalized(self, rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+        """Rewards of training: normalized by mean and std over all rounds so far, minus the missing-EOS penalty."""
+        # (r - mean) / std - penalty * [response was cut off]
         count, mean, deviations = self._moments.tolist()
         std = (deviations / max(count - 1, 1)) ** 0.5
         if self.shaping.normalize_rewards == "mean_std":
@@ -219,4 +221,5 @@ class RolloutDataModule(AbstractRoundDataModule):
         return RolloutCollector(table, self.reward, self.key, self.responses_per_prompt, progress=self._progress)
 
     def _chunk(self) -> int:
+        # the responses of a chunk fill a decoding batch on every rank
         return max(self.decoding.rows // self.responses_per_prompt, 1) * self.trainer.world_size

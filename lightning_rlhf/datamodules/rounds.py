@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from lightning_rlhf.batching.loader import RankSampler
 from lightning_rlhf.batching.steps import epoch_order
-from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule
+from lightning_rlhf.collectors.progress import Bar
+from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, Item
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, RoundOptions
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
@@ -26,11 +27,11 @@ from lightning_rlhf.protocols import RoundData, RoundModule, module_of
 from lightning_rlhf.randomness import Stream
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import code_of_plugins, run_settings
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, State
 
 
-class AbstractRoundDataModule(AbstractStepDataModule):
-    """Draws what it serves in rounds, with the current policy, through the ledger.
+class AbstractRoundDataModule(AbstractStepDataModule[Item]):
+    """Collects its items in rounds, with the current policy, through the ledger.
 
     Implement `buffer`, `sample_round` and `labels_before`.
 
@@ -45,7 +46,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         seed: decides prompt order, samples and labels.
 
     Attributes:
-        DRAWN: what a round is made of, for messages.
+        DRAWN: name of the items of a round in messages.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"rounds.ledger"}
@@ -79,23 +80,23 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @abstractmethod
-    def buffer(self, due: int) -> Sequence[Any]:
-        """Bring round ``due`` to its end unless that is done, and return what it trains on.
+    def buffer(self, due: int) -> Sequence[Item]:
+        """Finish round ``due`` unless it is finished, and return the items to train on.
 
-        The policy is whole, and computes in the precision of training.
+        Called with sharded models gathered, in the precision of training.
         """
 
     @abstractmethod
     def sample_round(self, index: int) -> None:
-        """Draw a round into the ledger and buy no label; the policy is whole."""
+        """Sample a round into the ledger without labels; called with sharded models gathered."""
 
     @abstractmethod
     def labels_before(self, store: PreferenceStore, index: int) -> int:
         """Labels bought in rounds before ``index``; called on rank zero."""
 
     @property
-    def label_share(self) -> float:
-        """Share of a round's prompts that are labelled, in (0, 1]."""
+    def label_fraction(self) -> float:
+        """Fraction of the prompts of a round that are labeled, in (0, 1]."""
         return 1.0
 
     @property
@@ -105,13 +106,13 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
     @abstractmethod
     def forget_rounds(self) -> None:
-        """Forget the rounds of an earlier fit, and what was learnt from them: a fit reads its own from its ledger."""
+        """Forget the rounds of an earlier fit and all state from them: a fit reads its own rounds from its ledger."""
 
     def setup(self, stage: str) -> None:
         """Read and check the rows, before any model is loaded, and open the ledger.
 
         Raises:
-            ValueError: if the ledger holds the rounds of another run; the message names what differs.
+            ValueError: if the ledger holds the rounds of another run; the message names the difference.
         """
         super().setup(stage)
         if stage == "fit":
@@ -133,17 +134,17 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             return Path(self._scratch.name) / "ledger.sqlite"
         return Path(self.ledger_path or Path(self.trainer.default_root_dir) / "ledger.sqlite")
 
-    def items(self, epoch: int) -> Sequence[Any]:
-        """Draw the round that is due, once; a run that is over draws none, and reads back what there is."""
+    def items(self, epoch: int) -> Sequence[Item]:
+        """Items of the due round, sampled at the first call; a run that is over samples none and reads the ledger."""
         due = self._due_round(epoch)
         if self._is_over(epoch) and not self._all_closed(due):
             return []
         module = self._module()
-        # Lightning's precision covers its own steps only; responses are drawn and scored in the precision of training
+        # Lightning's precision context covers its own steps only; sampling and scoring need the same precision
         with module.gathered(), self.trainer.precision_plugin.forward_context():
             items = self.buffer(due)
         if not items:
-            failed = self.round.failed
+            failed = {} if self.round is None else self.round.failed
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
                 f"round {due} has no labelled {self.UNIT} to train on "
@@ -152,11 +153,11 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         return items
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Serve the number of the one round that ``lightning-rlhf sample`` draws, to every rank."""
+        """Serve the index of the one round that ``lightning-rlhf sample`` samples, to every rank."""
         return DataLoader([0], sampler=RankSampler([0]), collate_fn=list)  # type: ignore[arg-type]
 
     def sample_only(self, rounds: list[int]) -> None:
-        """Draw rounds into the ledger and buy no label."""
+        """Sample rounds into the ledger, without labels."""
         with self._module().gathered():
             for index in rounds:
                 self.sample_round(index)
@@ -170,16 +171,16 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             self._close_ledger()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Close the ledger, which another run in this process may go on with."""
+        """Close the ledger, so that another run in this process can open it."""
         super().on_exception(exception)
         self._close_ledger()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps: which ledger, and how many rounds were learnt from. The rounds are in it."""
+    def state_dict(self) -> State:
+        """Id of the ledger and number of observed rounds, for the checkpoint; the rounds are in the ledger."""
         run_id = self._store.run_id if self._store is not None else None
         return {**super().state_dict(), "run_id": run_id, "observed": self._observed}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`.
 
         Raises:
@@ -224,7 +225,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
             self._scratch = None
 
     def _is_over(self, epoch: int) -> bool:
-        """Whether the run is over before this epoch; Lightning asks for its loader all the same."""
+        """Whether the run has ended before this epoch; Lightning asks for a loader even then."""
         steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
         return steps_over or (self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0))
 
@@ -235,27 +236,29 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         )
 
     def _due_round(self, epoch: int) -> int:
-        """Round that an epoch trains on; the last one for a run that is over, which Lightning asks for once more."""
+        """Round that an epoch trains on; for a run that has ended, the last one."""
         if self._is_over(epoch):
             epoch = max(epoch - 1, 0)
+        # round = floor(epoch / epochs_per_round)
         due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
         budget = self.label_budget
+        # a spent budget buys no further round: train on the last one
         while budget is not None and due > 0 and self._labels_before(due) >= budget:
             due -= 1
         return due
 
     def _items_per_epoch(self) -> int | None:
         """Prompts of a round, where a budget does not end the run and every prompt becomes an item."""
-        if self.label_budget is not None or self.label_share < 1:
+        if self.label_budget is not None or self.label_fraction < 1:
             return None
         return self.prompts_per_round or len(self._prompts)
 
     def _round_prompts(self, index: int) -> list[Prompt]:
-        """Prompts of a round: consecutive pieces of an endless stream of shuffled passes over the data set."""
+        """Prompts of a round: the next piece of an endless stream of shuffled epochs over the data set."""
         total = len(self._prompts)
         size = self.prompts_per_round or total
         trial = int(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if trial:  # no more than its batches need: what it draws and buys is thrown away
+        if trial:  # only as many as its batches need, since samples and labels of a trial are thrown away
             size = min(size, trial * self.items_per_batch * self._accumulate)
         if self.label_budget is not None:
             if self.label_budget % self.labels_per_prompt:
@@ -265,7 +268,8 @@ class AbstractRoundDataModule(AbstractStepDataModule):
                 )
             # not the labels in the ledger: after a restart it may hold later rounds already
             left = self.label_budget - self._labels_before(index)
-            size = max(0, min(size, int(left // self.labels_per_prompt / self.label_share + 1e-9)))
+            # prompts that the rest of the budget pays for; the epsilon: an exact quotient must not round down
+            size = max(0, min(size, int(left // self.labels_per_prompt / self.label_fraction + 1e-9)))
         orders: dict[int, list[int]] = {}
         prompts = []
         start = index * (self.prompts_per_round or total)
@@ -286,7 +290,7 @@ class AbstractRoundDataModule(AbstractStepDataModule):
         return self._module().engine(self.decoding)
 
     @contextmanager
-    def _progress(self, description: str, total: int) -> Iterator[Any]:
+    def _progress(self, description: str, total: int) -> Iterator[Bar]:
         bar = self.trainer.progress_bar_callback
         disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
         with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
@@ -295,5 +299,5 @@ class AbstractRoundDataModule(AbstractStepDataModule):
 
 if TYPE_CHECKING:
 
-    def _fulfils(datamodule: AbstractRoundDataModule) -> RoundData:
+    def _fulfils(datamodule: AbstractRoundDataModule[Item]) -> RoundData:
         return datamodule

@@ -14,7 +14,7 @@ from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
 def best_of_n_gold(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     """Expected gold reward of the response that the proxy likes best among n of the N at hand; [prompts], float64.
 
-    The mean over all subsets of size n, without drawing any: ``sum_i C(i - 1, n - 1) / C(N, n) gold_(i)``, responses
+    The mean over all subsets of size n, without sampling any: ``sum_i C(i - 1, n - 1) / C(N, n) gold_(i)``, responses
     sorted by the proxy, which is unbiased for n fresh responses and of far less variance than one subset (Nakano et al.
     2021, arXiv 2112.09332, appendix I). Of responses with equal proxy reward each is picked equally often.
 
@@ -80,14 +80,14 @@ def _checked(proxy: Tensor, gold: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 class BestOfN(Metric):
-    """What a reward model's choice among n responses is worth, over held-out prompts with N scored responses each.
+    """Quality of a reward model's choice among n responses, over held-out prompts with N scored responses each.
 
     `compute` returns float64 scalars, means over prompts with standard errors (s / sqrt(prompts)) under the same name
     and ``_stderr``; NaN where there are too few prompts:
 
     - ``accuracy/n``: how often the choice is the best of the n; see `best_of_n_accuracy`.
-    - ``gold/n``: gold reward of the choice; see `best_of_n_gold`. Where a model is over-optimised it falls as n grows.
-    - ``oracle/n``: gold reward of the best of the n, what a perfect model would reach.
+    - ``gold/n``: gold reward of the choice; see `best_of_n_gold`. It falls as n grows if the model is over-optimized.
+    - ``oracle/n``: gold reward of the best of the n, the choice of a perfect model.
     - ``prompts``: their number, without error.
 
     Args:
@@ -104,7 +104,9 @@ class BestOfN(Metric):
         if not ns or min(ns) < 1:
             raise ValueError(f"ns must be sizes of at least 1; got {tuple(ns)}")
         self.ns = tuple(ns)
-        self.names = [f"{name}/{n}" for n in self.ns for name in ("accuracy", "gold", "oracle")]
+        self.names: list[str] = []
+        for n in self.ns:
+            self.names += [f"accuracy/{n}", f"gold/{n}", f"oracle/{n}"]
         self.add_state("moments", torch.zeros(len(self.names), 3, dtype=torch.float64), dist_reduce_fx=_merge_rows)
 
     def update(self, proxy: Tensor, gold: Tensor) -> None:
@@ -114,20 +116,16 @@ class BestOfN(Metric):
             proxy: rewards by the model under test, [prompts, N].
             gold: rewards by the judge, [prompts, N].
         """
-        figures = [
-            values
-            for n in self.ns
-            for values in (
-                best_of_n_accuracy(proxy, gold, n),
-                best_of_n_gold(proxy, gold, n),
-                best_of_n_gold(gold, gold, n),
-            )
-        ]
-        new = torch.stack([moments_of(values) for values in figures]).to(self.moments.device)
+        metrics: list[Tensor] = []
+        for n in self.ns:
+            metrics.append(best_of_n_accuracy(proxy, gold, n))
+            metrics.append(best_of_n_gold(proxy, gold, n))
+            metrics.append(best_of_n_gold(gold, gold, n))
+        new = torch.stack([moments_of(values) for values in metrics]).to(self.moments.device)
         self.moments = _merge_rows(torch.stack([self.moments, new]))
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, over all prompts of all processes."""
+        """The metrics, over all prompts of all processes."""
         found: dict[str, Tensor] = {}
         nan = self.moments.new_tensor(float("nan"))
         for name, (count, mean, deviations) in zip(self.names, self.moments, strict=True):
@@ -137,5 +135,5 @@ class BestOfN(Metric):
 
 
 def _merge_rows(groups: Tensor) -> Tensor:
-    """Pool the moments of several figures of several groups; [groups, figures, 3] -> [figures, 3]."""
+    """Pool the moments of several metrics of several groups; [groups, metrics, 3] -> [metrics, 3]."""
     return torch.stack([merge_moments(groups[:, figure]) for figure in range(groups.shape[1])])

@@ -1,4 +1,4 @@
-"""How far stated probabilities are from what happens: what pair metrics and judge metrics share."""
+"""Calibration: the distance of predicted probabilities from frequencies, for pair metrics and judge metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def calibration_bins(probability: Tensor, label: Tensor) -> Tensor:
     tie of verdict or label counts 1/2. Bins of several groups of pairs add up.
 
     Args:
-        probability: P(a preferred) as stated, [pairs].
-        label: P(a preferred) by those who know, [pairs].
+        probability: predicted P(a preferred), [pairs].
+        label: true P(a preferred), [pairs].
     """
     probability, label = probability.double(), label.double()
     agrees = reward_accuracy(probability - 0.5, label)
@@ -39,6 +39,7 @@ def expected_calibration_error(bins: Tensor) -> Tensor:
     """Mean over pairs of |confidence - accuracy| of their bin (Guo et al. 2017); NaN without pairs.
 
     Args:
-        bins: what `calibration_bins` returns, [NUM_BINS, 3].
+        bins: sums from `calibration_bins`, [NUM_BINS, 3].
     """
+    # ECE = sum_b n_b |confidence_b - accuracy_b| / n; the bins hold sums, so that n_b cancels
     return (bins[:, 1] - bins[:, 2]).abs().sum() / bins[:, 0].sum()

@@ -1,4 +1,4 @@
-"""Shares and scores of an evaluation, drawn without a display."""
+"""Plot of the shares and scores of an evaluation, made without a display."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Bar(NamedTuple):
-    """A figure with its interval.
+    """A value with its interval.
 
     Args:
-        name: what it is.
-        value: the figure.
+        name: label of the value.
+        value: the value.
         low: lower bound of its interval of 95 %; NaN if not known.
         high: upper bound.
     """
@@ -29,7 +29,7 @@ class Bar(NamedTuple):
 
 
 def plot_evaluation(rates: Sequence[Bar], scores: Sequence[Bar], path: Path, title: str) -> None:
-    """Draw shares on an axis from 0 to 100 %, and scores on one of their own below, and save them as a PNG.
+    """Plot shares on an axis from 0 to 100 %, and scores on one of their own below, and save them as a PNG.
 
     Args:
         rates: shares in [0, 1]; those that are NaN are left out.
@@ -41,8 +41,8 @@ def plot_evaluation(rates: Sequence[Bar], scores: Sequence[Bar], path: Path, tit
 
 
 def evaluation_figure(rates: Sequence[Bar], scores: Sequence[Bar], title: str) -> Figure:
-    """Draw the figure of `plot_evaluation` without saving it."""
-    # Imported here: matplotlib takes a second, which only runs that draw should pay.
+    """Make the figure of `plot_evaluation` without saving it."""
+    # imported here: matplotlib takes a second to load, and few runs make figures
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def evaluation_figure(rates: Sequence[Bar], scores: Sequence[Bar], title: str) -
     for axes, part in zip(panels, parts, strict=False):
         _draw(axes, part)
         if part is rates:
-            # room for the figures at the right
+            # room for the numbers at the right
             axes.set_xlim(0, 128)
             axes.set_xticks(range(0, 101, 25))
             axes.axvline(50, color="0.6", linewidth=1.0, linestyle="--", zorder=0)
@@ -83,7 +83,7 @@ def _draw(axes: Any, bars: Sequence[Bar]) -> None:
             ha="right",
             va="center",
             fontsize="small",
-            # no grid line runs through a figure
+            # no grid line runs through a number
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])

@@ -38,8 +38,8 @@ def pair_agreement(truth: Tensor, scores: Tensor, groups: Tensor) -> tuple[float
     """Share of pairs within groups that scores order as the truth does, a tie of the scores counting one half.
 
     Args:
-        truth: what responses are worth, [B]; pairs that it ties do not count.
-        scores: what they are held to be worth, [B].
+        truth: true reward of each response, [B]; pairs with a tie do not count.
+        scores: reward by the scores that are tested, [B].
         groups: the prompt that each answers, [B].
 
     Returns:

@@ -1,4 +1,4 @@
-"""The reward-KL frontier of a run: what reward the policy earned at what distance from its reference."""
+"""The reward-KL frontier of a run: reward of the policy against its KL to the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = tuple(field.name for field in fields(FrontierPoint))
 
 
 def write_frontier(points: Sequence[FrontierPoint], path: Path) -> None:
-    """Write a frontier as CSV, one row per point, columns named as in `FrontierPoint`; unknown figures stay empty."""
+    """Write a frontier as CSV, one row per point, columns named as in `FrontierPoint`; unknown values stay empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -43,10 +43,10 @@ def write_frontier(points: Sequence[FrontierPoint], path: Path) -> None:
 
 
 def read_frontier(path: Path) -> list[FrontierPoint]:
-    """Read what `write_frontier` wrote.
+    """Read a file of `write_frontier`.
 
     Raises:
-        ValueError: if columns are missing, or a figure is not a number; the message names file and row.
+        ValueError: if columns are missing, or a value is not a number; the message names file and row.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)

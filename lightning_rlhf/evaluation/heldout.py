@@ -17,7 +17,7 @@ from lightning_rlhf.types import Prompt, Response
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """A held-out prompt, the policy's answer, and what the answer was worth.
+    """A held-out prompt with the response of the policy and its reward.
 
     Args:
         key: names the row: number of the validation loader, `Prompt.index`, and how often the prompt came before.
@@ -42,7 +42,7 @@ class HeldOutRow:
 
 @dataclass(frozen=True)
 class HeldOutMeans:
-    """Means over the rows of a validation epoch; a figure is None where no row knows it.
+    """Means over the rows of a validation epoch; None where no row has the value.
 
     Args:
         reward: mean reward.
@@ -69,7 +69,8 @@ class HeldOutMeans:
     size: int
 
     def j(self, beta: float) -> float | None:
-        """The objective J = mean reward - beta * KL, which RLHF maximises (PILAF, arXiv 2502.04270)."""
+        """The objective J = mean reward - beta * KL, which RLHF maximizes (PILAF, arXiv 2502.04270)."""
+        # J = E[r] - beta KL(pi || pi_ref)
         return None if self.reward is None or self.kl is None else self.reward - beta * self.kl
 
 
@@ -93,6 +94,7 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
         if response.policy_logps is not None and response.reference_logps is not None:
             policy = torch.tensor(response.policy_logps, dtype=torch.float64)
             reference = torch.tensor(response.reference_logps, dtype=torch.float64)
+            # with r = log pi - log pi_ref per token: k1 = sum r, k3 = sum (exp(-r) - 1 + r)
             kl1, kl3 = k1(policy, reference).sum().item(), k3(policy, reference).sum().item()
         rows.append(
             HeldOutRow(
@@ -132,6 +134,6 @@ def summarise(rows: Sequence[HeldOutRow]) -> HeldOutMeans:
 
 
 def optional_mean(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard error, None in place of the figures that too few values leave undefined."""
+    """Mean and standard error, each None if there are too few values."""
     mean, error = mean_with_error(torch.tensor(values, dtype=torch.float64))
     return (mean if values else None), (error if len(values) > 1 else None)

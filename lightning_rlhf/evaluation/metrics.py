@@ -20,7 +20,7 @@ def merge_moments(moments: Tensor) -> Tensor:
     """Pool the moments of several groups of numbers; shape [groups, 3] -> [3].
 
     Chan, Golub and LeVeque 1983, over any number of groups. Sums of plain squares would cancel where the mean is large
-    against the spread, as it is for log-probabilities of long responses.
+    against the std, as it is for log-probabilities of long responses.
     """
     counts, means, deviations = moments.unbind(dim=-1)
     count = counts.sum()
@@ -31,9 +31,9 @@ def merge_moments(moments: Tensor) -> Tensor:
 class MeanWithError(Metric):
     """Mean of all numbers seen, and the standard error of that mean.
 
-    The standard error is s / sqrt(n), with the sample deviation s (n - 1 in the denominator): it takes the numbers as
-    independent draws. States are float64 and stay so under every Trainer precision; they are pooled over processes when
-    `compute` is called. Without numbers the mean is NaN, and with fewer than two so is its standard error.
+    The standard error is s / sqrt(n), with the sample deviation s (n - 1 in the denominator): it assumes
+    independent samples. States are float64 under every Trainer precision, and pooled over processes when `compute` is
+    called. Without numbers the mean is NaN, and with fewer than two so is its standard error.
     """
 
     is_differentiable = False

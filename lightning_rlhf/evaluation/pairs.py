@@ -18,15 +18,15 @@ LENGTH_RATIOS = (1.25, 2.0)
 
 
 class PairMetrics(Metric):
-    """Accuracy, calibration and length bias of a reward model on labelled pairs.
+    """Accuracy, calibration and length bias of a reward model on labeled pairs.
 
     P(a preferred) is sigma(r(a) - r(b)), as the Bradley-Terry model has it; a tie of reward or label counts 1/2 in
-    every accuracy. States are sums in float64, so that any number of processes gives the figures of one.
+    every accuracy. States are sums in float64, so that results do not depend on the number of processes.
 
-    `compute` returns float64 scalars; a figure about no pairs is NaN:
+    `compute` returns float64 scalars; NaN for metrics without a pair:
 
     - ``accuracy``: share of pairs whose better response has the higher reward.
-    - ``longer_accuracy``: the accuracy of preferring the longer response, what a model must beat.
+    - ``longer_accuracy``: the accuracy of preferring the longer response, the baseline.
     - ``brier``: mean of (P - label)^2; ``nll``: mean cross-entropy, nats.
     - ``ece``: expected calibration error: mean over pairs of |confidence - accuracy| in ten bins of the confidence
       max(P, 1 - P), a tenth of [0.5, 1] wide.
@@ -68,6 +68,7 @@ class PairMetrics(Metric):
         labels, lengths = labels.double().to(device), lengths.double().to(device)
         longer = lengths[:, 0] - lengths[:, 1]
         agrees = reward_accuracy(difference, labels)
+        # P(a preferred) = sigma(r(a) - r(b))
         probability = difference.sigmoid()
         nll = torch.nn.functional.binary_cross_entropy_with_logits(difference, labels, reduction="none")
         columns = (torch.ones_like(labels), agrees, reward_accuracy(longer, labels), (probability - labels) ** 2, nll)
@@ -81,12 +82,13 @@ class PairMetrics(Metric):
         ratio = lengths.amax(1) / lengths.amin(1)
         borders = torch.tensor(LENGTH_RATIOS, dtype=torch.float64, device=device)
         self.ratios = self.ratios.index_add(0, torch.bucketize(ratio, borders, right=True), counted)
+        # > 0 where the better response is the longer one, < 0 where it is the shorter one, 0 on ties
         better_longer = longer * (labels - 0.5)
         by_length = [counted[chosen].sum(0) for chosen in (better_longer > 0, better_longer < 0)]
         self.lengths = self.lengths + torch.stack(by_length)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, over all pairs of all processes."""
+        """The metrics, over all pairs of all processes."""
         pairs, agree, longer, brier, nll = self.sums.unbind()
         names = ["0-0.5", "0.5-1", "1-2", "2-inf"]
         by_margin = zip(names, self.margins, strict=True)

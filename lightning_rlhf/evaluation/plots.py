@@ -1,4 +1,4 @@
-"""Figures of a run, drawn without a display."""
+"""Figures of a run, made without a display."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plot_frontier(points: Sequence[FrontierPoint], path: Path, title: str = "Reward-KL frontier") -> None:
-    """Draw the path of a run through the reward-KL plane, and save it as a PNG.
+    """Plot the path of a run through the reward-KL plane, and save it as a PNG.
 
     Up is better, left is closer to the reference. Points are coloured by optimizer step, bars are one standard error,
     and the first and last points are marked and put into words below the axes.
@@ -32,17 +32,17 @@ def plot_frontier(points: Sequence[FrontierPoint], path: Path, title: str = "Rew
 
 
 def frontier_figure(points: Sequence[FrontierPoint], title: str = "Reward-KL frontier") -> Figure:
-    """Draw the figure of `plot_frontier` without saving it."""
+    """Make the figure of `plot_frontier` without saving it."""
     if not points:
         raise ValueError(
             "a frontier needs at least one point; run a validation that decodes and scores held-out prompts"
         )
-    # Imported here: matplotlib takes a second, which only runs that draw should pay.
+    # imported here: matplotlib takes a second to load, and few runs make figures
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # A figure of its own canvas, not pyplot: pyplot keeps every figure alive and may want a display.
+    # not pyplot, which keeps every figure alive and may need a display
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 Z95 = 1.959963984540054
-"""Standard deviations either side of the mean that hold 95 % of a normal law."""
+"""Standard deviations either side of the mean that hold 95 % of a normal distribution."""
 
 RIDGE = 1e-4
 """Penalty on the slope of the length correction: too weak to be seen, and enough where lengths tell all verdicts."""
@@ -25,7 +25,7 @@ def wilson_interval(successes: float, count: float, z: float = Z95) -> tuple[flo
     Args:
         successes: number of successes, ties counted 1/2; in [0, count].
         count: number of trials.
-        z: half width in standard deviations of a normal law; 1.96 gives 95 %.
+        z: half width in standard deviations of a normal distribution; 1.96 gives 95 %.
     """
     if count <= 0:
         return math.nan, math.nan

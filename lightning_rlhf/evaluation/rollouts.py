@@ -1,9 +1,10 @@
-"""What a round of rollouts looks like in numbers: rewards, KL, lengths, repetition."""
+"""Metrics of a round of rollouts: rewards, KL, lengths, repetition."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,28 +20,30 @@ def repetition(ids: Sequence[int], n: int = 3) -> float:
     return 1.0 - len({tuple(ids[i : i + n]) for i in range(count)}) / count if count > 1 else 0.0
 
 
-def round_figures(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) -> dict[str, float]:
-    """Figures of a round, by the names they are logged under; NaN where there are none.
+def round_metrics(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) -> dict[str, float]:
+    """Metrics of a round, by name; NaN where they are undefined.
 
-    ``reward`` and ``reward_stderr``: what the reward said, and ``reward_std`` its spread over all responses;
-    ``earned``: the same after normalisation and penalties; ``uncertainty``: the std that the reward reports, if it
-    does. ``kl/k1`` (unbiased) and ``kl/k3`` (never negative, unbiased): nats per response, at the temperature of the
-    draw. ``length``: tokens; ``eos_rate``: share that ended by itself; ``repetition``: share of repeated trigrams;
-    ``length_reward_correlation``: how much reward goes with length. ``flat_groups``: share of prompts whose responses
+    ``reward``, ``reward_stderr`` and ``reward_std``: mean, standard error and std of the reward over all responses;
+    ``earned``: its mean after normalization and penalties; ``uncertainty``: the mean std that the reward reports, if
+    any. ``kl/k1`` (unbiased) and ``kl/k3`` (never negative, unbiased): nats per response, at the temperature of
+    sampling. ``length``: tokens; ``eos_rate``: share that ended with EOS; ``repetition``: share of repeated trigrams;
+    ``length_reward_correlation``: Pearson correlation. ``flat_groups``: share of prompts whose responses
     all earn the same, from which RLOO and GRPO learn nothing; ``nats_per_token``: mean -log pi, an estimate of the
     entropy.
 
     Args:
         groups: scored rollouts, prompt by prompt.
-        earned: what each earns in training, group by group.
+        earned: reward of each in training, group after group.
     """
-    rollouts = [rollout for group in groups for rollout in group]
+    rollouts = list(chain.from_iterable(groups))
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
     lengths = torch.tensor([float(len(r.response.ids)) for r in rollouts], dtype=torch.float64)
     mean, error = mean_with_error(rewards)
-    policy = torch.tensor([p for r in rollouts for p in r.response.policy_logps or ()], dtype=torch.float64)
-    reference = torch.tensor([q for r in rollouts for q in r.response.reference_logps or ()], dtype=torch.float64)
-    figures = {
+    policy_logps = chain.from_iterable(rollout.response.policy_logps or () for rollout in rollouts)
+    reference_logps = chain.from_iterable(rollout.response.reference_logps or () for rollout in rollouts)
+    policy = torch.tensor(list(policy_logps), dtype=torch.float64)
+    reference = torch.tensor(list(reference_logps), dtype=torch.float64)
+    metrics = {
         "reward": mean,
         "reward_stderr": error,
         "reward_std": rewards.std().item() if len(rollouts) > 1 else math.nan,
@@ -57,15 +60,15 @@ def round_figures(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) 
     for group in groups:
         flat += len(group) > 1 and len(set(earned[start : start + len(group)])) == 1
         start += len(group)
-    figures["flat_groups"] = flat / len(groups)
+    metrics["flat_groups"] = flat / len(groups)
     stds = [r.std for r in rollouts if r.std is not None]
     if stds:
-        figures["uncertainty"] = sum(stds) / len(stds)
-    return figures
+        metrics["uncertainty"] = sum(stds) / len(stds)
+    return metrics
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson correlation; NaN where either does not vary."""
     x, y = x - x.mean(), y - y.mean()
-    spread = (x.square().sum() * y.square().sum()).sqrt().item()
-    return (x @ y).item() / spread if spread > 0 else math.nan
+    scale = (x.square().sum() * y.square().sum()).sqrt().item()
+    return (x @ y).item() / scale if scale > 0 else math.nan

@@ -57,7 +57,8 @@ class TableMetric(Metric):
 class WinRate(TableMetric):
     """How often A is preferred to B.
 
-    All verdicts of all processes are gathered when `compute` is called, which gives the figures of one process.
+    All verdicts of all processes are gathered when `compute` is called, so that results do not depend on the number of
+    processes.
 
     `compute` returns float64 scalars, NaN where nothing was seen; intervals hold 95 %:
 
@@ -83,7 +84,7 @@ class WinRate(TableMetric):
         self.add_rows(probability, lengths[:, 0] / lengths[:, 1])
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, over all pairs of all processes."""
+        """The metrics, over all pairs of all processes."""
         probability, ratios = self.sorted_rows()
         wins = (torch.sign(probability - 0.5) + 1) / 2
         low, high = wilson_interval(wins.sum().item(), len(wins))
@@ -135,7 +136,7 @@ class HarmlessRate(TableMetric):
         self.add_rows((torch.sign(scores.detach().double() - self.threshold) + 1) / 2, lengths)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, over all responses of all processes."""
+        """The metrics, over all responses of all processes."""
         verdicts, lengths = self.sorted_rows()
         low, high = wilson_interval(verdicts.sum().item(), len(verdicts))
         controlled = (float("nan"),) * 3

@@ -1,4 +1,4 @@
-"""What is compared: an experiment says which jobs there are, and does one at a time."""
+"""The interface of experiments: an experiment lists its jobs and runs one at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AbstractExperiment(ABC):
     """
 
     unit: str = "labels"
-    """What curves are drawn against."""
+    """Quantity on the horizontal axis of curves."""
 
     @abstractmethod
     def jobs(self) -> Sequence[Job]:
@@ -49,5 +49,5 @@ class AbstractExperiment(ABC):
         """
 
     def regime(self, setting: str) -> str:
-        """What a setting is, in a few words for the report."""
+        """Short description of a setting, for the report."""
         return setting

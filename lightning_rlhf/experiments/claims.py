@@ -1,4 +1,4 @@
-"""Claims that a comparison lists itself: one arm is better than another, by some figure."""
+"""Claims that a comparison lists itself: one arm is better than another, by some metric."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Claim:
     """One arm is better than another.
 
     Args:
-        text: what is claimed, for the table.
+        text: the claim, for the table.
         setting: where.
         better: the arm that is claimed to be better.
         worse: the arm that it is compared with; the same one to compare two moments of its runs.
-        metrics: figures by which: ``reward``, ``kl`` (lower is better), ``j``, ``agreement``; the first is the one that
-            contradicts a claim.
+        metrics: metrics of the claim: ``reward``, ``kl`` (lower is better), ``j``, ``agreement``; the first one
+            can contradict a claim.
         better_at: ``start`` or ``end`` of the better runs.
         worse_at: ``start`` or ``end`` of the worse runs.
     """
@@ -39,11 +39,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class JudgedClaim:
-    """A claim and what the runs say.
+    """A claim and the evidence of the runs.
 
     Args:
         claim: the claim.
-        differences: figure of the better arm minus that of the worse one, by metric, with 95 % intervals over seeds.
+        differences: metric of the better arm minus that of the worse one, by metric, with 95 % intervals over seeds.
         verdict: ``reproduced`` if all differences are as claimed, ``contradicted`` if the first is against the claim,
             ``partly`` if some are as claimed, ``not shown`` else, ``not measured`` with a single seed.
     """

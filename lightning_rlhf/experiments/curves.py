@@ -1,4 +1,4 @@
-"""What a run leaves for the comparison: its path in labels, reward, KL and J, and what it cost."""
+"""Results of a run for the comparison: its path in labels, reward, KL and J, and its cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CurvePoint:
         j: reward - beta * KL.
         cosine: cosine of minus the batch gradients with the exact gradient of J, mean since the last evaluation.
         population_cosine: the same of the expected gradient.
-        spread: standard deviation of the implicit reward over the policy's responses.
+        spread: std of the implicit reward over the policy's responses.
         agreement: share of pairs of the policy's answers that the training reward orders as the held-out reward does.
     """
 
@@ -52,7 +52,7 @@ class Curve:
         planned_passes: the same by Table 1 of PILAF.
         annotations: responses shown to the annotator per pair.
         seconds: wall-clock time of training, evaluations included; None where many runs share a process.
-        calls: what the judge was asked, reward models and what came before included; None where that is not counted.
+        calls: questions to the judge, those of reward models and earlier stages included; None if not counted.
     """
 
     setting: str
@@ -86,7 +86,7 @@ def write_cell(path: Path, curves: Sequence[Curve], identity: Any) -> None:
 
 
 def read_cell(path: Path) -> tuple[list[Curve], Any]:
-    """Read what `write_cell` wrote: the runs, and the settings that decided them."""
+    """Read a file of `write_cell`: the runs and their settings."""
     content = json.loads(path.read_text(encoding="utf-8"))
     curves = [
         Curve(**{**curve, "points": tuple(CurvePoint(**point) for point in curve["points"])})
@@ -96,7 +96,7 @@ def read_cell(path: Path) -> tuple[list[Curve], Any]:
 
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Write all points of all runs as CSV, one row each; unknown figures stay empty."""
+    """Write all points of all runs as CSV, one row each; unknown values stay empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("setting", "arm", "seed", *POINT_COLUMNS))
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""Label efficiency: how many labels an arm needs for what a baseline reaches, as pure functions of curves."""
+"""Label efficiency: labels that an arm needs to reach the J of a baseline, as pure functions of curves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def student_quantile(freedom: int) -> float:
 def isotonic(values: Array) -> Array:
     """Isotonic regression with equal weights: the nondecreasing curve nearest by least squares; shape [..., points].
 
-    It is what pooling adjacent violators gives, written as ``max over i <= j of min over k >= j of mean(i..k)`` so that
+    The result of pooling adjacent violators, written as ``max over i <= j of min over k >= j of mean(i..k)`` so that
     many curves are fitted at once; O(points^2) per curve.
 
     Args:
@@ -69,7 +69,7 @@ def first_reach(labels: Array, curves: Array, target: Array) -> Array:
     Args:
         labels: labels at each point, ascending; shape [points].
         curves: nondecreasing curves; shape [..., points].
-        target: what each is to reach; shape [...].
+        target: target of each curve; shape [...].
     """
     # means of the same numbers, summed in another order, differ by rounding
     slack = 1e-9 * np.maximum(np.ptp(curves, axis=-1), np.abs(target - curves[..., 0]))
@@ -86,13 +86,13 @@ def first_reach(labels: Array, curves: Array, target: Array) -> Array:
 def seed_weights(seeds: int, resamples: int, generator: np.random.Generator) -> Array:
     """Weights of seeds whose weighted means scatter as the mean does in Student's interval; [resamples, seeds].
 
-    The plain bootstrap draws seeds with replacement. Its means scatter by ``sqrt((n - 1) / n)`` too little and without
+    The plain bootstrap samples seeds with replacement. Its means vary by ``sqrt((n - 1) / n)`` too little and lack
     Student's tails: at 5 seeds its 95 % interval of a mean holds about 84 %. Here weights are Gaussian around 1 / n,
     add up to 1, and are divided by ``sqrt(chi^2 / (n - 1))``; the percentile interval of a mean is then Student's.
 
     Args:
         seeds: runs, n >= 2.
-        resamples: draws.
+        resamples: number of resamples.
         generator: random numbers.
     """
     noise = generator.standard_normal((resamples, seeds))
@@ -110,7 +110,7 @@ def share_of_labels(
     which that first reaches the target, by straight lines over labels. The target is the end of the baseline's own
     isotonic curve, or ``gain`` of the way from its start to there. Identical arms have a median share of 1, however
     noisy they are; comparing the first passage of a noisy curve with the baseline's whole budget had one of 0.74. Of a
-    curve that falls again counts what it holds on average until the end.
+    curve that falls again counts with its average until the end.
 
     The interval is that of `seed_weights`: all of it is recomputed with reweighted seeds, the same weights for arm,
     baseline and target where their seeds are the same. Where a curve levels off, noise decides where its isotonic fit
@@ -126,9 +126,9 @@ def share_of_labels(
 
     Args:
         arm: the arm.
-        baseline: what it is compared with.
+        baseline: the arm of comparison.
         gain: share of the baseline's gain that is to be reached, in (0, 1].
-        resamples: draws of weights, >= 1.
+        resamples: number of weight samples, >= 1.
         paired: whether runs of both arms belong together, in order.
         seed: of the random numbers.
 
@@ -156,7 +156,7 @@ def share_of_labels(
         low = min(low, not_told_apart(arm, baseline, paired) / float(baseline.labels[-1]))
     if math.isnan(value):
         return Share(value, 0.0, math.inf)
-    # what is beyond the budget is not seen: no more than the budget is known to be needed
+    # labels beyond the budget are not observed: the need is at least the budget
     beyond = math.nextafter(float(arm.labels[-1]) / float(baseline.labels[-1]), math.inf)
     return Share(value, min(low, value, beyond), max(high, value))
 

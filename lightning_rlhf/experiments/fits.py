@@ -22,9 +22,9 @@ class FitSetting:
     Args:
         args: arguments of ``lightning-rlhf fit`` for all arms, e.g. ``--data.rounds.prompts_per_round=256``.
         start: arguments of a run that all arms of a seed start from, e.g. one Vanilla iteration, or one that is
-            overfitted to few pairs; the arms start from the SFT model when not given. Its labels are not counted.
-        labels: labels per run; those of the experiment when not given.
-        regime: what the report says about the setting.
+            overfitted to few pairs; default: the arms start from the SFT model. Its labels are not counted.
+        labels: labels per run; default: those of the experiment.
+        regime: description of the setting in the report.
     """
 
     args: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class FitExperiment(AbstractExperiment):
         return jobs
 
     def run(self, job: Job, root: Path) -> list[Curve]:
-        """Run ``fit``, which continues by itself, and read what it left."""
+        """Run ``fit``, which continues an interrupted run, and read its results."""
         # imported here: the command line names this class, too
 
         hush()
@@ -97,7 +97,7 @@ class FitExperiment(AbstractExperiment):
         return [fit_curve(folder, job.identity, cli.datamodule.sampler)]
 
     def regime(self, setting: str) -> str:
-        """What the setting says of itself."""
+        """Description of the setting."""
         return self.settings[setting].regime or setting
 
     def _common(self) -> list[str]:

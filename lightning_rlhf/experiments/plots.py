@@ -1,10 +1,11 @@
-"""Figures of a comparison, drawn without a display: reward against KL, J against labels, alignment of gradients."""
+"""Figures of a comparison, made without a display: reward against KL, J against labels, alignment of gradients."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from lightning_rlhf.experiments.curves import Curve
 from lightning_rlhf.experiments.efficiency import student_quantile
 from lightning_rlhf.experiments.report import Grid
-from lightning_rlhf.experiments.statistics import j_grid
+from lightning_rlhf.experiments.statistics import Array, j_grid
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ MANY = 8
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm is drawn, the same in all figures: colours first, then dashes."""
+    """Style of an arm, the same in all figures: colors first, then dashes."""
 
     colour: str
     line: Literal["-", "--"]
@@ -47,7 +48,7 @@ def style_of(index: int) -> Style:
 
 
 def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
-    """Draw the mean path of each arm through the reward-KL plane (Figures 2 to 5 of PILAF); darker is later.
+    """Plot the mean path of each arm through the reward-KL plane (Figures 2 to 5 of PILAF); darker is later.
 
     Args:
         grid: runs by setting and arm.
@@ -58,7 +59,7 @@ def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
 
 
 def frontier_figure(grid: Grid, title: str) -> Figure:
-    """Draw the figure of `plot_frontiers` without saving it."""
+    """Make the figure of `plot_frontiers` without saving it."""
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels, kl = mean_path(curves, "kl")
@@ -72,7 +73,7 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
         axes.scatter(kl[-1:], reward[-1:], s=60, edgecolor="black", linewidth=0.8, zorder=3, **look)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
-        if all(curve.points[0].kl > 1e-3 for curves in arms.values() for curve in curves):
+        if all(curve.points[0].kl > 1e-3 for curve in chain.from_iterable(arms.values())):
             return
         # the way from the reference is long and about the same for all: the panel shows the last nine tenths
         late = [(labels > labels[-1] / 10) for labels, _ in (mean_path(curves, "kl") for curves in arms.values())]
@@ -90,18 +91,18 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
 
 
 def plot_labels(grid: Grid, path: Path, title: str, unit: str = "labels") -> None:
-    """Draw mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
+    """Plot mean J against labels, with 95 % intervals over seeds; arguments as for `plot_frontiers`.
 
     Seeds differ more than arms do, since each has a world or an order of prompts of its own: the final J of a seed,
     mean over arms, is taken out of the intervals. Some of each arm's own noise goes with it; intervals are widened by
-    ``sqrt(arms / (arms - 1))``, which makes up for that (Morey 2008). More than `MANY` arms are drawn without
+    ``sqrt(arms / (arms - 1))``, which corrects for that (Morey 2008). More than `MANY` arms are plotted without
     intervals.
     """
     label_figure(grid, title, unit).savefig(path, dpi=140)
 
 
 def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
-    """Draw the figure of `plot_labels` without saving it."""
+    """Make the figure of `plot_labels` without saving it."""
 
     ease = {setting: seed_effects(arms) for setting, arms in grid.items()}
     bands = max(map(len, grid.values())) <= MANY
@@ -119,7 +120,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
     def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
-        # the climb from the start is steep and the same for all: what matters is above its first third
+        # the first third of the climb is steep and the same for all arms: leave it out of the axis
         grids = [j_grid(curves)[1].mean(0) for curves in arms.values()]
         top = max(float(j.max()) for j in grids)
         floor = min(float(j[len(j) // 3 :].min()) for j in grids)
@@ -133,16 +134,17 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
 
 
 def plot_alignment(grid: Grid, path: Path, title: str) -> None:
-    """Draw one minus the cosine of expected gradients with that of J along training, on a logarithmic axis.
+    """Plot one minus the cosine of expected gradients with that of J along training, on a logarithmic axis.
 
-    Arguments as for `plot_frontiers`; arms without a closed pair law are left out, and those that are aligned exactly.
+    Arguments as for `plot_frontiers`. Arms without a pair distribution in closed form are left out, as are those that
+    are aligned exactly.
     """
     alignment_figure(grid, title).savefig(path, dpi=140)
 
 
 def alignment_figure(grid: Grid, title: str) -> Figure:
-    """Draw the figure of `plot_alignment` without saving it."""
-    known = {setting: {arm: c for arm, c in arms.items() if misaligned(c)} for setting, arms in grid.items()}
+    """Make the figure of `plot_alignment` without saving it."""
+    kept = restricted(grid, misaligned)
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
@@ -150,18 +152,28 @@ def alignment_figure(grid: Grid, title: str) -> Figure:
         axes.plot(labels, 1 - np.median(cosines, 0), color=style.colour, linestyle=style.line, linewidth=1.6)
         axes.set_yscale("log")
 
-    kept = {setting: arms for setting, arms in known.items() if arms}
     return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds", places=places_of(grid))
+
+
+def restricted(grid: Grid, keep: Callable[[Sequence[Curve]], bool]) -> Grid:
+    """The part of a grid whose arms fulfil a condition; settings without such an arm are left out."""
+    result: dict[str, Mapping[str, Sequence[Curve]]] = {}
+    for setting, arms in grid.items():
+        kept = {arm: curves for arm, curves in arms.items() if keep(curves)}
+        if kept:
+            result[setting] = kept
+    return result
 
 
 def misaligned(curves: Sequence[Curve]) -> bool:
     """Whether the expected gradients of an arm are known, and are not all that of J exactly."""
-    cosines = [point.population_cosine for curve in curves for point in curve.points]
+    points = chain.from_iterable(curve.points for curve in curves)
+    cosines = [point.population_cosine for point in points]
     return None not in cosines and any(cosine is not None and cosine < 1 - 1e-9 for cosine in cosines)
 
 
 def plot_agreement(grid: Grid, path: Path, title: str) -> None:
-    """Draw how often the training reward orders the policy's answers as the held-out one does, along the runs.
+    """Plot how often the training reward orders the policy's answers as the held-out one does, along the runs.
 
     Arguments as for `plot_frontiers`; arms that do not know it are left out.
     """
@@ -169,11 +181,8 @@ def plot_agreement(grid: Grid, path: Path, title: str) -> None:
 
 
 def agreement_figure(grid: Grid, title: str) -> Figure:
-    """Draw the figure of `plot_agreement` without saving it."""
-    known = {
-        setting: {arm: c for arm, c in arms.items() if all(curve.last.agreement is not None for curve in c)}
-        for setting, arms in grid.items()
-    }
+    """Make the figure of `plot_agreement` without saving it."""
+    kept = restricted(grid, lambda curves: all(curve.last.agreement is not None for curve in curves))
 
     def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
         labels, share = mean_path(curves, "agreement")
@@ -188,13 +197,12 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
             mean = spread.mean(0)
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
-    kept = {setting: arms for setting, arms in known.items() if arms}
     y_label = "pairs ranked as by the oracle [%]"
     return panels(kept, title, draw, "responses learnt from", y_label, places=places_of(grid))
 
 
 def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:
-    """Draw each claim's difference in its first figure, with its 95 % interval; a colour per verdict.
+    """Plot each claim's difference in its first metric, with its 95 % interval; a colour per verdict.
 
     Args:
         claims: the claims as they were judged, at least one.
@@ -205,7 +213,7 @@ def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:
 
 
 def claims_figure(claims: Sequence[JudgedClaim], title: str) -> Figure:
-    """Draw the figure of `plot_claims` without saving it."""
+    """Make the figure of `plot_claims` without saving it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -254,13 +262,13 @@ def panels(
     Args:
         grid: runs by setting and arm.
         title: text above the figure.
-        draw: draws the runs of an arm.
-        x_label: what the horizontal axes show, with units.
-        y_label: what the vertical axes show.
+        draw: plots the runs of an arm.
+        x_label: quantity on the horizontal axes, with units.
+        y_label: quantity on the vertical axes.
         finish: sets the limits of a panel.
-        places: number of each arm, which names its style; their order in ``grid`` when not given.
+        places: number of each arm, which names its style; default: their order in ``grid``.
     """
-    # Imported here: matplotlib takes a second, which only runs that draw should pay.
+    # imported here: matplotlib takes a second to load, and few runs make figures
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -319,14 +327,15 @@ def panels(
 
 def places_of(grid: Grid) -> dict[str, int]:
     """Number of each arm, in the order in which settings name them."""
-    return {arm: place for place, arm in enumerate(dict.fromkeys(arm for found in grid.values() for arm in found))}
+    arms = dict.fromkeys(chain.from_iterable(grid.values()))
+    return {arm: place for place, arm in enumerate(arms)}
 
 
 def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
     """How much higher than others the runs of a seed end, mean over arms; zero on average, and with a single arm."""
     if len(arms) == 1:
         # the runs of a single arm share nothing with others: all that tells them apart is its own noise
-        return {curve.seed: 0.0 for curves in arms.values() for curve in curves}
+        return {curve.seed: 0.0 for curve in chain.from_iterable(arms.values())}
     ends: dict[int, list[float]] = {}
     for curves in arms.values():
         for curve in curves:
@@ -341,14 +350,14 @@ def shared_noise(arms: int) -> float:
     return (arms / (arms - 1)) ** 0.5 if arms > 1 else 1.0
 
 
-def half_width(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def half_width(values: Array) -> Array:
     """Half of Student's 95 % interval of the mean over runs; values have shape [runs, points], two runs at least."""
-    half: np.ndarray[Any, Any] = student_quantile(len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
+    half: Array = student_quantile(len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
     return half
 
 
-def mean_path(curves: Sequence[Curve], figure: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Labels of the evaluations that all runs have, and the mean of a figure at them."""
+def mean_path(curves: Sequence[Curve], figure: str) -> tuple[Array, Array]:
+    """Labels of the evaluations that all runs have, and the mean of a metric at them."""
     labels, _ = j_grid(curves)
     values = [{point.labels: getattr(point, figure) for point in curve.points} for curve in curves]
     return labels, np.array([[found[int(n)] for n in labels] for found in values]).mean(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lightning_rlhf.experiments.curves import Curve
@@ -23,13 +24,13 @@ Grid = Mapping[str, Mapping[str, Sequence[Curve]]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
+    """The verdict on a claim.
 
     Args:
-        claim: what is claimed.
+        claim: the claim in words.
         setting: where.
         verdict: ``reproduced``, ``partly``, ``not shown`` (within error), ``contradicted``, or ``not measured``.
-        figures: the figures behind it, in words.
+        figures: the numbers behind it, in words.
     """
 
     claim: str
@@ -47,7 +48,7 @@ def grid_of(curves: Sequence[Curve]) -> dict[str, dict[str, list[Curve]]]:
 
 
 def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
-    """All figures of the tables as plain data: by setting and arm; intervals are [value, low, high]."""
+    """All numbers of the tables as plain data: by setting and arm; intervals are [value, low, high]."""
     report: dict[str, Any] = {}
     for setting, arms in grid.items():
         report[setting] = {}
@@ -87,7 +88,7 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
 def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str] = ()) -> list[Verdict]:
     """The claims of PILAF (arXiv 2502.04270), held against the runs.
 
-    A difference counts if its 95 % interval leaves out zero. ``reproduced`` needs all figures as claimed, ``partly``
+    A difference counts if its 95 % interval leaves out zero. ``reproduced`` needs all metrics as claimed, ``partly``
     one of them and J not against it, ``contradicted`` J against it; else nothing is shown.
 
     Args:
@@ -145,8 +146,8 @@ def judged(differences: Mapping[str, Interval], decisive: str | None = None) -> 
     """The verdict on paired differences.
 
     Args:
-        differences: differences by figure, at least one.
-        decisive: the figure that contradicts a claim alone; the last one when not given.
+        differences: differences by metric, at least one.
+        decisive: the metric that alone can contradict a claim; default: the last one.
     """
     if any(math.isnan(difference.low) for difference in differences.values()):
         return "not measured"
@@ -186,10 +187,10 @@ def markdown(
     """Tables of every setting, the verdicts and the costs.
 
     Args:
-        figures: what `figures_of` found.
-        claims: what `verdicts` found.
+        figures: result of `figures_of`.
+        claims: result of `verdicts`.
         baseline: the arm that others are compared with.
-        regime: what a setting is, in words.
+        regime: description of a setting.
     """
     parts = []
     for setting, arms in figures.items():
@@ -203,7 +204,7 @@ def markdown(
         parts.append("#### Claims\n\n" + claims_table(claims))
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in claims]
         parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "figures"], rows))
-    if not any("calls" in found for arms in figures.values() for found in arms.values()):
+    if not any("calls" in found for found in chain.from_iterable(arms.values() for arms in figures.values())):
         parts.append("#### Costs\n\n" + cost_table(figures))
     return "\n\n".join(parts) + "\n"
 
@@ -236,7 +237,7 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
 
 def cost_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Passes and annotations per pair, as planned (Table 1 of PILAF) and as counted over all settings."""
-    arms = list(dict.fromkeys(arm for setting in figures.values() for arm in setting))
+    arms = list(dict.fromkeys(chain.from_iterable(figures.values())))
     rows = []
     for arm in arms:
         found = [setting[arm] for setting in figures.values() if arm in setting]

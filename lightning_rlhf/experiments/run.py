@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,13 @@ class CompareRun:
     added to a run folder (more seeds, arms or settings), but not changed. Every process has one thread.
 
     Args:
-        experiment: what is compared.
+        experiment: the arms and settings.
         baseline: the arm that others are compared with.
         claimant: the arm for which the claims of PILAF are judged.
         overfitted: settings that start from an overfitted policy.
         claims: claims to be judged in place of those of PILAF.
         run_dir: folder of the cells and of the report: ``report.md``, ``report.json``, ``curves.csv`` and PNGs.
-        processes: cells that run at the same time, >= 1; a process per core when not given.
+        processes: cells that run at the same time, >= 1; default: one per core.
         minutes: start no more cells after this time; the report is then about those that are there. No limit when not
             given.
         title: heading of report and figures.
@@ -74,7 +75,7 @@ class CompareRun:
         self.processes = processes or len(os.sched_getaffinity(0))
 
     def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Do the cells that are not done, write the report, and return its figures.
+        """Do the cells that are not done, write the report, and return its numbers.
 
         Args:
             settings: ignored; each cell keeps the settings that decide it.
@@ -111,7 +112,7 @@ class CompareRun:
         return True
 
     def _work(self) -> list[str]:
-        """Run what is missing; returns the names of jobs that failed or waited for one that did."""
+        """Run the missing jobs; returns the names of jobs that failed or waited for one that did."""
         jobs = list(self.experiment.jobs())
         done = {job.name for job in jobs if self._done(job)}
         todo = [job for job in jobs if job.name not in done]
@@ -152,7 +153,10 @@ class CompareRun:
     # ---- report ----------------------------------------------------------------------------------------------------
 
     def _report(self, failed: Sequence[str]) -> dict[str, Any]:
-        curves = [curve for job in self.experiment.jobs() if self._done(job) for curve in read_cell(self._cell(job))[0]]
+        curves: list[Curve] = []
+        for job in self.experiment.jobs():
+            if self._done(job):
+                curves += read_cell(self._cell(job))[0]
         if not curves:
             raise RuntimeError(f"no cell was finished{failures(self.run_dir, failed)}")
         grid = grid_of(complete(curves))
@@ -174,7 +178,7 @@ class CompareRun:
         if any(curve.last.agreement is not None for curve in curves):
             pictures.append("agreement.png")
             plot_agreement(grid, self.run_dir / pictures[-1], f"{self.title}: does the reward still rank?")
-        if any(misaligned(found) for arms in grid.values() for found in arms.values()):
+        if any(map(misaligned, chain.from_iterable(arms.values() for arms in grid.values()))):
             pictures.append("alignment.png")
             plot_alignment(grid, self.run_dir / pictures[-1], f"{self.title}: distance of the expected gradient to ∇J")
         text = markdown(figures, claims, self.baseline, self.experiment.regime)
@@ -191,16 +195,17 @@ def complete(curves: Sequence[Curve]) -> list[Curve]:
     grid = grid_of(curves)
     kept = []
     for arms in grid.values():
-        common = set.intersection(*({curve.seed for curve in found} for found in arms.values()))
-        if not common:
-            # an arm was only just added: better all there is than nothing
-            common = {curve.seed for found in arms.values() for curve in found}
-        kept += [curve for found in arms.values() for curve in found if curve.seed in common]
+        found = list(chain.from_iterable(arms.values()))
+        seeds = {curve.seed for curve in found}
+        for curves_of_arm in arms.values():
+            seeds &= {curve.seed for curve in curves_of_arm}
+        # without a common seed an arm was only just added: keep all runs
+        kept += [curve for curve in found if not seeds or curve.seed in seeds]
     return kept
 
 
 def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
-    """Do a job in a process of its own; what it prints goes to ``log.txt`` in its folder."""
+    """Run a job in its own process; its output goes to ``log.txt`` in its folder."""
     import torch
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -243,7 +248,7 @@ def one_thread() -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """Intervals as lists; what is infinite or not known becomes null."""
+    """Intervals as lists; infinite and unknown values become null."""
     if isinstance(value, Mapping):
         return {name: jsonable(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

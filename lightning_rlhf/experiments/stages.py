@@ -7,8 +7,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from lightning_rlhf.commands.fit import RLHFCLI, hush
@@ -28,7 +29,7 @@ class FitStage:
     Args:
         config: named configs or files, in order.
         args: arguments on top of them; ``{seed}`` stands for the seed, ``{NAME}`` for the run folder of another stage.
-        calls: what the judge is asked per label that the stage buys, >= 0: 2 where pairs are shown in both orders, 1
+        calls: questions to the judge per label that the stage buys, >= 0: 2 where pairs are shown in both orders, 1
             for a score, 0 where a reward model scores.
     """
 
@@ -57,7 +58,7 @@ class StagedSetting:
 
     Args:
         arms: the arms by name.
-        regime: what the report says about the setting.
+        regime: description of the setting in the report.
     """
 
     arms: dict[str, StagedArm]
@@ -65,7 +66,7 @@ class StagedSetting:
 
 
 class StagedExperiment(AbstractExperiment):
-    """Compares policies that are made in stages; what arms share is run once per seed.
+    """Compares policies that are made in stages; shared stages run once per seed.
 
     A stage that trains a policy of an arm needs `FrontierPlot`, and `HFExport` where others build on it; with
     `RewardAgreement` its curve says how well the training reward still ranks. All stages of a seed share prompts, their
@@ -73,7 +74,7 @@ class StagedExperiment(AbstractExperiment):
 
     Args:
         stages: runs by name; names are words.
-        settings: what is compared with what, by name.
+        settings: the comparisons, by name.
         args: arguments of all stages, before their own.
         seeds: runs of each stage, >= 1; seeds count from ``first_seed``.
         first_seed: the first seed.
@@ -95,7 +96,7 @@ class StagedExperiment(AbstractExperiment):
         if seeds < 1:
             raise ValueError(f"a comparison needs at least one seed; got {seeds}")
         self.stages, self.settings, self.args = stages, settings, args or []
-        common = {name for argument in self.args for name in REFERENCE.findall(argument)} - {"seed"}
+        common = set(references(self.args))
         if common:
             raise ValueError(
                 f"arguments of all stages cannot refer to {{{min(common)}}}: a stage would wait for itself; put "
@@ -128,7 +129,7 @@ class StagedExperiment(AbstractExperiment):
         return jobs
 
     def run(self, job: Job, root: Path) -> list[Curve]:
-        """Run ``fit``, which continues by itself; or read what the stages of an arm left."""
+        """Run ``fit``, which continues an interrupted run; or read the results of the stages of an arm."""
         seed = job.identity["seed"]
         folders = {name: root / stage_cell(name, seed) for name in self._needed}
         if "arm" in job.identity:
@@ -149,7 +150,7 @@ class StagedExperiment(AbstractExperiment):
         return []
 
     def regime(self, setting: str) -> str:
-        """What the setting says of itself."""
+        """Description of the setting."""
         return self.settings[setting].regime or setting
 
     def _args_behind(self, names: Sequence[str]) -> dict[str, list[str]]:
@@ -180,8 +181,11 @@ class StagedExperiment(AbstractExperiment):
         return order
 
     def _in_order(self) -> list[str]:
-        arms = [made for setting in self.settings.values() for made in setting.arms.values()]
-        return self._behind([name for made in arms for name in made.stages])
+        names: list[str] = []
+        for setting in self.settings.values():
+            for arm in setting.arms.values():
+                names += arm.stages
+        return self._behind(names)
 
     def _curve(self, setting: str, arm: str, made: StagedArm, seed: int, folders: Mapping[str, Path]) -> Curve:
         points: list[CurvePoint] = []
@@ -197,7 +201,7 @@ class StagedExperiment(AbstractExperiment):
         bought = {name: labels_bought(folders[name]) for name in behind}
         left = points[-1].labels
         for name in made.stages:
-            # where the curve is cut, so is what was bought
+            # the cost is cut where the curve is cut
             bought[name] = min(bought[name], left)
             left -= bought[name]
         return Curve(
@@ -223,7 +227,12 @@ def stage_cell(name: str, seed: int) -> str:
 
 def needs(stage: FitStage) -> list[str]:
     """Names of the stages that a stage refers to."""
-    found = [name for argument in stage.args for name in REFERENCE.findall(argument)]
+    return references(stage.args)
+
+
+def references(args: Iterable[str]) -> list[str]:
+    """Names of stages in braces in arguments, each once; ``{seed}`` is none."""
+    found = chain.from_iterable(map(REFERENCE.findall, args))
     return [name for name in dict.fromkeys(found) if name != "seed"]
 
 

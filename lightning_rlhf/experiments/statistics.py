@@ -1,4 +1,4 @@
-"""Figures of a comparison: means over seeds with their intervals, paired differences, labels needed."""
+"""Statistics of a comparison: means over seeds with their intervals, paired differences, labels needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A figure with its 95 % interval; bounds are NaN where they are not known."""
+    """A number with its 95 % interval; bounds are NaN where they are not known."""
 
     value: float
     low: float = math.nan
@@ -41,18 +41,18 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def paired(
     curves: Sequence[Curve], baseline: Sequence[Curve], figure: str, moments: tuple[str, str] = ("end", "end")
 ) -> Interval:
-    """Mean over common seeds of a figure's difference to the baseline's, with its interval.
+    """Mean over common seeds of the difference of a metric to the baseline's, with its interval.
 
     Args:
         curves: runs of an arm in one setting.
         baseline: runs of the arm it is compared with.
         figure: ``reward``, ``kl``, ``j`` or ``agreement``.
-        moments: ``start`` or ``end``: where the figure of each is taken.
+        moments: ``start`` or ``end``: where the metric of each is taken.
     """
 
     def at(curve: Curve, moment: str) -> float:
         value = getattr(curve.points[0] if moment == "start" else curve.last, figure)
-        # what was not measured gives no difference, and no verdict
+        # metrics that were not measured give no difference and no verdict
         return math.nan if value is None else float(value)
 
     theirs = {curve.seed: at(curve, moments[1]) for curve in baseline}

@@ -44,7 +44,7 @@ class TabularSetting:
         kind: ``online`` takes one gradient step per batch, ``iterative`` fits all labels after each round,
             ``overfitted`` is online from a policy that was fitted far too well to 12 pairs.
         beta: price of a nat of KL, > 0.
-        spread: standard deviation of r* over the reference's responses, > 0.
+        spread: std of r* over the reference's responses, > 0.
         misfit: relative size of the part of r* that the policy class cannot express, >= 0.
         budget: labels per run.
         pairs: pairs per batch or round.
@@ -61,7 +61,7 @@ class TabularSetting:
 
 
 class TabularExperiment(AbstractExperiment):
-    """Compares samplers where everything is known exactly: J, its gradient, and the samplers' pair laws.
+    """Compares samplers where everything is known exactly: J, its gradient, and the pair distributions of the samplers.
 
     Args:
         settings: regimes by name.

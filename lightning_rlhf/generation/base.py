@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -91,6 +92,11 @@ class AbstractEngine(ABC):
                 they are computed under the models that generate the response: both where ``mix`` is neither 0 nor -1.
         """
 
+
+@runtime_checkable
+class GradientEngine(Protocol):
+    """An engine that has access to the weights of the policy, and so to gradients."""
+
     def head_gradients(self, prompts: Sequence[Prompt], responses: Sequence[Response], dim: int) -> Tensor:
         """Gradients of log p(response) in the policy's output head, sketched; [responses, dim], float32 on the CPU.
 
@@ -98,12 +104,4 @@ class AbstractEngine(ABC):
             prompts: the prompt of each response.
             responses: responses to differentiate.
             dim: numbers per gradient, >= 1.
-
-        Raises:
-            ValueError: if the engine has no access to the weights.
         """
-        del prompts, responses, dim
-        raise ValueError(
-            f"{type(self).__name__} cannot differentiate the policy, which this sampler needs; use DecodeEngine, that "
-            f"is model.options.use_vllm=false"
-        )

@@ -248,7 +248,7 @@ class DecodeEngine(AbstractEngine):
             return with_logps(model, "reference_logps", prompts, responses, self.tokens_per_batch)
 
     def head_gradients(self, prompts: Sequence[Prompt], responses: Sequence[Response], dim: int) -> Tensor:
-        """Sketch the gradient of each response; see `AbstractEngine.head_gradients`."""
+        """Sketch the gradient of each response; see `GradientEngine.head_gradients`."""
         groups = []
         for ids, members in groupby(range(len(responses)), key=lambda i: prompts[i].ids):
             groups.append((ids, [responses[i].ids for i in members]))

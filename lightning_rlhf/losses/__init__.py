@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps
+from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps, checked_losses
 from lightning_rlhf.losses.policy_gradient import (
     clipped_loss,
     clipped_share,
@@ -47,6 +47,7 @@ __all__ = [
     "bradley_terry_loss",
     "cdpo_loss",
     "centering_penalty",
+    "checked_losses",
     "clipped_loss",
     "clipped_share",
     "clipped_value_loss",

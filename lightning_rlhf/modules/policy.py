@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -25,7 +25,7 @@ from lightning_rlhf.models.sharding import fill, full_state_dict, scattered, sha
 from lightning_rlhf.models.stops import add_stop_ids
 from lightning_rlhf.modules.base import AbstractStepModule, Batch
 from lightning_rlhf.modules.rounds import AbstractRoundModule
-from lightning_rlhf.protocols import RoundData, datamodule_of
+from lightning_rlhf.protocols import RoundData, TrainedModule, datamodule_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards.base import checked_score
 from lightning_rlhf.types import Prompt
@@ -101,7 +101,7 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
         return self.lora is None
 
     def on_fit_start(self) -> None:
-        """Check the data types of what is trained, and that the policy computes the same in training and decoding.
+        """Check the data types of trained weights, and that the policy computes the same in training and decoding.
 
         Raises:
             ValueError: if it does not, though its dropout is off.
@@ -184,6 +184,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         """Give the policy the weights of an earlier run's ``model`` folder; the reference stays where it is."""
         if self.start is None:
             return
+        # reference = the checkpoint, policy = the weights in `start`
         folder = Path(self.start)
 
         def moved() -> PreTrainedModel | PeftModel:
@@ -254,3 +255,9 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         if "reference" in checkpoint:
             assert self.reference is not None
             self.reference.load_state_dict(checkpoint["reference"])
+
+
+if TYPE_CHECKING:
+
+    def _is_read_by_callbacks(module: AbstractPolicyModule[Batch]) -> TrainedModule:
+        return module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,10 +42,23 @@ from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.optimizer import ParameterGroups
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
-from lightning_rlhf.protocols import RolloutModule
+from lightning_rlhf.protocols import PolicyLike, RolloutModule
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout
+
+
+def flat_numbers(rows: Tensor, lengths: Tensor) -> tuple[float, ...]:
+    """Numbers of the tokens of ragged rows without padding, row after row.
+
+    Args:
+        rows: padded numbers, [rows, tokens].
+        lengths: tokens of each row, [rows].
+    """
+    numbers: list[float] = []
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        numbers += row[:length].tolist()
+    return tuple(numbers)
 
 
 def check_positive(**settings: float | None) -> None:
@@ -136,11 +150,13 @@ DEFAULT_KL, REINFORCE, DEFAULT_VALUE = KLControl(), PolicyLoss(), ValueModel()
     "model", optimizer=partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0), lr_scheduler=ConstantWithWarmup
 )
 class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
-    """Policy gradients on responses that the policy samples itself: REINFORCE with a learned baseline, RLOO, GRPO, PPO.
+    """Policy gradients: REINFORCE (Williams 1992), RLOO (arXiv 2402.14740), GRPO (arXiv 2402.03300), PPO (1707.06347).
 
-    With the defaults this is the algorithm of RLAIF vs. RLHF (arXiv 2309.00267, appendix F): REINFORCE with a learned
-    baseline, the KL penalty of each token inside the return. The DataModule brings the reward: a reward model makes it
-    RLHF or RLAIF, a judge direct RLAIF (`DRLAIFModule`).
+    Maximizes J = E[r(x, y)] - beta KL(pi || pi_ref), or (1 - beta) E[r] - beta KL for ``kl.objective=convex``, by
+    grad J = E[sum_t A_t grad log pi(y_t | x, y_<t)] with the advantages A_t of ``advantage``. The defaults are those of
+    RLAIF vs. RLHF (Lee et al. 2023, arXiv 2309.00267, appendix F): REINFORCE with a learned baseline, and the KL of
+    each token inside the return. The DataModule brings the reward: a reward model makes it RLHF or RLAIF, a judge
+    direct RLAIF (`DRLAIFModule`). Left out: entropy bonus, and rewards of single steps or tool calls.
 
     Logged on training steps, as means over prompts: ``train/policy_loss``, ``train/kl/k1`` and ``train/kl/k3`` (nats
     per response, of the current policy, over the rollouts of the step), ``train/kl_loss/`` and the placement where the
@@ -233,6 +249,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         if self.value_model is None or self.value.learning_rate is None:
             return super().parameter_groups()
         values = list(self.value_model.parameters())
+        # by identity: == on parameters compares their values
         theirs = {id(parameter) for parameter in values}
         ours = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
         return [{"params": ours}, {"params": values, "lr": self.value.learning_rate}]
@@ -248,7 +265,8 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         if self.kl.target is None:
             return
         # beta <- beta (1 + gain clip(KL / target - 1, -0.2, 0.2)), Ziegler et al. 2019, section 2.2
-        kl = sum(rollout.response.log_ratio() for group in groups for rollout in group) / sum(map(len, groups))
+        rollouts = list(chain.from_iterable(groups))
+        kl = sum(rollout.response.log_ratio() for rollout in rollouts) / len(rollouts)
         self.kl_coefficient *= 1.0 + self.kl.gain * min(max(kl / self.kl.target - 1.0, -0.2), 0.2)
 
     def compute_advantages(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[RolloutGroup]:
@@ -267,11 +285,12 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 f"{type(self.advantage).__name__} needs at least {self.advantage.min_responses} responses per prompt; "
                 f"set data.responses_per_prompt (now {fewest})"
             )
-        rollouts = [rollout for group in groups for rollout in group]
+        rollouts = list(chain.from_iterable(groups))
         policy, lengths = pad_ragged([rollout.response.policy_logps or () for rollout in rollouts])
         reference, _ = pad_ragged([rollout.response.reference_logps or () for rollout in rollouts])
         reward_weight, kl_weight = objective_weights(self.kl.objective, self.kl_coefficient)
         in_reward = kl_weight if self.kl.placement == "reward" else 0.0
+        # r_t = -in_reward (log pi - log pi_ref)(y_t), plus the reward of the response at its last token
         earned = torch.tensor(rewards, dtype=torch.float64)
         values = None
         if self.advantage.needs_values:
@@ -279,7 +298,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         episodes = Episodes(
             token_rewards(earned, k1(policy, reference), lengths, reward_weight, in_reward),
             lengths,
-            torch.tensor([number for number, group in enumerate(groups) for _ in group]),
+            torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups])),
             values,
         )
         advantages = self.advantage(episodes)
@@ -288,16 +307,16 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 f"{type(self.advantage).__name__} returned shape {tuple(advantages.shape)}; return one advantage per "
                 f"token, {tuple(episodes.rewards.shape)}"
             )
+        # before whitening: A_t = target_t - V_t
         targets = None if values is None else advantages + values
         if self.loss.whiten_advantages:
             advantages = whiten(advantages, lengths)
         result, start = [], 0
         for group in groups:
-            rows = range(start, start + len(group))
-            start += len(group)
-            per_token = [a for row in rows for a in advantages[row, : lengths[row]].tolist()]
-            aims = None if targets is None else tuple(z for r in rows for z in targets[r, : lengths[r]].tolist())
-            result.append(RolloutGroup(tuple(group), tuple(per_token), aims))
+            end = start + len(group)
+            aims = None if targets is None else flat_numbers(targets[start:end], lengths[start:end])
+            result.append(RolloutGroup(tuple(group), flat_numbers(advantages[start:end], lengths[start:end]), aims))
+            start = end
         return result
 
     def item_losses(self, batch: ResponseBatch) -> ItemLosses:
@@ -305,7 +324,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         groups, layout = batch.groups(), self.options.layout
         logps = torch.cat(response_logps(self.policy, groups, layout=layout, temperature=batch.temperature))
         sampling, reference, advantages, old_values, targets = batch.numbers.to(logps)
-        lengths = torch.tensor([len(ids) for _, responses in groups for ids in responses])
+        lengths = torch.tensor([len(ids) for ids in chain.from_iterable(batch.responses)])
         sizes = torch.tensor([len(responses) for _, responses in groups])
         # weights of tokens in the mean over the responses of their prompt
         share = (1.0 / sizes).repeat_interleave(sizes)
@@ -337,11 +356,13 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 metrics["ratio/clipped"] = by_prompt(clipped_share(logps, sampling, advantages, clip), mean)
         placement = self.kl.placement
         if placement != "reward":
+            # kl_weight * KL, as a loss of its own instead of a part of the reward
             kl_losses = by_prompt(kl_loss(logps, reference, placement, sampling), per_token)
             losses = losses + objective_weights(self.kl.objective, self.kl_coefficient)[1] * kl_losses
             metrics[f"kl_loss/{placement}"] = kl_losses
         if self.value_model is not None:
             value_losses = by_prompt(self._value_losses(groups, old_values, targets), per_token)
+            # one backward pass for both models, which share no parameters
             losses = losses + self.value.coefficient * value_losses
             metrics["value_loss"] = value_losses
         return ItemLosses(losses, sum(map(len, batch.prompts)) + len(logps), metrics)
@@ -362,13 +383,14 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         self.log("train/kl_coefficient", torch.tensor(self.kl_coefficient), on_step=False, on_epoch=True, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, the reference if it moves, and beta if it was adapted."""
+        """Keep trained weights, the reference if it moves, and beta if it adapts."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coefficient"] = self.kl_coefficient
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what `on_save_checkpoint` kept."""
+        """Restore the entries of `on_save_checkpoint`."""
         super().on_load_checkpoint(checkpoint)
+        # a fixed beta is a setting: the configuration decides, not the checkpoint
         if self.kl.target is not None:
             self.kl_coefficient = checkpoint["kl_coefficient"]
 
@@ -395,4 +417,7 @@ def is_scorer(checkpoint: str, trust_remote_code: bool = False) -> bool:
 if TYPE_CHECKING:
 
     def _fulfils(module: PolicyGradientModule) -> RolloutModule:
+        return module
+
+    def _is_read_by_callbacks(module: PolicyGradientModule) -> PolicyLike:
         return module

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -32,6 +32,7 @@ from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
 from lightning_rlhf.prompts.template import TurnFormat, turn_format
+from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt
@@ -64,14 +65,14 @@ BRADLEY_TERRY = RewardLoss()
     "model", optimizer=partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0), lr_scheduler=ConstantWithWarmup
 )
 class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModule):
-    """A reward model trained on preferences by the Bradley-Terry loss, with soft labels.
+    """Reward model of Lee et al. 2023, RLAIF vs. RLHF (arXiv 2309.00267, section 2.2.1): Bradley-Terry, soft labels.
 
-    RLAIF vs. RLHF (arXiv 2309.00267), section 2.2.1. With D = r(chosen) - r(rejected), the loss of a pair with label p
-    is -p log sigma(D) - (1 - p) log sigma(-D). The reward of a response is a linear function of the hidden state of its
-    last token; in a conversation, of the last token that the chat template writes, which may be a newline after the
-    end of turn, so that ``AutoModelForSequenceClassification`` reads it at the same place. The model trains on recorded
-    pairs (`OfflineSampler`), or, with ``policy``, on pairs that any sampler samples in rounds; labels come from the
-    data or from any labeler.
+    With D = r(chosen) - r(rejected) and the label p = P(chosen preferred), the loss of a pair is
+    -p log sigma(D) - (1 - p) log sigma(-D). r is a linear function of the hidden state of the last token of a
+    response. In a conversation it is the last token of the chat template, which may be a newline after the end of turn:
+    ``AutoModelForSequenceClassification`` reads it at the same place. Pairs are recorded ones (`OfflineSampler`), or,
+    with ``policy``, sampled in rounds by any sampler. Left out: rewards of single tokens or steps, and ranking losses
+    over more than two responses.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
     over held-out rows with recorded pairs: the metrics of `PairMetrics`, under ``val/``. Of an ensemble these are about
@@ -197,16 +198,17 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         """Loss of each pair: the mean over members of their own, or that of the mean reward; [pairs]."""
         if self.ensemble is not None and self.ensemble.loss == "mean":
             chosen, rejected = chosen.mean(1, keepdim=True), rejected.mean(1, keepdim=True)
+        # -p log sigma(D - m) - (1 - p) log sigma(m - D) + c (r_c + r_r)^2, D = r_c - r_r and m = margin (2p - 1)
         losses = bradley_terry_loss(chosen, rejected, label[:, None], self.loss.margin)
         return (losses + self.loss.center_coefficient * centering_penalty(chosen, rejected)).mean(1)
 
     def _diversity(self) -> Tensor:
-        """Mean over layers of how many directions the members' adapters read together."""
+        """Nuclear-norm ratio of the members' adapters, mean over layers."""
         with torch.autocast(self.device.type, enabled=False):
             return torch.stack([nuclear_norm_ratio(a) for a in self.scorer.stacked_down_projections()]).mean()
 
     def sums_to_log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rewards of both responses, their margin, and how often it agrees with the label."""
+        """Rewards of both responses, their margin, and its agreement with the label."""
         chosen, rejected = metrics["chosen_rewards"], metrics["rejected_rewards"]
         return {
             "rewards/chosen": chosen.sum(),
@@ -236,7 +238,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         self.member_std.update(disagreement(members))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics, and keep mean and standard deviation of the members' rewards as the normaliser."""
+        """Log the metrics, and keep mean and standard deviation of the members' rewards for normalization."""
         super().on_validation_epoch_end()
         metrics = self.pair_metrics.compute()
         if len(self.member_rewards) > 1:
@@ -253,7 +255,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
             metric.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained."""
+        """Keep trained weights."""
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.frozen_backbone and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -277,14 +279,14 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
-        groups = [
-            (prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in answers)) for prompt, answers in groups
-        ]
-        return scorer.scores(groups, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
+        closed: list[Group] = []
+        for prompt, responses in groups:
+            closed.append((prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in responses)))
+        return scorer.scores(closed, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A special token that never ends a response, to fill rows up with; None if the tokenizer has no such token.
+    """A special token that never ends a response, for padding; None if the tokenizer has no such token.
 
     Here lengths say where a response ends, but transformers takes the last token that is no padding: were that EOS, as
     in many tokenizers, it would score the token before. Without any it scores single rows rightly, and refuses batches.
@@ -294,7 +296,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, policy: str) -> None:
-    """Raise unless what the policy draws can be read by the reward model token by token.
+    """Raise unless the reward model can read the token ids of the policy.
 
     Raises:
         ValueError: if vocabulary, end of sequence or chat template differ.
@@ -306,7 +308,13 @@ def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
     ):
         if not same:
             raise ValueError(
-                f"the policy {policy!r} has another {what} than the backbone, and pairs that are drawn in rounds are "
-                f"read as they are: use a backbone of the policy's family, and model.options.chat_template where "
-                f"templates differ; or draw with the policy, export the ledger, and train on its rows"
+                f"the policy {policy!r} has another {what} than the backbone, which reads the token ids of sampled "
+                f"pairs: use a backbone of the policy's family, and model.options.chat_template where templates "
+                f"differ; or sample with the policy, export the ledger, and train on its rows"
             )
+
+
+if TYPE_CHECKING:
+
+    def _is_read_by_callbacks(module: RewardModule) -> PolicyLike:
+        return module

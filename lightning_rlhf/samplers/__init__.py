@@ -1,6 +1,6 @@
 """Pair samplers: prompts in, pairs of responses (comparisons) out. Subclass `AbstractPairSampler` to write your own."""
 
-from lightning_rlhf.samplers.base import AbstractPairSampler
+from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler
 from lightning_rlhf.samplers.best_of_n import BestOfNSampler
 from lightning_rlhf.samplers.cost_table import cost_table
 from lightning_rlhf.samplers.hybrid import HybridSampler
@@ -16,6 +16,7 @@ from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
 
 __all__ = [
     "AbstractPairSampler",
+    "AbstractSelectiveSampler",
     "BestOfNSampler",
     "HybridSampler",
     "MixtureSampler",

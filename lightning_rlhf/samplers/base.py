@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.renamed import adopt_old_selection
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Comparison, Label, Prompt
 
@@ -31,7 +32,6 @@ class AbstractPairSampler(KeepsArguments, ABC):
         method: name in the cost table. Default: the class name.
         first_distribution: distribution of y^a, for the cost table.
         second_distribution: distribution of y^b, for the cost table.
-        label_share: fraction of the comparisons of a round that `worth_labels` selects, in (0, 1].
     """
 
     passes_per_pair: float = 2.0
@@ -40,7 +40,11 @@ class AbstractPairSampler(KeepsArguments, ABC):
     method: str = ""
     first_distribution: str = "—"
     second_distribution: str = "—"
-    label_share: float = 1.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let samplers written for version 0.1 select with ``worth_labels``."""
+        super().__init_subclass__(**kwargs)
+        adopt_old_selection(cls)
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
@@ -55,25 +59,10 @@ class AbstractPairSampler(KeepsArguments, ABC):
             key: source of random numbers of the round.
         """
 
-    def most_labels(self, count: int) -> int:
-        """Largest number of comparisons that `worth_labels` may select of ``count``: ``label_share``, rounded up."""
-        # minus an epsilon: 0.07 * 100 is slightly above 7 in floating point, and must not become 8
-        return math.ceil(self.label_share * count - 1e-9)
-
-    def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
-        """Select the comparisons of a round that are labeled: their positions, in any order. Default: all.
-
-        Called on rank zero when the round is sampled, with all of its comparisons in order, and again if the run
-        restarts before they are labeled. The result must therefore depend on the comparisons and on earlier `observe`
-        calls only. A sampler that leaves comparisons out sets ``label_share``, so that label budgets are met, and
-        returns at most `most_labels` positions.
-        """
-        return list(range(len(comparisons)))
-
     def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
-        """Labels that came with the draws, None for a comparison that the labeler is asked about; all by default.
+        """Labels that came with the responses; None for a comparison that the labeler is asked about. Default: None.
 
-        Called on rank zero, with comparisons of one round, in order. For samplers that ask an oracle while they draw.
+        Called on rank zero, with comparisons of one round, in order. For samplers that ask an oracle while they sample.
         """
         return [None] * len(comparisons)
 
@@ -92,3 +81,34 @@ class AbstractPairSampler(KeepsArguments, ABC):
     def load_state_dict(self, state: SamplerState) -> None:
         """Restore the state that `state_dict` returned."""
         del state
+
+
+class AbstractSelectiveSampler(AbstractPairSampler):
+    """A sampler that leaves some comparisons of a round without a label.
+
+    Attributes:
+        label_fraction: fraction of the comparisons of a round that `select_for_labeling` selects, in (0, 1]; label
+            budgets count on it.
+    """
+
+    label_fraction: float = 1.0
+
+    @abstractmethod
+    def select_for_labeling(self, comparisons: Sequence[Comparison]) -> list[int]:
+        """Select the comparisons of a round that are labeled: at most `most_labels` positions, in any order.
+
+        Called on rank zero when the round is sampled, with all of its comparisons in order, and again if the run
+        restarts before they are labeled. The result must therefore depend on the comparisons and on earlier `observe`
+        calls only.
+        """
+
+    def most_labels(self, count: int) -> int:
+        """Largest number of comparisons that may be selected of ``count``: ``label_fraction``, rounded up."""
+        # minus an epsilon: 0.07 * 100 is slightly above 7 in floating point, and must not become 8
+        return math.ceil(self.label_fraction * count - 1e-9)
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        # samplers of version 0.1 got the methods from `adopt_old_selection`, but have another base class
+        adopted = cls is AbstractSelectiveSampler and hasattr(other, "select_for_labeling")
+        return True if adopted else super().__subclasshook__(other)

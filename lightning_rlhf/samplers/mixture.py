@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lightning_rlhf.generation.base import AbstractEngine
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.samplers.base import AbstractPairSampler, SamplerState
+from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler, SamplerState
 from lightning_rlhf.samplers.draws import coin
 from lightning_rlhf.types import Comparison, Label, Prompt
 
@@ -34,12 +34,12 @@ class MixtureSampler(AbstractPairSampler):
             raise ValueError("a mixture needs at least one sampler; got an empty list")
         if any(isinstance(sampler, MixtureSampler) for sampler in samplers):
             raise ValueError("a mixture cannot hold a mixture; list all samplers in one and multiply the weights")
-        partial = next((sampler for sampler in samplers if sampler.label_share < 1), None)
-        if partial is not None:
-            raise ValueError(
-                f"a mixture labels all of its pairs, but {type(partial).__name__} labels only a fraction of "
-                f"{partial.label_share:g} of its own; set its label_share=1"
-            )
+        for sampler in samplers:
+            if isinstance(sampler, AbstractSelectiveSampler) and sampler.label_fraction < 1:
+                raise ValueError(
+                    f"a mixture labels all of its pairs, but {type(sampler).__name__} labels only a fraction of "
+                    f"{sampler.label_fraction:g} of its own; set its label_fraction=1"
+                )
         weights = [1.0] * len(samplers) if weights is None else list(weights)
         if len(weights) != len(samplers):
             raise ValueError(f"got {len(weights)} weights for {len(samplers)} samplers; give one weight per sampler")
@@ -76,7 +76,7 @@ class MixtureSampler(AbstractPairSampler):
         return [by_position[position] for position in range(len(prompts))]
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> list[Label | None]:
-        """What each member says of its own comparisons."""
+        """Ask each member about its own comparisons."""
         labels: list[Label | None] = [None] * len(comparisons)
         for i, sampler in enumerate(self.samplers):
             places = [place for place, comparison in enumerate(comparisons) if comparison.meta["member"] == i]

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.design import best_pair, greedy_pairs, pair_values, policy_weight
-from lightning_rlhf.generation.base import AbstractEngine, Request
+from lightning_rlhf.generation.base import AbstractEngine, GradientEngine, Request
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.samplers.base import AbstractPairSampler, SamplerState
+from lightning_rlhf.renamed import renames_arguments
+from lightning_rlhf.samplers.base import AbstractSelectiveSampler, SamplerState
 from lightning_rlhf.samplers.draws import COIN, implicit_rewards, repeated
 from lightning_rlhf.samplers.pilaf import checked_tilt
 from lightning_rlhf.types import Comparison, Prompt
 
 
-class PolicyWeightedSampler(AbstractPairSampler):
+@renames_arguments(label_share="label_fraction")
+class PolicyWeightedSampler(AbstractSelectiveSampler):
     """Samples a pool of n responses and keeps the pair whose label lowers the expected loss in J most.
 
     The pair maximizes the V-optimal design criterion ``sigma'(delta) g^T I^-1 Sigma I^-1 g``. delta is the
@@ -44,9 +46,9 @@ class PolicyWeightedSampler(AbstractPairSampler):
         ahead: fraction of the expected information of a round that is added to I in advance, in [0, 1]. Without it, all
             prompts of a long round select the same direction.
         decay: weight of earlier rounds in Sigma relative to the newest, in [0, 1]. I does not decay.
-        label_share: fraction of the prompts of a round whose pair is labeled, in (0, 1]. They are chosen greedily by
+        label_fraction: fraction of the prompts of a round whose pair is labeled, in (0, 1]. They are chosen greedily by
             the criterion, each given the information of those before, so that they differ. ``passes`` are per sampled
-            pair: a label costs ``1 / label_share`` times as many.
+            pair: a label costs ``1 / label_fraction`` times as many.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -62,7 +64,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
         ridge: float = 100.0,
         ahead: float = 0.5,
         decay: float = 0.9,
-        label_share: float = 1.0,
+        label_fraction: float = 1.0,
     ) -> None:
         if n < 2 or dim < 1:
             raise ValueError(f"a pool needs n >= 2 responses and dim >= 1 numbers per gradient; got {n} and {dim}")
@@ -71,9 +73,11 @@ class PolicyWeightedSampler(AbstractPairSampler):
                 f"PolicyWeightedSampler expects ridge > 0, ahead in [0, 1] and decay in [0, 1]; "
                 f"got {ridge}, {ahead} and {decay}"
             )
-        if not 0 < label_share <= 1:
-            raise ValueError(f"label_share is the fraction of pairs that are labeled, in (0, 1]; got {label_share}")
-        self.label_share = label_share
+        if not 0 < label_fraction <= 1:
+            raise ValueError(
+                f"label_fraction is the fraction of pairs that are labeled, in (0, 1]; got {label_fraction}"
+            )
+        self.label_fraction = label_fraction
         self.n, self.dim, self.tilt = n, dim, checked_tilt(tilt)
         self.ridge, self.ahead, self.decay = ridge, ahead, decay
         self.passes_per_pair = float(n if tilt is None else 2 * n)
@@ -119,7 +123,15 @@ class PolicyWeightedSampler(AbstractPairSampler):
 
         ``meta`` holds ``"delta"``, the criterion of the pair relative to the mean over its pool as ``"gain"``, and the
         gradients of the pool, the inputs of `observe`: base64 of float16, times ``"pool_scale"``.
+
+        Raises:
+            ValueError: if the engine has no access to the weights.
         """
+        if not isinstance(engine, GradientEngine):
+            raise ValueError(
+                f"PolicyWeightedSampler differentiates the policy, which {type(engine).__name__} cannot; use "
+                f"DecodeEngine, that is model.options.use_vllm=false"
+            )
         if not prompts:
             return []
         requests: list[Request] = []
@@ -156,8 +168,8 @@ class PolicyWeightedSampler(AbstractPairSampler):
             comparisons.append(Comparison(prompt, a, b, "policy_weighted", passes=self.passes_per_pair, meta=meta))
         return comparisons
 
-    def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
-        """Select the pairs of a round that lower ``tr(Sigma I^-1)`` most, greedily; all if ``label_share`` is 1."""
+    def select_for_labeling(self, comparisons: Sequence[Comparison]) -> list[int]:
+        """Select the pairs of a round that lower ``tr(Sigma I^-1)`` most, greedily; all if ``label_fraction`` is 1."""
         count = self.most_labels(len(comparisons))
         if count == len(comparisons):
             return list(range(count))
@@ -176,7 +188,7 @@ class PolicyWeightedSampler(AbstractPairSampler):
     def observe(self, comparisons: Sequence[Comparison]) -> None:
         """Add the labeled pairs to I, whether or not the labeler gave a preference, and all pools to Sigma."""
         # called before I changes, since the selection depends on it
-        labeled = self.worth_labels(comparisons)
+        labeled = self.select_for_labeling(comparisons)
         self._scatter *= self.decay
         self._degrees_of_freedom *= self.decay
         # I += sigma'(delta) g g^T; sorted, so that the order of summation is always the same

@@ -80,10 +80,10 @@ class AbstractDistributionArm(AbstractArm):
     ) -> Pairs:
         """Sample one pair per prompt of a round."""
         pairs = self.pair_distribution(world, parameters)
-        size = pairs.law.shape[-1]
+        size = pairs.probability.shape[-1]
         # one categorical outcome per pair: the flat index a * size + b
-        index = categorical(pairs.law.flatten(-2), prompts, 1, generators).squeeze(-1)
-        weight = pairs.weight.expand_as(pairs.law).flatten(-2)
+        index = categorical(pairs.probability.flatten(-2), prompts, 1, generators).squeeze(-1)
+        weight = pairs.weight.expand_as(pairs.probability).flatten(-2)
         rows = torch.arange(len(prompts))[:, None]
         return Pairs(index // size, index % size, weight[rows, prompts, index])
 

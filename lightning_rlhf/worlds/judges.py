@@ -2,7 +2,7 @@
 
 A judge perceives ``u(x, y) = r*(x, y) + noise * e(x, y)``. By default ``e`` is another taste: the judge is wrong about
 the same dishes each time, as a language model with a wrong idea of the guests would be, and whatever learns from it
-learns that too. Nothing is drawn anew per call: the same question gets the same answer. How wrong it is and how much it
+learns that too. Nothing is sampled per call: the same question gets the same answer. How wrong it is and how much it
 favours a position are given as RLAIF vs. RLHF (arXiv 2309.00267) reports them for real judges:
 
 | labeler | alignment | same position in both orders | favours |
@@ -81,7 +81,7 @@ def noise_for(alignment: float, gaps: Tensor, errors: Tensor) -> float:
 def bias_for(same_position: float, logits: Tensor) -> float:
     """The logit for the favoured position at which a judge names the same position in both orders of a share of pairs.
 
-    It does where the bias is larger than what it thinks of the pair.
+    It does where the bias exceeds the perceived difference of the pair.
 
     Args:
         same_position: share of pairs, in [0, 1).
@@ -96,9 +96,9 @@ def bias_for(same_position: float, logits: Tensor) -> float:
 
 
 class MenuJudge:
-    """What a judge of given quality perceives, in units that are the same for judges of all qualities.
+    """The perception of a judge of given quality, in units that are the same for judges of all qualities.
 
-    Noise and bias are calibrated on 4032 pairs of menus as the corpus has them, nearly the law of the reference.
+    Noise and bias are calibrated on 4032 pairs of menus of the corpus, nearly the distribution of the reference.
 
     Args:
         alignment: share of pairs that it orders as the oracle does, in (1/2, 1]; 1 has no errors.
@@ -111,7 +111,7 @@ class MenuJudge:
         seed: which wrong tastes it has, >= 0.
 
     Raises:
-        ValueError: if a figure is out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class MenuJudge:
         """Logit that the first position gets."""
 
     def utility(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
-        """What it thinks of each response, of mean 0 over the corpus, deviation 1 within prompts; float64, [B]."""
+        """Perceived value of each response, of mean 0 over the corpus, deviation 1 within prompts; float64, [B]."""
         perceived = checked_score(self._oracle, prompts, responses)
         if self._noise:
             perceived = perceived + self._noise * self._error(prompts, responses)
@@ -221,7 +221,7 @@ class MenuJudgeLabeler(AbstractLabeler):
         self.calls = 2 if orders == "both" else 1
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
-        """Judge each comparison; nothing is drawn."""
+        """Judge each comparison; nothing is sampled."""
         del key
         if not comparisons:
             return []
@@ -246,13 +246,13 @@ class MenuScoreReward(AbstractReward):
 
     The same judge as `MenuJudgeLabeler`. It gives score i with probability proportional to exp(-(i - m)^2 / 2), around
     m = 5.5 + ``points`` * u, with u of mean 0 over the menus of the corpus, and standard deviation 1 within
-    prompts. The ends of the scale are hard: what is better than a 10 gets a 10. ``std`` of the output is that of the
+    prompts. The ends of the scale are hard: anything better than a 10 gets a 10. ``std`` of the output is that of the
     scores, on the scale of the reward.
 
     Args:
         alignment: share of pairs that it orders as the oracle does, in (1/2, 1].
         errors: ``taste`` is wrong about the same dishes each time; ``response`` errs on each answer by itself.
-        points: points of the score for a standard deviation of what it perceives, > 0.
+        points: points of the score per standard deviation of the perceived value, > 0.
         seed: which wrong tastes it has, >= 0.
     """
 

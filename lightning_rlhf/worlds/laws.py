@@ -31,11 +31,11 @@ class PairDistribution(NamedTuple):
     """Distribution and loss weight of the pairs of a sampler.
 
     Args:
-        law: probability of each pair; shape [..., responses, responses].
-        weight: weight of each pair in the loss, broadcast against ``law``.
+        probability: probability of each pair; shape [..., responses, responses].
+        weight: weight of each pair in the loss, broadcast against ``probability``.
     """
 
-    law: Tensor
+    probability: Tensor
     weight: Tensor
 
 
@@ -73,12 +73,12 @@ def t_pilaf(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairDistr
 
 def weighted_vanilla(log_policy: Tensor, log_reference: Tensor, beta: float) -> PairDistribution:
     """Policy pairs weighted by their importance under T-PILAF; the expected gradient is that of T-PILAF."""
-    law = product_pair_distribution(log_policy, log_policy)
+    probability = product_pair_distribution(log_policy, log_policy)
     cosh = cosh_delta(beta * differences(log_policy - log_reference))
-    mean = (law * cosh).sum((-1, -2), keepdim=True)
+    mean = (probability * cosh).sum((-1, -2), keepdim=True)
     mean = mean.mean(-3, keepdim=True) if mean.dim() > 2 else mean
     # w = (1 + cosh delta) / (1 + E[cosh delta])
-    return PairDistribution(law, (1 + cosh) / (1 + mean))
+    return PairDistribution(probability, (1 + cosh) / (1 + mean))
 
 
 def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8) -> PairDistribution:
@@ -108,11 +108,11 @@ def best_of_n(log_policy: Tensor, log_reference: Tensor, beta: float, n: int = 8
     # back to the original order of the responses
     place = order.argsort(-1)
     size = order.shape[-1]
-    law = ordered.gather(-2, place[..., :, None].expand(*place.shape, size))
-    law = law.gather(-1, place[..., None, :].expand(*place.shape, size))
-    law = (law + law.transpose(-1, -2)) / 2
+    probability = ordered.gather(-2, place[..., :, None].expand(*place.shape, size))
+    probability = probability.gather(-1, place[..., None, :].expand(*place.shape, size))
+    probability = (probability + probability.transpose(-1, -2)) / 2
     ties = (reward.amax(-1) - reward.amin(-1) < TIE)[..., None, None]
-    return _unweighted(torch.where(ties, product_pair_distribution(log_policy, log_policy), law))
+    return _unweighted(torch.where(ties, product_pair_distribution(log_policy, log_policy), probability))
 
 
 def secant(log_policy: Tensor, log_reference: Tensor, beta: float, reward: Tensor) -> PairDistribution:
@@ -147,6 +147,6 @@ SAMPLERS: dict[str, Sampler] = {
 """Samplers with a closed form, by their names in reports."""
 
 
-def _unweighted(law: Tensor) -> PairDistribution:
+def _unweighted(probability: Tensor) -> PairDistribution:
     """Pairs of weight 1."""
-    return PairDistribution(law, torch.ones((), dtype=law.dtype, device=law.device))
+    return PairDistribution(probability, torch.ones((), dtype=probability.dtype, device=probability.device))

@@ -1,8 +1,8 @@
 """The world "menu": a tiny transformer that orders dishes for a guest, and an oracle whose taste is a formula.
 
 A prompt names a guest, a day and the weather; the response is a short list of dishes. A generated corpus teaches the
-model which dishes follow each other; the oracle likes what the guest likes, and dislikes repetition. Policy, prompts
-and reward are functions of fixed seeds, so that everybody has the same world:
+model which dishes follow each other; the oracle shares the tastes of the guest, and dislikes repetition. Policy,
+prompts and reward are functions of fixed seeds, so that everybody has the same world:
 
     lightning-rlhf fit --config worlds/menu
 """
@@ -22,17 +22,17 @@ from lightning_rlhf.worlds.prompts import AbstractWorldPrompts
 
 
 class MenuReward(AbstractReward):
-    """What the guest thinks of a menu: liking of each dish, added up, minus a price for repetition.
+    """Reward of a menu by the tastes of the guest: liking of each dish, added up, minus a price for repetition.
 
     ``r*(x, y) = scale * (sum over dishes of taste(guest, dish) + weather(weather, dish) - repeats)``, where tastes are
     fixed numbers of mean 0 and standard deviation 1/2, those of the weather 1/4, and ``repeats`` counts dishes that
     were on the menu before. Words that are no dishes count as a repeat.
 
     Args:
-        scale: what a unit of liking is worth, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1
-            the menus of the reference have rewards of standard deviation 1.3 or so.
-        tastes: 0 for the world's own tastes; any other number draws tastes of the same law that have nothing to do with
-            them, for judges that are wrong.
+        scale: reward per unit of liking, > 0: with Bradley-Terry labels it sets how decided the oracle is. At 1
+            the menus of the reference have rewards of std 1.3 or so.
+        tastes: 0 for the world's own tastes; any other number gives independent tastes of the same distribution, for
+            judges that are wrong.
     """
 
     def __init__(self, scale: float = 1.0, tastes: int = 0) -> None:
@@ -76,7 +76,7 @@ class MenuPrompts(AbstractWorldPrompts):
 
     Args:
         split: ``train`` or ``heldout``.
-        repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many draws.
+        repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many samples.
     """
 
     NAME = "menu prompt"

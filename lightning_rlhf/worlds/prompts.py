@@ -15,11 +15,11 @@ class AbstractWorldPrompts(AbstractPromptSource):
 
     Args:
         split: ``train`` or ``heldout``.
-        repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many draws.
+        repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many samples.
     """
 
     NAME: ClassVar[str]
-    """What a prompt is called in messages."""
+    """Name of the prompts in messages."""
 
     def __init__(self, split: Literal["train", "heldout"] = "train", repeats: int = 1) -> None:
         if split not in ("train", "heldout") or repeats < 1:

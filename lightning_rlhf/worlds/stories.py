@@ -1,4 +1,4 @@
-"""The world "stories": a pretrained language model that is fast on a CPU, and what it is asked to go on with.
+"""The world "stories": a pretrained language model that is fast on a CPU, and the beginnings that it continues.
 
 The policy is stories15M of llama2.c, a Llama of 15 million parameters trained on TinyStories (Eldan and Li 2023, arXiv
 2305.07759), which comes inside an npm package (MIT). Prompts are openings of stories; whether a story goes well is for
@@ -28,7 +28,7 @@ class StoryPrompts(AbstractWorldPrompts):
 
     Args:
         split: ``train`` or ``heldout``.
-        repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many draws.
+        repeats: times that each prompt is listed, >= 1: held-out answers are then averaged over as many samples.
     """
 
     NAME = "story opening"

@@ -168,7 +168,7 @@ class TabularWorld:
         # grad L = -E_x E_q[weight (sigma(delta*) - sigma(delta)) dphi]
         delta = self.gaps(self.features @ parameters[:, None, :, None])
         error = self.gaps(self.reward[..., None]).sigmoid() - delta.sigmoid()
-        mass = pairs.law * pairs.weight * error
+        mass = pairs.probability * pairs.weight * error
         # sum_{a,b} mass[a, b] (phi_a - phi_b) = 2 sum_{a,b} mass[a, b] phi_a, since mass is antisymmetric
         return -2 * torch.einsum("wxab,wxad->wd", mass, self.features) / mass.shape[1]
 
@@ -181,7 +181,7 @@ class TabularWorld:
         """
         # I = E_x E_q[sigma'(delta) dphi dphi^T]
         delta = self.gaps(self.features @ parameters[:, None, :, None])
-        mass = pairs.law * delta.sigmoid() * (-delta).sigmoid()
+        mass = pairs.probability * delta.sigmoid() * (-delta).sigmoid()
         row = mass.sum(-1)
         # sum_{a,b} mass (phi_a - phi_b)(phi_a - phi_b)^T = 2 (sum mass phi_a phi_a^T - sum mass phi_a phi_b^T)
         own = torch.einsum("wxa,wxad,wxae->wde", row, self.features, self.features)

@@ -134,7 +134,7 @@ def test_passes_are_consecutive_parts_that_add_up_to_the_step() -> None:
         alone = collate_preferences([preference(A, B, 0.25 * i, index=i, weight=i) for i in range(start, end)])
         assert_equal(part, dataclasses.replace(alone, num_global=2.0, num_padding=int(end == 5)))
         assert vars(part)["has_reference"]  # known of the whole, not asked again
-    with pytest.raises(ValueError, match=r"passes \(2, 2\) must be positive and add up to the 5 pairs"):
+    with pytest.raises(ValueError, match=r"micro_batches \(2, 2\) must be positive and add up to the 5 pairs"):
         dataclasses.replace(whole, micro_batches=(2, 2)).split()
 
 

@@ -35,6 +35,7 @@ class ToyRound:
     sampling_seconds: float = 1.5
     labeling_seconds: float = 0.25
     labels_bought: int = 4
+    ties: int = 0
 
 
 def answer(text: str, policy: float, reference: float, source: str = "policy", eos: bool = True) -> Response:
@@ -62,6 +63,7 @@ class ToyData(L.LightningDataModule):
         self.epochs_per_round: int | None = epochs_per_round
         self.label_budget: int | None = None
         self.passes_per_pair = 3.0
+        self.num_ties = 0
 
     @property
     def num_labels(self) -> int:
@@ -108,6 +110,7 @@ class ToyModule(L.LightningModule):
         self.rewards, self.logps = rewards, logps
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.steps_run: list[int] = []
+        self.step_metrics: dict[str, Tensor] = {}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         self.steps_run.append(self.global_step)

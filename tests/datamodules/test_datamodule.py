@@ -36,7 +36,14 @@ from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
 from lightning_rlhf.runtime.metric_sums import logs_now
 from lightning_rlhf.runtime.preemption import Stopped
-from lightning_rlhf.samplers import AbstractPairSampler, OfflineSampler, PILAFSampler, TPILAFSampler, VanillaSampler
+from lightning_rlhf.samplers import (
+    AbstractPairSampler,
+    AbstractSelectiveSampler,
+    OfflineSampler,
+    PILAFSampler,
+    TPILAFSampler,
+    VanillaSampler,
+)
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
 
 
@@ -259,12 +266,12 @@ def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
 
 
 def test_only_pairs_worth_a_label_are_labelled_and_the_budget_is_met(tmp_path: Path, tiny_policy: Path) -> None:
-    class Odd(VanillaSampler):
+    class Odd(VanillaSampler, AbstractSelectiveSampler):
         """Wants every other pair labelled."""
 
-        label_share = 0.5
+        label_fraction = 0.5
 
-        def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
+        def select_for_labeling(self, comparisons: Sequence[Comparison]) -> list[int]:
             return list(range(0, len(comparisons), 2))
 
     loaded = data(Odd(), prompts_per_round=6)
@@ -298,11 +305,14 @@ def test_a_budget_that_shrank_cuts_a_round_that_was_drawn_before(tmp_path: Path)
 
 
 def test_samplers_that_want_more_labels_than_they_said_are_refused(tmp_path: Path) -> None:
-    class Greedy(Ready):
-        label_share = 0.5
+    class Greedy(Ready, AbstractSelectiveSampler):
+        label_fraction = 0.5
 
-    class Lost(Ready):
-        def worth_labels(self, comparisons: Sequence[Comparison]) -> list[int]:
+        def select_for_labeling(self, comparisons: Sequence[Comparison]) -> list[int]:
+            return list(range(len(comparisons)))
+
+    class Lost(Ready, AbstractSelectiveSampler):
+        def select_for_labeling(self, comparisons: Sequence[Comparison]) -> list[int]:
             return [-1, 0]
 
     prompts = [Prompt(index, (0, 1), f"row {index}") for index in range(3)]

@@ -131,7 +131,7 @@ def test_the_pair_at_fault_is_named_alone(tmp_path: Path, tiny_policy: Path) -> 
 
     with pytest.raises(FloatingPointError) as caught:
         fit(tmp_path, tiny_policy, None, NonFiniteGuard(), Names(), Poison(2))
-    assert f"by their figures, it is {names[1]}. The weights" in str(caught.value)
+    assert f"by their metrics, it is {names[1]}. The weights" in str(caught.value)
 
 
 def test_too_many_dropped_steps_in_a_row_are_an_error(tmp_path: Path, tiny_policy: Path) -> None:

@@ -95,15 +95,15 @@ def test_greedy_pairs_lower_the_trace_most_at_every_step_and_look_elsewhere() ->
 
 
 def test_a_share_of_the_pairs_is_labelled_and_counted(toy_engine: Any) -> None:
-    thrifty = PolicyWeightedSampler(n=4, dim=4, label_share=0.3)
+    thrifty = PolicyWeightedSampler(n=4, dim=4, label_fraction=0.3)
     drawn = thrifty.sample(prompts(20), toy_engine, Key((5,)))
-    chosen = thrifty.worth_labels(drawn)
-    assert len(set(chosen)) == 6 and thrifty.worth_labels(drawn) == chosen
+    chosen = thrifty.select_for_labeling(drawn)
+    assert len(set(chosen)) == 6 and thrifty.select_for_labeling(drawn) == chosen
     everything = PolicyWeightedSampler(n=4, dim=4)
     everything.observe([drawn[position] for position in chosen])
     thrifty.observe(drawn)
     torch.testing.assert_close(thrifty.information, everything.information)
-    with pytest.raises(ValueError, match="label_share=1"):
+    with pytest.raises(ValueError, match="label_fraction=1"):
         MixtureSampler([VanillaSampler(), thrifty])
 
 
@@ -223,7 +223,7 @@ def test_state_survives_a_checkpoint_and_later_rounds_are_the_same(toy_engine: A
 def test_engines_without_weights_say_so(toy_engine: Any) -> None:
     engine = type("Weightless", (type(toy_engine).__mro__[1],), {"generate": type(toy_engine).generate})()
     with pytest.raises(ValueError, match="use_vllm=false"):
-        engine.head_gradients([], [], 4)
+        PolicyWeightedSampler(n=4, dim=4).sample(prompts(1), engine, Key((1,)))
 
 
 def test_arguments_are_checked() -> None:
@@ -234,7 +234,7 @@ def test_arguments_are_checked() -> None:
         {"ahead": 1.5},
         {"decay": -0.1},
         {"tilt": 0.0},
-        {"label_share": 0.0},
+        {"label_fraction": 0.0},
     ):
         with pytest.raises(ValueError):
             PolicyWeightedSampler(**wrong)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def test_gradient_of_j_and_of_the_loss_agree_with_autograd(world: TabularWorld, 
     leaf = parameters.clone().requires_grad_()
     p_star = differences(world.reward).sigmoid()
     log_policy = world.log_policy(leaf)
-    loss = expected_dpo_loss(log_policy, world.log_reference, world.beta, pairs.law, pairs.weight, p_star)
+    loss = expected_dpo_loss(log_policy, world.log_reference, world.beta, pairs.probability, pairs.weight, p_star)
     loss.mean(-1).sum().backward()
     torch.testing.assert_close(world.expected_gradient(parameters, pairs), leaf.grad)
 
@@ -57,7 +57,7 @@ def test_information_is_the_expected_curvature_of_a_pair(world: TabularWorld, pa
         gap = world.features[0, x, a] - world.features[0, x, b]
         delta = float(gap @ parameters[0])
         slope = 1 / (2 * math.cosh(delta / 2)) ** 2
-        expected += pairs.law[0, x, a, b] * slope * torch.outer(gap, gap) / num_prompts
+        expected += pairs.probability[0, x, a, b] * slope * torch.outer(gap, gap) / num_prompts
     torch.testing.assert_close(world.information(parameters, pairs)[0], expected)
 
 
@@ -66,9 +66,9 @@ def test_pair_laws_are_symmetric_laws_with_mean_weight_one(
     world: TabularWorld, parameters: torch.Tensor, name: str
 ) -> None:
     pairs = SAMPLERS[name](world.log_policy(parameters), world.log_reference, world.beta)
-    torch.testing.assert_close(pairs.law, pairs.law.transpose(-1, -2))
-    torch.testing.assert_close(pairs.law.sum((-1, -2)), torch.ones(3, 3, dtype=torch.float64))
-    mean = (pairs.law * pairs.weight).sum((-1, -2)).mean(-1)
+    torch.testing.assert_close(pairs.probability, pairs.probability.transpose(-1, -2))
+    torch.testing.assert_close(pairs.probability.sum((-1, -2)), torch.ones(3, 3, dtype=torch.float64))
+    mean = (pairs.probability * pairs.weight).sum((-1, -2)).mean(-1)
     torch.testing.assert_close(mean, torch.ones(3, dtype=torch.float64))
 
 
@@ -80,11 +80,11 @@ def test_best_of_n_law_by_enumerating_all_draws() -> None:
     for draws in product(range(4), repeat=3):
         best, worst = max(draws, key=lambda i: reward[i]), min(draws, key=lambda i: reward[i])
         expected[best, worst] += log_policy[list(draws)].sum().exp()
-    found = best_of_n(log_policy, log_reference, beta=0.7, n=3).law
+    found = best_of_n(log_policy, log_reference, beta=0.7, n=3).probability
     torch.testing.assert_close(found, (expected + expected.T) / 2)
     # at the reference all rewards tie, and the pair is a random one
-    at_reference = best_of_n(log_policy, log_policy, beta=0.7).law
-    torch.testing.assert_close(at_reference, vanilla(log_policy, log_policy, 0.7).law)
+    at_reference = best_of_n(log_policy, log_policy, beta=0.7).probability
+    torch.testing.assert_close(at_reference, vanilla(log_policy, log_policy, 0.7).probability)
 
 
 def test_secant_law_aligns_the_gradient_exactly(world: TabularWorld, parameters: torch.Tensor) -> None:
@@ -95,7 +95,7 @@ def test_secant_law_aligns_the_gradient_exactly(world: TabularWorld, parameters:
     # T-PILAF's slope is the secant's where the policy is right
     own = world.beta * (log_policy - world.log_reference)
     right = secant(log_policy, world.log_reference, world.beta, own)
-    torch.testing.assert_close(right.law, t_pilaf(log_policy, world.log_reference, world.beta).law)
+    torch.testing.assert_close(right.probability, t_pilaf(log_policy, world.log_reference, world.beta).probability)
 
 
 def test_a_reward_fitted_to_the_labels_gives_the_secant_of_the_truth_in_the_end() -> None:
@@ -104,14 +104,14 @@ def test_a_reward_fitted_to_the_labels_gives_the_secant_of_the_truth_in_the_end(
     parameters = world.origin()
     # prompts tell nothing of the truth yet: the law is that of a reward of zero
     fitted.reset(world)
-    start = fitted.pair_distribution(world, parameters).law
-    torch.testing.assert_close(start, vanilla(world.log_reference, world.log_reference, 0.5).law)
+    start = fitted.pair_distribution(world, parameters).probability
+    torch.testing.assert_close(start, vanilla(world.log_reference, world.log_reference, 0.5).probability)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     numbers = torch.stack([torch.rand(2, 20000, generator=g, dtype=torch.float64) for g in generators])
     prompts = (numbers[:, 0] * 4).long()
     drawn = DistributionArm(vanilla).draw(world, parameters, prompts, generators)
     fitted.learn(*labelled(world, prompts, drawn, numbers[:, 1]))
-    laws = [arm.pair_distribution(world, parameters).law for arm in (fitted, exact)]
+    laws = [arm.pair_distribution(world, parameters).probability for arm in (fitted, exact)]
     assert float((laws[0] - laws[1]).abs().sum((-1, -2)).max()) / 2 < 0.02
     assert float((start - laws[1]).abs().sum((-1, -2)).max()) / 2 > 0.1
 
@@ -128,7 +128,7 @@ def test_resampling_two_draws_is_vanilla_and_many_are_t_pilaf() -> None:
         counts.index_add_(0, 4 * pairs.first[0] + pairs.second[0], pairs.weight[0] / prompts.shape[1])
         return float((counts.reshape(4, 4) - law[0, 0]).abs().sum() / 2)
 
-    wanted = [law(log_policy, world.log_reference, 0.5).law for law in (vanilla, t_pilaf)]
+    wanted = [law(log_policy, world.log_reference, 0.5).probability for law in (vanilla, t_pilaf)]
     assert distance(ResampledArm(n=2), wanted[0]) < 0.02 < distance(ResampledArm(n=2), wanted[1])
     assert distance(ResampledArm(n=64), wanted[1]) < 0.02 < distance(ResampledArm(n=64), wanted[0])
 
