@@ -62,6 +62,59 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """Old argument to new path, per section of a config."""
 
+_CHAIN_OF_THOUGHT = {
+    "samples": "chain_of_thought.samples",
+    "temperature": "chain_of_thought.temperature",
+    "top_p": "chain_of_thought.top_p",
+    "max_rationale_tokens": "chain_of_thought.max_tokens",
+}
+_JUDGE_OPTIONS = {
+    "chat": "judge_options.chat",
+    "chat_template": "judge_options.chat_template",
+    "dtype": "judge_options.dtype",
+    "device": "judge_options.device",
+    "tokens_per_batch": "judge_options.scoring_batch_tokens",
+    "trust_remote_code": "judge_options.trust_remote_code",
+}
+
+RENAMED_OF_CLASS: dict[str, dict[str, str]] = {
+    "LLMLabeler": _CHAIN_OF_THOUGHT | _JUDGE_OPTIONS,
+    "ServerLabeler": _CHAIN_OF_THOUGHT,
+    "LLMScoreReward": _JUDGE_OPTIONS,
+    "RewardModelReward": {"tokens_per_batch": "scoring_batch_tokens"},
+    "LocalJudge": {old: new.replace("judge_options.", "options.") for old, new in _JUDGE_OPTIONS.items()},
+    "JudgeServer": {
+        "concurrency": "requests.concurrency",
+        "timeout": "requests.timeout",
+        "retries": "requests.retries",
+        "max_wait": "requests.max_wait",
+        "price_in": "prices.input",
+        "price_out": "prices.output",
+    },
+    "EvaluationRun": {
+        "dtype": "policy_options.dtype",
+        "device": "policy_options.device",
+        "chat_template": "policy_options.chat_template",
+        "on_long_prompt": "policy_options.on_long_prompt",
+        "trust_remote_code": "policy_options.trust_remote_code",
+        "harmless_above": "options.harmless_above",
+        "reference": "options.reference",
+        "label_attempts": "options.label_attempts",
+        "chunk": "options.chunk",
+        "seed": "options.seed",
+    },
+}
+"""Old argument to new path, per class, wherever in a config the class stands."""
+
+SWITCHES = {"LLMLabeler": "chain_of_thought", "ServerLabeler": "chain_of_thought"}
+"""Groups that version 0.1 switched on and off with ``true`` and ``false``."""
+
+CLASS_OF_ARGUMENT = {"server": "JudgeServer"}
+"""Arguments whose class a config or command line may leave out."""
+
+CLASS_OF_COMMAND = {"evaluate": "EvaluationRun"}
+"""Classes whose arguments are the settings of a command."""
+
 CLASS_PATHS = {
     "optimizer": "torch.optim.AdamW",
     "lr_scheduler": "lightning_rlhf.modules.ConstantWithWarmup",
@@ -82,14 +135,67 @@ RENAMED_CLASSES = {"SigmoidLoss": "DPOLoss"}
 _REFERENCE_RULES = ("fixed", "previous", "ema")
 
 
-def renamed_arguments(args: list[str], note: Callable[[str], None] = lambda _: None) -> list[str]:
+def renamed_arguments(
+    args: list[str],
+    note: Callable[[str], None] = lambda _: None,
+    classes: Mapping[str, str] | None = None,
+    command: str = "",
+) -> list[str]:
     """Translate command-line arguments: ``--model.learning_rate=1e-5`` becomes ``--model.optimizer.lr=1e-5``.
 
     Args:
         args: the arguments.
         note: told every translation.
+        classes: names of the classes that configs give, by path without ``init_args``, such as ``data.labeler``.
+        command: the command, where its settings are not those of a Trainer.
     """
-    return [_renamed_argument(arg, note) for arg in args]
+    renamed = args if command else [_renamed_argument(arg, note) for arg in args]
+    known = {**(classes or {}), **_classes_in(renamed)}
+    if command in CLASS_OF_COMMAND:
+        known[""] = CLASS_OF_COMMAND[command]
+    return _without_late_switches([_renamed_of_class(arg, known, note) for arg in renamed])
+
+
+def plain_path(path: str) -> str:
+    """Path of a setting without ``init_args`` and ``class_path``, as a user writes it on the command line."""
+    return ".".join(part for part in path.split(".") if part not in ("init_args", "class_path"))
+
+
+def _classes_in(args: list[str]) -> dict[str, str]:
+    """Names of classes that arguments give, by path: ``--labeler=LLMLabeler`` or ``--labeler LLMLabeler``."""
+    found: dict[str, str] = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        path, given, value = arg.partition("=")
+        name = value if given else following
+        if path.startswith("--") and re.fullmatch(r"([A-Za-z_]\w*\.)*[A-Z]\w*", name):
+            found[plain_path(path[2:])] = name.rpartition(".")[2]
+    return found
+
+
+def _renamed_of_class(arg: str, classes: Mapping[str, str], note: Callable[[str], None]) -> str:
+    found = re.fullmatch(r"--((?:\w+\.)*)(\w+)(=.*)?", arg, flags=re.DOTALL)
+    if found is None:
+        return arg
+    prefix, name, value = found[1], found[2], found[3] or ""
+    place = plain_path(prefix.rstrip("."))
+    owner = classes.get(place) or CLASS_OF_ARGUMENT.get(place.rpartition(".")[2], "")
+    if name == SWITCHES.get(owner) and value.lower() in ("=true", "=false"):
+        return f"--{prefix}{name}={'{}' if value.lower() == '=true' else 'null'}"
+    new = RENAMED_OF_CLASS.get(owner, {}).get(name)
+    if new is None:
+        return arg
+    note(f"--{prefix}{name} is --{prefix}{new} since version 0.2")
+    return f"--{prefix}{new}{value}"
+
+
+def _without_late_switches(args: list[str]) -> list[str]:
+    """Arguments without ``GROUP={}`` behind settings of the group, which it would take back."""
+    kept: list[str] = []
+    for arg in args:
+        group = arg.removesuffix("={}")
+        if group == arg or not any(earlier.startswith(f"{group}.") for earlier in kept):
+            kept.append(arg)
+    return kept
 
 
 def _renamed_argument(arg: str, note: Callable[[str], None]) -> str:
@@ -117,7 +223,7 @@ def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda
         content: the config.
         note: told every translation.
     """
-    result: dict[str, Any] = _with_renamed_classes(content)
+    result: dict[str, Any] = _with_renamed_classes(content, note)
     for section, names in RENAMED.items():
         part = result.get(section)
         if not isinstance(part, dict):
@@ -130,6 +236,23 @@ def renamed_config(content: dict[str, Any], note: Callable[[str], None] = lambda
     return result
 
 
+def renamed_settings(
+    settings: Mapping[str, Any], command: str, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Translate the settings of a command without a Trainer, from a config or from a ledger of version 0.1.
+
+    Args:
+        settings: the settings.
+        command: the command.
+        note: told every translation.
+    """
+    result: dict[str, Any] = _with_renamed_classes(dict(settings), note)
+    if "verb" in result:
+        result["command"] = result.pop("verb")
+    owner = CLASS_OF_COMMAND.get(command)
+    return result if owner is None else _renamed_of(owner, result, note)
+
+
 def renamed_class(path: str) -> str:
     """The present path of a class that version 0.1 had in another module."""
     module, _, name = path.rpartition(".")
@@ -137,15 +260,44 @@ def renamed_class(path: str) -> str:
     return f"{RENAMED_MODULES.get(module, module)}.{name}" if module else name
 
 
-def _with_renamed_classes(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: renamed_class(inner)
-            if key == "class_path" and isinstance(inner, str)
-            else _with_renamed_classes(inner)
-            for key, inner in value.items()
-        }
-    return [_with_renamed_classes(inner) for inner in value] if isinstance(value, list) else value
+def _with_renamed_classes(value: Any, note: Callable[[str], None], name: str = "") -> Any:
+    """Settings with the present names of classes, and of the arguments of classes."""
+    if isinstance(value, list):
+        return [_with_renamed_classes(inner, note) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    result = {key: _with_renamed_classes(inner, note, key) for key, inner in value.items()}
+    path = result.get("class_path")
+    if not isinstance(path, str):
+        owner = CLASS_OF_ARGUMENT.get(name)
+        return result if owner is None else _renamed_of(owner, result, note)
+    result["class_path"] = renamed_class(path)
+    arguments, owner = result.get("init_args"), result["class_path"].rpartition(".")[2]
+    if isinstance(arguments, dict) and owner in RENAMED_OF_CLASS:
+        result["init_args"] = _renamed_of(owner, arguments, note)
+    return result
+
+
+def _renamed_of(owner: str, arguments: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    """Arguments of a class of `RENAMED_OF_CLASS` by their present names."""
+    names, switch = RENAMED_OF_CLASS[owner], SWITCHES.get(owner)
+    result: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name == switch and isinstance(value, bool):
+            result[name] = {**(result.get(name) or {})} if value else None
+            continue
+        if name not in names:
+            held = result.get(name)
+            result[name] = _merged(held, value) if isinstance(held, dict) else value
+            continue
+        note(f"{owner}.{name} is {owner}.{names[name]} since version 0.2")
+        group, _, leaf = names[name].partition(".")
+        if not leaf:
+            result[group] = value
+        elif arguments.get(group) is not False:
+            # a group that is switched off has no settings
+            result[group] = {**(result.get(group) or {}), leaf: value}
+    return result
 
 
 def _renamed_fields(
@@ -182,9 +334,12 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
     """Let a constructor take the old names of its arguments, with a `DeprecationWarning`.
 
     Args:
-        section: section of `RENAMED`.
-        builders: for groups that are callables, their class with the defaults of old, e.g. a partial of AdamW.
+        section: section of `RENAMED`, or a class of `RENAMED_OF_CLASS`.
+        builders: for groups that are callables, their class with the defaults of old, e.g. a partial of AdamW; for
+            groups that may be absent, their dataclass.
     """
+
+    old_names = RENAMED[section] if section in RENAMED else RENAMED_OF_CLASS[section]
 
     def decorate(cls: Cls) -> Cls:
         init = cls.__init__  # type: ignore[misc]
@@ -193,23 +348,41 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
         @functools.wraps(init)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
             groups: dict[str, dict[str, Any]] = {}
-            for name in [n for n in kwargs if n in RENAMED[section] and n not in parameters]:
-                group, _, leaf = RENAMED[section][name].partition(".")
-                if group in parameters:
-                    groups.setdefault(group, {})[leaf] = kwargs.pop(name)
-                    warnings.warn(
-                        f"{cls.__name__}({name}=...) is {group}.{leaf} since version 0.2",
-                        DeprecationWarning,
-                        stacklevel=2,
-                    )
+            given = dict(kwargs)
+            for name in [n for n in kwargs if n in old_names and n not in parameters]:
+                group, _, leaf = old_names[name].partition(".")
+                if group not in parameters:
+                    continue
+                value = kwargs.pop(name)
+                if leaf:
+                    groups.setdefault(group, {})[leaf] = value
+                else:
+                    kwargs[group] = value
+                warnings.warn(
+                    f"{cls.__name__}({name}=...) is {old_names[name]} since version 0.2",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
             if kwargs.get("reference") in _REFERENCE_RULES and is_dataclass(parameters["reference"].default):
                 groups.setdefault("reference", {})["rule"] = kwargs.pop("reference")
+            switch = SWITCHES.get(section)
+            if (
+                switch is not None
+                and kwargs.get(switch) in (None, True, False)
+                and (switch in groups or switch in kwargs)
+            ):
+                # version 0.1 read the settings of a group only where the group was switched on
+                values = groups.pop(switch, {})
+                kwargs[switch] = builders[switch](**values) if kwargs.get(switch) else None
             for group, values in groups.items():
                 held = kwargs.get(group, parameters[group].default)
                 if is_dataclass(held) and not isinstance(held, type):
                     kwargs[group] = replace(held, **values)
                 else:
                     kwargs[group] = functools.partial(builders[group], **values)
+            # a subclass with a constructor of its own has noted the arguments of that one
+            if kwargs != given and type(self).__init__ is wrapped and hasattr(self, "note_arguments"):
+                self.note_arguments(*args, **kwargs)
             init(self, *args, **kwargs)
 
         cls.__init__ = wrapped  # type: ignore[misc]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
@@ -13,7 +15,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_rlhf.renamed import renamed_config
+from lightning_rlhf.renamed import plain_path, renamed_config, renamed_settings
 
 
 def config_names() -> list[str]:
@@ -42,6 +44,9 @@ def find_config(name: str) -> Path:
 class NamedConfig(ActionConfigFile):
     """Reads configs by name or path, and their ``defaults`` first."""
 
+    command: ClassVar[str] = ""
+    """The command that is configured, where its settings are not those of a Trainer."""
+
     def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
         """Merge one ``--config`` value into the configuration."""
         inline = "\n" in value or value.lstrip().startswith("{")
@@ -59,7 +64,10 @@ class NamedConfig(ActionConfigFile):
             raise TypeError(f"config {path} is no YAML: {error}") from None
         if not isinstance(content, dict):
             raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
-        renamed = renamed_config(content, note_once)
+        if self.command:
+            renamed = renamed_settings(content, self.command, note_once)
+        else:
+            renamed = renamed_config(content, note_once)
         changed, content = renamed != content, renamed
         bases = content.pop("defaults", None)
         if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
@@ -72,6 +80,48 @@ class NamedConfig(ActionConfigFile):
             beside = path.parent / f"{base}.yaml"
             self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
         super().__call__(parser, cfg, yaml.safe_dump(content), option)  # type: ignore[no-untyped-call]
+
+
+def config_of(command: str) -> type[NamedConfig]:
+    """The action that reads configs of a command without a Trainer."""
+    return type("NamedConfig", (NamedConfig,), {"command": command})
+
+
+def classes_in_configs(args: Sequence[str]) -> dict[str, str]:
+    """Names of the classes that the configs of a command line give, by path without ``init_args``.
+
+    A config that cannot be read is left to the parser, whose message is better.
+
+    Args:
+        args: the command line.
+    """
+    found: dict[str, str] = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, given, value = arg.partition("=")
+        if option in ("--config", "-c"):
+            with suppress(TypeError, OSError, yaml.YAMLError, ValueError, RecursionError):
+                _collect_classes_of_file(find_config(value if given else following), found, ())
+    return found
+
+
+def _collect_classes_of_file(path: Path, found: dict[str, str], above: tuple[Path, ...]) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or path in above:
+        return
+    for base in content.get("defaults") or ():
+        beside = path.parent / f"{base}.yaml"
+        _collect_classes_of_file(beside if beside.is_file() else find_config(base), found, (*above, path))
+    _collect_classes(content, "", found)
+
+
+def _collect_classes(content: object, place: str, found: dict[str, str]) -> None:
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key == "class_path" and isinstance(value, str):
+            found[plain_path(place)] = value.rpartition(".")[2]
+        else:
+            _collect_classes(value, f"{place}.{key}" if place else str(key), found)
 
 
 @cache

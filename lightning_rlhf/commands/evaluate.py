@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.commands.label import LabelRun, progress_bar, update
 from lightning_rlhf.evaluation.answers import (
+    DEFAULT_POLICY_OPTIONS,
     RECORDED,
-    Answerer,
+    PolicyOptions,
+    ResponseGenerator,
     RowLog,
     from_row,
     identified,
@@ -43,6 +45,7 @@ from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.base import AbstractReward, checked_score
 from lightning_rlhf.runtime.fingerprint import FREE_OF_SERVERS, described
 from lightning_rlhf.samplers.base import AbstractPairSampler
@@ -50,10 +53,38 @@ from lightning_rlhf.samplers.draws import coin
 from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, Response
 
 
-Side = Literal["A", "B"]
 DECODING = Decoding()
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Further metrics of an evaluation, and how labels and scores are asked for.
+
+    Args:
+        harmless_above: also report the share of answers that score above this, as the harmless rate; 0 for scores in
+            [-1, 1].
+        reference: a policy with A's vocabulary; the report then holds KL(A || reference) on A's answers.
+        label_attempts: times that a pair is shown to the labeler until it is given up, >= 1; a later call may raise it.
+        chunk: answers that are given to labeler or reward at once, >= 1.
+        seed: seed of the responses, of the order in which answers are shown, and of the labeler.
+    """
+
+    harmless_above: float | None = None
+    reference: str | None = None
+    label_attempts: int = 1
+    chunk: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("label_attempts", self.label_attempts), ("chunk", self.chunk)):
+            if value < 1:
+                raise ValueError(f"options.{name} must be at least 1; got {value}")
+
+
+DEFAULT_OPTIONS = EvaluationOptions()
+
+
+@accepts_old_names("EvaluationRun")
 class EvaluationRun:
     """Lets one or two policies answer held-out prompts, has the answers compared and scored, and reports.
 
@@ -68,20 +99,11 @@ class EvaluationRun:
         b: what it is compared with, given likewise; nothing when not given.
         labeler: who says which answer is better; needs ``b``, ``pairs`` or both.
         reward: scores each answer alone.
-        harmless_above: also report the share of answers that score above this, as the harmless rate; 0 for scores in
-            [-1, 1].
         pairs: preference rows on which the labeler's agreement with people is measured.
-        reference: a policy with A's vocabulary; the report then tells KL(A || reference) on A's answers.
         run_dir: folder for answers, verdicts and the report.
         decoding: length, temperature and batch of decoding.
-        label_attempts: times that a pair is shown to the labeler until it is given up, >= 1; a later call may raise it.
-        chunk: answers that are given to labeler or reward at once, >= 1.
-        dtype: floating-point type of the policies: ``float32``, ``bfloat16`` or ``float16``.
-        device: where the policies run: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
-        on_long_prompt: ``error`` stops, ``truncate`` keeps the end of the prompt.
-        trust_remote_code: run code that comes with a checkpoint.
-        seed: decides draws, which answer is shown first, and what the labeler draws.
+        policy_options: how the policies are loaded and prompted.
+        options: further metrics, attempts per label, chunks and the seed.
     """
 
     def __init__(
@@ -91,23 +113,12 @@ class EvaluationRun:
         b: str | None = None,
         labeler: AbstractLabeler | None = None,
         reward: AbstractReward | None = None,
-        harmless_above: float | None = None,
         pairs: AbstractPromptSource | None = None,
-        reference: str | None = None,
         run_dir: str = "runs/evaluate",
         decoding: Decoding = DECODING,
-        label_attempts: int = 1,
-        chunk: int = 64,
-        dtype: str = "float32",
-        device: str | None = None,
-        chat_template: str | None = None,
-        on_long_prompt: Literal["error", "truncate"] = "error",
-        trust_remote_code: bool = False,
-        seed: int = 0,
+        policy_options: PolicyOptions = DEFAULT_POLICY_OPTIONS,
+        options: EvaluationOptions = DEFAULT_OPTIONS,
     ) -> None:
-        for name, value in (("label_attempts", label_attempts), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
         if labeler is None and reward is None:
             raise ValueError("nothing to measure: give a labeler (with b or pairs), a reward, or both")
         if labeler is not None and b is None and pairs is None:
@@ -116,29 +127,21 @@ class EvaluationRun:
             )
         if labeler is None and pairs is not None:
             raise ValueError("pairs are there to measure a labeler, and none is given: set labeler")
-        if harmless_above is not None and reward is None:
+        if options.harmless_above is not None and reward is None:
             raise ValueError("the harmless rate is a share of scores: set reward")
+        reference = options.reference
         if reference is not None and (a in RECORDED or is_file_of_answers(a)):
             raise ValueError(f"reference: KL needs a model, and a={a!r} are recorded answers; drop it")
         if reference is not None and (decoding.temperature != 1.0 or decoding.top_p != 1.0):
             raise ValueError(
-                f"reference: the KL is that of the policy itself, and answers drawn with decoding.temperature="
-                f"{decoding.temperature}, top_p={decoding.top_p} are another law's; set both to 1, or drop reference"
+                f"reference: the KL is that of the policy itself, and answers sampled with decoding.temperature="
+                f"{decoding.temperature}, top_p={decoding.top_p} follow another distribution; set both to 1, or drop "
+                f"reference"
             )
-        self.reference = reference
         self.source, self.names = prompts, {"A": a} if b is None else {"A": a, "B": b}
-        self.labeler, self.reward, self.harmless_above, self.pairs = labeler, reward, harmless_above, pairs
-        self.run_dir, self.label_attempts, self.chunk, self.seed = Path(run_dir), label_attempts, chunk, seed
-        self.key = Key((seed,))
-        self._answerer = {
-            "decoding": decoding,
-            "dtype": dtype,
-            "device": device,
-            "chat_template": chat_template,
-            "on_long_prompt": on_long_prompt,
-            "trust_remote_code": trust_remote_code,
-        }
-        self.decoding = decoding
+        self.labeler, self.reward, self.pairs, self.run_dir = labeler, reward, pairs, Path(run_dir)
+        self.decoding, self.policy_options, self.options = decoding, policy_options, options
+        self.key = Key((options.seed,))
 
     def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Do what is not done yet, write the report, print a summary, and return the report.
@@ -154,13 +157,7 @@ class EvaluationRun:
         # open all the while: two processes must not answer into one folder
         with PreferenceStore(self.run_dir / "ledger.sqlite") as store:
             policies = {side.lower(): identity(name) for side, name in self.names.items()}
-            # what answers are drawn with, but for how many at once
-            drawn = {k: v for k, v in vars(self.decoding).items() if k not in ("rows", "compile")}
-            mine = {"verb": "evaluate", "seed": self.seed, "policies": policies, "drawn": drawn}
-            objects = {"labeler": self.labeler, "reward": self.reward}
-            given = described(objects) if settings is None else settings
-            others = {k: v for k, v in given.items() if k not in ("a", "b", "decoding", "harmless_above")}
-            now = {**mine, "prompts_digest": Key(_bytes(prompts)).seed(), **identified(others)}
+            now = self._fingerprint(settings, policies, prompts)
             # the prompts count by their digest; the pairs have a ledger of their own
             check_same_settings(store, now, {"prompts", "pairs", *FREE_OF_SERVERS})
             answers = {side: self._answers(side, rows) for side in self.names}
@@ -171,7 +168,7 @@ class EvaluationRun:
                 "prompts": len(prompts),
                 "answers": {side: answer_figures(found) for side, found in answers.items()},
                 **(comparison_report(store, verdicts) if verdicts else {}),
-                **score_report(scores, answers, self.harmless_above),
+                **score_report(scores, answers, self.options.harmless_above),
                 **self._divergence(),
             }
             self._write_rows(prompts, answers, scores, verdicts)
@@ -180,7 +177,27 @@ class EvaluationRun:
         self._write_report(report, settings or {})
         return report
 
-    # ---- what has to be bought -------------------------------------------------------------------------------------
+    def _fingerprint(
+        self, settings: Mapping[str, object] | None, policies: Mapping[str, str], prompts: Sequence[Prompt]
+    ) -> dict[str, object]:
+        """Settings that a continued run must share with the run folder."""
+        # how many responses are decoded at once changes none of them
+        drawn = {k: v for k, v in vars(self.decoding).items() if k not in ("rows", "compile")}
+        given = described({"labeler": self.labeler, "reward": self.reward}) if settings is None else settings
+        others = {k: v for k, v in given.items() if k not in ("a", "b", "decoding", "options")}
+        group = given.get("options")
+        # where the line of the harmless rate lies changes no answer and no score
+        options = {k: v for k, v in group.items() if k != "harmless_above"} if isinstance(group, Mapping) else {}
+        return {
+            "command": "evaluate",
+            "policies": policies,
+            "drawn": drawn,
+            "prompts_digest": Key(_seeds(prompts)).seed(),
+            **identified(others),
+            "options": identified({**options, "seed": self.options.seed}),
+        }
+
+    # ---- answers, scores and verdicts ------------------------------------------------------------------------------
 
     def _answers(self, side: str, rows: Sequence[PromptRow]) -> list[Response]:
         """Answers of a policy to all prompts, from the run folder as far as they are there."""
@@ -189,14 +206,16 @@ class EvaluationRun:
             return recorded_answers(name, rows, side)
         log = RowLog(self.run_dir / f"answers_{side.lower()}.jsonl")
         key = self.key.fold(Stream.ANSWERS, int(side == "B"))
-        reference = self.reference if side == "A" else None
-        Answerer(key=key, reference=reference, **self._answerer).complete(name, rows, log, progress_bar)  # type: ignore[arg-type]
+        # the KL is reported of A alone
+        reference = self.options.reference if side == "A" else None
+        generator = ResponseGenerator(self.decoding, key, self.policy_options, reference)
+        generator.complete(name, rows, log, progress_bar)
         held = log.read()
         return [from_row(held[index], side) for index in range(len(rows))]
 
     def _divergence(self) -> dict[str, Any]:
         """KL of A from the reference, nats per answer: the mean log-ratio of A's answers (k1)."""
-        if self.reference is None:
+        if self.options.reference is None:
             return {}
         rows = RowLog(self.run_dir / "answers_a.jsonl").read().values()
         return {"kl": _mean([row["log_ratio"] for row in rows])}
@@ -208,7 +227,7 @@ class EvaluationRun:
         held = log.read()
         missing = [index for index in range(len(prompts)) if index not in held]
         with progress_bar(f"{side}: scoring", len(missing)) as bar, torch.inference_mode():
-            for part in in_chunks(missing, self.chunk):
+            for part in in_chunks(missing, self.options.chunk):
                 values = checked_score(self.reward, [prompts[i] for i in part], [answers[i] for i in part])
                 log.append([{"index": i, "score": v} for i, v in zip(part, values.tolist(), strict=True)])
                 bar.update(len(part))
@@ -225,11 +244,11 @@ class EvaluationRun:
             AnswerPairs(answers["A"], answers["B"]),
             self.labeler,
             self.key,
-            label_attempts=self.label_attempts,
+            label_attempts=self.options.label_attempts,
             progress=progress_bar,
         )
         collector.sample(0, prompts, None, chunk=1024)
-        collector.label(0, self.chunk)
+        collector.label(0, self.options.chunk)
         return [(c, label or store.history(id_)[-1]) for id_, c, label in store.comparisons(0)]
 
     def _alignment(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,13 +258,13 @@ class EvaluationRun:
             self.pairs,
             self.labeler,
             run_dir=str(self.run_dir / "alignment"),
-            label_attempts=self.label_attempts,
-            chunk=self.chunk,
-            seed=self.seed,
+            label_attempts=self.options.label_attempts,
+            chunk=self.options.chunk,
+            seed=self.options.seed,
         )
         return run.run({name: settings[name] for name in ("pairs", "labeler") if name in settings} or None)
 
-    # ---- what is left behind ---------------------------------------------------------------------------------------
+    # ---- files of the run folder -----------------------------------------------------------------------------------
 
     def _write_rows(
         self,
@@ -463,8 +482,8 @@ def evaluation_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _bytes(prompts: Sequence[Prompt]) -> tuple[int, ...]:
-    """What tells one list of prompts from another."""
+def _seeds(prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """A number per prompt, which tells one list of prompts from another."""
     return tuple(Key(prompt.ids).seed() for prompt in prompts)
 
 

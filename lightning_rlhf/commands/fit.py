@@ -34,7 +34,7 @@ import lightning_rlhf.rewards
 import lightning_rlhf.samplers
 import lightning_rlhf.worlds  # noqa: F401  imported so that short class names are found
 from lightning_rlhf.callbacks import ProgressBar
-from lightning_rlhf.commands.config_files import NamedConfig, config_names, note_once
+from lightning_rlhf.commands.config_files import NamedConfig, classes_in_configs, config_names, note_once
 from lightning_rlhf.commands.export import export_comparisons
 from lightning_rlhf.commands.settings import _plain, fingerprint
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
@@ -154,7 +154,8 @@ class RLHFCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with old names of arguments; report a failed interpolation as an error of the command line."""
         if args is None or isinstance(args, list):
-            args = renamed_arguments(sys.argv[1:] if args is None else args, note_once)
+            args = sys.argv[1:] if args is None else args
+            args = renamed_arguments(args, note_once, classes_in_configs(args))
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:

@@ -89,7 +89,7 @@ class LabelRun:
             check_target(str(self.ledger), self.out)  # before anything is paid for
         prompts = self._load()
         with PreferenceStore(self.ledger) as store:
-            decisive = {"verb": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
+            decisive = {"command": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
             objects = {"labeler": described(self.labeler)} if settings is None else settings
             check_same_settings(store, {**decisive, **objects}, {"pairs", *FREE_OF_SERVERS})
             check_same_pairs(store, prompts)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -92,37 +92,48 @@ def from_row(row: dict[str, Any], source: str) -> Response:
     return replace(text_response(row["response"], source), finish_reason=finish)
 
 
-class Answerer:
-    """Lets policies answer, by the engine of this library.
+@dataclass(frozen=True)
+class PolicyOptions:
+    """How the policies of an evaluation are loaded and prompted.
 
     Args:
-        decoding: limits, temperature and nucleus.
-        key: key of the policy's answers; the number of the prompt is folded in.
-        dtype: floating-point type of the weights.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        chat_template: Jinja chat template, a file with one, or a name in ``CHAT_TEMPLATES``.
+        dtype: data type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: where the policies run: ``cpu``, ``cuda``; default: a GPU if there is one.
+        chat_template: Jinja chat template, a file with one, or ``human_assistant``; default: the tokenizer's own.
         on_long_prompt: ``error`` stops, ``truncate`` keeps the end of the prompt.
-        trust_remote_code: run code that comes with the checkpoint.
-        reference: policy whose log-probabilities of the answers are noted too; it must have the same vocabulary.
+        trust_remote_code: run code that comes with a checkpoint.
+    """
+
+    dtype: str = "float32"
+    device: str | None = None
+    chat_template: str | None = None
+    on_long_prompt: Literal["error", "truncate"] = "error"
+    trust_remote_code: bool = False
+
+
+DEFAULT_POLICY_OPTIONS = PolicyOptions()
+
+
+class ResponseGenerator:
+    """Generates the responses of policies with the engine of this library.
+
+    Args:
+        decoding: length limit, temperature and top-p.
+        key: key of the policy's random numbers; the index of the prompt is folded in.
+        options: how the policies are loaded and prompted.
+        reference: policy whose log-probabilities of the responses are noted too; it must have the same vocabulary.
     """
 
     def __init__(
         self,
         decoding: Decoding,
         key: Key,
-        *,
-        dtype: str = "float32",
-        device: str | None = None,
-        chat_template: str | None = None,
-        on_long_prompt: Literal["error", "truncate"] = "error",
-        trust_remote_code: bool = False,
+        options: PolicyOptions = DEFAULT_POLICY_OPTIONS,
         reference: str | None = None,
     ) -> None:
-        self.decoding, self.key, self.dtype, self.reference = decoding, key, dtype, reference
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.chat_template = CHAT_TEMPLATES.get(chat_template or "", chat_template)
-        self.on_long_prompt: Literal["error", "truncate"] = on_long_prompt
-        self.trust_remote_code = trust_remote_code
+        self.decoding, self.key, self.options, self.reference = decoding, key, options, reference
+        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.chat_template = CHAT_TEMPLATES.get(options.chat_template or "", options.chat_template)
 
     def complete(
         self,
@@ -146,16 +157,16 @@ class Answerer:
         missing = [index for index in range(len(rows)) if index not in held]
         if not missing:
             return
-        tokenizer = load_tokenizer(checkpoint, self.chat_template, self.trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint, self.chat_template, self.options.trust_remote_code)
         # rows are checked before the model is loaded
-        source = resolve_checkpoint(checkpoint, trust_remote_code=self.trust_remote_code)
-        window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.trust_remote_code))
+        source = resolve_checkpoint(checkpoint, trust_remote_code=self.options.trust_remote_code)
+        window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.options.trust_remote_code))
         prompts, _ = tokenize_rows(
             [replace(row, pair=None, answers=(), finish_reasons=()) for row in rows],
             tokenizer,
             max_prompt_tokens=1_000_000 if window is None else window - self.decoding.max_new_tokens,
             max_response_tokens=self.decoding.max_new_tokens,
-            on_long_prompt=self.on_long_prompt,
+            on_long_prompt=self.options.on_long_prompt,
         )
         model = self._load(checkpoint)
         engine = DecodeEngine(
@@ -174,7 +185,7 @@ class Answerer:
                 bar.update(len(part))
 
     def _load(self, checkpoint: str) -> PreTrainedModel:
-        loaded = load_policy(checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        loaded = load_policy(checkpoint, dtype=self.options.dtype, trust_remote_code=self.options.trust_remote_code)
         # the engine puts it into eval mode
         model = cast(PreTrainedModel, loaded).requires_grad_(False)
         model.to(torch.device(self.device))  # type: ignore[arg-type]

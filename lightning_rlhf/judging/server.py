@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from lightning_rlhf.judging.options import DEFAULT_PRICES, DEFAULT_REQUESTS, Prices, RequestOptions
 from lightning_rlhf.judging.prompts import JudgePrompt
 from lightning_rlhf.judging.replies import (
     Completion,
@@ -36,6 +37,7 @@ from lightning_rlhf.judging.replies import (
 )
 from lightning_rlhf.models.cache import cache_folder
 from lightning_rlhf.models.reference_cache import LogpsFile
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.types import LabelStatus
 
 
@@ -116,6 +118,7 @@ class _Answer:
     completion: Completion
 
 
+@accepts_old_names("JudgeServer")
 class JudgeServer:
     """An OpenAI-compatible endpoint that judges, through the chat completions with log-probabilities.
 
@@ -143,12 +146,8 @@ class JudgeServer:
         assistant_prefill: let the ending begin the answer, for servers that go on with a trailing turn of the assistant
             (llama.cpp, vLLM, SGLang); by default it stands at the end of the user's turn.
         top_logprobs: most probable tokens that are listed per place, >= 2; OpenAI gives 20 at most, some hosts 5.
-        concurrency: requests at the same time, >= 1.
-        timeout: seconds for one try, > 0.
-        retries: further tries of a request that failed, >= 0.
-        max_wait: longest wait between two tries in seconds, >= 0.
-        price_in: price of a million tokens of prompts, >= 0.
-        price_out: price of a million generated tokens, >= 0.
+        requests: how many requests are sent at once, and how they are retried.
+        prices: prices of prompt tokens and generated tokens.
         extra: further fields of every request, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``.
         journal: SQLite file of the replies; ``judge_calls.sqlite`` in the cache folder when not given.
 
@@ -164,28 +163,19 @@ class JudgeServer:
         api_key_env: str | None = None,
         assistant_prefill: bool = False,
         top_logprobs: int = 20,
-        concurrency: int = 16,
-        timeout: float = 60.0,
-        retries: int = 5,
-        max_wait: float = 60.0,
-        price_in: float = 0.0,
-        price_out: float = 0.0,
+        requests: RequestOptions = DEFAULT_REQUESTS,
+        prices: Prices = DEFAULT_PRICES,
         extra: dict[str, Any] | None = None,
         journal: str | None = None,
     ) -> None:
-        if top_logprobs < 2 or concurrency < 1 or retries < 0 or not timeout > 0 or not max_wait >= 0:
-            raise ValueError(
-                f"top_logprobs must be >= 2, concurrency >= 1, retries and max_wait >= 0, timeout > 0; got "
-                f"{top_logprobs}, {concurrency}, {retries}, {max_wait}, {timeout}"
-            )
-        if not price_in >= 0 or not price_out >= 0:
-            raise ValueError(f"prices are per million tokens and >= 0; got {price_in} and {price_out}")
+        # with one token listed, the second label could never be read
+        if top_logprobs < 2:
+            raise ValueError(f"top_logprobs must be >= 2; got {top_logprobs}")
         _check_address(base_url)
         _import_openai()
         self.base_url, self.model, self.api_key_env = base_url.rstrip("/"), model, api_key_env
         self.assistant_prefill, self.top_logprobs = assistant_prefill, top_logprobs
-        self.concurrency, self.timeout, self.retries, self.max_wait = concurrency, timeout, retries, max_wait
-        self.price_in, self.price_out = price_in, price_out
+        self.requests, self.prices = requests, prices
         self.extra = dict(extra or {})
         self.journal = Path(journal).expanduser() if journal else cache_folder() / "judge_calls.sqlite"
         self._key()  # a variable that is not set is better known before a policy is trained
@@ -215,9 +205,9 @@ class JudgeServer:
             LogpsFile(self.journal).put({b"": b"judge calls"})  # before any reply is paid for
             return _run(self._ask(chains))
 
-    def prices(self, usage: Usage) -> dict[str, float]:
-        """Price of each reply by its name, in the unit of ``price_in`` and ``price_out``."""
-        return {name: self._price(*tokens) for name, tokens in usage.replies.items()}
+    def costs(self, usage: Usage) -> dict[str, float]:
+        """Cost of each reply by its name, in the unit of ``prices``."""
+        return {name: self._cost(*tokens) for name, tokens in usage.replies.items()}
 
     def report(self) -> dict[str, float]:
         """What this process asked for so far.
@@ -231,13 +221,13 @@ class JudgeServer:
             "from_journal": float(self._from_journal),
             "tokens_in": float(self._tokens_in),
             "tokens_out": float(self._tokens_out),
-            "cost": self._price(self._tokens_in, self._tokens_out),
+            "cost": self._cost(self._tokens_in, self._tokens_out),
             "in_flight": self._busy / self._wall if self._wall else 0.0,
             "most_in_flight": float(self._most_in_flight),
         }
 
-    def _price(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+    def _cost(self, tokens_in: int, tokens_out: int) -> float:
+        return (tokens_in * self.prices.input + tokens_out * self.prices.output) / 1e6
 
     async def _ask(self, chains: Sequence[Callable[[Session], Awaitable[T]]]) -> list[T]:
         start, busy = time.perf_counter(), self._busy
@@ -267,7 +257,7 @@ class JudgeServer:
             base_url=self.base_url,
             api_key=self._key() or "none",
             max_retries=0,
-            timeout=self.timeout,
+            timeout=self.requests.timeout,
         )
 
     def _key(self) -> str:
@@ -305,7 +295,7 @@ class Session:
 
     def __init__(self, server: JudgeServer, client: Any) -> None:
         self.server, self._client = server, client
-        self._places = asyncio.Semaphore(server.concurrency)
+        self._places = asyncio.Semaphore(server.requests.concurrency)
         self._journal = LogpsFile(server.journal)
         self._asked: dict[bytes, asyncio.Task[tuple[Completion, Usage]]] = {}
         self._in_flight = 0
@@ -422,8 +412,8 @@ class Session:
                 return result
             if result.fatal:
                 raise ServerError(f"judge {self.server.model!r} at {self.server.base_url}: {result.message}")
-            wait = backoff(attempt, random.random(), self.server.max_wait, result.retry_after)
-            if not result.again or wait is None or attempt == self.server.retries:
+            wait = backoff(attempt, random.random(), self.server.requests.max_wait, result.retry_after)
+            if not result.again or wait is None or attempt == self.server.requests.retries:
                 raise UnansweredError(result.status, result.message)
             await asyncio.sleep(wait)
             attempt += 1
@@ -438,13 +428,13 @@ class Session:
         known = {"model": request["model"], "messages": request["messages"]}
         others = {field: value for field, value in request.items() if field not in known}
         try:
-            async with asyncio.timeout(server.timeout):
+            async with asyncio.timeout(server.requests.timeout):
                 raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
             content: bytes = raw.http_response.content
             # JSON is UTF-8, whatever the header says
             body = server._without_key(content.decode(json.detect_encoding(content), "replace"))
         except (TimeoutError, openai.APITimeoutError):
-            return Fault("timeout", f"no answer within {server.timeout:g} s", again=True)
+            return Fault("timeout", f"no answer within {server.requests.timeout:g} s", again=True)
         except openai.APIStatusError as error:
             message = server._without_key(str(error.message))[:300]
             known_to_work = server.gives_logprobs if request.get("logprobs") else server.met
@@ -470,7 +460,7 @@ class Session:
         return _Answer(body, completion)
 
     def _count(self, completion: Completion) -> None:
-        if completion.tokens_in is None and (self.server.price_in or self.server.price_out):
+        if completion.tokens_in is None and (self.server.prices.input or self.server.prices.output):
             warnings.warn(
                 f"{self.server.base_url} does not say how many tokens a request took: costs are not counted",
                 stacklevel=2,
@@ -616,7 +606,7 @@ def _nothing_said(completion: Completion, usage: Usage) -> UnansweredError:
             "truncated",
             "the judge had used up its tokens before it answered"
             + (", by thinking" if completion.reasoning.strip() else "")
-            + ": raise max_rationale_tokens, or switch its thinking off, e.g. by server.extra="
+            + ": raise chain_of_thought.max_tokens, or switch its thinking off, e.g. by server.extra="
             "{chat_template_kwargs: {enable_thinking: false}}",
             usage,
         )

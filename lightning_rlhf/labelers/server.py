@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_rlhf.judging.options import ChainOfThought
 from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
 from lightning_rlhf.judging.replies import Reading
 from lightning_rlhf.judging.server import JudgeServer, Session, UnansweredError, Usage
@@ -16,6 +17,7 @@ from lightning_rlhf.labelers.base import cost_parts
 from lightning_rlhf.labelers.judge import AbstractJudgeLabeler, both_orders
 from lightning_rlhf.labelers.reward import comparison_key
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.types import Comparison, Label, LabelStatus
 
 
@@ -30,6 +32,7 @@ class _Judgement:
     fault: str = ""
 
 
+@accepts_old_names("ServerLabeler", chain_of_thought=ChainOfThought)
 class ServerLabeler(AbstractJudgeLabeler):
     """A judge on a server reads both responses, in both orders; the likelihood of its answers says which is better.
 
@@ -58,12 +61,7 @@ class ServerLabeler(AbstractJudgeLabeler):
         task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
         style: ``base`` says what to do, ``detailed`` also what to look at.
         shots: judged examples in the prompt, from those of the task, >= 0.
-        chain_of_thought: let the judge write a rationale before it answers.
-        samples: rationales per order, whose verdicts are averaged (self-consistency); >= 1, and 1 without a chain of
-            thought.
-        temperature: of the rationales; 0 takes the most probable token at each step.
-        top_p: nucleus of the rationales, in (0, 1].
-        max_rationale_tokens: longest rationale in tokens, >= 1.
+        chain_of_thought: let the judge write rationales before it answers; default: none.
         min_mass: label mass below which there is no verdict, in [0, 1).
         max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
         max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; unlimited when not
@@ -80,26 +78,18 @@ class ServerLabeler(AbstractJudgeLabeler):
         task: str = "helpful",
         style: Style = "base",
         shots: int = 0,
-        chain_of_thought: bool = False,
-        samples: int = 1,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        max_rationale_tokens: int = 512,
+        chain_of_thought: ChainOfThought | None = None,
         min_mass: float = 0.05,
         max_candidate_chars: int = 8000,
         max_prompt_chars: int | None = None,
     ) -> None:
         super().__init__(
-            task,
-            style,
-            shots,
-            chain_of_thought,
-            samples,
-            temperature,
-            top_p,
-            max_rationale_tokens,
-            min_mass,
-            max_candidate_chars,
+            task=task,
+            style=style,
+            shots=shots,
+            chain_of_thought=chain_of_thought,
+            min_mass=min_mass,
+            max_candidate_chars=max_candidate_chars,
         )
         if max_prompt_chars is not None and max_prompt_chars < 1:
             raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
@@ -119,10 +109,10 @@ class ServerLabeler(AbstractJudgeLabeler):
             asked.append(place)
             own = comparison_key(key, comparison)
             for order, shown in enumerate(both_orders(sample)):
-                for number in range(self.samples):
+                for number in range(self.num_rationales):
                     chains.append(functools.partial(self._judge, shown, own.fold(order, number)))
         judged = self.server.ask(chains)
-        per_pair = 2 * self.samples
+        per_pair = 2 * self.num_rationales
         too_long = Label(None, "truncated", 0.0, {"fault": "the responses alone are longer than max_prompt_chars"})
         labels = [too_long] * len(comparisons)
         for number, place in enumerate(asked):
@@ -132,12 +122,12 @@ class ServerLabeler(AbstractJudgeLabeler):
     async def _judge(self, sample: Sample, key: Key, session: Session) -> _Judgement:
         usage, rationale = Usage(), None
         try:
-            if self.chain_of_thought:
+            if self.chain_of_thought is not None:
                 rationale, usage = await session.write(
                     self.prompt(sample),
-                    max_tokens=self.max_rationale_tokens,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
+                    max_tokens=self.chain_of_thought.max_tokens,
+                    temperature=self.chain_of_thought.temperature,
+                    top_p=self.chain_of_thought.top_p,
                     seed=key.seed(),
                 )
             reading, used = await session.read(self.prompt(sample, rationale), self.task.asked_for_pairs().labels)
@@ -154,7 +144,7 @@ class ServerLabeler(AbstractJudgeLabeler):
     def _label(self, judged: Sequence[_Judgement]) -> Label:
         """Label of a comparison, from the judgements with a first and then those with b first."""
         usage = sum((each.usage for each in judged), Usage())
-        prices = self.server.prices(usage)
+        prices = self.server.costs(usage)
         cost = sum(prices.values())
         meta: dict[str, float | int | str] = {
             "tokens_in": usage.tokens_in,
@@ -162,14 +152,15 @@ class ServerLabeler(AbstractJudgeLabeler):
             "requests": usage.requests,
             **cost_parts(prices),
         }
-        if self.chain_of_thought:
-            meta |= {"rationale_forward": judged[0].rationale, "rationale_reverse": judged[self.samples].rationale}
+        if self.chain_of_thought is not None:
+            first_reverse = judged[self.num_rationales]
+            meta |= {"rationale_forward": judged[0].rationale, "rationale_reverse": first_reverse.rationale}
         for each in judged:
             if each.status != "ok":
                 return Label(None, each.status, cost, meta | {"fault": each.fault})
         readings = [each.reading for each in judged if each.reading is not None]
-        masses = torch.tensor([reading.mass for reading in readings]).view(2, self.samples)
-        logps = torch.stack([reading.logps for reading in readings]).view(2, self.samples, 2)
+        masses = torch.tensor([reading.mass for reading in readings]).view(2, self.num_rationales)
+        logps = torch.stack([reading.logps for reading in readings]).view(2, self.num_rationales, 2)
         probability, figures = self.verdict(logps, masses)
         meta |= figures
         if probability is None:

@@ -28,7 +28,13 @@ class AbstractScoreReward(AbstractReward):
     """
 
     def __init__(
-        self, task: str, question: Literal["score", "check"], style: Style, min_mass: float, max_candidate_chars: int
+        self,
+        *,
+        task: str,
+        question: Literal["score", "check"],
+        style: Style,
+        min_mass: float,
+        max_candidate_chars: int,
     ) -> None:
         if not 0 <= min_mass < 1 or max_candidate_chars < 1:
             raise ValueError(

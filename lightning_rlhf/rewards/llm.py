@@ -9,14 +9,17 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_rlhf.judging.local import LocalJudge
+from lightning_rlhf.judging.options import DEFAULT_JUDGE_OPTIONS, JudgeOptions
 from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
 from lightning_rlhf.judging.task import Style
 from lightning_rlhf.judging.verdicts import label_mass
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.base import RewardOutput
 from lightning_rlhf.rewards.judge import AbstractScoreReward
 from lightning_rlhf.types import Prompt, Response
 
 
+@accepts_old_names("LLMScoreReward")
 class LLMScoreReward(AbstractScoreReward):
     """The expected score that a causal LM gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
 
@@ -35,12 +38,7 @@ class LLMScoreReward(AbstractScoreReward):
         min_mass: mean probability of the scores below which the judge is taken not to understand the question, in
             [0, 1): an error at the first call, a warning later.
         max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
-        chat: whether the prompt is a user's turn in the chat template; by default where the tokenizer has a template.
-        chat_template: Jinja chat template, or a file with one; replaces the judge's own.
-        dtype: floating-point type of the judge: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        tokens_per_batch: tokens of one forward pass at most.
-        trust_remote_code: run code that comes with the judge's checkpoint.
+        judge_options: how the judge is loaded, prompted and run.
 
     Raises:
         FileNotFoundError: if there is no such judge or task.
@@ -55,23 +53,12 @@ class LLMScoreReward(AbstractScoreReward):
         style: Style = "base",
         min_mass: float = 0.05,
         max_candidate_chars: int = 8000,
-        chat: bool | None = None,
-        chat_template: str | None = None,
-        dtype: str = "float32",
-        device: str | None = None,
-        tokens_per_batch: int = 8192,
-        trust_remote_code: bool = False,
+        judge_options: JudgeOptions = DEFAULT_JUDGE_OPTIONS,
     ) -> None:
-        super().__init__(task, question, style, min_mass, max_candidate_chars)
-        self.judge = LocalJudge(
-            judge,
-            chat=chat,
-            chat_template=chat_template,
-            dtype=dtype,
-            device=device,
-            tokens_per_batch=tokens_per_batch,
-            trust_remote_code=trust_remote_code,
+        super().__init__(
+            task=task, question=question, style=style, min_mass=min_mass, max_candidate_chars=max_candidate_chars
         )
+        self.judge = LocalJudge(judge, judge_options)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B].

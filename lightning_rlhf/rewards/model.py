@@ -22,11 +22,13 @@ from lightning_rlhf.prompts.tokenize import (
     leading_special_ids,
     truncate_left,
 )
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.rewards.combine import CombineRule, check_rule, combine, disagreement, standardised
 from lightning_rlhf.types import Prompt, Response
 
 
+@accepts_old_names("RewardModelReward")
 class RewardModelReward(AbstractReward):
     """The reward of a reward model: what `RewardModule` saved, or any classifier of transformers with ``num_labels=1``.
 
@@ -44,7 +46,7 @@ class RewardModelReward(AbstractReward):
         combine: what an ensemble's reward is: ``mean``, ``lcb`` (mean less ``coefficient`` standard deviations),
             ``uwo`` (less ``coefficient`` variances), ``wco`` (the lowest).
         coefficient: how much disagreement costs, in units of a member's own deviation, >= 0.
-        tokens_per_batch: tokens of one forward pass.
+        scoring_batch_tokens: tokens per forward pass.
         dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
         device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
         chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
@@ -65,7 +67,7 @@ class RewardModelReward(AbstractReward):
         normalize: bool = False,
         combine: CombineRule = "mean",
         coefficient: float = 1.0,
-        tokens_per_batch: int = 4096,
+        scoring_batch_tokens: int = 4096,
         dtype: str = "float32",
         device: str | None = None,
         chat_template: str | None = None,
@@ -76,7 +78,7 @@ class RewardModelReward(AbstractReward):
             raise ValueError(f"reading must be 'auto', 'template' or 'end_of_sequence'; got {reading!r}")
         self.reading: Literal["auto", "template", "end_of_sequence"] = reading
         check_rule(combine, coefficient)
-        self.path, self.normalize, self.tokens_per_batch = path, normalize, tokens_per_batch
+        self.path, self.normalize, self.scoring_batch_tokens = path, normalize, scoring_batch_tokens
         self.combine: CombineRule = combine
         self.coefficient = coefficient
         self.dtype, self.chat_template = dtype, chat_template
@@ -114,7 +116,7 @@ class RewardModelReward(AbstractReward):
                     pairs[index] = truncate_left(prompt, length, tokenizer.bos_token_id, leading), answer
         groups = [(ids, [answer for _, answer in same]) for ids, same in groupby(pairs, key=lambda pair: pair[0])]
         with evaluating(scorer.modules()):
-            members = scorer.scores(groups, tokens_per_batch=self.tokens_per_batch).float().cpu()
+            members = scorer.scores(groups, tokens_per_batch=self.scoring_batch_tokens).float().cpu()
         return self._combined(members, scorer)
 
     def _score_text_pairs(
@@ -145,7 +147,7 @@ class RewardModelReward(AbstractReward):
             types.append(list(encoded.get("token_type_ids", ())))
         groups = [(text[:1], [text[1:]]) for text in ids]
         given = types if all(map(len, types)) else []
-        return scorer.scores(groups, tokens_per_batch=self.tokens_per_batch, types=given).view(-1).float().cpu()
+        return scorer.scores(groups, tokens_per_batch=self.scoring_batch_tokens, types=given).view(-1).float().cpu()
 
     def _reading(self, scorer: Scorer | ClassifierScorer) -> Reading:
         """Where the model was trained to be read."""

@@ -59,7 +59,9 @@ class ServerScoreReward(AbstractScoreReward):
         max_candidate_chars: int = 8000,
         max_prompt_chars: int | None = None,
     ) -> None:
-        super().__init__(task, question, style, min_mass, max_candidate_chars)
+        super().__init__(
+            task=task, question=question, style=style, min_mass=min_mass, max_candidate_chars=max_candidate_chars
+        )
         if max_prompt_chars is not None and max_prompt_chars < 1:
             raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
         self.server, self.unscored, self.max_prompt_chars = server, unscored, max_prompt_chars
