@@ -109,8 +109,8 @@ RENAMED_OF_CLASS: dict[str, dict[str, str]] = {
 SWITCHES = {"LLMLabeler": "chain_of_thought", "ServerLabeler": "chain_of_thought"}
 """Groups that version 0.1 switched on and off with ``true`` and ``false``."""
 
-CLASS_OF_ARGUMENT = {"server": "JudgeServer"}
-"""Arguments whose class a config or command line may leave out."""
+CLASS_OF_ARGUMENT = {("ServerLabeler", "server"): "JudgeServer", ("ServerScoreReward", "server"): "JudgeServer"}
+"""Arguments whose class a config or command line may leave out, by the class that they belong to."""
 
 CLASS_OF_COMMAND = {"evaluate": "EvaluationRun"}
 """Classes whose arguments are the settings of a command."""
@@ -178,7 +178,8 @@ def _renamed_of_class(arg: str, classes: Mapping[str, str], note: Callable[[str]
         return arg
     prefix, name, value = found[1], found[2], found[3] or ""
     place = plain_path(prefix.rstrip("."))
-    owner = classes.get(place) or CLASS_OF_ARGUMENT.get(place.rpartition(".")[2], "")
+    outer, _, argument = place.rpartition(".")
+    owner = classes.get(place) or CLASS_OF_ARGUMENT.get((classes.get(outer, ""), argument), "")
     if name == SWITCHES.get(owner) and value.lower() in ("=true", "=false"):
         return f"--{prefix}{name}={'{}' if value.lower() == '=true' else 'null'}"
     new = RENAMED_OF_CLASS.get(owner, {}).get(name)
@@ -260,20 +261,25 @@ def renamed_class(path: str) -> str:
     return f"{RENAMED_MODULES.get(module, module)}.{name}" if module else name
 
 
-def _with_renamed_classes(value: Any, note: Callable[[str], None], name: str = "") -> Any:
+def _with_renamed_classes(value: Any, note: Callable[[str], None]) -> Any:
     """Settings with the present names of classes, and of the arguments of classes."""
     if isinstance(value, list):
         return [_with_renamed_classes(inner, note) for inner in value]
     if not isinstance(value, dict):
         return value
-    result = {key: _with_renamed_classes(inner, note, key) for key, inner in value.items()}
+    result = {key: _with_renamed_classes(inner, note) for key, inner in value.items()}
     path = result.get("class_path")
     if not isinstance(path, str):
-        owner = CLASS_OF_ARGUMENT.get(name)
-        return result if owner is None else _renamed_of(owner, result, note)
+        return result
     result["class_path"] = renamed_class(path)
     arguments, owner = result.get("init_args"), result["class_path"].rpartition(".")[2]
-    if isinstance(arguments, dict) and owner in RENAMED_OF_CLASS:
+    if not isinstance(arguments, dict):
+        return result
+    for name, argument in arguments.items():
+        inner = CLASS_OF_ARGUMENT.get((owner, name))
+        if inner is not None and isinstance(argument, dict) and "class_path" not in argument:
+            arguments[name] = _renamed_of(inner, argument, note)
+    if owner in RENAMED_OF_CLASS:
         result["init_args"] = _renamed_of(owner, arguments, note)
     return result
 
