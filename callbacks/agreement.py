@@ -60,7 +60,7 @@ class RewardAgreement(HeldOutCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -87,7 +87,7 @@ class RewardAgreement(HeldOutCallback):
                 writer.writeheader()
                 writer.writerows({"step": step, **self._points[step]} for step in sorted(self._points))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The points so far, as plain data."""
         return {"points": [[step, point] for step, point in self._points.items()]}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
@@ -47,15 +48,29 @@ class NamedConfig(ActionConfigFile):
     command: ClassVar[str] = ""
     """The command that is configured, where its settings are not those of a Trainer."""
 
-    def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        cfg: argparse.Namespace,
+        value: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Merge one ``--config`` value into the configuration."""
+        value = str(value)
         inline = "\n" in value or value.lstrip().startswith("{")
         if inline:
             super().__call__(parser, cfg, value, option_string)  # type: ignore[no-untyped-call]
         else:
             self._merge(parser, cfg, find_config(value), option_string, ())
 
-    def _merge(self, parser: Any, cfg: Any, path: Path, option: str | None, above: tuple[Path, ...]) -> None:
+    def _merge(
+        self,
+        parser: argparse.ArgumentParser,
+        cfg: argparse.Namespace,
+        path: Path,
+        option: str | None,
+        above: tuple[Path, ...],
+    ) -> None:
         if path in above:
             raise TypeError(f"config {path} names itself among its defaults")
         try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from lightning_rlhf.collectors.preferences import RoundCollector
-from lightning_rlhf.commands.label import LabelRun, progress_bar, update
+from lightning_rlhf.commands.label import LabelReport, LabelRun, progress_bar, update
 from lightning_rlhf.evaluation.answers import (
     DEFAULT_POLICY_OPTIONS,
     RECORDED,
@@ -84,6 +84,47 @@ class EvaluationOptions:
 DEFAULT_OPTIONS = EvaluationOptions()
 
 
+class Mean(TypedDict):
+    """A mean and its standard error."""
+
+    mean: float
+    stderr: float
+
+
+class EvaluationReport(TypedDict, total=False):
+    """Metrics of an evaluation; those that were not asked for are absent.
+
+    Attributes:
+        policies: identities of the policies, by side.
+        prompts: number of held-out prompts.
+        answers: length and completeness of the answers, by side.
+        wins: metrics of `WinRate`.
+        judge: metrics of `JudgeMetrics` on the answers.
+        failed: pairs without a verdict, by status.
+        free_ties: pairs of equal answers, which no labeler judges.
+        attempts: verdicts asked for.
+        cost: their cost, in the unit of the labeler.
+        scores: rewards by side, and their paired difference.
+        harmless: metrics of `HarmlessRate`, by side.
+        kl: KL of A from the reference in nats per answer.
+        alignment: the report of the labeler on ``pairs``.
+    """
+
+    policies: dict[str, str]
+    prompts: int
+    answers: dict[str, dict[str, float]]
+    wins: dict[str, float]
+    judge: dict[str, float]
+    failed: dict[str, int]
+    free_ties: int
+    attempts: int
+    cost: float
+    scores: dict[str, Mean]
+    harmless: dict[str, dict[str, float]]
+    kl: Mean
+    alignment: LabelReport
+
+
 @accepts_old_names("EvaluationRun")
 class EvaluationRun:
     """Lets one or two policies answer held-out prompts, has the answers compared and scored, and reports.
@@ -143,7 +184,7 @@ class EvaluationRun:
         self.decoding, self.policy_options, self.options = decoding, policy_options, options
         self.key = Key((options.seed,))
 
-    def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def run(self, settings: Mapping[str, object] | None = None) -> EvaluationReport:
         """Do what is not done yet, write the report, print a summary, and return the report.
 
         Args:
@@ -163,14 +204,15 @@ class EvaluationRun:
             answers = {side: self._answers(side, rows) for side in self.names}
             scores = {side: self._scores(side, prompts, answers[side]) for side in self.names if self.reward}
             verdicts = self._compare(store, prompts, answers) if self.labeler is not None and "B" in answers else []
-            report = {
+            report: EvaluationReport = {
                 "policies": policies,
                 "prompts": len(prompts),
-                "answers": {side: answer_figures(found) for side, found in answers.items()},
-                **(comparison_report(store, verdicts) if verdicts else {}),
-                **score_report(scores, answers, self.options.harmless_above),
-                **self._divergence(),
+                "answers": {side: answer_metrics(found) for side, found in answers.items()},
             }
+            if verdicts:
+                report.update(comparison_report(store, verdicts))
+            report.update(score_report(scores, answers, self.options.harmless_above))
+            report.update(self._divergence())
             self._write_rows(prompts, answers, scores, verdicts)
         if self.pairs is not None and self.labeler is not None:
             report["alignment"] = self._alignment(settings or {})
@@ -193,7 +235,7 @@ class EvaluationRun:
             "policies": policies,
             "drawn": drawn,
             "prompts_digest": Key(_seeds(prompts)).seed(),
-            **identified(others),
+            **{name: identified(value) for name, value in others.items()},
             "options": identified({**options, "seed": self.options.seed}),
         }
 
@@ -213,7 +255,7 @@ class EvaluationRun:
         held = log.read()
         return [from_row(held[index], side) for index in range(len(rows))]
 
-    def _divergence(self) -> dict[str, Any]:
+    def _divergence(self) -> EvaluationReport:
         """KL of A from the reference, nats per answer: the mean log-ratio of A's answers (k1)."""
         if self.options.reference is None:
             return {}
@@ -251,7 +293,7 @@ class EvaluationRun:
         collector.label(0, self.options.chunk)
         return [(c, label or store.history(id_)[-1]) for id_, c, label in store.comparisons(0)]
 
-    def _alignment(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _alignment(self, settings: Mapping[str, object]) -> LabelReport:
         assert self.pairs is not None
         assert self.labeler is not None
         run = LabelRun(
@@ -278,7 +320,7 @@ class EvaluationRun:
         path.unlink(missing_ok=True)
         rows = []
         for i, prompt in enumerate(prompts):
-            row: dict[str, Any] = {"index": i, "prompt": list(prompt.messages) if prompt.messages else prompt.text}
+            row: dict[str, object] = {"index": i, "prompt": list(prompt.messages) if prompt.messages else prompt.text}
             for side, found in answers.items():
                 row |= {side.lower(): found[i].text, f"finish_{side.lower()}": found[i].finish_reason}
             row |= {f"score_{side.lower()}": values[i] for side, values in scores.items()}
@@ -294,17 +336,18 @@ class EvaluationRun:
             rows.append(row)
         RowLog(path).append(rows)
 
-    def _write_report(self, report: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    def _write_report(self, report: EvaluationReport, settings: Mapping[str, object]) -> None:
         names = " against ".join(f"{side} = {name}" for side, name in self.names.items())
         title = f"{names}, {report['prompts']} prompts"
         write_whole(self.run_dir / "report.json", to_json({**report, "settings": settings}))
         rates, scores = bars(report)
         plot_evaluation(rates, scores, self.run_dir / "report.png", f"{_wrapped(names)}\n{report['prompts']} prompts")
         text = f"# Evaluation\n\n{title}.\n\n{markdown_table(evaluation_rows(report))}"
-        for name, heading in (("judge", "The labeler on these answers"), ("alignment", "The labeler against people")):
-            if name in report:
-                figures = report[name]["figures"] if name == "alignment" else report[name]
-                text += f"\n## {heading}\n\n{markdown_table(judge_rows(figures))}"
+        if "judge" in report:
+            text += f"\n## The labeler on these answers\n\n{markdown_table(judge_rows(report['judge']))}"
+        if "alignment" in report:
+            metrics = report["alignment"]["figures"]
+            text += f"\n## The labeler against people\n\n{markdown_table(judge_rows(metrics))}"
         write_whole(self.run_dir / "report.md", f"{text}\n![shares and scores](report.png)\n")
         print(title, *evaluation_lines(report), f"report: {self.run_dir / 'report.md'}", sep="\n", flush=True)
 
@@ -342,7 +385,7 @@ def probability_of_a(comparison: Comparison, label: Label) -> float | None:
     return label.probability if comparison.a.source == "A" else 1.0 - label.probability
 
 
-def answer_figures(answers: Sequence[Response]) -> dict[str, float]:
+def answer_metrics(answers: Sequence[Response]) -> dict[str, float]:
     """What the answers of a policy look like: mean length in characters, and shares that were cut off or are empty."""
     return {
         "characters": sum(len(answer.text) for answer in answers) / len(answers),
@@ -351,7 +394,7 @@ def answer_figures(answers: Sequence[Response]) -> dict[str, float]:
     }
 
 
-def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Comparison, Label]]) -> dict[str, Any]:
+def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Comparison, Label]]) -> EvaluationReport:
     """Figures about the verdicts on A against B; lengths are characters."""
     wins, judge = WinRate(), JudgeMetrics()
     decided = [
@@ -375,14 +418,14 @@ def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Compariso
 
 def score_report(
     scores: Mapping[str, Sequence[float]], answers: Mapping[str, Sequence[Response]], harmless_above: float | None
-) -> dict[str, Any]:
+) -> EvaluationReport:
     """Means of the scores with their standard errors, the paired difference, and harmless rates where asked for."""
     if not scores:
         return {}
-    found: dict[str, Any] = {side: _mean(values) for side, values in scores.items()}
+    found = {side: _mean(values) for side, values in scores.items()}
     if len(scores) == 2:
         found["difference"] = _mean([a - b for a, b in zip(scores["A"], scores["B"], strict=True)])
-    report: dict[str, Any] = {"scores": found}
+    report: EvaluationReport = {"scores": found}
     if harmless_above is not None:
         # the paper's reference is the policy before training: B
         reference = [len(answer.text) for answer in answers["B" if "B" in answers else "A"]]
@@ -395,12 +438,12 @@ def score_report(
     return report
 
 
-def _mean(values: Sequence[float]) -> dict[str, float]:
+def _mean(values: Sequence[float]) -> Mean:
     mean, error = mean_with_error(torch.tensor(values, dtype=torch.float64))
     return {"mean": mean, "stderr": error}
 
 
-def bars(report: Mapping[str, Any]) -> tuple[list[Bar], list[Bar]]:
+def bars(report: EvaluationReport) -> tuple[list[Bar], list[Bar]]:
     """What is drawn of a report: shares, and scores with intervals of 95 %."""
     rates = []
 
@@ -426,7 +469,7 @@ def bars(report: Mapping[str, Any]) -> tuple[list[Bar], list[Bar]]:
     return rates, scores
 
 
-def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def evaluation_rows(report: EvaluationReport) -> list[tuple[str, str, str]]:
     """The figures of a report with what they mean."""
     rows = []
     if "wins" in report:
@@ -459,7 +502,7 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def evaluation_lines(report: Mapping[str, Any]) -> list[str]:
+def evaluation_lines(report: EvaluationReport) -> list[str]:
     """A report as a few lines for the terminal."""
     lines = []
     if "wins" in report:

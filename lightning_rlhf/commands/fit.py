@@ -18,7 +18,7 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -151,7 +151,7 @@ class RLHFCLI(LightningCLI):
         )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with old names of arguments; report a failed interpolation as an error of the command line."""
         if args is None or isinstance(args, list):
             args = sys.argv[1:] if args is None else args

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from tqdm.auto import tqdm
 
 from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.commands.export import Rows, check_target, export_ledger
+from lightning_rlhf.evaluation.answers import ProgressBar
 from lightning_rlhf.evaluation.judges import JudgeMetrics
 from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
 from lightning_rlhf.labelers.base import AbstractLabeler
@@ -30,6 +31,34 @@ from lightning_rlhf.types import Comparison, Label, Prompt
 
 PAGE = 1024
 """Pairs that are written to the ledger, or read for the report, at once."""
+
+
+class LabelReport(TypedDict):
+    """How far the labels of a run are, and how good.
+
+    Attributes:
+        pairs: pairs of the data.
+        labelled: pairs with a label.
+        ties: pairs of equal responses, which no labeler judges.
+        failed: pairs without a label, by status.
+        attempts: labels asked for.
+        cost: their cost, in the unit of the labeler.
+        bought_now: labels bought in the last call.
+        seconds: time of the last call.
+        left_out: rows that the source left out, by reason.
+        figures: metrics of `JudgeMetrics`.
+    """
+
+    pairs: int
+    labelled: int
+    ties: int
+    failed: dict[str, int]
+    attempts: int
+    cost: float
+    bought_now: int
+    seconds: float
+    left_out: dict[str, int]
+    figures: dict[str, float]
 
 
 class LabelRun:
@@ -76,7 +105,7 @@ class LabelRun:
         """Path of the ledger."""
         return self.run_dir / "ledger.sqlite"
 
-    def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def run(self, settings: Mapping[str, object] | None = None) -> LabelReport:
         """Label what has no label yet, write the report, print a summary, and return the report.
 
         Args:
@@ -120,7 +149,7 @@ class LabelRun:
         prompts = text_prompts(rows)
         return prompts if self.recorded_labels else [replace(prompt, recorded=None) for prompt in prompts]
 
-    def _write(self, report: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    def _write(self, report: LabelReport, settings: Mapping[str, object]) -> None:
         lines = label_lines(report)
         write_whole(self.run_dir / "report.json", to_json({**report, "settings": settings}))
         text = f"# Labels\n\n{lines[0]}.\n\n{markdown_table(judge_rows(report['figures']))}"
@@ -152,7 +181,7 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
             )
 
 
-def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> dict[str, Any]:
+def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> LabelReport:
     """Summarise round 0 of a ledger of recorded pairs.
 
     Args:
@@ -204,7 +233,7 @@ def _noted(labels: list[Label], name: str) -> torch.Tensor:
     return torch.tensor([label.meta.get(name, float("nan")) for label in labels], dtype=torch.float64)
 
 
-def label_lines(report: Mapping[str, Any]) -> list[str]:
+def label_lines(report: LabelReport) -> list[str]:
     """A report as a few lines for the terminal."""
     ties = report.get("ties", 0)
     missing = report["pairs"] - report["labelled"] - ties
@@ -218,9 +247,9 @@ def label_lines(report: Mapping[str, Any]) -> list[str]:
     return [first, *judge_lines(report["figures"])]
 
 
-def progress_bar(description: str, total: int) -> AbstractContextManager[Any]:
+def progress_bar(description: str, total: int) -> AbstractContextManager[ProgressBar]:
     """A progress bar on standard error; silent where that is no terminal."""
-    bar: AbstractContextManager[Any] = tqdm(
+    bar: AbstractContextManager[ProgressBar] = tqdm(
         total=total, desc=description.rpartition(": ")[2], unit="pair", disable=None, smoothing=0.05
     )
     return bar

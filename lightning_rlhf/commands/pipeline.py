@@ -10,12 +10,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import yaml
 
 from lightning_rlhf.evaluation.report import write_whole
 from lightning_rlhf.runtime.preemption import run_child
+
+
+if TYPE_CHECKING:
+    from lightning_rlhf.commands.evaluate import EvaluationReport
 
 
 STAGE_COMMANDS = ("fit", "label", "sample", "export", "evaluate")
@@ -45,7 +49,7 @@ class Stage:
     name: str
     verb: str
     configs: tuple[str, ...]
-    options: dict[str, Any]
+    options: dict[str, object]
     folder: Path
     needs: tuple[str, ...] = ()
 
@@ -71,7 +75,41 @@ class Report:
     policies: tuple[str, ...]
     baseline: str
     beta: float
-    options: dict[str, Any]
+    options: dict[str, object]
+
+
+class PolicyRow(TypedDict):
+    """A policy in the table of a pipeline; None where something was not measured.
+
+    Attributes:
+        policy: name of its stage.
+        score, score_stderr: mean held-out score and its standard error.
+        kl, kl_stderr: KL from the baseline in nats per answer and its standard error.
+        j: score - beta KL.
+        win_rate, win_rate_low, win_rate_high: share of answers preferred to the baseline's, with Wilson's interval.
+        labels: labels bought.
+        seconds: time of the stage.
+    """
+
+    policy: str
+    score: float | None
+    score_stderr: float | None
+    kl: float | None
+    kl_stderr: float | None
+    j: float | None
+    win_rate: float | None
+    win_rate_low: float | None
+    win_rate_high: float | None
+    labels: int | None
+    seconds: float
+
+
+class PipelineReport(TypedDict):
+    """The table of a pipeline."""
+
+    baseline: str
+    beta: float
+    policies: list[PolicyRow]
 
 
 class Pipeline:
@@ -101,8 +139,8 @@ class Pipeline:
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not valid YAML ({error})") from error
         raw = _mapping(raw, path, "the file", PIPELINE_FIELDS)
-        self.folder = Path(run_dir or raw.get("run_dir") or f"runs/{file.stem}")
-        names: dict[str, Any] = _mapping(raw.get("variables") or {}, path, "variables", None)
+        self.folder = Path(run_dir or str(raw.get("run_dir") or f"runs/{file.stem}"))
+        names: dict[str, object] = _mapping(raw.get("variables") or {}, path, "variables", None)
         unknown = sorted(set(overrides or {}) - set(names))
         if unknown:
             raise ValueError(f"{path}: variables has no {unknown[0]!r} to change; it has {sorted(names)}")
@@ -116,7 +154,7 @@ class Pipeline:
             names[self.stages[-1].name] = str(self.stages[-1].folder)
         self.report = self._report(raw.get("report"), path, names)
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> PipelineReport | None:
         """Run what is not done, then compare the policies; returns the table, None if the file asks for none.
 
         Raises:
@@ -136,7 +174,7 @@ class Pipeline:
             self._run(stage, f"evaluating {policy}")
             evaluations[policy] = json.loads((stage.folder / "report.json").read_text(encoding="utf-8"))
         table = [row_of(self._stage_named(name), found, self.report.beta) for name, found in evaluations.items()]
-        result = {"baseline": self.report.baseline, "beta": self.report.beta, "policies": table}
+        result: PipelineReport = {"baseline": self.report.baseline, "beta": self.report.beta, "policies": table}
         write_whole(self.folder / "report.json", json.dumps(result, indent=2) + "\n")
         text = table_text(result)
         write_whole(self.folder / "report.md", f"# {self.folder.name}\n\n{text}")
@@ -179,7 +217,7 @@ class Pipeline:
     def _stage_named(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
-    def _stage(self, row: Mapping[str, Any], path: str, number: int, names: Mapping[str, Any]) -> Stage:
+    def _stage(self, row: Mapping[str, object], path: str, number: int, names: Mapping[str, object]) -> Stage:
         where = f"stages[{number}]"
         name = row.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in {*names, "report", "folder"}:
@@ -201,7 +239,7 @@ class Pipeline:
         needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
         return Stage(name, verb, tuple(configs), filled, folder, needs)
 
-    def _report(self, raw: Any, path: str, names: Mapping[str, Any]) -> Report | None:
+    def _report(self, raw: object, path: str, names: Mapping[str, object]) -> Report | None:
         if raw is None:
             return None
         row = _mapping(raw, path, "report", REPORT_FIELDS)
@@ -220,7 +258,7 @@ class Pipeline:
         return Report(tuple(policies), str(baseline), float(beta), filled)
 
 
-def row_of(stage: Stage, evaluation: Mapping[str, Any], beta: float) -> dict[str, Any]:
+def row_of(stage: Stage, evaluation: EvaluationReport, beta: float) -> PolicyRow:
     """What a pipeline's table says of a policy; None where something was not measured."""
     seconds = json.loads((stage.folder / DONE).read_text(encoding="utf-8"))["seconds"]
     summary = stage.folder / "summary.json"
@@ -241,22 +279,16 @@ def row_of(stage: Stage, evaluation: Mapping[str, Any], beta: float) -> dict[str
     }
 
 
-def table_text(result: Mapping[str, Any]) -> str:
+def table_text(result: PipelineReport) -> str:
     """The table of a pipeline in Markdown."""
-
-    def number(row: Mapping[str, Any], name: str, digits: int = 3) -> str:
-        error = row.get(f"{name}_stderr")
-        if row[name] is None:
-            return "-"
-        return f"{row[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
     rows = []
     for row in result["policies"]:
-        low, rate, high = (row[name] and 100 * row[name] for name in ("win_rate_low", "win_rate", "win_rate_high"))
-        wins = "-" if rate is None else f"{rate:.0f} % ({low:.0f} to {high:.0f})"
+        low, rate, high = row["win_rate_low"], row["win_rate"], row["win_rate_high"]
+        measured = rate is not None and low is not None and high is not None
+        wins = f"{100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})" if measured else "-"
         labels = "-" if row["labels"] is None else str(row["labels"])
-        figures = (number(row, name) for name in ("score", "kl", "j"))
-        rows.append((row["policy"], *figures, wins, labels, f"{row['seconds']:.0f}"))
+        score, kl = _number(row["score"], row["score_stderr"]), _number(row["kl"], row["kl_stderr"])
+        rows.append((row["policy"], score, kl, _number(row["j"]), wins, labels, f"{row['seconds']:.0f}"))
     header = ("policy", "held-out score", "KL, nats", "J", "preferred to the baseline", "labels", "seconds")
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines) + (
@@ -265,7 +297,13 @@ def table_text(result: Mapping[str, Any]) -> str:
     )
 
 
-def _mapping(raw: Any, path: str, where: str, known: set[str] | None) -> dict[str, Any]:
+def _number(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _mapping(raw: object, path: str, where: str, known: set[str] | None) -> dict[str, object]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: {where} must be a mapping; got {raw!r}")
     unknown = sorted(set(map(str, raw)) - known) if known is not None else []
@@ -275,7 +313,7 @@ def _mapping(raw: Any, path: str, where: str, known: set[str] | None) -> dict[st
     return raw
 
 
-def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
+def _filled(value: object, names: Mapping[str, object], where: str) -> object:
     """A setting with folders and variables in their places; a value that is one variable keeps its type."""
     if isinstance(value, list):
         return [_filled(item, names, where) for item in value]
@@ -291,6 +329,6 @@ def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
     return names[whole[1]] if whole else _REFERENCE.sub(lambda found: str(names[found[1]]), value)
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     """A setting as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)

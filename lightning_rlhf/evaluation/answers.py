@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -40,6 +40,17 @@ ANSWER_COLUMNS = ("response", "completion", "answer")
 """What the answer is called in a file of answers; the first that is there counts."""
 
 
+Row = dict[str, Any]
+"""A row of a JSONL file."""
+
+
+class ProgressBar(Protocol):
+    """A progress bar, as of tqdm."""
+
+    def update(self, n: float = 1) -> object:
+        """Move it by a number of items."""
+
+
 class RowLog:
     """A JSONL file of rows with an ``index``, appended to chunk by chunk; what is cut off by a kill is forgotten.
 
@@ -50,7 +61,7 @@ class RowLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[int, dict[str, Any]]:
+    def read(self) -> dict[int, Row]:
         """The whole rows, by index; an unfinished last line is removed from the file."""
         if not self.path.exists():
             return {}
@@ -62,7 +73,7 @@ class RowLog:
         rows = [json.loads(line) for line in whole.splitlines()]
         return {row["index"]: row for row in rows}
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+    def append(self, rows: Sequence[Row]) -> None:
         """Write rows; they are on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
@@ -71,7 +82,7 @@ class RowLog:
             os.fsync(file.fileno())
 
 
-def to_row(index: int, row: PromptRow, response: Response) -> dict[str, Any]:
+def to_row(index: int, row: PromptRow, response: Response) -> Row:
     """The row of an answer in a log; a file of such rows is one of recorded answers.
 
     ``log_ratio`` is log pi - log pi_ref of the answer in nats, where there is a reference.
@@ -86,7 +97,7 @@ def to_row(index: int, row: PromptRow, response: Response) -> dict[str, Any]:
     }
 
 
-def from_row(row: dict[str, Any], source: str) -> Response:
+def from_row(row: Row, source: str) -> Response:
     """The answer in a row; its ids are its bytes, as judges and rewards read texts."""
     finish: FinishReason = row["finish_reason"]
     return replace(text_response(row["response"], source), finish_reason=finish)
@@ -140,7 +151,7 @@ class ResponseGenerator:
         checkpoint: str,
         rows: Sequence[PromptRow],
         log: RowLog,
-        progress: Callable[[str, int], AbstractContextManager[Any]],
+        progress: Callable[[str, int], AbstractContextManager[ProgressBar]],
     ) -> None:
         """Draw the answers that a log does not hold yet; the model is loaded if there are any.
 
@@ -259,7 +270,7 @@ def identity(name: str) -> str:
     return f"{name} {digest[:16]}"
 
 
-def identified(settings: Any) -> Any:
+def identified(settings: object) -> object:
     """Settings in which folders of models are named with their content, for judges and rewards are models too."""
     if isinstance(settings, dict):
         return {name: identified(value) for name, value in settings.items()}

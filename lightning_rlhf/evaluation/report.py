@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 
 Figures = Mapping[str, float]
@@ -20,12 +19,12 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def to_json(report: Mapping[str, Any]) -> str:
+def to_json(report: Mapping[str, object]) -> str:
     """Write a report as JSON; what is not known, NaN, becomes null."""
     return json.dumps(_plain(report), indent=2, ensure_ascii=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

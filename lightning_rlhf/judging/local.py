@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -195,8 +195,8 @@ class LocalJudge:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _untrusted(self, text: str) -> Ids:
-        options: Any = {"split_special_tokens": True, "verbose": False}
-        return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return tuple(encoded["input_ids"])
 
     def _spelling(self, ending: str, labels: tuple[str, ...]) -> LabelSpelling:
         if (ending, labels) not in self._spellings:

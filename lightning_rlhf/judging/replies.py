@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,15 +169,15 @@ def parse_completion(body: str) -> Completion:
     )
 
 
-def _wrong(field: str, expected: str, found: Any) -> UnreadableError:
+def _wrong(field: str, expected: str, found: object) -> UnreadableError:
     return UnreadableError(f"the reply is no chat completion: {field} must be {expected}; got {_shown(found)}")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
-def _raise_reported(raw: Mapping[str, Any]) -> None:
+def _raise_reported(raw: Mapping[str, object]) -> None:
     """Raise the error that a reply of status 200 reports, where it reports one, as hosts that pass on requests do."""
     error = raw.get("error")
     if not error:
@@ -199,11 +198,11 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: object) -> str:
     return _plain(value) if isinstance(value, str) else ""
 
 
-def _content(value: Any) -> str:
+def _content(value: object) -> str:
     """Text of a message: a string, null, or a list of parts, of which those that are text count."""
     if value is None or isinstance(value, str):
         return _plain(value or "")
@@ -220,14 +219,14 @@ def _content(value: Any) -> str:
     return _plain("".join(texts))
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """A number of tokens; None where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:
         return None
     return int(value) if value == int(value) else None
 
 
-def _places(logprobs: Any, text: str) -> tuple[Place, ...] | None:
+def _places(logprobs: object, text: str) -> tuple[Place, ...] | None:
     """Tokens with what is listed in place of each; None where the server gives no log-probabilities."""
     if logprobs is not None and not isinstance(logprobs, dict):
         raise _wrong("logprobs", "an object or null", logprobs)
@@ -239,9 +238,10 @@ def _places(logprobs: Any, text: str) -> tuple[Place, ...] | None:
     return None if text and not content else tuple(map(_place, content))
 
 
-def _place(raw: Any) -> Place:
+def _place(raw: object) -> Place:
     chosen, probability = _token(raw, "an entry of logprobs.content")
-    others = raw.get("top_logprobs")
+    # `_token` has refused what is no object
+    others = raw.get("top_logprobs") if isinstance(raw, dict) else None
     if others is not None and not isinstance(others, list):
         raise _wrong("top_logprobs", "a list or null", others)
     listed: dict[str, float] = {}
@@ -258,7 +258,7 @@ def _place(raw: Any) -> Place:
     return Place(chosen, listed)
 
 
-def _token(raw: Any, field: str) -> tuple[str, float]:
+def _token(raw: object, field: str) -> tuple[str, float]:
     """Text and probability of a token."""
     if not isinstance(raw, dict):
         raise _wrong(field, "an object", raw)

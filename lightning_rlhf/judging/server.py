@@ -17,12 +17,13 @@ import re
 import sqlite3
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from lightning_rlhf.judging.options import DEFAULT_PRICES, DEFAULT_REQUESTS, Prices, RequestOptions
@@ -42,6 +43,30 @@ from lightning_rlhf.types import LabelStatus
 
 
 T = TypeVar("T")
+
+
+class HTTPBody(Protocol):
+    """The body of a response of httpx."""
+
+    @property
+    def content(self) -> bytes:
+        """The bytes as they came."""
+
+
+class RawResponse(Protocol):
+    """A raw response of the client library."""
+
+    @property
+    def http_response(self) -> HTTPBody:
+        """The response of httpx."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers."""
+
+
+Create = Callable[..., Awaitable[RawResponse]]
+"""Sends the fields of a chat completion."""
 
 
 class ServerError(RuntimeError):
@@ -165,7 +190,7 @@ class JudgeServer:
         top_logprobs: int = 20,
         requests: RequestOptions = DEFAULT_REQUESTS,
         prices: Prices = DEFAULT_PRICES,
-        extra: dict[str, Any] | None = None,
+        extra: dict[str, object] | None = None,
         journal: str | None = None,
     ) -> None:
         # with one token listed, the second label could never be read
@@ -231,8 +256,8 @@ class JudgeServer:
 
     async def _ask(self, chains: Sequence[Callable[[Session], Awaitable[T]]]) -> list[T]:
         start, busy = time.perf_counter(), self._busy
-        async with self._client() as client:
-            session = Session(self, client)
+        async with self._connection() as create:
+            session = Session(self, create)
             results: list[T] = []
             while len(results) < len(chains) and not self.met:
                 results.append(await chains[len(results)](session))
@@ -252,13 +277,17 @@ class JudgeServer:
             self._wall += time.perf_counter() - start
         return results + [result for result in found if not isinstance(result, BaseException)]
 
-    def _client(self) -> Any:
-        return _import_openai().AsyncOpenAI(
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Create]:
+        """A connection pool that is closed at the end."""
+        client = _import_openai().AsyncOpenAI(
             base_url=self.base_url,
             api_key=self._key() or "none",
-            max_retries=0,
+            max_retries=0,  # retries are counted here, and noted in the labels
             timeout=self.requests.timeout,
         )
+        async with client:
+            yield client.chat.completions.with_raw_response.create
 
     def _key(self) -> str:
         if self.api_key_env is None:
@@ -290,11 +319,11 @@ class Session:
 
     Args:
         server: whom to ask.
-        client: an ``openai.AsyncOpenAI``.
+        create: sends a request and returns the raw response, as ``openai.AsyncOpenAI`` does.
     """
 
-    def __init__(self, server: JudgeServer, client: Any) -> None:
-        self.server, self._client = server, client
+    def __init__(self, server: JudgeServer, create: Create) -> None:
+        self.server, self._create = server, create
         self._places = asyncio.Semaphore(server.requests.concurrency)
         self._journal = LogpsFile(server.journal)
         self._asked: dict[bytes, asyncio.Task[tuple[Completion, Usage]]] = {}
@@ -361,14 +390,14 @@ class Session:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def _reading_request(self, prompt: JudgePrompt, answer: str, labels: Sequence[str]) -> dict[str, Any]:
+    def _reading_request(self, prompt: JudgePrompt, answer: str, labels: Sequence[str]) -> dict[str, object]:
         # a token has a character at least, and a space may come first
         length = 1 + max(map(len, labels))
         return self._request(
             prompt, answer, max_tokens=length, temperature=0.0, logprobs=True, top_logprobs=self.server.top_logprobs
         )
 
-    def _request(self, prompt: JudgePrompt, answer: str, **fields: Any) -> dict[str, Any]:
+    def _request(self, prompt: JudgePrompt, answer: str, **fields: object) -> dict[str, object]:
         body = without_control_tokens(prompt.body)
         answer = without_control_tokens(answer)
         if self.server.assistant_prefill:
@@ -379,14 +408,14 @@ class Session:
             messages = [{"role": "user", "content": f"{body}\n\n{answer}".rstrip()}]
         return {"model": self.server.model, "messages": messages, **fields, **self.server.extra}
 
-    async def _send(self, request: dict[str, Any]) -> tuple[Completion, Usage]:
+    async def _send(self, request: dict[str, object]) -> tuple[Completion, Usage]:
         """Answer a request, from the journal or the server; one that is asked for twice is sent once."""
         name = _digest(self.server.base_url, request)
         if name not in self._asked:
             self._asked[name] = asyncio.create_task(self._answer(name, request))
         return await self._asked[name]
 
-    async def _answer(self, name: bytes, request: dict[str, Any]) -> tuple[Completion, Usage]:
+    async def _answer(self, name: bytes, request: dict[str, object]) -> tuple[Completion, Usage]:
         stored = self._journal.get([name])
         known = _readable(stored[name], request) if stored else None
         if known is not None:
@@ -401,7 +430,7 @@ class Session:
         self._count(answer.completion)
         return _answered(name, answer.body, answer.completion)
 
-    async def _insist(self, request: dict[str, Any]) -> _Answer:
+    async def _insist(self, request: dict[str, object]) -> _Answer:
         """Send a request until it is answered or there is no use."""
         attempt = 0
         while True:
@@ -418,7 +447,7 @@ class Session:
             await asyncio.sleep(wait)
             attempt += 1
 
-    async def _try(self, request: dict[str, Any]) -> _Answer | Fault:
+    async def _try(self, request: dict[str, object]) -> _Answer | Fault:
         """Send a request once."""
         server, openai = self.server, _import_openai()
         self._in_flight += 1
@@ -429,7 +458,7 @@ class Session:
         others = {field: value for field, value in request.items() if field not in known}
         try:
             async with asyncio.timeout(server.requests.timeout):
-                raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
+                raw = await self._create(**known, extra_body=others)
             content: bytes = raw.http_response.content
             # JSON is UTF-8, whatever the header says
             body = server._without_key(content.decode(json.detect_encoding(content), "replace"))
@@ -572,7 +601,7 @@ def without_control_tokens(text: str) -> str:
     return re.sub(r"\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])", "[ ", text)
 
 
-def _digest(*parts: Any) -> bytes:
+def _digest(*parts: object) -> bytes:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).digest()
 
 
@@ -588,7 +617,7 @@ def _answered(name: bytes, body: str, completion: Completion) -> tuple[Completio
     return completion, usage
 
 
-def _readable(stored: Any, request: dict[str, Any]) -> _Answer | None:
+def _readable(stored: object, request: dict[str, object]) -> _Answer | None:
     """A reply from the journal; None if it does not answer the request, as those that earlier versions let pass."""
     body = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
     try:
@@ -613,7 +642,7 @@ def _nothing_said(completion: Completion, usage: Usage) -> UnansweredError:
     return UnansweredError("invalid", "the judge answers with nothing", usage)
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+def _run(coroutine: Coroutine[object, None, T]) -> T:
     """Run a coroutine to its end, in a notebook too, where a loop is running already."""
     try:
         asyncio.get_running_loop()
@@ -631,7 +660,7 @@ def _check_address(base_url: str) -> None:
         raise ValueError(f"base_url must be like http://127.0.0.1:8080/v1; got {base_url!r}")
 
 
-def _import_openai() -> Any:
+def _import_openai() -> ModuleType:
     try:
         return importlib.import_module("openai")
     except ImportError as error:

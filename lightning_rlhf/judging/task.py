@@ -231,7 +231,7 @@ class _Section:
             name = self.path.rstrip(".") or "the file"
             raise ValueError(f"{self.source}: {name} must be a mapping; got {self.raw!r}")
 
-    def take(self, name: str, kind: Any, default: Any = ...) -> Any:
+    def take(self, name: str, kind: type | tuple[type, ...], default: object = ...) -> Any:
         self.taken.add(name)
         value = self.raw.get(name, default)
         if value is ...:
@@ -241,7 +241,7 @@ class _Section:
         # YAML blocks end with a line feed that nobody meant; endings may end with a space that somebody did
         return value.strip("\n") if isinstance(value, str) else value
 
-    def strings(self, name: str, default: Any) -> tuple[str, ...]:
+    def strings(self, name: str, default: object) -> tuple[str, ...]:
         values = self.take(name, list, default)
         texts = [value for value in values if isinstance(value, str | int) and not isinstance(value, bool)]
         if not values or len(texts) < len(values) or not all(map(str, values)):

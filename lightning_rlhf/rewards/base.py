@@ -59,7 +59,7 @@ class AbstractReward(KeepsArguments, ABC):
         """
         return output.mean
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What `observe` has learnt, as plain data for the checkpoint."""
         return {}
 
@@ -68,7 +68,7 @@ class AbstractReward(KeepsArguments, ABC):
         del state
 
 
-def as_output(reward: AbstractReward, made: Any, count: int) -> RewardOutput:
+def as_output(reward: AbstractReward, made: object, count: int) -> RewardOutput:
     """Make an output of what a reward returned: one, or its ``mean`` alone as a tensor, an array or a list.
 
     Args:
@@ -81,14 +81,15 @@ def as_output(reward: AbstractReward, made: Any, count: int) -> RewardOutput:
         ValueError: if it has another shape.
     """
     name = type(reward).__name__
-    parts = made if isinstance(made, RewardOutput) else RewardOutput(made)
-    mean = _numbers(name, "mean", parts.mean, count)
-    std = None if parts.std is None else _numbers(name, "std", parts.std, count)
-    members = None if parts.members is None else _numbers(name, "members", parts.members, count, ndim=2)
+    if not isinstance(made, RewardOutput):
+        return RewardOutput(_numbers(name, "mean", made, count))
+    mean = _numbers(name, "mean", made.mean, count)
+    std = None if made.std is None else _numbers(name, "std", made.std, count)
+    members = None if made.members is None else _numbers(name, "members", made.members, count, ndim=2)
     return RewardOutput(mean, std, members)
 
 
-def _numbers(name: str, what: str, value: Any, count: int, ndim: int = 1) -> Tensor:
+def _numbers(name: str, what: str, value: object, count: int, ndim: int = 1) -> Tensor:
     expected = f"return RewardOutput({what}=...) with a tensor of floats, one number per response, in order"
     try:
         if not isinstance(value, Tensor | Sequence) and not hasattr(value, "__array__"):
@@ -107,7 +108,7 @@ def _numbers(name: str, what: str, value: Any, count: int, ndim: int = 1) -> Ten
     return tensor
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A list without the tensors and arrays of one number that it may hold; arrays as they are."""
     if isinstance(value, str | bytes):
         raise TypeError

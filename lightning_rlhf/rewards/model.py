@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ class RewardModelReward(AbstractReward):
 
 def is_plain_decoder(scorer: Scorer | ClassifierScorer) -> bool:
     """Whether a scorer is a linear ``score`` on a decoder by its names alone, of the class that its config names."""
-    config: Any = scorer.config
+    config = scorer.config
     model = scorer.model
     named = (getattr(config, "architectures", None) or [type(model).__name__])[0]
     return named == type(model).__name__ and isinstance(getattr(model, "score", None), nn.Linear)

@@ -53,7 +53,7 @@ class UncertaintyPenalty(AbstractReward):
         assert output.std is not None and self._count
         return self.reward.earned(output) - self.weight * (output.std - self._sum / self._count)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Number and sum of the standard deviations seen."""
         return {"count": self._count, "sum": self._sum, "reward": self.reward.state_dict()}
 
