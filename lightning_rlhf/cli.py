@@ -24,7 +24,7 @@ from lightning_rlhf.commands.export import export_ledger
 from lightning_rlhf.commands.fit import RLHFCLI, hush, told_by_constructors
 from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.commands.pipeline import Pipeline
-from lightning_rlhf.commands.plan import plan
+from lightning_rlhf.commands.plan import plan_run
 from lightning_rlhf.commands.settings import FREE_OF_COMMANDS, _plain
 from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.renamed import renamed_arguments
@@ -98,7 +98,7 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         print(f"wrote {written} rows")
         return
     if argv[:1] == ["plan"]:
-        print(auto_cli(plan, args=argv[1:], as_positional=False))
+        print(auto_cli(plan_run, args=argv[1:], as_positional=False))
         return
     if argv[:1] == ["run"]:
         run_pipeline(argv[1:])

@@ -54,7 +54,7 @@ from lightning_rlhf.runtime.run_record import RunRecord, check_settings
 
 
 class RLHFTrainer(L.Trainer):
-    """Lightning's Trainer with the verbs of this package, and with ``precision: auto``.
+    """Lightning's Trainer with the commands of this package, and with ``precision: auto``.
 
     Args:
         accelerator: as in Lightning: ``auto``, ``cpu``, ``gpu``, ...
@@ -85,12 +85,12 @@ class RLHFTrainer(L.Trainer):
         datamodule: AbstractRoundDataModule | None = None,
         out: str | None = None,
     ) -> None:
-        """Draw one round of comparisons or rollouts from any policy into the ledger; no labels, no training.
+        """Sample one round of comparisons or rollouts from any policy into the ledger; no labels, no training.
 
         Args:
             model: the policy.
             datamodule: prompts, and a sampler where there is one.
-            out: also write what was drawn to this file (.jsonl or .parquet).
+            out: also write the samples to this file (.jsonl or .parquet).
         """
         assert datamodule is not None
         self.predict(model, datamodule=datamodule, return_predictions=False)
@@ -119,18 +119,18 @@ class RLHFCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Verbs that run on a Trainer, with the arguments that are objects of the CLI."""
-        verbs = LightningCLI.subcommands()
+        """Commands that run on a Trainer, with the arguments that are objects of the CLI."""
+        commands = LightningCLI.subcommands()
         return {
-            "fit": verbs["fit"],
-            "validate": verbs["validate"],
+            "fit": commands["fit"],
+            "validate": commands["validate"],
             "sample": {"model", "datamodule"},
         }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: compare, evaluate, export, label, plan, run; each explains itself with --help."
+        parser.epilog = "Other commands: compare, evaluate, export, label, plan, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -162,14 +162,14 @@ class RLHFCLI(LightningCLI):
             parser.error(str(error))
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: what the command line says wins over what a checkpoint remembers."""
+        """Leave the configuration alone: the command line wins over the settings in a checkpoint."""
 
     def instantiate_classes(self) -> None:
         """Build the objects of the configuration.
 
         Raises:
             TypeError: if one would not be built, because the argument that it is given to has no type.
-            ValueError: what a constructor said, and which.
+            ValueError: with the message of a constructor and its name.
         """
         with told_by_constructors(self.config[self.subcommand]):
             super().instantiate_classes()
@@ -208,7 +208,7 @@ class RLHFCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _run_checkpoint(self, callbacks: list[L.Callback]) -> RunCheckpoint:
-        """What keeps the checkpoints that the run continues from: of the run's own settings, or given among callbacks.
+        """The callback with the checkpoints that the run continues from: given among callbacks, or from the settings.
 
         Raises:
             ValueError: if one is given that writes elsewhere, where nobody would look.
@@ -229,7 +229,7 @@ class RLHFCLI(LightningCLI):
         return RunCheckpoint(folder, epochs, steps, minutes)
 
     def _name_what_is_missing(self) -> None:
-        """Say what the settings of the Trainer take from a run, in a line each."""
+        """Name the parts of a run that the settings of the Trainer switch off, in a line each."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, RunCheckpoint) for callback in callbacks):
             rank_zero_info(
@@ -300,7 +300,7 @@ def told_by_constructors(config: Namespace) -> Iterator[None]:
 
     Raises:
         TypeError: if an object would not be built.
-        ValueError: what a constructor said, and which.
+        ValueError: with the message of a constructor and its name.
     """
     check_built(config)
     try:
@@ -309,7 +309,7 @@ def told_by_constructors(config: Namespace) -> Iterator[None]:
         message = constructor_error(error, config)
         if message is None:
             raise
-        # what jsonargparse adds holds the whole configuration
+        # the message of jsonargparse repeats the whole configuration
         raise ValueError(message) from None
 
 
@@ -318,7 +318,7 @@ LIGHTNINGS_CHECKPOINTS = ("best", "hpc", "last", "registry")
 
 
 def hush() -> None:
-    """Silence what other libraries say to their own developers, so that what is left concerns the user."""
+    """Silence messages of other libraries to their own developers, so that the rest concerns the user."""
     for message in (
         r".*is_gradient_checkpointing.* is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",

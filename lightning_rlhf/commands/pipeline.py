@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 STAGE_COMMANDS = ("fit", "label", "sample", "export", "evaluate")
-STAGE_FIELDS = {"name", "verb", "config", "options"}
+STAGE_FIELDS = {"name", "command", "verb", "config", "options"}
+"""``verb`` is ``command`` in files of version 0.1."""
 PIPELINE_FIELDS = {"run_dir", "variables", "stages", "report"}
 REPORT_FIELDS = {"policies", "baseline", "beta", "options"}
 DONE = "done.json"
@@ -39,7 +40,7 @@ class Stage:
 
     Args:
         name: names its folder, and the stage in later ones.
-        verb: what ``lightning-rlhf`` is asked to do.
+        command: command of ``lightning-rlhf``.
         configs: named configs or files, from left to right.
         options: settings on top of them, by path.
         folder: its run folder.
@@ -47,7 +48,7 @@ class Stage:
     """
 
     name: str
-    verb: str
+    command: str
     configs: tuple[str, ...]
     options: dict[str, object]
     folder: Path
@@ -56,9 +57,10 @@ class Stage:
     @property
     def arguments(self) -> list[str]:
         """The command line behind ``lightning-rlhf``."""
-        where = [] if self.verb == "export" else [f"--run_dir={self.folder}"]
+        where = [] if self.command == "export" else [f"--run_dir={self.folder}"]
         configs = [f"--config={config}" for config in self.configs]
-        return [self.verb, *configs, *where, *(f"--{key}={_written(value)}" for key, value in self.options.items())]
+        options = [f"--{key}={_written(value)}" for key, value in self.options.items()]
+        return [self.command, *configs, *where, *options]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Pipeline:
 
     Args:
         path: the pipeline, a YAML file.
-        run_dir: folder of all stages; what the file says when not given.
+        run_dir: folder of all stages; default: the one that the file names.
         overrides: values of ``variables`` that differ from the file's.
 
     Raises:
@@ -168,7 +170,7 @@ class Pipeline:
         evaluations = {}
         for policy in self.report.policies:
             folder = self._stage_named(policy).folder
-            options = {"a": str(folder / "model"), "b": self.report.baseline, "reference": self.report.baseline}
+            options = {"a": str(folder / "model"), "b": self.report.baseline, "options.reference": self.report.baseline}
             where = self.folder / "report" / policy
             stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, where, (policy,))
             self._run(stage, f"evaluating {policy}")
@@ -182,11 +184,13 @@ class Pipeline:
         return result
 
     def _run(self, stage: Stage, number: str) -> None:
-        digest = self._digest(stage)
+        digest = self._digest(stage, stage.arguments)
         marker = stage.folder / DONE
         if marker.exists():
             held = json.loads(marker.read_text(encoding="utf-8"))
-            if held["digest"] != digest:
+            # of version 0.1, whose `evaluate` took the reference by another name
+            earlier = [arg.replace("--options.reference=", "--reference=") for arg in stage.arguments]
+            if held["digest"] not in (digest, self._digest(stage, earlier)):
                 raise ValueError(
                     f"stage {stage.name!r} was done with other settings, or on an earlier run of a stage before it: "
                     f"lightning-rlhf {' '.join(held['arguments'])}; delete {stage.folder} and the stages that build on "
@@ -207,12 +211,12 @@ class Pipeline:
         held = {"digest": digest, "arguments": stage.arguments, "seconds": seconds, "finished": time.time()}
         write_whole(marker, json.dumps(held, indent=2) + "\n")
 
-    def _digest(self, stage: Stage) -> str:
-        """What a stage depends on: its command, the content of its config files, and the runs that it builds on."""
+    def _digest(self, stage: Stage, arguments: list[str]) -> str:
+        """Digest of everything a stage depends on: its arguments, its config files, and the runs that it builds on."""
         files = {c: Path(c).read_text(encoding="utf-8") for c in stage.configs if Path(c).is_file()}
         markers = [self._stage_named(name).folder / DONE for name in stage.needs]
         runs = [json.loads(marker.read_text(encoding="utf-8"))["finished"] for marker in markers]
-        return hashlib.sha256(json.dumps([stage.arguments, files, runs]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([arguments, files, runs]).encode()).hexdigest()
 
     def _stage_named(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -222,9 +226,9 @@ class Pipeline:
         name = row.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in {*names, "report", "folder"}:
             raise ValueError(f"{path}: {where}.name must be a new word of letters, digits and _; got {name!r}")
-        verb = row.get("verb", "fit")
-        if verb not in STAGE_COMMANDS:
-            raise ValueError(f"{path}: {where}.verb must be one of {', '.join(STAGE_COMMANDS)}; got {verb!r}")
+        command = row.get("command", row.get("verb", "fit"))
+        if command not in STAGE_COMMANDS:
+            raise ValueError(f"{path}: {where}.command must be one of {', '.join(STAGE_COMMANDS)}; got {command!r}")
         configs = row.get("config", [])
         configs = [configs] if isinstance(configs, str) else configs
         if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
@@ -234,17 +238,17 @@ class Pipeline:
             raise ValueError(f"{path}: {where}.options.run_dir is the pipeline's to choose; drop it")
         folder = self.folder / f"{number + 1:02d}-{name}"
         known = {**names, "folder": str(folder)}
-        filled = {key: _filled(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
+        settings = {key: _resolved(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
         mentioned = set(_REFERENCE.findall(json.dumps(options)))
         needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
-        return Stage(name, verb, tuple(configs), filled, folder, needs)
+        return Stage(name, str(command), tuple(configs), settings, folder, needs)
 
     def _report(self, raw: object, path: str, names: Mapping[str, object]) -> Report | None:
         if raw is None:
             return None
         row = _mapping(raw, path, "report", REPORT_FIELDS)
         policies = row.get("policies")
-        known = [stage.name for stage in self.stages if stage.verb == "fit"]
+        known = [stage.name for stage in self.stages if stage.command == "fit"]
         if not isinstance(policies, list) or not policies or not set(policies) <= set(known):
             raise ValueError(f"{path}: report.policies must name fit stages, of {known}; got {policies!r}")
         if not isinstance(row.get("baseline"), str):
@@ -253,15 +257,16 @@ class Pipeline:
         if not isinstance(beta, int | float) or beta < 0:
             raise ValueError(f"{path}: report.beta must be a number >= 0; got {beta!r}")
         options = _mapping(row.get("options") or {}, path, "report.options", None)
-        filled = {key: _filled(value, names, f"{path}: report.options.{key}") for key, value in options.items()}
-        baseline = _filled(row["baseline"], names, f"{path}: report.baseline")
-        return Report(tuple(policies), str(baseline), float(beta), filled)
+        settings = {key: _resolved(value, names, f"{path}: report.options.{key}") for key, value in options.items()}
+        baseline = _resolved(row["baseline"], names, f"{path}: report.baseline")
+        return Report(tuple(policies), str(baseline), float(beta), settings)
 
 
 def row_of(stage: Stage, evaluation: EvaluationReport, beta: float) -> PolicyRow:
-    """What a pipeline's table says of a policy; None where something was not measured."""
+    """The row of a policy in the table of a pipeline; None where something was not measured."""
     seconds = json.loads((stage.folder / DONE).read_text(encoding="utf-8"))["seconds"]
     summary = stage.folder / "summary.json"
+    # a stage that was stopped before its first summary has none
     own = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     score, kl = evaluation.get("scores", {}).get("A"), evaluation.get("kl")
     return {
@@ -284,8 +289,9 @@ def table_text(result: PipelineReport) -> str:
     rows = []
     for row in result["policies"]:
         low, rate, high = row["win_rate_low"], row["win_rate"], row["win_rate_high"]
-        measured = rate is not None and low is not None and high is not None
-        wins = f"{100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})" if measured else "-"
+        wins = "-"
+        if rate is not None and low is not None and high is not None:
+            wins = f"{100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
         labels = "-" if row["labels"] is None else str(row["labels"])
         score, kl = _number(row["score"], row["score_stderr"]), _number(row["kl"], row["kl_stderr"])
         rows.append((row["policy"], score, kl, _number(row["j"]), wins, labels, f"{row['seconds']:.0f}"))
@@ -313,12 +319,12 @@ def _mapping(raw: object, path: str, where: str, known: set[str] | None) -> dict
     return raw
 
 
-def _filled(value: object, names: Mapping[str, object], where: str) -> object:
+def _resolved(value: object, names: Mapping[str, object], where: str) -> object:
     """A setting with folders and variables in their places; a value that is one variable keeps its type."""
     if isinstance(value, list):
-        return [_filled(item, names, where) for item in value]
+        return [_resolved(item, names, where) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(item, names, where) for key, item in value.items()}
+        return {key: _resolved(item, names, where) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     missing = [name for name in _REFERENCE.findall(value) if name not in names]

@@ -1,4 +1,4 @@
-"""Answers of a policy to prompts: drawn once and kept, or recorded elsewhere."""
+"""Responses of a policy to prompts: sampled once and kept, or recorded elsewhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECORDED = ("chosen", "rejected")
 """Names of the answers that come with preference rows."""
 
 ANSWER_COLUMNS = ("response", "completion", "answer")
-"""What the answer is called in a file of answers; the first that is there counts."""
+"""Names of the answer's column in a file of answers; the first that is there counts."""
 
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ class ProgressBar(Protocol):
 
 
 class RowLog:
-    """A JSONL file of rows with an ``index``, appended to chunk by chunk; what is cut off by a kill is forgotten.
+    """A JSONL file of rows with an ``index``, appended to chunk by chunk; a row that a kill cuts off is removed.
 
     Args:
         path: the file; created with its folder.
@@ -153,7 +153,7 @@ class ResponseGenerator:
         log: RowLog,
         progress: Callable[[str, int], AbstractContextManager[ProgressBar]],
     ) -> None:
-        """Draw the answers that a log does not hold yet; the model is loaded if there are any.
+        """Generate the answers that a log does not hold yet; the model is loaded if there are any.
 
         Args:
             checkpoint: the policy, as `lightning_rlhf.models.load.resolve_checkpoint` takes it.
@@ -166,6 +166,7 @@ class ResponseGenerator:
         """
         held = log.read()
         missing = [index for index in range(len(rows)) if index not in held]
+        # the model is not loaded for nothing
         if not missing:
             return
         tokenizer = load_tokenizer(checkpoint, self.chat_template, self.options.trust_remote_code)
@@ -191,8 +192,8 @@ class ResponseGenerator:
         with progress(f"{checkpoint}: answering", len(missing)) as bar, torch.inference_mode():
             for part in in_chunks(missing, 4 * self.decoding.rows):
                 requests = [Request(prompts[i], self.key.fold(i)) for i in part]
-                drawn = engine.generate(requests, reference_logps=self.reference is not None)
-                log.append([to_row(i, rows[i], response) for i, response in zip(part, drawn, strict=True)])
+                responses = engine.generate(requests, reference_logps=self.reference is not None)
+                log.append([to_row(i, rows[i], response) for i, response in zip(part, responses, strict=True)])
                 bar.update(len(part))
 
     def _load(self, checkpoint: str) -> PreTrainedModel:
@@ -220,7 +221,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
         name: ``chosen`` or ``rejected``, for those of the rows; or a file whose rows have ``prompt`` and one of
             ``response``, ``completion`` and ``answer``.
         rows: the prompts.
-        source: what to write in `Response.source`.
+        source: value of `Response.source`.
 
     Raises:
         ValueError: if a prompt has no answer.
@@ -257,7 +258,7 @@ def _named(prompt: str | Sequence[Message]) -> str:
 
 
 def identity(name: str) -> str:
-    """What a policy is: its name, and for files also their content, so that one that was trained on is another."""
+    """Identity of a policy: its name, and the content of its files, so that it changes with further training."""
     if name in RECORDED:
         return name
     source = Path(name) if is_file_of_answers(name) else resolve_checkpoint(name)

@@ -41,14 +41,14 @@ class LabelSpelling:
 def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]) -> LabelSpelling:
     """Find out how labels are written behind an ending.
 
-    The ids of ``ending + label`` less what all labels have in common are what has to be predicted: whether the space
-    before a digit belongs to the ending or to the label is so decided by the vocabulary. A number that is one token
-    ("10") is counted in two tokens as well, where the first is another label ("1", then "0").
+    The ids of ``ending + label`` without the prefix that all labels share have to be predicted. So the vocabulary
+    decides whether the space before a digit belongs to the ending or to the label. A number that is one token ("10") is
+    counted in two tokens as well, where the first is another label ("1", then "0").
 
     Args:
         tokenizer: the judge's tokenizer.
         ending: end of the prompt.
-        labels: what the judge may answer.
+        labels: the possible answers.
 
     Raises:
         ValueError: if two labels are written alike.
@@ -57,7 +57,7 @@ def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]
     cut = common_length(min(whole), max(whole))
     written = tuple(ids[cut:] for ids in whole)
     if not all(written):
-        # one label is what another begins with: the last common token is predicted too
+        # one label is the beginning of another: the last common token is predicted too
         written = tuple(ids[cut - 1 :] for ids in whole)
     if len(set(written)) < len(labels):
         raise ValueError(f"the tokenizer writes two of the labels {list(labels)} alike behind {ending!r}")
@@ -79,7 +79,7 @@ def label_logps(read: Reader, prefixes: Sequence[Ids], spelling: LabelSpelling) 
 
     The probability of a label is that of its tokens, summed over its spellings. Of a label that begins another one,
     "1" beside "10", it is P("1") (1 - sum_d P(d | "1")) over the tokens d that begin with a digit, so that no
-    probability counts twice. Labels need not sum to one: the rest is what the judge would say instead.
+    probability counts twice. Labels need not sum to one: the rest belongs to other answers of the judge.
 
     Args:
         read: gives log-probabilities of the next token.

@@ -38,7 +38,7 @@ from lightning_rlhf.types import Prompt
 
 VARIABLE = "LIGHTNING_RLHF_JUDGE_CACHE"
 GREEDY = 1e-4
-"""Temperature in place of 0: a token that is 0.01 nats behind is never drawn."""
+"""Temperature in place of 0: a token that is 0.01 nats behind is never sampled."""
 
 LABEL_TOKENS = 16
 """Room for a label in any vocabulary."""
@@ -65,7 +65,7 @@ class Written(str):
 
 @accepts_old_names("LocalJudge")
 class LocalJudge:
-    """Reads what a causal LM would answer; loaded at first use, frozen, in eval mode.
+    """Reads the answers of a causal LM; loaded at first use, frozen, in eval mode.
 
     Label log-probabilities are kept on disk, under the weights, the prompt's token ids and the labels: nothing is
     computed twice, whatever batch it comes in. ``$LIGHTNING_RLHF_JUDGE_CACHE`` names the folder or is ``off``.
@@ -100,10 +100,10 @@ class LocalJudge:
 
     @cached_property
     def frame(self) -> tuple[Ids, str, Ids]:
-        """What stands around the body of a prompt: ids before it, text behind it, and ids behind that.
+        """The frame of a prompt's body: ids before it, text behind it, and ids behind that.
 
         Raises:
-            ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes what it is given.
+            ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes the user's turn.
         """
         chat = bool(self.tokenizer.chat_template) if self.options.chat is None else self.options.chat
         if not chat:
@@ -143,6 +143,7 @@ class LocalJudge:
         Raises:
             ValueError: if the tokenizer cannot tell the labels apart.
         """
+        # without a prompt there is no shape to stack
         if not prompts:
             return torch.zeros(0, len(labels))
         spellings = {ending: self._spelling(ending, tuple(labels)) for ending in {p.ending for p in prompts}}
@@ -165,11 +166,11 @@ class LocalJudge:
         """Let the judge go on writing behind prompts, such as a rationale.
 
         Args:
-            prompts: what is continued.
+            prompts: the prompts that are continued.
             keys: random numbers of each text.
             max_new_tokens: longest text in tokens.
             temperature: 0 takes the most probable token at each step.
-            top_p: nucleus mass in (0, 1].
+            top_p: top-p sampling, in (0, 1].
 
         Returns:
             The texts, each a `Written`.
@@ -186,8 +187,8 @@ class LocalJudge:
         )
         texts = [Prompt(i, self.prompt_ids(prompt), prompt.text) for i, prompt in enumerate(prompts)]
         with torch.autocast(self.device.partition(":")[0], enabled=False):
-            drawn = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
-        return [Written(response.text, cut=response.finish_reason == "length") for response in drawn]
+            responses = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
+        return [Written(response.text, cut=response.finish_reason == "length") for response in responses]
 
     # ---- token ids -------------------------------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ class LocalJudge:
         return self._spellings[ending, labels]
 
     def _prefix(self, prompt: JudgePrompt, label: str, spelling: LabelSpelling) -> Ids:
-        """Token ids up to where the labels begin, from those of prompt and label together."""
+        """Token ids up to where the labels begin, from the ids of prompt and label together."""
         ids = self.prompt_ids(replace(prompt, ending=prompt.ending + label))
         written = spelling.written[0]
         assert ids[-len(written) :] == written, "endings are tokenised apart from what stands before them"
@@ -216,10 +217,11 @@ class LocalJudge:
         keys = [_key(prefix, spelling) for prefix in prefixes]
         file = self._file
         known = {} if file is None else file.get(keys)
-        # a row that is damaged, or of a judge that overflowed, is computed again
+        # damaged rows, and those of a judge that overflowed, are computed again
         known = {key: value for key, value in known.items() if _usable(value, len(spelling.written))}
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
+            # the precision of the training run must not change the judge
             with torch.autocast(self.device.partition(":")[0], enabled=False):
                 fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
             values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
@@ -236,6 +238,7 @@ class LocalJudge:
     @cached_property
     def _file(self) -> CacheFile | None:
         value = os.environ.get(VARIABLE, "")
+        # "off" disables the cache; a model without a digest cannot be told from another
         digest = None if value in ("off", "0") else model_digest(self.model)
         if digest is None:
             return None

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server answers: bodies to completions, and listed tokens to labels; pure functions.
+"""Replies of OpenAI-compatible servers: bodies to completions, and listed tokens to labels; pure functions.
 
 A local judge reads the probability of any token. A server lists the most probable ones of each place, and nothing about
 those it did not list.
@@ -34,14 +34,14 @@ class Completion:
     """A chat completion.
 
     Args:
-        text: what the judge wrote.
+        text: the answer.
         places: its tokens; None if the server gave no log-probabilities.
         refusal: why the judge did not answer, where it said so.
         tokens_in: tokens of the prompt; None if the server does not count.
         tokens_out: tokens that were generated; None if the server does not count.
         stopped: whether the judge came to an end by itself.
         cut: whether it was stopped by the limit of tokens.
-        reasoning: what a thinking model wrote in a field of its own, before its answer.
+        reasoning: thoughts that a thinking model writes in a field of its own, before its answer.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Reading:
         found: probability of each label, 0 where it is not listed.
         open: probabilities of texts that begin a label and whose continuation is not known, such as a "1" that may
             become "10"; in no label.
-        left: what the list leaves for all that is not listed, in [0, 1].
+        left: probability of everything that is not listed, in [0, 1].
         least: the least probable token that is listed.
     """
 
@@ -73,16 +73,17 @@ class Reading:
 
     @property
     def mass(self) -> float:
-        """What the labels that are listed have together, in [0, 1]."""
+        """Probability of all listed labels together, in [0, 1]."""
         return min(sum(self.found), 1.0)
 
     @property
     def logps(self) -> Tensor:
         """Log-probabilities in nats, [labels], float64.
 
-        A label that is not listed gets the most it can have: its share of what the list leaves, and not more than the
-        least probable token that is listed.
+        A label that is not listed gets an upper bound: its share of the rest that the list leaves, and not more than
+        the least probable token that is listed.
         """
+        # p <= min(least listed, rest / number of labels that are not listed)
         bound = min(self.least, self.left / max(self.found.count(0.0), 1))
         return torch.tensor([p or bound for p in self.found], dtype=torch.float64).clamp_min(TINY).log()
 
@@ -105,7 +106,7 @@ class UnreadableError(ValueError):
     """A body that is no chat completion.
 
     Args:
-        message: what is wrong with it.
+        message: the reason.
         cut: whether it begins as JSON does and breaks off.
         code: HTTP status that the body itself names, where it reports an error.
         error_code: the short name of that error.
@@ -119,12 +120,13 @@ class UnreadableError(ValueError):
 def parse_completion(body: str) -> Completion:
     """Read the body of a reply; every field is checked before it is used.
 
-    What labels are read from must be as the API says. Fields that only describe the reply (usage, finish reason,
+    Fields that labels are read from must be as the API says. Fields that only describe the reply (usage, finish reason,
     refusal, reasoning) count as absent where they have another type.
 
     Raises:
         UnreadableError: if it is no chat completion; the message names the field.
     """
+    # a server that streams without end must not fill the memory
     if len(body) > MOST_CHARACTERS:
         raise UnreadableError(f"the reply has {len(body)} characters, more than the {MOST_CHARACTERS} that are read")
     try:
@@ -227,7 +229,7 @@ def _count(value: object) -> int | None:
 
 
 def _places(logprobs: object, text: str) -> tuple[Place, ...] | None:
-    """Tokens with what is listed in place of each; None where the server gives no log-probabilities."""
+    """Tokens with the alternatives that are listed for each; None where the server gives no log-probabilities."""
     if logprobs is not None and not isinstance(logprobs, dict):
         raise _wrong("logprobs", "an object or null", logprobs)
     content = (logprobs or {}).get("content")
@@ -274,7 +276,7 @@ def _token(raw: object, field: str) -> tuple[str, float]:
 def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", probability: float = 1.0) -> Reading:
     """Sum the probabilities of the ways in which labels are written.
 
-    Case and the space before a label do not matter: "Yes", " yes" and "yes" are one. What the judge really wrote is
+    Case and the space before a label do not matter: "Yes", " yes" and "yes" are one. The judge's own answer is
     followed from token to token for as long as it is empty space or the beginning of a label, so that of the two tokens
     of " 1" or of "10" none is lost: P("10") = P("1") P("0" | "1"), and P("1") is what no digit follows. Off this path
     nothing is known about a "1" that may become "10", unless "10" is listed as one token: then the vocabulary writes it
@@ -282,7 +284,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
 
     Args:
         completion: the answer, with its places.
-        labels: what the judge may answer.
+        labels: the possible answers.
         stem: beginning of a label that had been written before.
         probability: of the stem.
     """
@@ -292,7 +294,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
     names = folded if len(set(folded)) == len(labels) else list(labels)
 
     def plain(text: str) -> str:
-        text = text.replace("▁", " ").replace("Ġ", " ").lstrip()  # how SentencePiece and GPT-2 write a space
+        text = text.replace("▁", " ").replace("Ġ", " ").lstrip()  # the space of SentencePiece and of GPT-2
         return text.casefold() if names is folded else text
 
     found, open_ = dict.fromkeys(names, 0.0), dict[str, float]()
@@ -337,7 +339,7 @@ def completed(reading: Reading, stem: str, later: Reading) -> Reading:
     """A reading in which an open stem has been followed.
 
     Args:
-        reading: what was known.
+        reading: the reading so far.
         stem: the stem, as it stands in ``reading.open``.
         later: labels behind the stem, as `read_labels` gives them with ``stem`` and its probability.
     """

@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, hosted models; extra ``server``.
 
-Requests cost money or time, so a reply is on the disk before anything is made of it, and is never asked for again. A
-server that does not give log-probabilities is found out by one request.
+Requests cost money or time, so a reply is on the disk before it is used, and is never asked for again. One request
+finds out whether a server gives log-probabilities.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What requests took; a reply that is there twice counts once, for it was paid once.
+    """Tokens of requests; a reply that is there twice counts once, for it was paid once.
 
     Args:
         replies: tokens of the prompt and tokens that were generated, by a short name of the reply.
@@ -106,9 +106,9 @@ class UnansweredError(Exception):
     """A request that ended without an answer.
 
     Args:
-        status: what a label says of it.
-        fault: what happened, in words.
-        usage: what it took.
+        status: status of the label.
+        fault: the reason, in words.
+        usage: tokens of the request.
     """
 
     def __init__(self, status: LabelStatus, fault: str, usage: Usage | None = None) -> None:
@@ -118,12 +118,12 @@ class UnansweredError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """How one try of a request failed.
+    """How one attempt at a request failed.
 
     Args:
-        status: what a label says of it if there is no other try.
-        message: what happened, in words.
-        again: whether another try may help.
+        status: status of the label if there is no other attempt.
+        message: the reason, in words.
+        again: whether another attempt may help.
         fatal: whether every other request would fail alike.
         retry_after: seconds that the server asks to wait.
     """
@@ -137,7 +137,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A reply as it came, and what it says."""
+    """A reply as it came, and parsed."""
 
     body: str
     completion: Completion
@@ -148,20 +148,21 @@ class JudgeServer:
     """An OpenAI-compatible endpoint that judges, through the chat completions with log-probabilities.
 
     **Journal.** Every usable reply is committed to a SQLite file before it counts. A run that is killed and started
-    again asks only for what was in flight; a second run with the same questions asks for nothing. Endpoint, model name
-    and the whole request are what finds a reply: give other weights another model name, or another journal.
+    again asks only for requests in flight; a second run with the same questions asks for nothing. A reply is found by
+    endpoint, model name and the whole request: give other weights another model name, or another journal.
 
-    **Tries.** What may pass is tried again, ``retries`` times: no answer within ``timeout``, no connection, HTTP 408,
-    409, 425, 429 and 5xx, and replies that are no chat completion. The wait before the n-th further try is uniform
-    between 0 and 0.5 * 2^(n-1) seconds, ``max_wait`` at most; if the server says Retry-After, it comes on top of that,
-    and a server that asks for more than ``max_wait`` is not asked again. The client library does not retry by itself. A
-    request keeps its place among the ``concurrency`` while it waits, so that a server with too much to do gets less.
+    **Retries.** Transient failures are retried, ``requests.retries`` times: no answer within ``timeout``, no
+    connection, HTTP 408, 409, 425, 429 and 5xx, and replies that are no chat completion. The wait before the n-th retry
+    is uniform between 0 and 0.5 * 2^(n-1) seconds, ``max_wait`` at most; if the server says Retry-After, it comes on
+    top of that, and a server that asks for more than ``max_wait`` is not asked again. The client library does not retry
+    by itself. A request keeps its place among the ``concurrency`` while it waits, so that an overloaded server gets
+    fewer.
 
     **Statuses.** ``rate_limited``: HTTP 429 to the end. ``timeout``: no answer, no connection, or HTTP 5xx to the end.
     ``refused``: the model or a content filter refused. ``truncated``: the prompt is too long for the model, or the JSON
-    of the reply broke off. ``invalid``: anything else that is no answer. What would fail for all requests is an error
-    instead: a wrong key, model or address, an account without money, a server that gives no log-probabilities. To find
-    out, the first request is sent alone.
+    of the reply broke off. ``invalid``: anything else that is no answer. A failure that would hit all requests is an
+    error instead: a wrong key, model or address, an account without money, a server that gives no log-probabilities. To
+    find out, the first request is sent alone.
 
     Args:
         base_url: address of the API, e.g. ``http://127.0.0.1:8080/v1``.
@@ -169,12 +170,12 @@ class JudgeServer:
         api_key_env: environment variable that holds the API key; a server without keys needs none. The key itself
             belongs in no config: it is read when a request is sent, and written nowhere.
         assistant_prefill: let the ending begin the answer, for servers that go on with a trailing turn of the assistant
-            (llama.cpp, vLLM, SGLang); by default it stands at the end of the user's turn.
+            (llama.cpp, vLLM, SGLang); default: it stands at the end of the user's turn.
         top_logprobs: most probable tokens that are listed per place, >= 2; OpenAI gives 20 at most, some hosts 5.
         requests: how many requests are sent at once, and how they are retried.
         prices: prices of prompt tokens and generated tokens.
         extra: further fields of every request, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``.
-        journal: SQLite file of the replies; ``judge_calls.sqlite`` in the cache folder when not given.
+        journal: SQLite file of the replies; default: ``judge_calls.sqlite`` in the cache folder.
 
     Raises:
         ImportError: if the package ``openai`` is missing.
@@ -203,7 +204,7 @@ class JudgeServer:
         self.requests, self.prices = requests, prices
         self.extra = dict(extra or {})
         self.journal = Path(journal).expanduser() if journal else cache_folder() / "judge_calls.sqlite"
-        self._key()  # a variable that is not set is better known before a policy is trained
+        self._key()  # fails now, not after a policy is trained, where the variable is not set
         self.met = False
         """Whether a request has been sent."""
         self.gives_logprobs = False
@@ -224,6 +225,7 @@ class JudgeServer:
             ServerError: if the endpoint cannot be used as it is set up.
             OSError: if the journal cannot be written.
         """
+        # no connection, and no journal, for nothing
         if not chains:
             return []
         with _explained(self.journal):
@@ -235,7 +237,7 @@ class JudgeServer:
         return {name: self._cost(*tokens) for name, tokens in usage.replies.items()}
 
     def report(self) -> dict[str, float]:
-        """What this process asked for so far.
+        """Requests of this process so far.
 
         ``requests`` answered, ``tries`` sent, ``from_journal`` answered without asking, ``tokens_in``, ``tokens_out``,
         ``cost``; ``in_flight``, the mean number of requests at the server while it was asked, and ``most_in_flight``.
@@ -259,6 +261,7 @@ class JudgeServer:
         async with self._connection() as create:
             session = Session(self, create)
             results: list[T] = []
+            # the first request goes alone: a wrong key or model fails once, not once per place
             while len(results) < len(chains) and not self.met:
                 results.append(await chains[len(results)](session))
 
@@ -269,7 +272,7 @@ class JudgeServer:
                     session.stopped = session.stopped or error
                     raise
 
-            # an error stops what has not been sent; what the server is working on is paid for, and kept
+            # an error stops requests that are not sent yet; those at the server are paid for, and kept
             found = await asyncio.gather(*map(awaited, chains[len(results) :]), return_exceptions=True)
             if session.stopped is not None:
                 raise session.stopped
@@ -292,11 +295,11 @@ class JudgeServer:
     def _key(self) -> str:
         if self.api_key_env is None:
             return ""
-        # what was given is never shown: it may be the key
+        # the value is never shown: it may be the key
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
             raise ValueError(
                 "api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, in capital letters; "
-                "what was given is not shown here, because it may be the key itself: if so, take it out of the config"
+                "the value is not shown here, because it may be the key itself: if so, take it out of the config"
             )
         key = os.environ.get(self.api_key_env, "").strip()  # files with secrets end in a line feed
         if not key:
@@ -310,15 +313,15 @@ class JudgeServer:
 
     def _without_key(self, text: str) -> str:
         key = self._key()
-        # what local servers are given instead, such as EMPTY, is no secret, and may be a word of the reply
+        # a placeholder for local servers, such as EMPTY, is no secret, and may be a word of the reply
         return text.replace(key, "[API key]") if len(key) >= 8 else text
 
 
 class Session:
-    """One call of `JudgeServer.ask`: a connection pool, and what was asked through it.
+    """One call of `JudgeServer.ask`: a connection pool, and the requests through it.
 
     Args:
-        server: whom to ask.
+        server: the endpoint.
         create: sends a request and returns the raw response, as ``openai.AsyncOpenAI`` does.
     """
 
@@ -365,10 +368,10 @@ class Session:
         """Let the judge go on writing behind a prompt, such as a rationale.
 
         Args:
-            prompt: what is continued.
+            prompt: the prompt that is continued.
             max_tokens: longest text in tokens; a longer one is cut.
             temperature: 0 asks for the most probable token at each step.
-            top_p: nucleus mass in (0, 1].
+            top_p: top-p sampling, in (0, 1].
             seed: names the text where it is random, to the server and in the journal.
 
         Raises:
@@ -425,7 +428,7 @@ class Session:
             answer = await self._insist(request)
         works = {self._works: b"1"} if self.server.gives_logprobs and not self.server.worked_before else {}
         self.server.worked_before = self.server.worked_before or self.server.gives_logprobs
-        # what is there is a reply that cannot be used, of an earlier version or damaged
+        # a stored reply that cannot be used is damaged, or of an earlier version
         self._journal.put({name: answer.body.encode("utf-8", "replace"), **works}, replace=bool(stored))
         self._count(answer.completion)
         return _answered(name, answer.body, answer.completion)
@@ -510,17 +513,18 @@ NO_LOGPROBS = (
 
 
 def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | None = None) -> float | None:
-    """Seconds to wait before the next try; None if the server asks for more than ``max_wait``.
+    """Seconds to wait before the next attempt; None if the server asks for more than ``max_wait``.
 
-    Exponential with full jitter: uniform between 0 and 0.5 * 2^attempt s, and not more than ``max_wait``. What the
-    server asks for comes on top, so that requests which were turned away together do not come back together.
+    Exponential with full jitter: uniform between 0 and 0.5 * 2^attempt s, and not more than ``max_wait``. The wait that
+    the server asks for comes on top, so that requests which were turned away together do not come back together.
 
     Args:
-        attempt: tries before this one, from 0.
+        attempt: attempts before this one, from 0.
         uniform: a number drawn uniformly from [0, 1).
         max_wait: longest wait in seconds.
         retry_after: seconds that the server asks to wait, if it does.
     """
+    # U(0, min(0.5 * 2^attempt, max_wait)); the exponent is bounded, for floats overflow
     jitter = uniform * min(0.5 * 2.0 ** min(attempt, 60), max_wait)
     if retry_after is None:
         return jitter
@@ -530,7 +534,7 @@ def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's retry-after-ms.
 
-    A date is compared with the server's own clock where it says what that shows: ours may be wrong.
+    A date is compared with the server's own clock where the reply has it: ours may be wrong.
     """
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after", "")
     try:
@@ -552,11 +556,11 @@ def _seconds_of(date: str) -> float | None:
 
 
 def status_fault(code: int, message: str, error_code: str, headers: Mapping[str, str], first: bool) -> Fault:
-    """What an HTTP status other than 200 means.
+    """Read an HTTP status other than 200.
 
     Args:
         code: the status.
-        message: what the server says.
+        message: the message of the server.
         error_code: its short name for that.
         headers: of the reply.
         first: whether no such request has been answered before: one that is not understood is a matter of the set-up.
@@ -567,7 +571,7 @@ def status_fault(code: int, message: str, error_code: str, headers: Mapping[str,
     # some hosts speak of billing when they mean a minute: whoever says when to come back means that
     soon = asked_to_wait is not None or re.search(r"(retry|try again) in|per minute", said)
     if code == 429 and ("insufficient_quota" in said or (not soon and re.search(r"billing|credit", said))):
-        return Fault("rate_limited", f"{text} (pay the account; what was answered is kept)", fatal=True)
+        return Fault("rate_limited", f"{text} (pay the account; earlier replies are kept)", fatal=True)
     if code in (408, 409, 425, 429) or code >= 500:
         status: LabelStatus = "rate_limited" if code == 429 else "timeout"
         return Fault(status, text, again=True, retry_after=asked_to_wait)
@@ -582,7 +586,7 @@ def status_fault(code: int, message: str, error_code: str, headers: Mapping[str,
             "invalid", f"{text} (set api_key_env to the variable with a key that may use this model)", fatal=True
         )
     if code == 402:
-        return Fault("invalid", f"{text} (pay the account; what was answered is kept)", fatal=True)
+        return Fault("invalid", f"{text} (pay the account; earlier replies are kept)", fatal=True)
     if code in (404, 405):
         return Fault("invalid", f"{text} (check model, and base_url, which ends in /v1 as a rule)", fatal=True)
     remedy = " (the server does not take such requests: check top_logprobs, assistant_prefill and extra)"
@@ -590,7 +594,7 @@ def status_fault(code: int, message: str, error_code: str, headers: Mapping[str,
 
 
 def without_control_tokens(text: str) -> str:
-    """Break what chat templates mean something by: servers read it as special tokens, wherever it stands.
+    """Break the control tokens of chat templates: servers read them as special tokens, wherever they stand.
 
     ``<|im_end|>`` becomes ``< |im_end| >``, ``[/INST]`` becomes ``[ /INST]``, ``</s>`` becomes ``< /s>``.
     """
@@ -608,7 +612,7 @@ def _digest(*parts: object) -> bytes:
 def _answered(name: bytes, body: str, completion: Completion) -> tuple[Completion, Usage]:
     """A reply with its tokens, none where the server does not count.
 
-    It is named by what was asked and what was said: from the journal it is the same one, bought again another.
+    It is named by request and reply: from the journal it is the same one, bought again another.
     """
     reply = _digest(name.hex(), body)[:8].hex()
     usage = Usage({reply: (completion.tokens_in or 0, completion.tokens_out or 0)})
@@ -618,7 +622,7 @@ def _answered(name: bytes, body: str, completion: Completion) -> tuple[Completio
 
 
 def _readable(stored: object, request: dict[str, object]) -> _Answer | None:
-    """A reply from the journal; None if it does not answer the request, as those that earlier versions let pass."""
+    """A reply from the journal; None if it does not answer the request, as some of earlier versions."""
     body = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
     try:
         completion = parse_completion(body)
@@ -629,7 +633,7 @@ def _readable(stored: object, request: dict[str, object]) -> _Answer | None:
 
 
 def _nothing_said(completion: Completion, usage: Usage) -> UnansweredError:
-    """What an empty answer is."""
+    """The fault of an empty answer."""
     if completion.cut or completion.reasoning.strip():
         return UnansweredError(
             "truncated",
@@ -676,5 +680,5 @@ def _explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise OSError(
             f"cannot keep the replies of the judge in {path} ({error}): free some space, make the file writable, "
-            f"delete it if it is damaged, or set another journal; what is written is kept"
+            f"delete it if it is damaged, or set another journal; the replies in it are kept"
         ) from error

@@ -1,4 +1,4 @@
-"""Judging tasks as data: what a judge is asked, in YAML files, ours or a user's own."""
+"""Judging tasks as data: the questions to a judge, in YAML files, ours or a user's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 
 Style = Literal["base", "detailed"]
-"""How much a judge is told: what to do (``base``), or also what to look at, as in guidelines for human raters."""
+"""Instructions to a judge: the task alone (``base``), or with guidelines as for human raters (``detailed``)."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class PairTask:
     """The question which of two candidates is better, or worse.
 
     Args:
-        preambles: instructions by style, without the sentence that says what to output.
+        preambles: instructions by style, without the sentence about the output.
         verdict: closing sentence of the instructions when the label is asked for at once.
         reasons: closing sentence of the instructions when a rationale is asked for first.
-        thinking: what stands before the rationale: a request, and behind an empty line how the rationale begins.
+        thinking: text before the rationale: a request, and behind an empty line how the rationale begins.
         ending: text whose natural continuation is the label.
         prefers: ``better`` if the label names the better candidate, ``worse`` if it names the worse one.
-        labels: what the judge may answer for the first and for the second candidate.
+        labels: the possible answers for the first and for the second candidate.
         exemplars: judged examples, of which a prompt shows the first k.
     """
 
@@ -66,8 +66,8 @@ class RatingTask:
     Args:
         preambles: instructions by style.
         ending: text whose natural continuation is the label.
-        labels: what the judge may answer.
-        values: what each label is worth, higher is better.
+        labels: the possible answers.
+        values: value of each label, higher is better.
     """
 
     preambles: dict[str, str]
@@ -78,12 +78,12 @@ class RatingTask:
 
 @dataclass(frozen=True)
 class Task:
-    """What a judge judges.
+    """A judging task: the questions about candidates.
 
     Args:
         name: name of the task.
-        context: what the context is called in prompts, e.g. "Text".
-        candidate: what a candidate is called in prompts, e.g. "Summary".
+        context: name of the context in prompts, e.g. "Text".
+        candidate: name of a candidate in prompts, e.g. "Summary".
         dialogue: whether the context is a conversation; a long one loses its beginning, another text its end.
         pair: the question about two candidates.
         score: the question for a score, 1 to 10 as a rule (direct-RLAIF).

@@ -1,4 +1,4 @@
-"""What a labeler promises."""
+"""The interface of labelers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class AbstractLabeler(KeepsArguments, ABC):
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Label each comparison, in order.
 
-        Called on rank zero, once per chunk of a round; what it returns is written to the ledger before anything else
-        happens, and is never asked for again. A labeler that draws folds ``comparison.prompt.index`` into ``key``. A
+        Called on rank zero, once per chunk of a round. Its labels are written to the ledger before anything else
+        happens, and are never asked for again. A random labeler folds ``comparison.prompt.index`` into ``key``. A
         comparison that could not be judged gets a label with another status than ``"ok"``, never a made-up probability.
         """
 
 
 def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:
-    """What the cost of a label is made of, as an entry of its ``meta``; none for a label that costs nothing.
+    """The parts of a label's cost, as an entry of its ``meta``; none for a label that costs nothing.
 
     Args:
         prices: price of each part, by a name without spaces or colons that is the same when it is asked for again.

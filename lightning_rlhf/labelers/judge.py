@@ -1,4 +1,4 @@
-"""What judges that are language models share, wherever they run: the question, its settings, and the verdict."""
+"""Base of labelers that ask a language model, in this process or on a server: prompt, settings and verdict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AbstractJudgeLabeler(AbstractLabeler):
     """A labeler that asks a language model about pairs, in both orders.
 
     Args:
-        task: what is asked: the name of a task, or a ``.yaml`` file.
+        task: the question: the name of a task, or a ``.yaml`` file.
         style: which preamble.
         shots: judged examples in the prompt, >= 0.
         chain_of_thought: let the judge write rationales before it answers.
@@ -57,7 +57,7 @@ class AbstractJudgeLabeler(AbstractLabeler):
         return 1 if self.chain_of_thought is None else self.chain_of_thought.samples
 
     def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:
-        """What the judge is asked about a sample; with a rationale, or where none is wanted, it ends at the label."""
+        """The prompt about a sample, up to where the label begins, or, before a rationale, up to where that begins."""
         return pair_prompt(
             self.task,
             sample,
@@ -69,16 +69,17 @@ class AbstractJudgeLabeler(AbstractLabeler):
         )
 
     def verdict(self, logps: Tensor, masses: Tensor) -> tuple[float | None, dict[str, float]]:
-        """P(a preferred), and what a label's ``meta`` holds about it.
+        """P(a preferred), and the metrics of a label's ``meta``.
 
         None where the label mass is below ``min_mass``, or a log-probability is not a number, as where float16
-        overflows; such figures are left out of ``meta``.
+        overflows; such metrics are left out of ``meta``.
 
         Args:
             logps: log-probabilities of the labels with a and with b shown first, [2, samples, 2].
             masses: probability of a label at all, [2, samples].
         """
         forward, reverse = logps
+        # the mass is the smaller one of the two orders: a label in the tail of either order is noise
         meta = {
             "first_forward": first_probability(forward).mean().item(),
             "first_reverse": first_probability(reverse).mean().item(),
@@ -87,17 +88,20 @@ class AbstractJudgeLabeler(AbstractLabeler):
         meta = {name: value for name, value in meta.items() if math.isfinite(value)}
         if len(meta) < 3 or meta["mass"] < self.min_mass:
             return None, meta
+        # P(a) = (P_forward(first) + 1 - P_reverse(first)) / 2 (section 2.1.1), averaged over rationales
         probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean().item()
+        # rounding may leave [0, 1]
         return min(max(probability, 0.0), 1.0), meta
 
-    def fault(self, figures: Mapping[str, float]) -> str:
-        """Why `verdict` gave no probability, from its figures."""
-        if len(figures) < 3:
+    def fault(self, metrics: Mapping[str, float]) -> str:
+        """Why `verdict` gave no probability, from its metrics."""
+        # `verdict` leaves out metrics that are not finite
+        if len(metrics) < 3:
             return (
                 "the judge's log-probabilities are not finite: float16 overflows in some models, take dtype=bfloat16 "
                 "or float32"
             )
-        return f"the judge answers with a label with a probability of {figures['mass']:.2g} only " + (
+        return f"the judge answers with a label with a probability of {metrics['mass']:.2g} only " + (
             f"(min_mass={self.min_mass})"
         )
 

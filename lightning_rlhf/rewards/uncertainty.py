@@ -13,10 +13,10 @@ from lightning_rlhf.types import Prompt, Response
 
 
 class UncertaintyPenalty(AbstractReward):
-    """Another reward less ``weight * (u - mean u)``, u being its standard deviation.
+    """Another reward minus ``weight * (u - mean u)``, where u is its standard deviation.
 
     UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses up to the present round,
-    so that the penalty moves no reward on average. It counts in training alone: the ledger, and figures on held-out
+    so that the penalty moves no reward on average. It counts in training alone: the ledger, and metrics on held-out
     answers, keep the reward itself.
 
     Args:
@@ -51,6 +51,7 @@ class UncertaintyPenalty(AbstractReward):
     def earned(self, output: RewardOutput) -> Tensor:
         """The reward less the penalty."""
         assert output.std is not None and self._count
+        # r - weight (u - mean u)
         return self.reward.earned(output) - self.weight * (output.std - self._sum / self._count)
 
     def state_dict(self) -> dict[str, object]:
@@ -58,6 +59,6 @@ class UncertaintyPenalty(AbstractReward):
         return {"count": self._count, "sum": self._sum, "reward": self.reward.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self._count, self._sum = state["count"], state["sum"]
         self.reward.load_state_dict(state["reward"])
