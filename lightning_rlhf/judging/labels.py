@@ -6,6 +6,7 @@ A label may be one token or several, with or without the space before it, and on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]
     if not all(written):
         # one label is the beginning of another: the last common token is predicted too
         written = tuple(ids[cut - 1 :] for ids in whole)
+    # the judge could not say which of the two it means
     if len(set(written)) < len(labels):
         raise ValueError(f"the tokenizer writes two of the labels {list(labels)} alike behind {ending!r}")
     digits = {token: id_ for token, id_ in tokenizer.get_vocab().items() if token[:1] in set("0123456789")}
@@ -86,22 +88,29 @@ def label_logps(read: Reader, prefixes: Sequence[Ids], spelling: LabelSpelling) 
         prefixes: token ids of the prompts, up to where the labels begin.
         spelling: the labels.
     """
-    stems = {ids[:place] for ways in spelling.spellings for ids in ways for place in range(len(ids))}
-    stems |= {ids for ids, ended in zip(spelling.written, spelling.ended, strict=True) if ended}
-    targets = sorted({id_ for ways in spelling.spellings for ids in ways for id_ in ids} | set(spelling.digits))
-    ordered = sorted(stems)
-    logps = read([prefix + stem for prefix in prefixes for stem in ordered], targets).double()
+    # every token of every spelling is read behind the tokens before it
+    stems, tokens = set[Ids](), set(spelling.digits)
+    for ids in itertools.chain.from_iterable(spelling.spellings):
+        stems.update(ids[:place] for place in range(len(ids)))
+        tokens.update(ids)
+    stems.update(itertools.compress(spelling.written, spelling.ended))
+    targets, ordered = sorted(tokens), sorted(stems)
+    texts = [prefix + stem for prefix, stem in itertools.product(prefixes, ordered)]
+    logps = read(texts, targets).double()
     logps = logps.view(len(prefixes), len(ordered), len(targets))
     stem_at = {stem: i for i, stem in enumerate(ordered)}
     target_at = {target: i for i, target in enumerate(targets)}
 
+    # log P(t_1 ... t_n | prefix) = sum_i log P(t_i | prefix, t_1 ... t_{i-1})
     def of_tokens(ids: Ids) -> Tensor:
         return torch.stack([logps[:, stem_at[ids[:i]], target_at[id_]] for i, id_ in enumerate(ids)]).sum(0)
 
     columns = []
     for ids, ways, ended in zip(spelling.written, spelling.spellings, spelling.ended, strict=True):
+        # P(label) is the sum over its spellings
         column = torch.stack([of_tokens(way) for way in ways]).logsumexp(0)
         if ended:
+            # P("1") (1 - sum_d P(d | "1")): a "1" that goes on as "10" is not the label "1"
             goes_on = logps[:, stem_at[ids], [target_at[id_] for id_ in spelling.digits]].exp().sum(-1)
             column = column + torch.log1p(-goes_on.clamp_max(1 - 1e-12))
         columns.append(column)

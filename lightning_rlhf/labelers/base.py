@@ -44,9 +44,11 @@ def booked_once(label: Label, earlier: Sequence[Label]) -> Label:
         label: a new attempt.
         earlier: attempts that are in the ledger.
     """
+    # labels with one price have no parts that could repeat
     if "cost_parts" not in label.meta:
         return label
-    booked = {name for attempt in earlier for name in _parts(attempt)}
+    # a reply that earlier attempts have paid for comes from the journal, and costs nothing now
+    booked = set().union(*map(_parts, earlier))
     return replace(label, cost=sum(price for name, price in _parts(label).items() if name not in booked))
 
 

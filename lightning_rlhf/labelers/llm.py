@@ -70,6 +70,7 @@ class LLMLabeler(AbstractJudgeLabeler):
             min_mass=min_mass,
             max_candidate_chars=max_candidate_chars,
         )
+        # also refuses NaN
         if not cost >= 0:
             raise ValueError(f"the cost of a label must be >= 0; got {cost}")
         self.cost = cost
@@ -84,6 +85,7 @@ class LLMLabeler(AbstractJudgeLabeler):
                 fitting[place] = sample
         # [comparisons, orders, rationales] as one list: all rationales of an order, then the other order
         shown: list[Sample] = []
+        # each order and rationale is a prompt of its own, in one batch
         for sample in fitting.values():
             for ordered in both_orders(sample):
                 shown += [ordered] * self.num_rationales
@@ -93,6 +95,7 @@ class LLMLabeler(AbstractJudgeLabeler):
             rationales = self._rationales(self.chain_of_thought, shown, keys)
             empty = [_how_empty(text) for text in rationales]
         prompts = [self.prompt(sample, text) for sample, text in zip(shown, rationales, strict=True)]
+        # log P(label | prompt, rationale), in double precision for the sum over the two orders
         logps = self.judge.label_logps(prompts, self.task.asked_for_pairs().labels).double()
         logps = logps.view(len(fitting), 2, self.num_rationales, 2)
         too_long = {"fault": "the responses alone are too long for the judge"}

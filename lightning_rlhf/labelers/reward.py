@@ -61,6 +61,7 @@ class RewardLabeler(AbstractLabeler):
     def __init__(self, reward: AbstractReward, rule: Rule = "bernoulli", cost: float = 1.0) -> None:
         if rule not in get_args(Rule):
             raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}; got {rule!r}")
+        # also refuses NaN
         if not cost >= 0:
             raise ValueError(f"the cost of a label must be >= 0; got {cost}")
         check_plugin("RewardLabeler.reward", reward, AbstractReward)
@@ -70,6 +71,7 @@ class RewardLabeler(AbstractLabeler):
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Score both responses of each comparison in one batch and judge by the rule."""
+        # rewards need not handle an empty batch
         if not comparisons:
             return []
         prompts = [comparison.prompt for comparison in comparisons]

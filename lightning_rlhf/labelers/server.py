@@ -91,6 +91,7 @@ class ServerLabeler(AbstractJudgeLabeler):
             min_mass=min_mass,
             max_candidate_chars=max_candidate_chars,
         )
+        # 0 characters fit no prompt
         if max_prompt_chars is not None and max_prompt_chars < 1:
             raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
         self.server, self.max_prompt_chars = server, max_prompt_chars
@@ -114,6 +115,7 @@ class ServerLabeler(AbstractJudgeLabeler):
                     chains.append(functools.partial(self._judge, shown, own.fold(order, number)))
         judged = self.server.ask(chains)
         per_pair = 2 * self.num_rationales
+        # without a request there is no cost
         too_long = Label(None, "truncated", 0.0, {"fault": "the responses alone are longer than max_prompt_chars"})
         labels = [too_long] * len(comparisons)
         for number, place in enumerate(asked):
@@ -133,10 +135,12 @@ class ServerLabeler(AbstractJudgeLabeler):
                 )
             reading, used = await session.read(self.prompt(sample, rationale), self.task.asked_for_pairs().labels)
         except UnansweredError as error:
+            # tokens of the rationale are paid for, also where the reading failed
             return _Judgement(usage + error.usage, None, rationale or "", error.status, error.fault)
         return _Judgement(usage + used, reading, rationale or "")
 
     def _fitted(self, sample: Sample) -> Sample | None:
+        # the server itself refuses a prompt that is too long, as `truncated`
         if self.max_prompt_chars is None:
             return sample
         most = self.max_prompt_chars
@@ -161,6 +165,7 @@ class ServerLabeler(AbstractJudgeLabeler):
             if each.status != "ok":
                 return Label(None, each.status, cost, meta | {"fault": each.fault})
         readings = [each.reading for each in judged if each.reading is not None]
+        # [orders, rationales], in the order of the chains in `label`
         masses = torch.tensor([reading.mass for reading in readings]).view(2, self.num_rationales)
         logps = torch.stack([reading.logps for reading in readings]).view(2, self.num_rationales, 2)
         probability, metrics = self.verdict(logps, masses)
