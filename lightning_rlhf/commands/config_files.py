@@ -71,12 +71,14 @@ class NamedConfig(ActionConfigFile):
         option: str | None,
         above: tuple[Path, ...],
     ) -> None:
+        # else it would be read for ever
         if path in above:
             raise TypeError(f"config {path} names itself among its defaults")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise TypeError(f"config {path} is no YAML: {error}") from None
+        # a list or a text
         if not isinstance(content, dict):
             raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
         if self.command:
@@ -85,12 +87,14 @@ class NamedConfig(ActionConfigFile):
             renamed = renamed_config(content, note_once)
         changed, content = renamed != content, renamed
         bases = content.pop("defaults", None)
+        # a single name without brackets is a common slip
         if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
         if bases is None and not changed:
             # by path, so that files it names are looked up beside it
             super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
             return
+        # bases first, so that the file itself wins
         for base in bases or ():
             beside = path.parent / f"{base}.yaml"
             self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
@@ -113,6 +117,7 @@ def classes_in_configs(args: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         option, given, value = arg.partition("=")
+        # in the order of the command line: later configs win
         if option in ("--config", "-c"):
             with suppress(TypeError, OSError, yaml.YAMLError, ValueError, RecursionError):
                 _collect_classes_of_file(find_config(value if given else following), found, ())

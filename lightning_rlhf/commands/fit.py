@@ -194,6 +194,7 @@ class RLHFCLI(LightningCLI):
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
             callbacks = [*callbacks, ProgressBar()]
+        # Lightning would switch off the parts that a run needs, without a word
         if self._get(self.config_init, "trainer.barebones"):
             raise ValueError(
                 "trainer.barebones=true switches off checkpoints, logs and the checks of a run: leave it out, or try a "
@@ -231,6 +232,7 @@ class RLHFCLI(LightningCLI):
     def _name_what_is_missing(self) -> None:
         """Name the parts of a run that the settings of the Trainer switch off, in a line each."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        # a run of hours without checkpoints is rarely meant
         if not any(isinstance(callback, RunCheckpoint) for callback in callbacks):
             rank_zero_info(
                 "trainer.enable_checkpointing=false: this run keeps no checkpoints; one that is stopped begins its "
@@ -251,9 +253,11 @@ class RLHFCLI(LightningCLI):
         """Continue a run that was stopped, or measure the policy once before training."""
         settings = self.config[self.subcommand]
         self.datamodule.fingerprint = fingerprint(settings, self.model, self.datamodule)
+        # a trial run must neither continue nor mark the run folder
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._leave_nothing_behind()
             return
+        # before the first epoch, whose checkpoint could not be written
         check_writable(self.run_dir)
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
@@ -274,12 +278,14 @@ class RLHFCLI(LightningCLI):
         if continued is not None:
             path = Path(continued)
             checked(path, self.trainer.global_rank, self.trainer.world_size)
+            # a sharded checkpoint is read by the strategy that wrote it
             if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise ValueError(
                     f"checkpoint {path} is sharded: continue with --config trainer/fsdp; or start another run, "
                     f"from <its run_dir>/model once it has ended"
                 )
             check_settings(meta(path), path, self.datamodule.fingerprint)
+        # the point at step 0 of every curve
         elif self.datamodule.heldout_source is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -306,6 +312,7 @@ def told_by_constructors(config: Namespace) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
+        # None: an error of ours, with its whole traceback
         message = constructor_error(error, config)
         if message is None:
             raise

@@ -134,6 +134,7 @@ class Pipeline:
 
     def __init__(self, path: str, run_dir: str | None = None, overrides: Mapping[str, str] | None = None) -> None:
         file = Path(path).expanduser()
+        # each message below names file and field, before a stage is started
         if not file.is_file():
             raise FileNotFoundError(f"pipeline {path!r}: no such file")
         try:
@@ -144,6 +145,7 @@ class Pipeline:
         self.folder = Path(run_dir or str(raw.get("run_dir") or f"runs/{file.stem}"))
         names: dict[str, object] = _mapping(raw.get("variables") or {}, path, "variables", None)
         unknown = sorted(set(overrides or {}) - set(names))
+        # an override with a typo would change nothing
         if unknown:
             raise ValueError(f"{path}: variables has no {unknown[0]!r} to change; it has {sorted(names)}")
         names = {**names, **(overrides or {})}
@@ -165,6 +167,7 @@ class Pipeline:
         """
         for number, stage in enumerate(self.stages):
             self._run(stage, f"{number + 1} of {len(self.stages)}")
+        # stages alone
         if self.report is None:
             return None
         evaluations = {}
@@ -186,6 +189,7 @@ class Pipeline:
     def _run(self, stage: Stage, number: str) -> None:
         digest = self._digest(stage, stage.arguments)
         marker = stage.folder / DONE
+        # done: by its digest, not by its name
         if marker.exists():
             held = json.loads(marker.read_text(encoding="utf-8"))
             # of version 0.1, whose `evaluate` took the reference by another name
@@ -202,6 +206,7 @@ class Pipeline:
         stage.folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         status = run_child([sys.executable, "-m", "lightning_rlhf", *stage.arguments])
+        # stopped on request: the status says so to the shell
         if status in STOPPED:
             print(f"stage {stage.name!r} was stopped; the same command goes on from there", flush=True)
             raise SystemExit(status)
@@ -214,6 +219,7 @@ class Pipeline:
     def _digest(self, stage: Stage, arguments: list[str]) -> str:
         """Digest of everything a stage depends on: its arguments, its config files, and the runs that it builds on."""
         files = {c: Path(c).read_text(encoding="utf-8") for c in stage.configs if Path(c).is_file()}
+        # the end of the earlier stage, not its settings: a run that is repeated has other weights
         markers = [self._stage_named(name).folder / DONE for name in stage.needs]
         runs = [json.loads(marker.read_text(encoding="utf-8"))["finished"] for marker in markers]
         return hashlib.sha256(json.dumps([arguments, files, runs]).encode()).hexdigest()
@@ -234,12 +240,14 @@ class Pipeline:
         if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
             raise ValueError(f"{path}: {where}.config must be a name or a list of names; got {configs!r}")
         options = _mapping(row.get("options") or {}, path, f"{where}.options", None)
+        # two stages in one folder would continue each other
         if "run_dir" in options:
             raise ValueError(f"{path}: {where}.options.run_dir is the pipeline's to choose; drop it")
         folder = self.folder / f"{number + 1:02d}-{name}"
         known = {**names, "folder": str(folder)}
         settings = {key: _resolved(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
         mentioned = set(_REFERENCE.findall(json.dumps(options)))
+        # a stage that is run again makes later ones stale
         needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
         return Stage(name, str(command), tuple(configs), settings, folder, needs)
 
@@ -268,6 +276,7 @@ def row_of(stage: Stage, evaluation: EvaluationReport, beta: float) -> PolicyRow
     summary = stage.folder / "summary.json"
     # a stage that was stopped before its first summary has none
     own = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    # J = E[score] - beta KL
     score, kl = evaluation.get("scores", {}).get("A"), evaluation.get("kl")
     return {
         "policy": stage.name,
@@ -331,6 +340,7 @@ def _resolved(value: object, names: Mapping[str, object], where: str) -> object:
     if missing:
         there = ", ".join(names) or "none"
         raise ValueError(f"{where}: ${{{missing[0]}}} is neither a variable nor an earlier stage; there are {there}")
+    # a number that is one variable stays a number
     whole = _REFERENCE.fullmatch(value)
     return names[whole[1]] if whole else _REFERENCE.sub(lambda found: str(names[found[1]]), value)
 

@@ -203,6 +203,7 @@ def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
     Raises:
         ValueError: if its config does not look like that of a Llama.
     """
+    # no file is read for these
     if model in SHAPES:
         return SHAPES[model]
     from transformers import AutoConfig
@@ -263,6 +264,7 @@ def plan_run(
     """
     shape, device = shape_of(model), Device(memory, tflops, bandwidth)
     load = Load(pairs, prompt_tokens, response_tokens, rows, tokens_per_pass)
+    # zero tokens or devices divide by zero
     if min(gpus, pairs, prompt_tokens, response_tokens, rows, tokens_per_pass, lora) < 1:
         raise ValueError("gpus, pairs, prompt_tokens, response_tokens, rows, tokens_per_pass and lora must be >= 1")
     lines = [
@@ -281,6 +283,7 @@ def plan_run(
         (f"fsdp, LoRA {lora}, checkpointing", "fsdp", lora, True),
     ]
     for name, strategy, rank, checkpointing in strategies:
+        # nothing to shard
         if strategy == "fsdp" and gpus == 1:
             continue
         found = estimate(

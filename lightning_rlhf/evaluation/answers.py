@@ -63,10 +63,12 @@ class RowLog:
 
     def read(self) -> dict[int, Row]:
         """The whole rows, by index; an unfinished last line is removed from the file."""
+        # nothing is answered yet
         if not self.path.exists():
             return {}
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        # a kill has cut the last line; the next append must begin a new one
         if len(whole) < len(data):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
@@ -79,6 +81,7 @@ class RowLog:
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
+            # rows cost money or time: they survive a power loss
             os.fsync(file.fileno())
 
 
@@ -191,6 +194,7 @@ class ResponseGenerator:
         )
         with progress(f"{checkpoint}: answering", len(missing)) as bar, torch.inference_mode():
             for part in in_chunks(missing, 4 * self.decoding.rows):
+                # a key per prompt, so that chunks do not change the samples
                 requests = [Request(prompts[i], self.key.fold(i)) for i in part]
                 responses = engine.generate(requests, reference_logps=self.reference is not None)
                 log.append([to_row(i, rows[i], response) for i, response in zip(part, responses, strict=True)])
@@ -234,10 +238,12 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
     answers: dict[str, str] = {}
     for where, given in read_rows(name):
         column = next((c for c in ANSWER_COLUMNS if c in given), None)
+        # the row would be read as an empty answer
         if column is None or "prompt" not in given:
             columns = f"expected 'prompt' and one of {', '.join(ANSWER_COLUMNS)}; got {sorted(given)}"
             raise ValueError(f"{where}: {columns}: rename the columns")
         asked = parse_prompt(given["prompt"], where, "prompt")
+        # the first of several answers to one prompt counts
         answers.setdefault(_named(asked), parse_completion(given[column], asked, where, column))
     found = []
     for row in rows:
@@ -247,6 +253,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
         if not isinstance(prompt, str) and len(prompt) == 1:
             names.append(_named(turn_text(prompt[0])))
         text = next((answers[name] for name in names if name in answers), None)
+        # comparing fewer prompts than asked for would bias the rates
         if text is None:
             raise ValueError(f"{name}: has no answer to the prompt of {row.source}; give a row for every prompt")
         found.append(text_response(text, source))
@@ -262,9 +269,11 @@ def identity(name: str) -> str:
     if name in RECORDED:
         return name
     source = Path(name) if is_file_of_answers(name) else resolve_checkpoint(name)
+    # of a Hub id the name is the identity
     if not isinstance(source, Path):
         return name
     files = [source] if source.is_file() else sorted([*source.glob("*.safetensors"), *source.glob("config.json")])
+    # a folder without weights would have the digest of nothing
     if not files:
         raise FileNotFoundError(f"{name}: no such file, or a folder without safetensors")
     digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()

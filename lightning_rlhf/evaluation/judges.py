@@ -91,9 +91,12 @@ class JudgeMetrics(Metric):
             unknown if value is None else value.detach().double().to(device)
             for value in (first_forward, first_reverse, mass)
         )
+        # ties in length count one half, as ties in preference
         longer = lengths[:, 0].double().to(device) - lengths[:, 1].double().to(device)
+        # NaN marks a missing verdict or label; sums with NaN are NaN
         decided, labelled = ~probability.isnan(), ~(probability + human).isnan()
         chosen, stated, gap = human[labelled], probability[labelled], longer[labelled]
+        # of pairs that were judged in both orders
         position = same_position(forward, reverse)[~(forward + reverse).isnan()]
         ordered = ~(probability + human + forward + reverse).isnan()
         by_label = [reward_accuracy(named[ordered], human[ordered]) for named in (forward - 0.5, 0.5 - reverse)]
@@ -119,6 +122,7 @@ class JudgeMetrics(Metric):
             ]
         )
         self.bins = self.bins + calibration_bins(stated, chosen)
+        # the minimum of no pairs stays at its start
         if len(masses):
             self.mass_min = torch.minimum(self.mass_min, masses.min())
 

@@ -27,6 +27,7 @@ def to_json(report: Mapping[str, object]) -> str:
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
+    # JSON has no NaN
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -35,6 +36,7 @@ def _plain(value: object) -> object:
 def percent(metrics: Metrics, name: str) -> str:
     """A share in per cent, with its interval if there is one: ``62.5 % [51.0, 72.8]``."""
     value, low, high = (metrics.get(key, math.nan) for key in (name, f"{name}_low", f"{name}_high"))
+    # no pairs to take a share of
     if math.isnan(value):
         return "not known"
     interval = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
@@ -61,6 +63,7 @@ def markdown_table(rows: Sequence[tuple[str, str, str]]) -> str:
 def judge_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     """The metrics of `JudgeMetrics` in words; those without pairs are left out."""
     rows = []
+    # without human labels there is no agreement to report
     if metrics["human_pairs"]:
         pairs = f"{metrics['human_pairs']:.0f} pairs"
         rows += [
@@ -79,6 +82,7 @@ def judge_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
             ("Brier score", f"{metrics['brier']:.3f}", "mean squared error of the probability; a coin has 0.25"),
         ]
     rows.append(("prefers the longer", percent(metrics, "prefers_longer"), "of the labelled pairs, ties one half"))
+    # judges without log-probabilities of both orders have none
     if metrics["position_pairs"]:
         rows.append(
             (
@@ -87,6 +91,7 @@ def judge_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
                 f"prefers one position in both orders; {metrics['position_pairs']:.0f} pairs",
             )
         )
+    # a binomial test needs a case
     if metrics["same_position"] > 0:
         first = f"{percent(metrics, 'first_position')}, {p_value(metrics['first_position_p'])}"
         rows.append(("of those, the first", first, "two-sided binomial test against a fair coin"))

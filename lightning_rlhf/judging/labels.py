@@ -57,6 +57,7 @@ def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]
     whole = [tuple(tokenizer(ending + label, add_special_tokens=False)["input_ids"]) for label in labels]
     cut = common_length(min(whole), max(whole))
     written = tuple(ids[cut:] for ids in whole)
+    # "1" before "10": the common prefix has swallowed the shorter label
     if not all(written):
         # one label is the beginning of another: the last common token is predicted too
         written = tuple(ids[cut - 1 :] for ids in whole)
@@ -98,6 +99,7 @@ def label_logps(read: Reader, prefixes: Sequence[Ids], spelling: LabelSpelling) 
     texts = [prefix + stem for prefix, stem in itertools.product(prefixes, ordered)]
     logps = read(texts, targets).double()
     logps = logps.view(len(prefixes), len(ordered), len(targets))
+    # columns of the forward passes, by text and by token
     stem_at = {stem: i for i, stem in enumerate(ordered)}
     target_at = {target: i for i, target in enumerate(targets)}
 

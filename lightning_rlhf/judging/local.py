@@ -106,6 +106,7 @@ class LocalJudge:
             ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes the user's turn.
         """
         chat = bool(self.tokenizer.chat_template) if self.options.chat is None else self.options.chat
+        # a plain model continues the text; special tokens lead it as in training
         if not chat:
             return leading_special_ids(self.tokenizer), "\n\n", ()
         if not self.tokenizer.chat_template:
@@ -116,6 +117,7 @@ class LocalJudge:
         turns = [{"role": "user", "content": _SLOT}]
         text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         before, found, after = str(text).partition(_SLOT)
+        # a template that trims or changes the turn would change the question
         if not found or _SLOT in after:
             raise ValueError(
                 f"the chat template of judge {self.checkpoint!r} does not write the user's turn as it is: set "
@@ -130,6 +132,7 @@ class LocalJudge:
 
     def excess(self, prompt: JudgePrompt, reserved: int = 0) -> int:
         """Tokens by which a prompt, a label and ``reserved`` more are too long for the model; 0 or less if they fit."""
+        # None: positions without a limit
         window = context_window(self.model)
         return 0 if window is None else len(self.prompt_ids(prompt)) + LABEL_TOKENS + reserved - window
 
@@ -146,6 +149,7 @@ class LocalJudge:
         # without a prompt there is no shape to stack
         if not prompts:
             return torch.zeros(0, len(labels))
+        # prompts with one ending share their labels' token ids
         spellings = {ending: self._spelling(ending, tuple(labels)) for ending in {p.ending for p in prompts}}
         prefixes = [self._prefix(prompt, labels[0], spellings[prompt.ending]) for prompt in prompts]
         found = torch.zeros(len(prompts), len(labels))
@@ -175,6 +179,7 @@ class LocalJudge:
         Returns:
             The texts, each a `Written`.
         """
+        # the engine divides by the temperature, so greedy is a very low one
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=max(temperature, GREEDY), top_p=top_p)
         engine = DecodeEngine(
             self.model,
@@ -225,6 +230,7 @@ class LocalJudge:
             with torch.autocast(self.device.partition(":")[0], enabled=False):
                 fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
             values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
+            # only rows that can be read back are stored
             if file is not None:
                 kept = {key: value for key, value in values.items() if _usable(value, len(spelling.written))}
                 file.put(kept, replace=True)

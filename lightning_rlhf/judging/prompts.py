@@ -93,9 +93,11 @@ def pair_prompt(
         ValueError: if the task has no such preamble, or too few exemplars.
     """
     pair = task.asked_for_pairs()
+    # fewer exemplars than asked for would be another prompt
     if shots > len(pair.exemplars):
         raise ValueError(f"task {task.name!r} has {len(pair.exemplars)} exemplars; got shots={shots}")
     parts = [f"{_preamble(task, pair.preambles, style)} {pair.reasons if thinking else pair.verdict}"]
+    # exemplars are ours and stay as they are; the sample below is not
     for exemplar in pair.exemplars[:shots]:
         shown = Sample(exemplar.context, (exemplar.first, exemplar.second))
         parts += [EXAMPLE, _shown(task, shown, None)]
@@ -105,6 +107,7 @@ def pair_prompt(
     if shots:
         parts.append(YOUR_TURN)
     parts.append(_shown(task, sample, max_candidate_chars))
+    # without a chain of thought the label is asked for at once
     if not thinking:
         return JudgePrompt("\n\n".join(parts), pair.ending)
     # the request to think is the user's, the word before the rationale begins the judge's answer
@@ -150,6 +153,7 @@ def fitted(sample: Sample, dialogue: bool, excess: Callable[[Sample], int]) -> S
         dialogue: whether the context is a conversation.
         excess: by how many tokens the prompt of a sample is too long; 0 or less if it fits.
     """
+    # excess counts tokens, the cut characters: it takes some steps
     over = excess(sample)
     text = context_text(sample.context)
     kept = len(text)
@@ -171,6 +175,7 @@ def context_text(context: str | Sequence[Message]) -> str:
     """Write a context as text; a conversation as turns, but a single question as it is."""
     if isinstance(context, str):
         return context
+    # a single question needs no speaker
     if len(context) == 1:
         return turn_text(context[0])
     # a turn may not speak for another
@@ -196,6 +201,7 @@ def harmless(text: str, marks: tuple[str, ...]) -> str:
         text: untrusted text.
         marks: the markers of `markers`.
     """
+    # writing and spaces do not hide a marker from the pattern
     for mark in marks:
         text = _pattern(mark).sub(lambda found: f"{found[1]} ", text)
     return re.sub(r"={3,}", "==", text)
@@ -234,6 +240,7 @@ def _shown(task: Task, sample: Sample, max_chars: int | None) -> str:
 
 
 def _preamble(task: Task, preambles: dict[str, str], style: str) -> str:
+    # a task may have one preamble only
     if style not in preambles:
         raise ValueError(f"task {task.name!r} has preambles {sorted(preambles)}; got style={style!r}")
     return preambles[style]

@@ -135,6 +135,7 @@ def parse_completion(body: str) -> Completion:
         cut = body.lstrip().startswith("{") and not body.rstrip().endswith("}")
         message = "the reply breaks off in the middle" if cut else f"the reply is no JSON: {body[:80]!r}"
         raise UnreadableError(message, cut=cut) from None
+    # JSON may be a list or a number
     if not isinstance(raw, dict):
         raise _wrong("the reply", "an object", raw)
     choices = raw.get("choices")
@@ -150,10 +151,12 @@ def parse_completion(body: str) -> Completion:
         _raise_reported(choice)
         raise _wrong("choices[0].message", "an object", written)
     finish = choice.get("finish_reason")
+    # some hosts report errors of the model inside of a choice
     if finish == "error":
         _raise_reported(choice)
         raise UnreadableError("the server reports an error (finish_reason 'error')")
     refusal = _text_of(written.get("refusal"))
+    # the filter of the host, not the model, has ended the answer
     if finish == "content_filter":
         refusal = refusal or "content filter"
     text = _content(written.get("content"))
@@ -206,6 +209,7 @@ def _text_of(value: object) -> str:
 
 def _content(value: object) -> str:
     """Text of a message: a string, null, or a list of parts, of which those that are text count."""
+    # null where a tool is called, or all is reasoning
     if value is None or isinstance(value, str):
         return _plain(value or "")
     if not isinstance(value, list):
@@ -251,11 +255,13 @@ def _place(raw: object) -> Place:
         # tokens with other ids may have the same text
         token, share = _token(each, "an entry of top_logprobs")
         listed[token] = listed.get(token, 0.0) + share
+    # logits or scores in place of log-probabilities would look like sure answers
     if sum(listed.values()) > 1 + SLACK:
         raise UnreadableError(
             f"the reply is no chat completion: the probabilities of top_logprobs sum to {sum(listed.values()):.3g}, so "
             f"that they are no log-probabilities"
         )
+    # the chosen token may be missing from the list
     listed.setdefault(chosen, probability)
     return Place(chosen, listed)
 
@@ -321,6 +327,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         for text in [text for text in open_ if text in found]:
             if any(name != text and name.startswith(text) for name in listed & set(names)):
                 found[text] += open_.pop(text)
+        # the judge's own answer has left the labels
         if path is None:
             break
         written, probability = path
@@ -331,6 +338,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         elif plain(written):
             open_[plain(written)] = open_.get(plain(written), 0.0) + probability
     first = places[0].listed if places else {}
+    # 1 - sum of what is listed; rounding may make it negative
     left = max(1 - sum(first.values()), 0.0)
     return Reading(tuple(found.values()), open_, left, min(first.values(), default=1.0))
 

@@ -293,6 +293,7 @@ class JudgeServer:
             yield client.chat.completions.with_raw_response.create
 
     def _key(self) -> str:
+        # local servers need no key
         if self.api_key_env is None:
             return ""
         # the value is never shown: it may be the key
@@ -347,6 +348,7 @@ class Session:
             ServerError: if the endpoint cannot be used as it is set up.
         """
         completion, usage = await self._send(self._reading_request(prompt, prompt.answer, labels))
+        # without places there is nothing to read labels from
         if not completion.places or (completion.reasoning.strip() and not completion.text.strip()):
             raise _nothing_said(completion, usage)
         reading = read_labels(completion, labels)
@@ -355,6 +357,7 @@ class Session:
                 try:
                     later, used = await self._send(self._reading_request(prompt, prompt.answer + stem, labels))
                 except UnansweredError as error:
+                    # the first request is paid for, also where the second failed
                     raise UnansweredError(error.status, error.fault, usage + error.usage) from None
                 usage += used
                 if not later.places:
@@ -413,6 +416,7 @@ class Session:
 
     async def _send(self, request: dict[str, object]) -> tuple[Completion, Usage]:
         """Answer a request, from the journal or the server; one that is asked for twice is sent once."""
+        # address and whole request, so that another model or temperature is another question
         name = _digest(self.server.base_url, request)
         if name not in self._asked:
             self._asked[name] = asyncio.create_task(self._answer(name, request))
@@ -424,6 +428,7 @@ class Session:
         if known is not None:
             self.server._from_journal += 1
             return _answered(name, known.body, known.completion)
+        # the place is kept while a request waits for its next attempt
         async with self._places:
             answer = await self._insist(request)
         works = {self._works: b"1"} if self.server.gives_logprobs and not self.server.worked_before else {}
@@ -442,6 +447,7 @@ class Session:
             result = await self._try(request)
             if isinstance(result, _Answer):
                 return result
+            # every other request would fail alike
             if result.fatal:
                 raise ServerError(f"judge {self.server.model!r} at {self.server.base_url}: {result.message}")
             wait = backoff(attempt, random.random(), self.server.requests.max_wait, result.retry_after)
@@ -457,6 +463,7 @@ class Session:
         server._tries += 1
         server._most_in_flight = max(server._most_in_flight, self._in_flight)
         start = time.perf_counter()
+        # other fields go through unchecked: servers know more of them than the client library
         known = {"model": request["model"], "messages": request["messages"]}
         others = {field: value for field, value in request.items() if field not in known}
         try:
@@ -570,11 +577,14 @@ def status_fault(code: int, message: str, error_code: str, headers: Mapping[str,
     asked_to_wait = retry_after(headers, time.time())
     # some hosts speak of billing when they mean a minute: whoever says when to come back means that
     soon = asked_to_wait is not None or re.search(r"(retry|try again) in|per minute", said)
+    # a quota that is used up does not come back within minutes
     if code == 429 and ("insufficient_quota" in said or (not soon and re.search(r"billing|credit", said))):
         return Fault("rate_limited", f"{text} (pay the account; earlier replies are kept)", fatal=True)
+    # transient by the meaning of the status
     if code in (408, 409, 425, 429) or code >= 500:
         status: LabelStatus = "rate_limited" if code == 429 else "timeout"
         return Fault(status, text, again=True, retry_after=asked_to_wait)
+    # asking again would be refused again
     if re.search(r"content.?filter|content.?policy|content management|moderation|flagged|safety", said):
         return Fault("refused", text)
     if code == 413 or re.search(
@@ -585,8 +595,10 @@ def status_fault(code: int, message: str, error_code: str, headers: Mapping[str,
         return Fault(
             "invalid", f"{text} (set api_key_env to the variable with a key that may use this model)", fatal=True
         )
+    # nothing is answered until the account is paid
     if code == 402:
         return Fault("invalid", f"{text} (pay the account; earlier replies are kept)", fatal=True)
+    # the address is wrong for every request
     if code in (404, 405):
         return Fault("invalid", f"{text} (check model, and base_url, which ends in /v1 as a rule)", fatal=True)
     remedy = " (the server does not take such requests: check top_logprobs, assistant_prefill and extra)"
@@ -616,6 +628,7 @@ def _answered(name: bytes, body: str, completion: Completion) -> tuple[Completio
     """
     reply = _digest(name.hex(), body)[:8].hex()
     usage = Usage({reply: (completion.tokens_in or 0, completion.tokens_out or 0)})
+    # a refusal is paid for, and stays one
     if completion.refusal:
         raise UnansweredError("refused", f"the judge refused: {completion.refusal[:200]}", usage)
     return completion, usage
@@ -658,6 +671,7 @@ def _run(coroutine: Coroutine[object, None, T]) -> T:
 
 def _check_address(base_url: str) -> None:
     parts = urlsplit(base_url)
+    # a secret in the address would reach logs and fingerprints
     if "@" in base_url or parts.query or parts.fragment:
         raise ValueError("base_url must hold no user, password or query: keys belong in the variable api_key_env names")
     if parts.scheme not in ("http", "https") or not parts.netloc:

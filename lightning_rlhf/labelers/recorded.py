@@ -30,6 +30,7 @@ def recorded_probability(comparison: Comparison) -> float:
             recorded chosen one, as when its responses were newly sampled.
     """
     recorded = comparison.prompt.recorded
+    # rows with a prompt alone hold no label
     if recorded is None:
         raise ValueError(
             f"prompt {comparison.prompt.index} has no recorded pair, so RecordedLabeler cannot label it; "
@@ -37,6 +38,7 @@ def recorded_probability(comparison: Comparison) -> float:
         )
     # newly sampled responses are not those that the row is about
     first = comparison.meta.get("recorded_first")
+    # without the order, chosen and rejected may be swapped
     if not isinstance(first, bool):
         raise ValueError(
             f"RecordedLabeler expected meta['recorded_first'] = True or False in the comparison of prompt "

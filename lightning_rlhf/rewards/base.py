@@ -92,6 +92,7 @@ def as_output(reward: AbstractReward, made: object, count: int) -> RewardOutput:
 def _numbers(name: str, field: str, value: object, count: int, ndim: int = 1) -> Tensor:
     expected = f"return RewardOutput({field}=...) with a tensor of floats, one number per response, in order"
     try:
+        # a dictionary or a generator has no order of responses
         if not isinstance(value, Tensor | Sequence) and not hasattr(value, "__array__"):
             raise TypeError
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(_plain(value))
@@ -101,6 +102,7 @@ def _numbers(name: str, field: str, value: object, count: int, ndim: int = 1) ->
     except (TypeError, ValueError, RuntimeError):
         shown = "None" if value is None else f"a {type(value).__name__}"
         raise TypeError(f"{name}.score returned {shown} as its {field}; {expected}") from None
+    # a single number would be broadcast to all responses
     if tensor.ndim != ndim or len(tensor) != count:
         raise ValueError(
             f"{name}.score returned a {field} of shape {tuple(tensor.shape)} for {count} responses; "
@@ -111,6 +113,7 @@ def _numbers(name: str, field: str, value: object, count: int, ndim: int = 1) ->
 
 def _plain(value: object) -> object:
     """A list without the tensors and arrays of one number that it may hold; arrays as they are."""
+    # a string is a sequence, too
     if isinstance(value, str | bytes):
         raise TypeError
     if not isinstance(value, Sequence):
@@ -132,6 +135,7 @@ def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses:
     std = None if output.std is None else output.std.detach().double().cpu()
     for values in (mean, std):
         for prompt, response, value in zip(prompts, responses, [] if values is None else values.tolist(), strict=False):
+            # one NaN would spread to every advantage of its group
             if not math.isfinite(value):
                 raise ValueError(
                     f"{name}.score returned {value} for prompt {prompt.index}, response {response.text[:80]!r}; "

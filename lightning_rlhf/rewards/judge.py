@@ -36,6 +36,7 @@ class AbstractScoreReward(AbstractReward):
         min_mass: float,
         max_candidate_chars: int,
     ) -> None:
+        # 1 would refuse every answer
         if not 0 <= min_mass < 1 or max_candidate_chars < 1:
             raise ValueError(
                 f"min_mass must be in [0, 1) and max_candidate_chars >= 1; got {min_mass} and {max_candidate_chars}"
@@ -68,6 +69,7 @@ class AbstractScoreReward(AbstractReward):
         values = self.rating.values
         deviation = spread(logps, values)
         self.num_scored += len(masses)
+        # sums, so that the report is a mean over responses and not over calls
         self._mass += masses.sum().item()
         self._spread += deviation.sum().item()
         # r = 2 (s - low) / (high - low) - 1, with s = sum_i i P(i); (2 s - 11) / 9 for scores of 1 to 10

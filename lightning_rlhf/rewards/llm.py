@@ -80,6 +80,7 @@ class LLMScoreReward(AbstractScoreReward):
             self.task.dialogue,
             lambda sample: self.judge.excess(self.prompt(sample)),
         )
+        # a cut response would be another response
         if sample is None:
             raise ValueError(
                 f"prompt {prompt.index}: the response alone ({len(response.text)} characters) is too long for judge "
@@ -96,6 +97,7 @@ class LLMScoreReward(AbstractScoreReward):
                 f"dtype=bfloat16 or float32"
             )
         mean = masses.mean().item() if len(masses) else 1.0
+        # the judge answers with scores
         if mean >= self.min_mass:
             return
         message = (
@@ -103,6 +105,7 @@ class LLMScoreReward(AbstractScoreReward):
             f"{mean:.2g} (min_mass={self.min_mass}): try chat=true or chat=false, or a task whose ending leads to "
             f"the label"
         )
+        # an error at the first call only: later the policy may have drifted to texts that the judge does not understand
         if self.num_scored == 0:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)

@@ -77,6 +77,7 @@ class RewardModelReward(AbstractReward):
         if reading not in ("auto", "template", "end_of_sequence"):
             raise ValueError(f"reading must be 'auto', 'template' or 'end_of_sequence'; got {reading!r}")
         self.reading: Literal["auto", "template", "end_of_sequence"] = reading
+        # before the model is opened
         check_rule(combine, coefficient)
         self.path, self.normalize, self.scoring_batch_tokens = path, normalize, scoring_batch_tokens
         self.combine: CombineRule = combine
@@ -170,21 +171,25 @@ class RewardModelReward(AbstractReward):
         return RewardOutput(mean, std, members) if scorer.size > 1 else RewardOutput(mean)
 
     def _load(self) -> tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase]:
+        # at first use: a run that reads its rewards from the ledger loads nothing
         if self._loaded is None:
             scorer = open_scorer(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
             scorer.requires_grad_(False)
+            # the rule would do nothing, without a word
             if self.combine != "mean" and scorer.size == 1:
                 raise ValueError(
                     f"combine={self.combine} needs an ensemble, and {self.path} holds a single reward model: train one "
                     f"with model.ensemble, or leave combine out"
                 )
             known = scorer.stds is not None and min(scorer.stds) > 0
+            # statistics of single members cannot be guessed
             if not known and (self.normalize or self.combine != "mean"):
                 raise ValueError(
                     f"normalize and combine={self.combine} need the mean and deviation of the rewards on held-out "
                     f"data, which RewardModule keeps in {self.path} when it has validated; got deviations "
                     f"{scorer.stds}: train with data.heldout"
                 )
+            # zero deviations cannot standardise
             if not known:
                 scorer.means = scorer.stds = None
             template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)

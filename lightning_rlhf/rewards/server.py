@@ -76,6 +76,7 @@ class ServerScoreReward(AbstractScoreReward):
         samples = [self._fitted(sample_of(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
         outcomes = self.server.ask([functools.partial(self._ask, sample) for sample in samples])
         faults = [outcome for outcome in outcomes if not isinstance(outcome, Reading)]
+        # a made-up reward would be learnt
         if faults and self.unscored is None:
             counts = ", ".join(f"{count} {status}" for status, count in Counter(s for s, _ in faults).items())
             raise ServerError(
@@ -83,6 +84,7 @@ class ServerScoreReward(AbstractScoreReward):
                 f"{faults[0][1]}. Earlier replies are kept: start again to ask for the rest, or set unscored to the "
                 f"reward of such responses"
             )
+        # `unscored` where there is no reading
         mean, std = torch.full((len(outcomes),), self.unscored or 0.0), torch.zeros(len(outcomes))
         scored = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, Reading)}
         if scored:
@@ -97,15 +99,18 @@ class ServerScoreReward(AbstractScoreReward):
         return super().report() | {"failed": float(self._failed)} | self.server.report()
 
     async def _ask(self, sample: Sample | None, session: Session) -> Reading | tuple[LabelStatus, str]:
+        # nothing is asked, so nothing is paid
         if sample is None:
             return "truncated", "the response alone is longer than max_prompt_chars"
         try:
             reading, _ = await session.read(self.prompt(sample), self.rating.labels)
         except UnansweredError as error:
             return error.status, error.fault
+        # P over the scores would be normalised noise
         if reading.mass < self.min_mass:
             fault = f"the judge answers with a score with a probability of {reading.mass:.2g} only"
             return "invalid", f"{fault} (min_mass={self.min_mass})"
+        # a "1" that may be a "10" moves the mean score by up to 9
         if (unclear := sum(reading.open.values())) > UNCLEAR * (reading.mass + unclear):
             stems = ", ".join(map(repr, reading.open))
             return "invalid", (
@@ -115,6 +120,7 @@ class ServerScoreReward(AbstractScoreReward):
         return reading
 
     def _fitted(self, sample: Sample) -> Sample | None:
+        # the server itself refuses prompts that are too long
         if self.max_prompt_chars is None:
             return sample
         most = self.max_prompt_chars

@@ -25,6 +25,7 @@ class UncertaintyPenalty(AbstractReward):
     """
 
     def __init__(self, reward: AbstractReward, weight: float = 1.0) -> None:
+        # a negative weight would reward disagreement; NaN fails the comparison, too
         if not 0 <= weight < float("inf"):
             raise ValueError(f"UncertaintyPenalty needs a finite weight >= 0; got {weight}")
         check_plugin("UncertaintyPenalty.reward", reward, AbstractReward)
@@ -34,6 +35,7 @@ class UncertaintyPenalty(AbstractReward):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score each response, without the penalty."""
         output = as_output(self.reward, self.reward.score(prompts, responses), len(responses))
+        # no ensemble: there is no u
         if output.std is None:
             raise ValueError(
                 f"UncertaintyPenalty needs a reward that reports its std, and {type(self.reward).__name__} does not; "

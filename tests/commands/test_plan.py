@@ -96,7 +96,7 @@ def test_time_falls_with_devices_and_rises_with_work() -> None:
     )
 
 
-def test_the_verb_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--model=70B", "--gpus=16", "--memory=80"])
     lines = capsys.readouterr().out.splitlines()
     assert "70.55 billion parameters, 16 x 80 GiB" in lines[0]
