@@ -1,4 +1,4 @@
-"""Whether the reward that a policy is trained for still says what the held-out reward says."""
+"""Whether the reward that a policy is trained for still agrees with the held-out reward."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ class RewardAgreement(HeldOutCallback):
         return {"points": [[step, point] for step, point in self._points.items()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self._points = dict(state_dict["points"])

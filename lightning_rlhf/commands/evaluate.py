@@ -186,7 +186,7 @@ class EvaluationRun:
         self.key = Key((options.seed,))
 
     def run(self, settings: Mapping[str, object] | None = None) -> EvaluationReport:
-        """Do what is not done yet, write the report, print a summary, and return the report.
+        """Do the rest of the work, write the report, print a summary, and return the report.
 
         Args:
             settings: settings that a continued run must share with the run folder, plain JSON; default: those of the

@@ -107,7 +107,7 @@ class LabelRun:
         return self.run_dir / "ledger.sqlite"
 
     def run(self, settings: Mapping[str, object] | None = None) -> LabelReport:
-        """Label what has no label yet, write the report, print a summary, and return the report.
+        """Label pairs without a label, write the report, print a summary, and return the report.
 
         Args:
             settings: settings that a continued run must share with the ledger, plain JSON; default: those of the

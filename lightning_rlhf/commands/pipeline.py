@@ -115,7 +115,7 @@ class PipelineReport(TypedDict):
 
 
 class Pipeline:
-    """Runs stages one after the other, in processes of their own, and skips what is done.
+    """Runs stages one after the other, in processes of their own, and skips stages that are done.
 
     A stage is a normal ``fit``, ``label``, ``sample``, ``export`` or ``evaluate`` in its own folder below ``run_dir``;
     the same command continues a pipeline that was stopped, at the stage that was running and within it. In options,
@@ -159,7 +159,7 @@ class Pipeline:
         self.report = self._report(raw.get("report"), path, names)
 
     def run(self) -> PipelineReport | None:
-        """Run what is not done, then compare the policies; returns the table, None if the file asks for none.
+        """Run the stages that are not done, then compare the policies; returns the table, None if the file asks for none.
 
         Raises:
             SystemExit: if a stage fails, with its status; the same command goes on from there.

@@ -14,7 +14,7 @@ from lightning_rlhf.runtime.fingerprint import FREE_OF_MODELS, FREE_OF_SERVERS, 
 
 
 def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, object]:
-    """Settings that decide what is drawn, labelled and learnt, as plain data; the classes name those that do not."""
+    """Settings that change samples, labels or updates, as plain data; the classes name those that do not."""
     settings = {name: _plain(config[name]) for name in ("model", "data")}
     return {**decisive(settings, model, datamodule), "seed_everything": config.get("seed_everything")}
 

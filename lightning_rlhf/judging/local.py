@@ -140,8 +140,8 @@ class LocalJudge:
         """Compute log P(label | prompt), nats; [prompts, labels], float32 on the CPU.
 
         Args:
-            prompts: what is asked.
-            labels: what the judge may answer.
+            prompts: the prompts.
+            labels: the possible answers.
 
         Raises:
             ValueError: if the tokenizer cannot tell the labels apart.

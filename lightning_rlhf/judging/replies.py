@@ -246,7 +246,7 @@ def _places(logprobs: object, text: str) -> tuple[Place, ...] | None:
 
 def _place(raw: object) -> Place:
     chosen, probability = _token(raw, "an entry of logprobs.content")
-    # `_token` has refused what is no object
+    # `_token` has refused everything but objects
     others = raw.get("top_logprobs") if isinstance(raw, dict) else None
     if others is not None and not isinstance(others, list):
         raise _wrong("top_logprobs", "a list or null", others)
@@ -284,9 +284,9 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
 
     Case and the space before a label do not matter: "Yes", " yes" and "yes" are one. The judge's own answer is
     followed from token to token for as long as it is empty space or the beginning of a label, so that of the two tokens
-    of " 1" or of "10" none is lost: P("10") = P("1") P("0" | "1"), and P("1") is what no digit follows. Off this path
-    nothing is known about a "1" that may become "10", unless "10" is listed as one token: then the vocabulary writes it
-    so, and "1" is a label by itself.
+    of " 1" or of "10" none is lost: P("10") = P("1") P("0" | "1"), and P("1") is that of a "1" without a digit behind
+    it. Off this path nothing is known about a "1" that may become "10", unless "10" is listed as one token: then the
+    vocabulary writes it so, and "1" is a label by itself.
 
     Args:
         completion: the answer, with its places.
@@ -338,7 +338,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         elif plain(written):
             open_[plain(written)] = open_.get(plain(written), 0.0) + probability
     first = places[0].listed if places else {}
-    # 1 - sum of what is listed; rounding may make it negative
+    # 1 - sum of the listed probabilities; rounding may make it negative
     left = max(1 - sum(first.values()), 0.0)
     return Reading(tuple(found.values()), open_, left, min(first.values(), default=1.0))
 

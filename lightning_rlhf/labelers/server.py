@@ -50,7 +50,7 @@ class ServerLabeler(AbstractJudgeLabeler):
     ``rationale_forward`` and ``rationale_reverse``, the first ones; ``tokens_in``, ``tokens_out`` and ``requests``; and
     ``fault`` where there is no verdict. The cost of a label is the price of its tokens when they were bought: a second
     run finds them in the journal, pays nothing, and notes the same cost. Attempts at one comparison of a ledger book a
-    reply once, also where a part of the answer is in the journal: ``cost_parts`` says what it is made of.
+    reply once, also where a part of the answer is in the journal: ``cost_parts`` lists its parts.
 
     Statuses: those of `JudgeServer`; also ``invalid`` where the label mass is below ``min_mass`` or the judge answers
     with nothing, and ``truncated`` where the responses alone are longer than ``max_prompt_chars``, or where the judge
@@ -59,7 +59,7 @@ class ServerLabeler(AbstractJudgeLabeler):
     Args:
         server: the endpoint.
         task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
-        style: ``base`` says what to do, ``detailed`` adds guidelines.
+        style: ``base`` is the task alone, ``detailed`` adds guidelines.
         shots: judged examples in the prompt, from those of the task, >= 0.
         chain_of_thought: let the judge write rationales before it answers; default: none.
         min_mass: label mass below which there is no verdict, in [0, 1).
@@ -100,7 +100,7 @@ class ServerLabeler(AbstractJudgeLabeler):
         """Judge each comparison in both orders.
 
         Raises:
-            ServerError: if the endpoint cannot be used as it is set up; what was answered before is in the journal.
+            ServerError: if the endpoint cannot be used as it is set up; earlier replies are in the journal.
         """
         chains, asked = [], []
         for place, comparison in enumerate(comparisons):

