@@ -159,7 +159,7 @@ class Pipeline:
         self.report = self._report(raw.get("report"), path, names)
 
     def run(self) -> PipelineReport | None:
-        """Run the stages that are not done, then compare the policies; returns the table, None if the file asks for none.
+        """Run the remaining stages, then compare the policies; returns the table, None if the file asks for none.
 
         Raises:
             SystemExit: if a stage fails, with its status; the same command goes on from there.
