@@ -99,8 +99,8 @@ class Scene:
                 "--data.prompt_options.max_prompt_tokens=400",
             ),
             *(f"--data.labeler.server.base_url=http://127.0.0.1:{self.port}/v1", "--data.labeler.server.model=judge"),
-            *(f"--data.labeler.server.concurrency={CONCURRENCY}", "--data.labeler.server.retries=40"),
-            *("--data.labeler.server.max_wait=0.2", "--data.labeler.server.journal=journal.sqlite"),
+            *(f"--data.labeler.server.requests.concurrency={CONCURRENCY}", "--data.labeler.server.requests.retries=40"),
+            *("--data.labeler.server.requests.max_wait=0.2", "--data.labeler.server.journal=journal.sqlite"),
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= self.environment

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lightning_rlhf.evaluation.rates import two_sided_binomial_p, wilson_interval
 from lightning_rlhf.judging import JudgeServer
+from lightning_rlhf.judging.options import RequestOptions
 from lightning_rlhf.labelers import ServerLabeler
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
@@ -107,7 +108,7 @@ def main() -> None:
         f"{running.listening_address}/v1",
         Path(arguments.gguf).name,
         assistant_prefill=True,
-        concurrency=2,
+        requests=RequestOptions(concurrency=2),
         timeout=600.0,
         journal=arguments.journal,
     )

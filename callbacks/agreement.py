@@ -1,4 +1,4 @@
-"""Whether the reward that a policy is trained for still says what the held-out reward says."""
+"""Whether the reward that a policy is trained for still agrees with the held-out reward."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class RewardAgreement(HeldOutCallback):
         super().setup(trainer, pl_module, stage)
         source: Any = preference_source(trainer)
         training, heldout = getattr(source, "reward", None), source.heldout_reward
+        # with one reward there is nothing to compare
         if training is None or heldout is None or heldout is training:
             raise ValueError(
                 "RewardAgreement compares the reward of reinforcement learning with another one on held-out answers; "
@@ -60,12 +61,13 @@ class RewardAgreement(HeldOutCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Score the answers with the training reward."""
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        # sanity batches are no held-out metrics
         if outputs is None or trainer.sanity_checking:
             return
         source: Any = preference_source(trainer)
@@ -75,22 +77,24 @@ class RewardAgreement(HeldOutCallback):
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Report on a validation epoch."""
         scored = self._scored.gather()
+        # pairs are formed within a prompt, so prompts are numbered
         places = {text: place for place, text in enumerate(dict.fromkeys(row.prompt for row in rows))}
         truth, scores = (torch.tensor([row.reward for row in each], dtype=torch.float64) for each in (rows, scored))
         agreement, pairs = pair_agreement(truth, scores, torch.tensor([places[row.prompt] for row in rows]))
         mean, _ = mean_with_error(scores)
         log_known(pl_module, {"val/agreement": agreement if pairs else None, "val/training_reward": mean})
         self._points[trainer.global_step] = {"agreement": agreement, "pairs": pairs, "training_reward": mean}
+        # one process writes; `validate` alone leaves the file of the run alone
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             with (root(trainer) / "agreement.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows({"step": step, **self._points[step]} for step in sorted(self._points))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The points so far, as plain data."""
         return {"points": [[step, point] for step, point in self._points.items()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self._points = dict(state_dict["points"])

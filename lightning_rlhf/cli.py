@@ -1,4 +1,4 @@
-"""The command line: ``lightning-rlhf fit --config quickstart``, and the other verbs.
+"""The command line: ``lightning-rlhf fit --config quickstart``, and the other commands.
 
 Configs are found by name in the package (``--config dpo_online``, overlays such as ``--config sampler/best_of_n``) or
 by path; several merge from left to right, and a file may name its bases under ``defaults``. The rest is LightningCLI.
@@ -18,15 +18,16 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from lightning_rlhf.commands.config_files import NamedConfig
+from lightning_rlhf.commands.config_files import classes_in_configs, config_of, note_once
 from lightning_rlhf.commands.evaluate import EvaluationRun
 from lightning_rlhf.commands.export import export_ledger
 from lightning_rlhf.commands.fit import RLHFCLI, hush, told_by_constructors
 from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.commands.pipeline import Pipeline
-from lightning_rlhf.commands.plan import plan
+from lightning_rlhf.commands.plan import plan_run
 from lightning_rlhf.commands.settings import FREE_OF_COMMANDS, _plain
 from lightning_rlhf.experiments import CompareRun
+from lightning_rlhf.renamed import renamed_arguments
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import without
 from lightning_rlhf.runtime.preemption import Stopped
@@ -41,17 +42,19 @@ COMMANDS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
     "evaluate": EvaluationRun,
     "label": LabelRun,
 }
-"""Verbs that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
+"""Commands that need no Trainer: classes whose constructor is the configuration, and whose ``run`` does the work."""
 
 
-def run_command(verb: str, args: list[str]) -> None:
+def run_command(command: str, args: list[str]) -> None:
     """Run one of `COMMANDS`."""
-    kind = COMMANDS[verb]
+    kind = COMMANDS[command]
     description = (kind.__doc__ or "").strip().partition("\n\n    Args:")[0]
-    parser = ArgumentParser(prog=f"lightning-rlhf {verb}", description=description, parser_mode="omegaconf+")
-    parser.add_argument("-c", "--config", action=NamedConfig, help="A file with these settings.")
-    if verb == "compare" and args and not args[0].startswith("-"):
+    parser = ArgumentParser(prog=f"lightning-rlhf {command}", description=description, parser_mode="omegaconf+")
+    parser.add_argument("-c", "--config", action=config_of(command), help="A file with these settings.")
+    # the file of `compare` may stand alone: `lightning-rlhf compare compare/smoke`
+    if command == "compare" and args and not args[0].startswith("-"):
         args = ["--config", *args]
+    args = renamed_arguments(args, note_once, classes_in_configs(args), command)
     parser.add_class_arguments(kind, as_group=False)
     config = parser.parse_args(args)
     settings = without(_plain(config), FREE_OF_COMMANDS)
@@ -95,7 +98,7 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         print(f"wrote {written} rows")
         return
     if argv[:1] == ["plan"]:
-        print(auto_cli(plan, args=argv[1:], as_positional=False))
+        print(auto_cli(plan_run, args=argv[1:], as_positional=False))
         return
     if argv[:1] == ["run"]:
         run_pipeline(argv[1:])

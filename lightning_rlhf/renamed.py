@@ -65,6 +65,60 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """Old argument to new path, per section of a config."""
 
+_CHAIN_OF_THOUGHT = {
+    "samples": "chain_of_thought.samples",
+    "temperature": "chain_of_thought.temperature",
+    "top_p": "chain_of_thought.top_p",
+    "max_rationale_tokens": "chain_of_thought.max_tokens",
+}
+_JUDGE_OPTIONS = {
+    "chat": "judge_options.chat",
+    "chat_template": "judge_options.chat_template",
+    "dtype": "judge_options.dtype",
+    "device": "judge_options.device",
+    "tokens_per_batch": "judge_options.scoring_batch_tokens",
+    "trust_remote_code": "judge_options.trust_remote_code",
+}
+
+RENAMED_OF_CLASS: dict[str, dict[str, str]] = {
+    "LLMLabeler": _CHAIN_OF_THOUGHT | _JUDGE_OPTIONS,
+    "ServerLabeler": _CHAIN_OF_THOUGHT,
+    "LLMScoreReward": _JUDGE_OPTIONS,
+    "RewardModelReward": {"tokens_per_batch": "scoring_batch_tokens"},
+    "LocalJudge": {old: new.replace("judge_options.", "options.") for old, new in _JUDGE_OPTIONS.items()},
+    "PolicyWeightedSampler": {"label_share": "label_fraction"},
+    "JudgeServer": {
+        "concurrency": "requests.concurrency",
+        "timeout": "requests.timeout",
+        "retries": "requests.retries",
+        "max_wait": "requests.max_wait",
+        "price_in": "prices.input",
+        "price_out": "prices.output",
+    },
+    "EvaluationRun": {
+        "dtype": "policy_options.dtype",
+        "device": "policy_options.device",
+        "chat_template": "policy_options.chat_template",
+        "on_long_prompt": "policy_options.on_long_prompt",
+        "trust_remote_code": "policy_options.trust_remote_code",
+        "harmless_above": "options.harmless_above",
+        "reference": "options.reference",
+        "label_attempts": "options.label_attempts",
+        "chunk": "options.chunk",
+        "seed": "options.seed",
+    },
+}
+"""Old argument to new path, per class, wherever in a config the class stands."""
+
+SWITCHES = {"LLMLabeler": "chain_of_thought", "ServerLabeler": "chain_of_thought"}
+"""Groups that version 0.1 switched on and off with ``true`` and ``false``."""
+
+CLASS_OF_ARGUMENT = {("ServerLabeler", "server"): "JudgeServer", ("ServerScoreReward", "server"): "JudgeServer"}
+"""Arguments whose class a config or command line may leave out, by the class that they belong to."""
+
+CLASS_OF_COMMAND = {"evaluate": "EvaluationRun"}
+"""Classes whose arguments are the settings of a command."""
+
 CLASS_PATHS = {
     "optimizer": "torch.optim.AdamW",
     "lr_scheduler": "lightning_rlhf.modules.ConstantWithWarmup",
@@ -84,8 +138,6 @@ RENAMED_CLASSES = {"SigmoidLoss": "DPOLoss"}
 
 KEPT = {"SFTModule": frozenset({"aggregation"})}
 """Arguments whose old name is also the present one, by class."""
-RENAMED_SAMPLER_ARGUMENTS = {"label_share": "label_fraction"}
-"""Arguments of samplers with new names."""
 
 _REFERENCE_RULES = ("fixed", "previous", "ema")
 
@@ -102,29 +154,76 @@ def renames(section: str, class_path: str | None = None) -> dict[str, str]:
 
 
 def renamed_arguments(
-    args: list[str], note: Callable[[str], None] = lambda _: None, model: str | None = None
+    args: list[str],
+    note: Callable[[str], None] = lambda _: None,
+    classes: Mapping[str, str] | None = None,
+    command: str = "",
 ) -> list[str]:
     """Translate command-line arguments: ``--model.learning_rate=1e-5`` becomes ``--model.optimizer.lr=1e-5``.
 
     Args:
         args: the arguments.
         note: told every translation.
-        model: class of the module, None if it is not known.
+        classes: names of the classes that configs give, by path without ``init_args``, such as ``data.labeler``.
+        command: the command, where its settings are not those of a Trainer.
     """
-    return [
-        _renamed_argument(arg, following, note, model) for arg, following in zip(args, [*args[1:], ""], strict=True)
-    ]
+    known = {**(classes or {}), **_classes_in(args)}
+    renamed = args
+    if not command:
+        pairs = zip(args, [*args[1:], ""], strict=True)
+        renamed = [_renamed_argument(arg, following, note, known.get("model")) for arg, following in pairs]
+    if command in CLASS_OF_COMMAND:
+        known[""] = CLASS_OF_COMMAND[command]
+    return _without_late_switches([_renamed_of_class(arg, known, note) for arg in renamed])
+
+
+def plain_path(path: str) -> str:
+    """Path of a setting without ``init_args`` and ``class_path``, as a user writes it on the command line."""
+    return ".".join(part for part in path.split(".") if part not in ("init_args", "class_path"))
+
+
+def _classes_in(args: list[str]) -> dict[str, str]:
+    """Names of classes that arguments give, by path: ``--labeler=LLMLabeler`` or ``--labeler LLMLabeler``."""
+    found: dict[str, str] = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        path, given, value = arg.partition("=")
+        name = value if given else following
+        if path.startswith("--") and re.fullmatch(r"([A-Za-z_]\w*\.)*[A-Z]\w*", name):
+            found[plain_path(path[2:])] = name.rpartition(".")[2]
+    return found
+
+
+def _renamed_of_class(arg: str, classes: Mapping[str, str], note: Callable[[str], None]) -> str:
+    found = re.fullmatch(r"--((?:\w+\.)*)(\w+)(=.*)?", arg, flags=re.DOTALL)
+    if found is None:
+        return arg
+    prefix, name, value = found[1], found[2], found[3] or ""
+    place = plain_path(prefix.rstrip("."))
+    outer, _, argument = place.rpartition(".")
+    owner = classes.get(place) or CLASS_OF_ARGUMENT.get((classes.get(outer, ""), argument), "")
+    if name == SWITCHES.get(owner) and value.lower() in ("=true", "=false"):
+        return f"--{prefix}{name}={'{}' if value.lower() == '=true' else 'null'}"
+    new = RENAMED_OF_CLASS.get(owner, {}).get(name)
+    if new is None:
+        return arg
+    note(f"--{prefix}{name} is --{prefix}{new} since version 0.2")
+    return f"--{prefix}{new}{value}"
+
+
+def _without_late_switches(args: list[str]) -> list[str]:
+    """Arguments without ``GROUP={}`` behind settings of the group, which it would take back."""
+    kept: list[str] = []
+    for arg in args:
+        group = arg.removesuffix("={}")
+        if group == arg or not any(earlier.startswith(f"{group}.") for earlier in kept):
+            kept.append(arg)
+    return kept
 
 
 def _renamed_argument(arg: str, following: str, note: Callable[[str], None], model: str | None) -> str:
     arg = re.sub(
         rf"(?<==)(lightning_rlhf\.[\w.]+|{'|'.join(RENAMED_CLASSES)})$", lambda path: renamed_class(path[0]), arg
     )
-    found = re.fullmatch(r"(--data\.(?:init_args\.)?sampler\.(?:init_args\.)?)(\w+)(=.*)?", arg, flags=re.DOTALL)
-    if found is not None and found[2] in RENAMED_SAMPLER_ARGUMENTS:
-        new = RENAMED_SAMPLER_ARGUMENTS[found[2]]
-        note(f"--data.sampler.{found[2]} is --data.sampler.{new} since version 0.2")
-        return f"{found[1]}{new}{found[3] or ''}"
     found = re.fullmatch(r"--(\w+)\.(?:init_args\.)?(\w+)(=.*)?", arg, flags=re.DOTALL)
     if found is None:
         return arg
@@ -151,9 +250,7 @@ def renamed_config(
         note: told every translation.
         model: class of the module, for overlays that do not name it.
     """
-    result: dict[str, Any] = _with_renamed_classes(content)
-    if isinstance(result.get("data"), dict):
-        result["data"] = _with_renamed_sampler(result["data"], note)
+    result: dict[str, Any] = _with_renamed_classes(content, note)
     for section in RENAMED:
         part = result.get(section)
         if not isinstance(part, dict):
@@ -167,6 +264,23 @@ def renamed_config(
     return result
 
 
+def renamed_settings(
+    settings: Mapping[str, Any], command: str, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Translate the settings of a command without a Trainer, from a config or from a ledger of version 0.1.
+
+    Args:
+        settings: the settings.
+        command: the command.
+        note: told every translation.
+    """
+    result: dict[str, Any] = _with_renamed_classes(dict(settings), note)
+    if "verb" in result:
+        result["command"] = result.pop("verb")
+    owner = CLASS_OF_COMMAND.get(command)
+    return result if owner is None else _renamed_of(owner, result, note)
+
+
 def renamed_class(path: str) -> str:
     """The present path of a class that version 0.1 had in another module."""
     module, _, name = path.rpartition(".")
@@ -174,37 +288,48 @@ def renamed_class(path: str) -> str:
     return f"{RENAMED_MODULES.get(module, module)}.{name}" if module else name
 
 
-def _with_renamed_classes(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: renamed_class(inner)
-            if key == "class_path" and isinstance(inner, str)
-            else _with_renamed_classes(inner)
-            for key, inner in value.items()
-        }
-    return [_with_renamed_classes(inner) for inner in value] if isinstance(value, list) else value
+def _with_renamed_classes(value: Any, note: Callable[[str], None]) -> Any:
+    """Settings with the present names of classes, and of the arguments of classes."""
+    if isinstance(value, list):
+        return [_with_renamed_classes(inner, note) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    result = {key: _with_renamed_classes(inner, note) for key, inner in value.items()}
+    path = result.get("class_path")
+    if not isinstance(path, str):
+        return result
+    result["class_path"] = renamed_class(path)
+    arguments, owner = result.get("init_args"), result["class_path"].rpartition(".")[2]
+    if not isinstance(arguments, dict):
+        return result
+    for name, argument in arguments.items():
+        inner = CLASS_OF_ARGUMENT.get((owner, name))
+        if inner is not None and isinstance(argument, dict) and "class_path" not in argument:
+            arguments[name] = _renamed_of(inner, argument, note)
+    if owner in RENAMED_OF_CLASS:
+        result["init_args"] = _renamed_of(owner, arguments, note)
+    return result
 
 
-def _with_renamed_sampler(data: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
-    """The section ``data`` with the present names of the arguments of its sampler."""
-    if isinstance(data.get("init_args"), dict):
-        return {**data, "init_args": _with_renamed_sampler(data["init_args"], note)}
-    return {**data, "sampler": _renamed_sampler(data["sampler"], note)} if "sampler" in data else data
-
-
-def _renamed_sampler(sampler: Any, note: Callable[[str], None]) -> Any:
-    # a mixture lists its members
-    if isinstance(sampler, list):
-        return [_renamed_sampler(member, note) for member in sampler]
-    if not isinstance(sampler, dict):
-        return sampler
+def _renamed_of(owner: str, arguments: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    """Arguments of a class of `RENAMED_OF_CLASS` by their present names."""
+    names, switch = RENAMED_OF_CLASS[owner], SWITCHES.get(owner)
     result: dict[str, Any] = {}
-    name: str
-    for name, value in sampler.items():
-        new: str = RENAMED_SAMPLER_ARGUMENTS.get(name, name)
-        if new != name:
-            note(f"data.sampler.{name} is data.sampler.{new} since version 0.2")
-        result[new] = _renamed_sampler(value, note) if name in ("init_args", "samplers") else value
+    for name, value in arguments.items():
+        if name == switch and isinstance(value, bool):
+            result[name] = {**(result.get(name) or {})} if value else None
+            continue
+        if name not in names:
+            held = result.get(name)
+            result[name] = _merged(held, value) if isinstance(held, dict) else value
+            continue
+        note(f"{owner}.{name} is {owner}.{names[name]} since version 0.2")
+        group, _, leaf = names[name].partition(".")
+        if not leaf:
+            result[group] = value
+        elif arguments.get(group) is not False:
+            # a group that is switched off has no settings
+            result[group] = {**(result.get(group) or {}), leaf: value}
     return result
 
 
@@ -234,7 +359,7 @@ def _renamed_fields(
 
 
 def _merged(old: dict[str, Any], new: Any) -> Any:
-    """A group given by its new name; it overrides values that were given by old names."""
+    """A group that is given by its new name, over what old names said of it."""
     return {**old, **new} if isinstance(new, dict) else new
 
 
@@ -290,35 +415,61 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
     """Let a constructor take the old names of its arguments, with a `DeprecationWarning`.
 
     Args:
-        section: section of `RENAMED`.
-        builders: for groups that are callables, their class with the defaults of old, e.g. a partial of AdamW.
+        section: section of `RENAMED`, or a class of `RENAMED_OF_CLASS`.
+        builders: for groups that are callables, their class with the defaults of old, e.g. a partial of AdamW; for
+            groups that may be absent, their dataclass.
     """
+
+    old_names = RENAMED[section] if section in RENAMED else RENAMED_OF_CLASS[section]
 
     def decorate(cls: Cls) -> Cls:
         init = cls.__init__  # type: ignore[misc]
         parameters = inspect.signature(init).parameters
-        # the groups of this class: dataclasses, and callables with a builder
-        groups = {name for name, parameter in parameters.items() if name in builders or is_dataclass(parameter.default)}
+        # the groups of this class: dataclasses, and callables or dataclasses with a builder
+        known = {name for name, parameter in parameters.items() if name in builders or is_dataclass(parameter.default)}
 
         @functools.wraps(init)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
-            found: dict[str, dict[str, Any]] = {}
-            for name in [name for name in kwargs if name in RENAMED[section] and name not in parameters]:
-                group, _, leaf = RENAMED[section][name].partition(".")
-                if group in groups:
-                    found.setdefault(group, {})[leaf] = kwargs.pop(name)
-                    _warn(cls, name, f"{group}.{leaf}")
-            if "reference" in groups and kwargs.get("reference") in _REFERENCE_RULES:
-                found.setdefault("reference", {})["rule"] = kwargs.pop("reference")
-                _warn(cls, "reference", "reference.rule")
-            for group, values in found.items():
+            groups: dict[str, dict[str, Any]] = {}
+            given = dict(kwargs)
+            for name in [n for n in kwargs if n in old_names and n not in parameters]:
+                group, _, leaf = old_names[name].partition(".")
+                if group not in (known if leaf else parameters):
+                    continue
+                value = kwargs.pop(name)
+                if leaf:
+                    groups.setdefault(group, {})[leaf] = value
+                else:
+                    kwargs[group] = value
+                warnings.warn(
+                    f"{cls.__name__}({name}=...) is {old_names[name]} since version 0.2",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+            if "reference" in known and kwargs.get("reference") in _REFERENCE_RULES:
+                groups.setdefault("reference", {})["rule"] = kwargs.pop("reference")
+                warnings.warn(
+                    f"{cls.__name__}(reference=...) is reference.rule since version 0.2",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+            switch = SWITCHES.get(section)
+            if (
+                switch is not None
+                and kwargs.get(switch) in (None, True, False)
+                and (switch in groups or switch in kwargs)
+            ):
+                # version 0.1 read the settings of a group only where the group was switched on
+                values = groups.pop(switch, {})
+                kwargs[switch] = builders[switch](**values) if kwargs.get(switch) else None
+            for group, values in groups.items():
                 held = kwargs.get(group, parameters[group].default)
                 if is_dataclass(held) and not isinstance(held, type):
                     kwargs[group] = replace(held, **values)
                 else:
                     kwargs[group] = functools.partial(builders[group], **values)
-            if found and hasattr(self, "note_arguments"):
-                # those of the call had names that the signature does not know
+            # a subclass with a constructor of its own has noted the arguments of that one
+            if kwargs != given and type(self).__init__ is wrapped and hasattr(self, "note_arguments"):
                 self.note_arguments(*args, **kwargs)
             init(self, *args, **kwargs)
 
@@ -326,7 +477,3 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
         return cls
 
     return decorate
-
-
-def _warn(cls: type, old: str, new: str) -> None:
-    warnings.warn(f"{cls.__name__}({old}=...) is {new} since version 0.2", DeprecationWarning, stacklevel=3)

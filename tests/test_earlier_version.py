@@ -1,4 +1,4 @@
-"""A run folder that version 0.1 made, before classes moved and options were grouped, is continued or refused by name."""
+"""A run folder of version 0.1, made before classes moved and options were grouped, is continued or refused by name."""
 
 from __future__ import annotations
 

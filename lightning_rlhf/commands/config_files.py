@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
@@ -16,7 +18,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_rlhf.renamed import renamed_config
+from lightning_rlhf.renamed import plain_path, renamed_config, renamed_settings
 
 
 def config_names() -> list[str]:
@@ -42,68 +44,106 @@ def find_config(name: str) -> Path:
     raise TypeError(f"no config {name!r}: neither a file, nor one of {', '.join(config_names())}")
 
 
-def model_class(args: Sequence[str]) -> str | None:
-    """Class of the module that command-line arguments name, themselves or in their configs; None if none does."""
-    found = None
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        name, sign, value = arg.partition("=")
-        value = value if sign else following
-        if name in ("--model", "--model.class_path"):
-            found = value
-        elif name in ("-c", "--config"):
-            found = _model_class_of(value, ()) or found
-    return found
-
-
-def _model_class_of(config: str, above: tuple[Path, ...]) -> str | None:
-    try:
-        path = find_config(config)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (TypeError, ValueError, OSError, yaml.YAMLError, RecursionError):
-        return None  # parsing says so, with a better message
-    if not isinstance(content, dict) or path in above:
-        return None
-    model = content.get("model")
-    if isinstance(model, dict) and isinstance(model.get("class_path"), str):
-        return str(model["class_path"])
-    bases = content.get("defaults")
-    named = [_model_class_of(str(base), (*above, path)) for base in bases] if isinstance(bases, list) else []
-    return next((name for name in reversed(named) if name is not None), None)
-
-
 class NamedConfig(ActionConfigFile):
     """Reads configs by name or path, and their ``defaults`` first."""
 
-    def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
+    command: ClassVar[str] = ""
+    """The command that is configured, where its settings are not those of a Trainer."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        cfg: argparse.Namespace,
+        value: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Merge one ``--config`` value into the configuration."""
+        value = str(value)
         inline = "\n" in value or value.lstrip().startswith("{")
         if inline:
             super().__call__(parser, cfg, value, option_string)  # type: ignore[no-untyped-call]
         else:
             self._merge(parser, cfg, find_config(value), option_string, ())
 
-    def _merge(self, parser: Any, cfg: Any, path: Path, option: str | None, above: tuple[Path, ...]) -> None:
+    def _merge(
+        self,
+        parser: argparse.ArgumentParser,
+        cfg: argparse.Namespace,
+        path: Path,
+        option: str | None,
+        above: tuple[Path, ...],
+    ) -> None:
+        # else it would be read for ever
         if path in above:
             raise TypeError(f"config {path} names itself among its defaults")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise TypeError(f"config {path} is no YAML: {error}") from None
+        # a list or a text
         if not isinstance(content, dict):
             raise TypeError(f"config {path} must map settings to values; it holds {content!r:.80}")
         bases = content.pop("defaults", None)
+        # a single name without brackets is a common slip
         if bases is not None and not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             raise TypeError(f"config {path}: defaults must be a list of configs; it is {bases!r:.80}")
+        # bases first, so that the file itself wins
         for base in bases or ():
             beside = path.parent / f"{base}.yaml"
             self._merge(parser, cfg, beside if beside.is_file() else find_config(base), option, (*above, path))
         # the bases tell the class of the module where this file does not
-        renamed = renamed_config(content, note_once, cfg.get("model.class_path"))
+        if self.command:
+            renamed = renamed_settings(content, self.command, note_once)
+        else:
+            renamed = renamed_config(content, note_once, cfg.get("model.class_path"))
         if bases is None and renamed == content:
             # by path, so that files it names are looked up beside it
             super().__call__(parser, cfg, str(path), option)  # type: ignore[no-untyped-call]
             return
         super().__call__(parser, cfg, yaml.safe_dump(renamed), option)  # type: ignore[no-untyped-call]
+
+
+def config_of(command: str) -> type[NamedConfig]:
+    """The action that reads configs of a command without a Trainer."""
+    return type("NamedConfig", (NamedConfig,), {"command": command})
+
+
+def classes_in_configs(args: Sequence[str]) -> dict[str, str]:
+    """Names of the classes that the configs of a command line give, by path without ``init_args``.
+
+    A config that cannot be read is left to the parser, whose message is better.
+
+    Args:
+        args: the command line.
+    """
+    found: dict[str, str] = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, given, value = arg.partition("=")
+        # in the order of the command line: later configs win
+        if option in ("--config", "-c"):
+            with suppress(TypeError, OSError, yaml.YAMLError, ValueError, RecursionError):
+                _collect_classes_of_file(find_config(value if given else following), found, ())
+    return found
+
+
+def _collect_classes_of_file(path: Path, found: dict[str, str], above: tuple[Path, ...]) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or path in above:
+        return
+    for base in content.get("defaults") or ():
+        beside = path.parent / f"{base}.yaml"
+        _collect_classes_of_file(beside if beside.is_file() else find_config(base), found, (*above, path))
+    _collect_classes(content, "", found)
+
+
+def _collect_classes(content: object, place: str, found: dict[str, str]) -> None:
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key == "class_path" and isinstance(value, str):
+            found[plain_path(place)] = value.rpartition(".")[2]
+        else:
+            _collect_classes(value, f"{place}.{key}" if place else str(key), found)
 
 
 @cache

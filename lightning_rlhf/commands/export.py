@@ -73,16 +73,18 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
             as conversational.
     """
     target, kind = check_target(ledger, out, format)
+    # a snapshot: the run may add rows between the two passes
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
         count, all_have_messages, any_has_rewards, any_is_recorded, any_has_options = 0, True, False, False, False
         for preference in store.preferences():
+            # columns that no row needs are left out, so a first pass looks at all rows
             count += 1
             all_have_messages &= preference.comparison.prompt.messages is not None
             any_has_rewards |= "reward_a" in preference.label.meta
             any_is_recorded |= _recorded(preference.comparison) is not None
             any_has_options |= bool(preference.comparison.prompt.template_options)
-        if not count and (drawn := _groups(store)):
-            return _write_rollouts(drawn, target, kind, rows, best)
+        if not count and (rollouts := _groups(store)):
+            return _write_rollouts(rollouts, target, kind, rows, best)
         if not count:
             raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
         conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
@@ -97,8 +99,8 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
 def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     """Write all comparisons of a ledger, labelled or not, and return how many there are.
 
-    Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the laws ``source_a`` and ``source_b`` they
-    were drawn from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta``
+    Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the distributions ``source_a`` and ``source_b``
+    they were sampled from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta``
     (implicit reward of a minus that of b; null where the sampler did not compute it), ``round``, ``position`` and
     ``prompt_index``. Rollouts are written as `export_ledger` writes them.
 
@@ -113,10 +115,10 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
         found = next(store.walk(), None)
-        if found is None and (drawn := _groups(store)):
-            return _write_rollouts(drawn, target, kind, "auto", False)
+        if found is None and (rollouts := _groups(store)):
+            return _write_rollouts(rollouts, target, kind, "auto", False)
         if found is None:
-            raise ValueError(f"ledger {ledger} holds no comparison yet; draw some first")
+            raise ValueError(f"ledger {ledger} holds no comparison yet; sample some first")
         return _write((comparison_row(*row[:3]) for row in store.walk()), target, kind)
 
 
@@ -132,6 +134,7 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
     comparison, label, probability = preference.comparison, preference.label, preference.probability
     chosen, rejected, sides = comparison.a, comparison.b, ("reward_a", "reward_b")
     human = _recorded(comparison)
+    # the more probable response is the chosen one; everything about the two sides changes places
     if probability < 0.5:
         human = None if human is None else 1.0 - human
         chosen, rejected, sides, probability = rejected, chosen, sides[::-1], 1.0 - probability
@@ -160,6 +163,7 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
 
 def _recorded(comparison: Comparison) -> float | None:
     """P(a preferred) by the data; None where they do not say, or say so of other responses."""
+    # newly sampled responses are not those that the data compare
     known = comparison.prompt.recorded is not None and "recorded_first" in comparison.meta
     return recorded_probability(comparison) if known else None
 
@@ -201,36 +205,40 @@ def rollout_row(rollout: Rollout, round: int, conversational: bool) -> Row:
 def _groups(store: PreferenceStore) -> list[tuple[int, list[Rollout]]]:
     """Rounds with the rollouts of each prompt, in order."""
     table = RolloutTable(store)
-    return [
-        (round, [row[2] for row in same])
-        for round in table.rounds()
-        for _, same in groupby(table.rollouts(round), key=lambda row: row[1])
-    ]
+    groups = []
+    for round in table.rounds():
+        for _, same in groupby(table.rollouts(round), key=lambda row: row[1]):
+            groups.append((round, [rollout for _, _, rollout, *_ in same]))
+    return groups
 
 
 def _write_rollouts(groups: list[tuple[int, list[Rollout]]], target: Path, kind: Format, rows: Rows, best: bool) -> int:
     if best:
-        scored = [(round, [r for r in rollouts if r.reward is not None]) for round, rollouts in groups]
-        groups = [(round, [max(found, key=lambda r: r.reward or 0.0)]) for round, found in scored if found]
+        groups = [(round, top) for round, rollouts in groups if (top := _best(rollouts))]
+        # not an empty file, which would look like a run without answers
         if not groups:
             raise ValueError("no rollout has a reward yet, so none is the best; leave best out")
-    all_have_messages = all(rollout.prompt.messages is not None for _, rollouts in groups for rollout in rollouts)
+    rows_of = [(round, rollout) for round, rollouts in groups for rollout in rollouts]
+    all_have_messages = all(rollout.prompt.messages is not None for _, rollout in rows_of)
     conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
-    any_has_options = any(rollout.prompt.template_options for _, rollouts in groups for rollout in rollouts)
-    return _write(
-        (
-            rollout_row(rollout, round, conversational)
-            | (_template_columns(rollout.prompt) if any_has_options and conversational else {})
-            for round, rollouts in groups
-            for rollout in rollouts
-        ),
-        target,
-        kind,
+    any_has_options = any(rollout.prompt.template_options for _, rollout in rows_of)
+    # the columns are those of every row: Parquet has one schema
+    written = (
+        rollout_row(rollout, round, conversational)
+        | (_template_columns(rollout.prompt) if any_has_options and conversational else {})
+        for round, rollout in rows_of
     )
+    return _write(written, target, kind)
+
+
+def _best(rollouts: list[Rollout]) -> list[Rollout]:
+    """The most rewarded rollout, as a list; empty if none is scored."""
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
+    return [max(scored, key=lambda rollout: rollout.reward or 0.0)] if scored else []
 
 
 def _template_columns(prompt: Prompt) -> Row:
-    """What the chat template got beside the messages, as the columns that `DatasetPrompts` reads; JSON in strings."""
+    """Further arguments of the chat template, as the columns that `DatasetPrompts` reads; JSON in strings."""
     options = dict(prompt.template_options)
     tools = options.pop("tools", None)
     return {
@@ -260,8 +268,10 @@ def check_target(ledger: str, out: str, format: Format = "auto") -> tuple[Path, 
         if target.suffix not in suffixes:
             raise ValueError(f"cannot tell the format of {out} by its suffix; name it .jsonl or .parquet")
         format = suffixes[target.suffix]
+    # fails now, not at the end of a long run
     if target.is_dir():
         raise IsADirectoryError(f"{out} is a folder; pass the name of a file")
+    # renaming over the ledger would destroy the run
     if target.exists() and Path(ledger).exists() and target.samefile(ledger):
         raise ValueError(f"{out} is the ledger itself; pass another file to write to")
     return target, format
@@ -270,6 +280,7 @@ def check_target(ledger: str, out: str, format: Format = "auto") -> tuple[Path, 
 def _write(rows: Iterable[Row], target: Path, kind: Format) -> int:
     """Write rows to a file that appears only when it is complete; returns their number."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    # readers never see a half-written file
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         count = (_write_jsonl if kind == "jsonl" else _write_parquet)(rows, partial)
@@ -291,11 +302,12 @@ def _write_jsonl(rows: Iterable[Row], path: Path) -> int:
 
 
 def _check_turns(rows: list[Row]) -> None:
-    """Check that turns hold what Parquet has columns for."""
+    """Check that Parquet has a column for every field of the turns."""
     for row in rows:
         for name, value in row.items():
-            more = {key for turn in value for key in turn} - {"role", "content"} if isinstance(value, list) else set()
-            if more:
+            keys = set().union(*value) if isinstance(value, list) else set()
+            # tool calls, for example, would be lost without a word
+            if more := keys - {"role", "content"}:
                 raise ValueError(
                     f"messages in {name!r} of prompt {row['prompt_index']} hold {sorted(more)}, for which a Parquet "
                     f"file of rows has no place; write .jsonl"
@@ -304,6 +316,7 @@ def _check_turns(rows: list[Row]) -> None:
 
 def _write_parquet(rows: Iterable[Row], path: Path) -> int:
     rows = iter(rows)
+    # the first rows tell the columns
     group = list(islice(rows, _ROW_GROUP))
     schema = pa.schema(
         [(name, _TURNS if isinstance(v, list) else _TYPES.get(name, pa.string())) for name, v in group[0].items()]

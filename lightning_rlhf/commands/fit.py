@@ -18,7 +18,7 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -36,8 +36,8 @@ import lightning_rlhf.worlds  # noqa: F401  imported so that short class names a
 from lightning_rlhf.callbacks import ProgressBar
 from lightning_rlhf.commands.config_files import (
     NamedConfig,
+    classes_in_configs,
     config_names,
-    model_class,
     nested_nulls,
     note_once,
 )
@@ -60,7 +60,7 @@ from lightning_rlhf.runtime.run_record import RunRecord, check_settings
 
 
 class RLHFTrainer(L.Trainer):
-    """Lightning's Trainer with the verbs of this package, and with ``precision: auto``.
+    """Lightning's Trainer with the commands of this package, and with ``precision: auto``.
 
     Args:
         accelerator: as in Lightning: ``auto``, ``cpu``, ``gpu``, ...
@@ -91,12 +91,12 @@ class RLHFTrainer(L.Trainer):
         datamodule: AbstractRoundDataModule[Any] | None = None,
         out: str | None = None,
     ) -> None:
-        """Draw one round of comparisons or rollouts from any policy into the ledger; no labels, no training.
+        """Sample one round of comparisons or rollouts from any policy into the ledger; no labels, no training.
 
         Args:
             model: the policy.
             datamodule: prompts, and a sampler where there is one.
-            out: also write what was drawn to this file (.jsonl or .parquet).
+            out: also write the samples to this file (.jsonl or .parquet).
         """
         assert datamodule is not None
         self.predict(model, datamodule=datamodule, return_predictions=False)
@@ -125,18 +125,18 @@ class RLHFCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Verbs that run on a Trainer, with the arguments that are objects of the CLI."""
-        verbs = LightningCLI.subcommands()
+        """Commands that run on a Trainer, with the arguments that are objects of the CLI."""
+        commands = LightningCLI.subcommands()
         return {
-            "fit": verbs["fit"],
-            "validate": verbs["validate"],
+            "fit": commands["fit"],
+            "validate": commands["validate"],
             "sample": {"model", "datamodule"},
         }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other verbs: compare, evaluate, export, label, plan, run; each explains itself with --help."
+        parser.epilog = "Other commands: compare, evaluate, export, label, plan, run; each explains itself with --help."
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )
@@ -157,25 +157,25 @@ class RLHFCLI(LightningCLI):
         )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with old names of arguments; report a failed interpolation as an error of the command line."""
         if args is None or isinstance(args, list):
             args = sys.argv[1:] if args is None else args
-            args = nested_nulls(renamed_arguments(args, note_once, model_class(args)))
+            args = nested_nulls(renamed_arguments(args, note_once, classes_in_configs(args)))
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             parser.error(str(error))
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: what the command line says wins over what a checkpoint remembers."""
+        """Leave the configuration alone: the command line wins over the settings in a checkpoint."""
 
     def instantiate_classes(self) -> None:
         """Build the objects of the configuration.
 
         Raises:
             TypeError: if one would not be built, because the argument that it is given to has no type.
-            ValueError: what a constructor said, and which.
+            ValueError: with the message of a constructor and its name.
         """
         with told_by_constructors(self.config[self.subcommand]):
             super().instantiate_classes()
@@ -200,6 +200,7 @@ class RLHFCLI(LightningCLI):
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
             callbacks = [*callbacks, ProgressBar()]
+        # Lightning would switch off the parts that a run needs, without a word
         if self._get(self.config_init, "trainer.barebones"):
             raise ValueError(
                 "trainer.barebones=true switches off checkpoints, logs and the checks of a run: leave it out, or try a "
@@ -214,7 +215,7 @@ class RLHFCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _run_checkpoint(self, callbacks: list[L.Callback]) -> RunCheckpoint:
-        """What keeps the checkpoints that the run continues from: of the run's own settings, or given among callbacks.
+        """The callback with the checkpoints that the run continues from: given among callbacks, or from the settings.
 
         Raises:
             ValueError: if one is given that writes elsewhere, where nobody would look.
@@ -235,8 +236,9 @@ class RLHFCLI(LightningCLI):
         return RunCheckpoint(folder, epochs, steps, minutes)
 
     def _name_what_is_missing(self) -> None:
-        """Say what the settings of the Trainer take from a run, in a line each."""
+        """Name the parts of a run that the settings of the Trainer switch off, in a line each."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        # a run of hours without checkpoints is rarely meant
         if not any(isinstance(callback, RunCheckpoint) for callback in callbacks):
             rank_zero_info(
                 "trainer.enable_checkpointing=false: this run keeps no checkpoints; one that is stopped begins its "
@@ -257,9 +259,11 @@ class RLHFCLI(LightningCLI):
         """Continue a run that was stopped, or measure the policy once before training."""
         settings = self.config[self.subcommand]
         self.datamodule.fingerprint = fingerprint(settings, self.model, self.datamodule)
+        # a trial run must neither continue nor mark the run folder
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._leave_nothing_behind()
             return
+        # before the first epoch, whose checkpoint could not be written
         check_writable(self.run_dir)
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
@@ -280,12 +284,14 @@ class RLHFCLI(LightningCLI):
         if continued is not None:
             path = Path(continued)
             checked(path, self.trainer.global_rank, self.trainer.world_size)
+            # a sharded checkpoint is read by the strategy that wrote it
             if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise ValueError(
                     f"checkpoint {path} is sharded: continue with --config trainer/fsdp; or start another run, "
                     f"from <its run_dir>/model once it has ended"
                 )
             check_settings(meta(path), path, self.datamodule.fingerprint)
+        # the point at step 0 of every curve
         elif self.datamodule.heldout_source is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -306,16 +312,17 @@ def told_by_constructors(config: Namespace) -> Iterator[None]:
 
     Raises:
         TypeError: if an object would not be built.
-        ValueError: what a constructor said, and which.
+        ValueError: with the message of a constructor and its name.
     """
     check_built(config)
     try:
         yield
     except (ValueError, TypeError) as error:
+        # None: an error of ours, with its whole traceback
         message = constructor_error(error, config)
         if message is None:
             raise
-        # what jsonargparse adds holds the whole configuration
+        # the message of jsonargparse repeats the whole configuration
         raise ValueError(message) from None
 
 
@@ -324,7 +331,7 @@ LIGHTNINGS_CHECKPOINTS = ("best", "hpc", "last", "registry")
 
 
 def hush() -> None:
-    """Silence what other libraries say to their own developers, so that what is left concerns the user."""
+    """Silence messages of other libraries to their own developers, so that the rest concerns the user."""
     for message in (
         r".*is_gradient_checkpointing.* is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from tqdm.auto import tqdm
 
 from lightning_rlhf.collectors.preferences import RoundCollector
+from lightning_rlhf.collectors.progress import Bar
 from lightning_rlhf.commands.export import Rows, check_target, export_ledger
 from lightning_rlhf.evaluation.judges import JudgeMetrics
 from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
@@ -32,11 +33,39 @@ PAGE = 1024
 """Pairs that are written to the ledger, or read for the report, at once."""
 
 
+class LabelReport(TypedDict):
+    """How far the labels of a run are, and how good.
+
+    Attributes:
+        pairs: pairs of the data.
+        labelled: pairs with a label.
+        ties: pairs of equal responses, which no labeler judges.
+        failed: pairs without a label, by status.
+        attempts: labels asked for.
+        cost: their cost, in the unit of the labeler.
+        bought_now: labels bought in the last call.
+        seconds: time of the last call.
+        left_out: rows that the source left out, by reason.
+        figures: metrics of `JudgeMetrics`.
+    """
+
+    pairs: int
+    labelled: int
+    ties: int
+    failed: dict[str, int]
+    attempts: int
+    cost: float
+    bought_now: int
+    seconds: float
+    left_out: dict[str, int]
+    figures: dict[str, float]
+
+
 class LabelRun:
-    """Has existing pairs labelled, into a ledger, and reports how good the labels are.
+    """Labels existing pairs, into a ledger, and reports how good the labels are.
 
     Calling the same command again continues: labels in the ledger are not asked for again. Which response of a pair is
-    shown first is a fair coin, so that a taste for the first place cannot look like skill.
+    shown first is a fair coin, so that a preference for the first position cannot look like skill.
 
     Args:
         pairs: where the pairs come from: `DatasetPrompts`, `HHPrompts`, `LedgerPrompts`, or your own source.
@@ -45,11 +74,11 @@ class LabelRun:
         out: also write the labelled pairs to this file (.jsonl or .parquet), as rows that TRL and `DatasetPrompts`
             read.
         rows: rows of ``out``: ``plain`` texts, ``conversational`` messages, or ``auto``.
-        recorded_labels: whether the data say which response people prefer; false for pairs in an order that means
-            nothing.
+        recorded_labels: whether the data say which response people prefer; false for pairs in an arbitrary
+            order.
         label_attempts: times that a pair is shown to the labeler until it is given up, >= 1; a later call may raise it.
         chunk: pairs that are given to the labeler at once, >= 1; their labels are durable when it returns them.
-        seed: decides which response is shown first, and what the labeler draws.
+        seed: seed of the order in which responses are shown, and of the labeler.
     """
 
     def __init__(
@@ -64,6 +93,7 @@ class LabelRun:
         chunk: int = 64,
         seed: int = 0,
     ) -> None:
+        # 0 attempts or pairs would label nothing and report success
         for name, value in (("label_attempts", label_attempts), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -76,11 +106,12 @@ class LabelRun:
         """Path of the ledger."""
         return self.run_dir / "ledger.sqlite"
 
-    def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Label what has no label yet, write the report, print a summary, and return the report.
+    def run(self, settings: Mapping[str, object] | None = None) -> LabelReport:
+        """Label pairs without a label, write the report, print a summary, and return the report.
 
         Args:
-            settings: what a continued run must share with the ledger, plain JSON; the command line gives its own.
+            settings: settings that a continued run must share with the ledger, plain JSON; default: those of the
+                objects.
 
         Raises:
             ValueError: if a row has no pair, or the ledger is of other data or settings.
@@ -89,7 +120,8 @@ class LabelRun:
             check_target(str(self.ledger), self.out)  # before anything is paid for
         prompts = self._load()
         with PreferenceStore(self.ledger) as store:
-            decisive = {"verb": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
+            # a continued run must show the pairs in the same order, so the seed counts
+            decisive = {"command": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
             objects = {"labeler": described(self.labeler)} if settings is None else settings
             check_same_settings(store, {**decisive, **objects}, {"pairs", *FREE_OF_SERVERS})
             check_same_pairs(store, prompts)
@@ -102,6 +134,7 @@ class LabelRun:
                 progress=progress_bar,
             )
             collector.sample(0, prompts, None, PAGE)
+            # the rate counts labels, not the reading of the data
             start = time.perf_counter()
             bought = collector.label(0, self.chunk)
             seconds = time.perf_counter() - start
@@ -112,15 +145,17 @@ class LabelRun:
     def _load(self) -> list[Prompt]:
         rows = self.source.load()
         for row in rows:
+            # named now, before labels are paid for
             if row.pair is None:
                 raise ValueError(
                     f"{row.source}: has no pair of responses to label; give rows with 'chosen' and 'rejected', or name "
                     f"their columns, e.g. --pairs.chosen_column=a --pairs.rejected_column=b"
                 )
         prompts = text_prompts(rows)
+        # in an arbitrary order the recorded label is no human choice
         return prompts if self.recorded_labels else [replace(prompt, recorded=None) for prompt in prompts]
 
-    def _write(self, report: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    def _write(self, report: LabelReport, settings: Mapping[str, object]) -> None:
         lines = label_lines(report)
         write_whole(self.run_dir / "report.json", to_json({**report, "settings": settings}))
         text = f"# Labels\n\n{lines[0]}.\n\n{markdown_table(judge_rows(report['figures']))}"
@@ -139,11 +174,13 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
         ValueError: if one of them is another, or the ledger has more of them.
     """
     for _, position, comparison, _ in store.walk([0]):
+        # a smaller data set would silently report on pairs that are not in it
         if position >= len(prompts):
             raise ValueError(
                 f"ledger {store.path} holds more than the {len(prompts)} pairs of the data: a run may grow, not "
                 f"shrink; raise the limit again, or use another run_dir"
             )
+        # labels belong to the pair at the position, so it must be the same pair
         if comparison.prompt != prompts[position]:
             raise ValueError(
                 f"pair {position + 1} of the data is not the one that ledger {store.path} holds there (it begins "
@@ -152,7 +189,7 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
             )
 
 
-def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> dict[str, Any]:
+def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> LabelReport:
     """Summarise round 0 of a ledger of recorded pairs.
 
     Args:
@@ -163,6 +200,7 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
     """
     metric = JudgeMetrics()
     rows = store.comparisons(0)
+    # page by page: texts of all pairs need not fit into memory
     for start in range(0, len(rows), PAGE):
         update(metric, [(c, label or store.history(id_)[-1]) for id_, c, label in rows[start : start + PAGE]])
     figures = {name: value.item() for name, value in metric.compute().items()}
@@ -185,6 +223,7 @@ def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> 
 
     Free ties are left out: the labeler has not seen them.
     """
+    # a free tie is no verdict of the labeler
     judged = [(comparison, label) for comparison, label in judged if not label.is_free_tie]
     comparisons, labels = [comparison for comparison, _ in judged], [label for _, label in judged]
     metric.update(
@@ -204,7 +243,7 @@ def _noted(labels: list[Label], name: str) -> torch.Tensor:
     return torch.tensor([label.meta.get(name, float("nan")) for label in labels], dtype=torch.float64)
 
 
-def label_lines(report: Mapping[str, Any]) -> list[str]:
+def label_lines(report: LabelReport) -> list[str]:
     """A report as a few lines for the terminal."""
     ties = report.get("ties", 0)
     missing = report["pairs"] - report["labelled"] - ties
@@ -218,9 +257,9 @@ def label_lines(report: Mapping[str, Any]) -> list[str]:
     return [first, *judge_lines(report["figures"])]
 
 
-def progress_bar(description: str, total: int) -> AbstractContextManager[Any]:
+def progress_bar(description: str, total: int) -> AbstractContextManager[Bar]:
     """A progress bar on standard error; silent where that is no terminal."""
-    bar: AbstractContextManager[Any] = tqdm(
+    bar: AbstractContextManager[Bar] = tqdm(
         total=total, desc=description.rpartition(": ")[2], unit="pair", disable=None, smoothing=0.05
     )
     return bar

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import yaml
 
@@ -18,8 +18,13 @@ from lightning_rlhf.evaluation.report import write_whole
 from lightning_rlhf.runtime.preemption import run_child
 
 
+if TYPE_CHECKING:
+    from lightning_rlhf.commands.evaluate import EvaluationReport
+
+
 STAGE_COMMANDS = ("fit", "label", "sample", "export", "evaluate")
-STAGE_FIELDS = {"name", "verb", "config", "options"}
+STAGE_FIELDS = {"name", "command", "verb", "config", "options"}
+"""``verb`` is ``command`` in files of version 0.1."""
 PIPELINE_FIELDS = {"run_dir", "variables", "stages", "report"}
 REPORT_FIELDS = {"policies", "baseline", "beta", "options"}
 DONE = "done.json"
@@ -35,7 +40,7 @@ class Stage:
 
     Args:
         name: names its folder, and the stage in later ones.
-        verb: what ``lightning-rlhf`` is asked to do.
+        command: command of ``lightning-rlhf``.
         configs: named configs or files, from left to right.
         options: settings on top of them, by path.
         folder: its run folder.
@@ -43,18 +48,19 @@ class Stage:
     """
 
     name: str
-    verb: str
+    command: str
     configs: tuple[str, ...]
-    options: dict[str, Any]
+    options: dict[str, object]
     folder: Path
     needs: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
         """The command line behind ``lightning-rlhf``."""
-        where = [] if self.verb == "export" else [f"--run_dir={self.folder}"]
+        where = [] if self.command == "export" else [f"--run_dir={self.folder}"]
         configs = [f"--config={config}" for config in self.configs]
-        return [self.verb, *configs, *where, *(f"--{key}={_written(value)}" for key, value in self.options.items())]
+        options = [f"--{key}={_written(value)}" for key, value in self.options.items()]
+        return [self.command, *configs, *where, *options]
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,45 @@ class Report:
     policies: tuple[str, ...]
     baseline: str
     beta: float
-    options: dict[str, Any]
+    options: dict[str, object]
+
+
+class PolicyRow(TypedDict):
+    """A policy in the table of a pipeline; None where something was not measured.
+
+    Attributes:
+        policy: name of its stage.
+        score, score_stderr: mean held-out score and its standard error.
+        kl, kl_stderr: KL from the baseline in nats per answer and its standard error.
+        j: score - beta KL.
+        win_rate, win_rate_low, win_rate_high: share of answers preferred to the baseline's, with Wilson's interval.
+        labels: labels bought.
+        seconds: time of the stage.
+    """
+
+    policy: str
+    score: float | None
+    score_stderr: float | None
+    kl: float | None
+    kl_stderr: float | None
+    j: float | None
+    win_rate: float | None
+    win_rate_low: float | None
+    win_rate_high: float | None
+    labels: int | None
+    seconds: float
+
+
+class PipelineReport(TypedDict):
+    """The table of a pipeline."""
+
+    baseline: str
+    beta: float
+    policies: list[PolicyRow]
 
 
 class Pipeline:
-    """Runs stages one after the other, in processes of their own, and skips what is done.
+    """Runs stages one after the other, in processes of their own, and skips stages that are done.
 
     A stage is a normal ``fit``, ``label``, ``sample``, ``export`` or ``evaluate`` in its own folder below ``run_dir``;
     the same command continues a pipeline that was stopped, at the stage that was running and within it. In options,
@@ -84,7 +124,7 @@ class Pipeline:
 
     Args:
         path: the pipeline, a YAML file.
-        run_dir: folder of all stages; what the file says when not given.
+        run_dir: folder of all stages; default: the one that the file names.
         overrides: values of ``variables`` that differ from the file's.
 
     Raises:
@@ -94,6 +134,7 @@ class Pipeline:
 
     def __init__(self, path: str, run_dir: str | None = None, overrides: Mapping[str, str] | None = None) -> None:
         file = Path(path).expanduser()
+        # each message below names file and field, before a stage is started
         if not file.is_file():
             raise FileNotFoundError(f"pipeline {path!r}: no such file")
         try:
@@ -101,9 +142,10 @@ class Pipeline:
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not valid YAML ({error})") from error
         raw = _mapping(raw, path, "the file", PIPELINE_FIELDS)
-        self.folder = Path(run_dir or raw.get("run_dir") or f"runs/{file.stem}")
-        names: dict[str, Any] = _mapping(raw.get("variables") or {}, path, "variables", None)
+        self.folder = Path(run_dir or str(raw.get("run_dir") or f"runs/{file.stem}"))
+        names: dict[str, object] = _mapping(raw.get("variables") or {}, path, "variables", None)
         unknown = sorted(set(overrides or {}) - set(names))
+        # an override with a typo would change nothing
         if unknown:
             raise ValueError(f"{path}: variables has no {unknown[0]!r} to change; it has {sorted(names)}")
         names = {**names, **(overrides or {})}
@@ -116,8 +158,8 @@ class Pipeline:
             names[self.stages[-1].name] = str(self.stages[-1].folder)
         self.report = self._report(raw.get("report"), path, names)
 
-    def run(self) -> dict[str, Any] | None:
-        """Run what is not done, then compare the policies; returns the table, None if the file asks for none.
+    def run(self) -> PipelineReport | None:
+        """Run the remaining stages, then compare the policies; returns the table, None if the file asks for none.
 
         Raises:
             SystemExit: if a stage fails, with its status; the same command goes on from there.
@@ -125,18 +167,19 @@ class Pipeline:
         """
         for number, stage in enumerate(self.stages):
             self._run(stage, f"{number + 1} of {len(self.stages)}")
+        # stages alone
         if self.report is None:
             return None
         evaluations = {}
         for policy in self.report.policies:
             folder = self._stage_named(policy).folder
-            options = {"a": str(folder / "model"), "b": self.report.baseline, "reference": self.report.baseline}
+            options = {"a": str(folder / "model"), "b": self.report.baseline, "options.reference": self.report.baseline}
             where = self.folder / "report" / policy
             stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, where, (policy,))
             self._run(stage, f"evaluating {policy}")
             evaluations[policy] = json.loads((stage.folder / "report.json").read_text(encoding="utf-8"))
         table = [row_of(self._stage_named(name), found, self.report.beta) for name, found in evaluations.items()]
-        result = {"baseline": self.report.baseline, "beta": self.report.beta, "policies": table}
+        result: PipelineReport = {"baseline": self.report.baseline, "beta": self.report.beta, "policies": table}
         write_whole(self.folder / "report.json", json.dumps(result, indent=2) + "\n")
         text = table_text(result)
         write_whole(self.folder / "report.md", f"# {self.folder.name}\n\n{text}")
@@ -144,11 +187,14 @@ class Pipeline:
         return result
 
     def _run(self, stage: Stage, number: str) -> None:
-        digest = self._digest(stage)
+        digest = self._digest(stage, stage.arguments)
         marker = stage.folder / DONE
+        # done: by its digest, not by its name
         if marker.exists():
             held = json.loads(marker.read_text(encoding="utf-8"))
-            if held["digest"] != digest:
+            # of version 0.1, whose `evaluate` took the reference by another name
+            earlier = [arg.replace("--options.reference=", "--reference=") for arg in stage.arguments]
+            if held["digest"] not in (digest, self._digest(stage, earlier)):
                 raise ValueError(
                     f"stage {stage.name!r} was done with other settings, or on an earlier run of a stage before it: "
                     f"lightning-rlhf {' '.join(held['arguments'])}; delete {stage.folder} and the stages that build on "
@@ -160,6 +206,7 @@ class Pipeline:
         stage.folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         status = run_child([sys.executable, "-m", "lightning_rlhf", *stage.arguments])
+        # stopped on request: the status says so to the shell
         if status in STOPPED:
             print(f"stage {stage.name!r} was stopped; the same command goes on from there", flush=True)
             raise SystemExit(status)
@@ -169,44 +216,47 @@ class Pipeline:
         held = {"digest": digest, "arguments": stage.arguments, "seconds": seconds, "finished": time.time()}
         write_whole(marker, json.dumps(held, indent=2) + "\n")
 
-    def _digest(self, stage: Stage) -> str:
-        """What a stage depends on: its command, the content of its config files, and the runs that it builds on."""
+    def _digest(self, stage: Stage, arguments: list[str]) -> str:
+        """Digest of everything a stage depends on: its arguments, its config files, and the runs that it builds on."""
         files = {c: Path(c).read_text(encoding="utf-8") for c in stage.configs if Path(c).is_file()}
+        # the end of the earlier stage, not its settings: a run that is repeated has other weights
         markers = [self._stage_named(name).folder / DONE for name in stage.needs]
         runs = [json.loads(marker.read_text(encoding="utf-8"))["finished"] for marker in markers]
-        return hashlib.sha256(json.dumps([stage.arguments, files, runs]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([arguments, files, runs]).encode()).hexdigest()
 
     def _stage_named(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
-    def _stage(self, row: Mapping[str, Any], path: str, number: int, names: Mapping[str, Any]) -> Stage:
+    def _stage(self, row: Mapping[str, object], path: str, number: int, names: Mapping[str, object]) -> Stage:
         where = f"stages[{number}]"
         name = row.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in {*names, "report", "folder"}:
             raise ValueError(f"{path}: {where}.name must be a new word of letters, digits and _; got {name!r}")
-        verb = row.get("verb", "fit")
-        if verb not in STAGE_COMMANDS:
-            raise ValueError(f"{path}: {where}.verb must be one of {', '.join(STAGE_COMMANDS)}; got {verb!r}")
+        command = row.get("command", row.get("verb", "fit"))
+        if command not in STAGE_COMMANDS:
+            raise ValueError(f"{path}: {where}.command must be one of {', '.join(STAGE_COMMANDS)}; got {command!r}")
         configs = row.get("config", [])
         configs = [configs] if isinstance(configs, str) else configs
         if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
             raise ValueError(f"{path}: {where}.config must be a name or a list of names; got {configs!r}")
         options = _mapping(row.get("options") or {}, path, f"{where}.options", None)
+        # two stages in one folder would continue each other
         if "run_dir" in options:
             raise ValueError(f"{path}: {where}.options.run_dir is the pipeline's to choose; drop it")
         folder = self.folder / f"{number + 1:02d}-{name}"
         known = {**names, "folder": str(folder)}
-        filled = {key: _filled(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
+        settings = {key: _resolved(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
         mentioned = set(_REFERENCE.findall(json.dumps(options)))
+        # a stage that is run again makes later ones stale
         needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
-        return Stage(name, verb, tuple(configs), filled, folder, needs)
+        return Stage(name, str(command), tuple(configs), settings, folder, needs)
 
-    def _report(self, raw: Any, path: str, names: Mapping[str, Any]) -> Report | None:
+    def _report(self, raw: object, path: str, names: Mapping[str, object]) -> Report | None:
         if raw is None:
             return None
         row = _mapping(raw, path, "report", REPORT_FIELDS)
         policies = row.get("policies")
-        known = [stage.name for stage in self.stages if stage.verb == "fit"]
+        known = [stage.name for stage in self.stages if stage.command == "fit"]
         if not isinstance(policies, list) or not policies or not set(policies) <= set(known):
             raise ValueError(f"{path}: report.policies must name fit stages, of {known}; got {policies!r}")
         if not isinstance(row.get("baseline"), str):
@@ -215,16 +265,18 @@ class Pipeline:
         if not isinstance(beta, int | float) or beta < 0:
             raise ValueError(f"{path}: report.beta must be a number >= 0; got {beta!r}")
         options = _mapping(row.get("options") or {}, path, "report.options", None)
-        filled = {key: _filled(value, names, f"{path}: report.options.{key}") for key, value in options.items()}
-        baseline = _filled(row["baseline"], names, f"{path}: report.baseline")
-        return Report(tuple(policies), str(baseline), float(beta), filled)
+        settings = {key: _resolved(value, names, f"{path}: report.options.{key}") for key, value in options.items()}
+        baseline = _resolved(row["baseline"], names, f"{path}: report.baseline")
+        return Report(tuple(policies), str(baseline), float(beta), settings)
 
 
-def row_of(stage: Stage, evaluation: Mapping[str, Any], beta: float) -> dict[str, Any]:
-    """What a pipeline's table says of a policy; None where something was not measured."""
+def row_of(stage: Stage, evaluation: EvaluationReport, beta: float) -> PolicyRow:
+    """The row of a policy in the table of a pipeline; None where something was not measured."""
     seconds = json.loads((stage.folder / DONE).read_text(encoding="utf-8"))["seconds"]
     summary = stage.folder / "summary.json"
+    # a stage that was stopped before its first summary has none
     own = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    # J = E[score] - beta KL
     score, kl = evaluation.get("scores", {}).get("A"), evaluation.get("kl")
     return {
         "policy": stage.name,
@@ -241,22 +293,17 @@ def row_of(stage: Stage, evaluation: Mapping[str, Any], beta: float) -> dict[str
     }
 
 
-def table_text(result: Mapping[str, Any]) -> str:
+def table_text(result: PipelineReport) -> str:
     """The table of a pipeline in Markdown."""
-
-    def number(row: Mapping[str, Any], name: str, digits: int = 3) -> str:
-        error = row.get(f"{name}_stderr")
-        if row[name] is None:
-            return "-"
-        return f"{row[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
     rows = []
     for row in result["policies"]:
-        low, rate, high = (row[name] and 100 * row[name] for name in ("win_rate_low", "win_rate", "win_rate_high"))
-        wins = "-" if rate is None else f"{rate:.0f} % ({low:.0f} to {high:.0f})"
+        low, rate, high = row["win_rate_low"], row["win_rate"], row["win_rate_high"]
+        wins = "-"
+        if rate is not None and low is not None and high is not None:
+            wins = f"{100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
         labels = "-" if row["labels"] is None else str(row["labels"])
-        figures = (number(row, name) for name in ("score", "kl", "j"))
-        rows.append((row["policy"], *figures, wins, labels, f"{row['seconds']:.0f}"))
+        score, kl = _number(row["score"], row["score_stderr"]), _number(row["kl"], row["kl_stderr"])
+        rows.append((row["policy"], score, kl, _number(row["j"]), wins, labels, f"{row['seconds']:.0f}"))
     header = ("policy", "held-out score", "KL, nats", "J", "preferred to the baseline", "labels", "seconds")
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines) + (
@@ -265,7 +312,13 @@ def table_text(result: Mapping[str, Any]) -> str:
     )
 
 
-def _mapping(raw: Any, path: str, where: str, known: set[str] | None) -> dict[str, Any]:
+def _number(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _mapping(raw: object, path: str, where: str, known: set[str] | None) -> dict[str, object]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: {where} must be a mapping; got {raw!r}")
     unknown = sorted(set(map(str, raw)) - known) if known is not None else []
@@ -275,22 +328,23 @@ def _mapping(raw: Any, path: str, where: str, known: set[str] | None) -> dict[st
     return raw
 
 
-def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
+def _resolved(value: object, names: Mapping[str, object], where: str) -> object:
     """A setting with folders and variables in their places; a value that is one variable keeps its type."""
     if isinstance(value, list):
-        return [_filled(item, names, where) for item in value]
+        return [_resolved(item, names, where) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(item, names, where) for key, item in value.items()}
+        return {key: _resolved(item, names, where) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     missing = [name for name in _REFERENCE.findall(value) if name not in names]
     if missing:
         there = ", ".join(names) or "none"
         raise ValueError(f"{where}: ${{{missing[0]}}} is neither a variable nor an earlier stage; there are {there}")
+    # a number that is one variable stays a number
     whole = _REFERENCE.fullmatch(value)
     return names[whole[1]] if whole else _REFERENCE.sub(lambda found: str(names[found[1]]), value)
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     """A setting as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)

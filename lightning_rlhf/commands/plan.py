@@ -1,4 +1,4 @@
-"""The verb ``plan``: memory and time of a run on paper, before any GPU is rented.
+"""The command ``plan``: memory and time of a run on paper, before any GPU is rented.
 
 Counts what a decoder in the style of Llama must hold and compute; `docs/scaling.md` compares it with measured runs. It
 loads no weights.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 
 Strategy = Literal["ddp", "fsdp"]
@@ -81,7 +81,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Device:
-    """What a device has, and reaches.
+    """Memory and measured speed of a device.
 
     Args:
         memory: GiB.
@@ -96,7 +96,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Load:
-    """What a round asks for.
+    """The work of a round.
 
     Args:
         pairs: pairs of an optimizer step.
@@ -121,11 +121,6 @@ class Estimate:
     decoding: dict[str, float]
     seconds: dict[str, float]
 
-    @property
-    def peak(self) -> float:
-        """Bytes at the fuller of the two times."""
-        return max(sum(self.training.values()), sum(self.decoding.values()))
-
 
 def estimate(
     shape: Shape,
@@ -137,7 +132,7 @@ def estimate(
     weight_bytes: int = 2,
     checkpointing: bool = False,
 ) -> Estimate:
-    """Count memory and time of an online DPO step: draw, score under the reference, train.
+    """Count memory and time of an online DPO step: sample, score under the reference, train.
 
     Args:
         shape: the model.
@@ -145,7 +140,7 @@ def estimate(
         device: one of the devices.
         gpus: how many.
         strategy: ``fsdp`` shards policy and reference; ``ddp`` has them whole on every device.
-        lora: rank of the adapters; the whole model is trained when not given.
+        lora: rank of the adapters; default: the whole model is trained.
         weight_bytes: bytes per weight of the model: 4 for float32, 2 for bfloat16, where AdamW also keeps a float32
             copy of trained weights. AdamW's moments and adapters are float32 in either case.
         checkpointing: recompute activations.
@@ -187,8 +182,8 @@ def estimate(
     forward = 2.0 * shape.matrices
     attention = 2.0 * shape.layers * shape.heads * shape.head_dim * length  # half of the square, twice over
     head = 2.0 * shape.hidden * shape.vocabulary
-    drawn, positions = 2 * load.pairs * load.response, load.pairs * (load.prompt + 2 * load.response)
-    once = positions * (forward + attention) + drawn * head
+    sampled, positions = 2 * load.pairs * load.response, load.pairs * (load.prompt + 2 * load.response)
+    once = positions * (forward + attention) + sampled * head
     steps = load.response * ceil(2 * load.pairs / (load.rows * gpus))
     rows = min(load.rows, ceil(2 * load.pairs / gpus))
     per_step = max(whole / (device.bandwidth * 1e9), rows * (forward + head) / (device.tflops * 1e12))
@@ -208,14 +203,15 @@ def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
     Raises:
         ValueError: if its config does not look like that of a Llama.
     """
+    # no file is read for these
     if model in SHAPES:
         return SHAPES[model]
     from transformers import AutoConfig
 
     from lightning_rlhf.models.load import resolve_checkpoint
 
-    config: Any = AutoConfig.from_pretrained(resolve_checkpoint(model), trust_remote_code=trust_remote_code)
-    config = config.get_text_config()
+    loaded = AutoConfig.from_pretrained(resolve_checkpoint(model), trust_remote_code=trust_remote_code)
+    config = loaded.get_text_config()
     try:
         heads = config.num_attention_heads
         return Shape(
@@ -235,7 +231,7 @@ def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
         ) from None
 
 
-def plan(
+def plan_run(
     model: str,
     gpus: int = 1,
     memory: float = 80.0,
@@ -255,7 +251,8 @@ def plan(
         model: 1B, 8B or 70B (Llama 3), a folder, or a Hub id; its config is read, no weights.
         gpus: devices.
         memory: GiB of each.
-        tflops: what matrix products reach on each, in 10^12 per second; 400 is usual for bfloat16 on an H100.
+        tflops: floating-point operations per second of matrix products on each, in 10^12; 400 is usual for bfloat16 on
+            an H100.
         bandwidth: GB per second that reading weights reaches on each; 2500 is usual on an H100.
         pairs: pairs of an optimizer step on all devices.
         prompt_tokens: tokens of a prompt.
@@ -267,12 +264,13 @@ def plan(
     """
     shape, device = shape_of(model), Device(memory, tflops, bandwidth)
     load = Load(pairs, prompt_tokens, response_tokens, rows, tokens_per_pass)
+    # zero tokens or devices divide by zero
     if min(gpus, pairs, prompt_tokens, response_tokens, rows, tokens_per_pass, lora) < 1:
         raise ValueError("gpus, pairs, prompt_tokens, response_tokens, rows, tokens_per_pass and lora must be >= 1")
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f} billion parameters, {gpus} x {memory:g} GiB, {pairs} pairs of "
         f"{prompt_tokens} + 2 x {response_tokens} tokens, {dtype}",
-        "| strategy | training GiB | decoding GiB | fits | draw s | reference s | train s | step s |",
+        "| strategy | training GiB | decoding GiB | fits | sample s | reference s | train s | step s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     strategies: list[tuple[str, Strategy, int | None, bool]] = [
@@ -285,6 +283,7 @@ def plan(
         (f"fsdp, LoRA {lora}, checkpointing", "fsdp", lora, True),
     ]
     for name, strategy, rank, checkpointing in strategies:
+        # nothing to shard
         if strategy == "fsdp" and gpus == 1:
             continue
         found = estimate(

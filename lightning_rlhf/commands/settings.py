@@ -13,8 +13,8 @@ from jsonargparse import (
 from lightning_rlhf.runtime.fingerprint import FREE_OF_MODELS, FREE_OF_SERVERS, decisive
 
 
-def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, Any]:
-    """Settings that decide what is drawn, labelled and learnt, as plain data; the classes name those that do not."""
+def fingerprint(config: Namespace, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[str, object]:
+    """Settings that change samples, labels or updates, as plain data; the classes name those that do not."""
     settings = {name: _plain(config[name]) for name in ("model", "data")}
     return {**decisive(settings, model, datamodule), "seed_everything": config.get("seed_everything")}
 
@@ -25,10 +25,10 @@ FREE_OF_COMMANDS = {
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
     *("limit", "compile"),
 }
-"""Settings of a verb, or of the objects it is given, that may change when it is called again."""
+"""Settings of a command, or of the objects it is given, that may change when it is called again."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if hasattr(value, "as_dict"):
         value = value.as_dict()
     return json.loads(json.dumps(value, default=str))

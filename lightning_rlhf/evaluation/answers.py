@@ -1,4 +1,4 @@
-"""Answers of a policy to prompts: drawn once and kept, or recorded elsewhere."""
+"""Responses of a policy to prompts: sampled once and kept, or recorded elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -37,11 +37,22 @@ RECORDED = ("chosen", "rejected")
 """Names of the answers that come with preference rows."""
 
 ANSWER_COLUMNS = ("response", "completion", "answer")
-"""What the answer is called in a file of answers; the first that is there counts."""
+"""Names of the answer's column in a file of answers; the first that is there counts."""
+
+
+Row = dict[str, Any]
+"""A row of a JSONL file."""
+
+
+class ProgressBar(Protocol):
+    """A progress bar, as of tqdm."""
+
+    def update(self, n: float = 1) -> object:
+        """Move it by a number of items."""
 
 
 class RowLog:
-    """A JSONL file of rows with an ``index``, appended to chunk by chunk; what is cut off by a kill is forgotten.
+    """A JSONL file of rows with an ``index``, appended to chunk by chunk; a row that a kill cuts off is removed.
 
     Args:
         path: the file; created with its folder.
@@ -50,28 +61,31 @@ class RowLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[int, dict[str, Any]]:
+    def read(self) -> dict[int, Row]:
         """The whole rows, by index; an unfinished last line is removed from the file."""
+        # nothing is answered yet
         if not self.path.exists():
             return {}
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        # a kill has cut the last line; the next append must begin a new one
         if len(whole) < len(data):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         rows = [json.loads(line) for line in whole.splitlines()]
         return {row["index"]: row for row in rows}
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+    def append(self, rows: Sequence[Row]) -> None:
         """Write rows; they are on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
+            # rows cost money or time: they survive a power loss
             os.fsync(file.fileno())
 
 
-def to_row(index: int, row: PromptRow, response: Response) -> dict[str, Any]:
+def to_row(index: int, row: PromptRow, response: Response) -> Row:
     """The row of an answer in a log; a file of such rows is one of recorded answers.
 
     ``log_ratio`` is log pi - log pi_ref of the answer in nats, where there is a reference.
@@ -86,52 +100,63 @@ def to_row(index: int, row: PromptRow, response: Response) -> dict[str, Any]:
     }
 
 
-def from_row(row: dict[str, Any], source: str) -> Response:
+def from_row(row: Row, source: str) -> Response:
     """The answer in a row; its ids are its bytes, as judges and rewards read texts."""
     finish: FinishReason = row["finish_reason"]
     return replace(text_response(row["response"], source), finish_reason=finish)
 
 
-class Answerer:
-    """Lets policies answer, by the engine of this library.
+@dataclass(frozen=True)
+class PolicyOptions:
+    """How the policies of an evaluation are loaded and prompted.
 
     Args:
-        decoding: limits, temperature and nucleus.
-        key: key of the policy's answers; the number of the prompt is folded in.
-        dtype: floating-point type of the weights.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        chat_template: Jinja chat template, a file with one, or a name in ``CHAT_TEMPLATES``.
+        dtype: data type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: where the policies run: ``cpu``, ``cuda``; default: a GPU if there is one.
+        chat_template: Jinja chat template, a file with one, or ``human_assistant``; default: the tokenizer's own.
         on_long_prompt: ``error`` stops, ``truncate`` keeps the end of the prompt.
-        trust_remote_code: run code that comes with the checkpoint.
-        reference: policy whose log-probabilities of the answers are noted too; it must have the same vocabulary.
+        trust_remote_code: run code that comes with a checkpoint.
+    """
+
+    dtype: str = "float32"
+    device: str | None = None
+    chat_template: str | None = None
+    on_long_prompt: Literal["error", "truncate"] = "error"
+    trust_remote_code: bool = False
+
+
+DEFAULT_POLICY_OPTIONS = PolicyOptions()
+
+
+class ResponseGenerator:
+    """Generates the responses of policies with the engine of this library.
+
+    Args:
+        decoding: length limit, temperature and top-p.
+        key: key of the policy's random numbers; the index of the prompt is folded in.
+        options: how the policies are loaded and prompted.
+        reference: policy whose log-probabilities of the responses are noted too; it must have the same vocabulary.
     """
 
     def __init__(
         self,
         decoding: Decoding,
         key: Key,
-        *,
-        dtype: str = "float32",
-        device: str | None = None,
-        chat_template: str | None = None,
-        on_long_prompt: Literal["error", "truncate"] = "error",
-        trust_remote_code: bool = False,
+        options: PolicyOptions = DEFAULT_POLICY_OPTIONS,
         reference: str | None = None,
     ) -> None:
-        self.decoding, self.key, self.dtype, self.reference = decoding, key, dtype, reference
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.chat_template = CHAT_TEMPLATES.get(chat_template or "", chat_template)
-        self.on_long_prompt: Literal["error", "truncate"] = on_long_prompt
-        self.trust_remote_code = trust_remote_code
+        self.decoding, self.key, self.options, self.reference = decoding, key, options, reference
+        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.chat_template = CHAT_TEMPLATES.get(options.chat_template or "", options.chat_template)
 
     def complete(
         self,
         checkpoint: str,
         rows: Sequence[PromptRow],
         log: RowLog,
-        progress: Callable[[str, int], AbstractContextManager[Any]],
+        progress: Callable[[str, int], AbstractContextManager[ProgressBar]],
     ) -> None:
-        """Draw the answers that a log does not hold yet; the model is loaded if there are any.
+        """Generate the answers that a log does not hold yet; the model is loaded if there are any.
 
         Args:
             checkpoint: the policy, as `lightning_rlhf.models.load.resolve_checkpoint` takes it.
@@ -144,18 +169,19 @@ class Answerer:
         """
         held = log.read()
         missing = [index for index in range(len(rows)) if index not in held]
+        # the model is not loaded for nothing
         if not missing:
             return
-        tokenizer = load_tokenizer(checkpoint, self.chat_template, self.trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint, self.chat_template, self.options.trust_remote_code)
         # rows are checked before the model is loaded
-        source = resolve_checkpoint(checkpoint, trust_remote_code=self.trust_remote_code)
-        window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.trust_remote_code))
+        source = resolve_checkpoint(checkpoint, trust_remote_code=self.options.trust_remote_code)
+        window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.options.trust_remote_code))
         prompts, _ = tokenize_rows(
             [replace(row, pair=None, answers=(), finish_reasons=()) for row in rows],
             tokenizer,
             max_prompt_tokens=1_000_000 if window is None else window - self.decoding.max_new_tokens,
             max_response_tokens=self.decoding.max_new_tokens,
-            on_long_prompt=self.on_long_prompt,
+            on_long_prompt=self.options.on_long_prompt,
         )
         model = self._load(checkpoint)
         engine = DecodeEngine(
@@ -168,13 +194,14 @@ class Answerer:
         )
         with progress(f"{checkpoint}: answering", len(missing)) as bar, torch.inference_mode():
             for part in in_chunks(missing, 4 * self.decoding.rows):
+                # a key per prompt, so that chunks do not change the samples
                 requests = [Request(prompts[i], self.key.fold(i)) for i in part]
-                drawn = engine.generate(requests, reference_logps=self.reference is not None)
-                log.append([to_row(i, rows[i], response) for i, response in zip(part, drawn, strict=True)])
+                responses = engine.generate(requests, reference_logps=self.reference is not None)
+                log.append([to_row(i, rows[i], response) for i, response in zip(part, responses, strict=True)])
                 bar.update(len(part))
 
     def _load(self, checkpoint: str) -> PreTrainedModel:
-        loaded = load_policy(checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        loaded = load_policy(checkpoint, dtype=self.options.dtype, trust_remote_code=self.options.trust_remote_code)
         # the engine puts it into eval mode
         model = cast(PreTrainedModel, loaded).requires_grad_(False)
         model.to(torch.device(self.device))  # type: ignore[arg-type]
@@ -198,7 +225,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
         name: ``chosen`` or ``rejected``, for those of the rows; or a file whose rows have ``prompt`` and one of
             ``response``, ``completion`` and ``answer``.
         rows: the prompts.
-        source: what to write in `Response.source`.
+        source: value of `Response.source`.
 
     Raises:
         ValueError: if a prompt has no answer.
@@ -211,10 +238,12 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
     answers: dict[str, str] = {}
     for where, given in read_rows(name):
         column = next((c for c in ANSWER_COLUMNS if c in given), None)
+        # the row would be read as an empty answer
         if column is None or "prompt" not in given:
             columns = f"expected 'prompt' and one of {', '.join(ANSWER_COLUMNS)}; got {sorted(given)}"
             raise ValueError(f"{where}: {columns}: rename the columns")
         asked = parse_prompt(given["prompt"], where, "prompt")
+        # the first of several answers to one prompt counts
         answers.setdefault(_named(asked), parse_completion(given[column], asked, where, column))
     found = []
     for row in rows:
@@ -224,6 +253,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
         if not isinstance(prompt, str) and len(prompt) == 1:
             names.append(_named(turn_text(prompt[0])))
         text = next((answers[name] for name in names if name in answers), None)
+        # comparing fewer prompts than asked for would bias the rates
         if text is None:
             raise ValueError(f"{name}: has no answer to the prompt of {row.source}; give a row for every prompt")
         found.append(text_response(text, source))
@@ -235,20 +265,22 @@ def _named(prompt: str | Sequence[Message]) -> str:
 
 
 def identity(name: str) -> str:
-    """What a policy is: its name, and for files also their content, so that one that was trained on is another."""
+    """Identity of a policy: its name, and the content of its files, so that it changes with further training."""
     if name in RECORDED:
         return name
     source = Path(name) if is_file_of_answers(name) else resolve_checkpoint(name)
+    # of a Hub id the name is the identity
     if not isinstance(source, Path):
         return name
     files = [source] if source.is_file() else sorted([*source.glob("*.safetensors"), *source.glob("config.json")])
+    # a folder without weights would have the digest of nothing
     if not files:
         raise FileNotFoundError(f"{name}: no such file, or a folder without safetensors")
     digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
     return f"{name} {digest[:16]}"
 
 
-def identified(settings: Any) -> Any:
+def identified(settings: object) -> object:
     """Settings in which folders of models are named with their content, for judges and rewards are models too."""
     if isinstance(settings, dict):
         return {name: identified(value) for name, value in settings.items()}

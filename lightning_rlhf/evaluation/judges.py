@@ -1,4 +1,4 @@
-"""How well a labeler agrees with people, and what else moves it: position, length, and labels it would not say."""
+"""How well a labeler agrees with people, and its biases: position, length, and labels of low probability."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_rlhf.losses.preference import reward_accuracy
 
 
 LOW_MASS = 0.05
-"""Label mass under which a judge's labels lie in the tail of what it would say."""
+"""Label mass under which a judge's labels lie in the tail of its distribution."""
 
 
 def same_position(first_forward: Tensor, first_reverse: Tensor) -> Tensor:
@@ -31,16 +31,16 @@ def same_position(first_forward: Tensor, first_reverse: Tensor) -> Tensor:
 class JudgeMetrics(Metric):
     """Agreement of a labeler with human preferences, and its biases.
 
-    States are sums in float64, so that any number of processes gives the figures of one.
+    States are sums in float64, so that any number of processes gives the metrics of one.
 
-    `compute` returns float64 scalars; a figure about no pairs is NaN, and intervals are Wilson's and hold 95 %:
+    `compute` returns float64 scalars; a metric without pairs is NaN, and intervals are Wilson's and hold 95 %:
 
     - ``alignment``, ``_low``, ``_high``: AI labeler alignment (RLAIF vs. RLHF, section 2.3): share of human-labelled
       pairs whose likelier side by the labeler is the human choice. A tie of either counts 1/2.
     - ``one_order_alignment``: the same, had each pair been judged in one order only; mean of the two orders.
     - ``ece``, ``brier``: calibration of P(a preferred) against the human labels; see
       `lightning_rlhf.evaluation.calibration`. Brier is the mean of (P - label)^2.
-    - ``longer_alignment``, ``_low``, ``_high``: what "the longer response is better" would get, the baseline that a
+    - ``longer_alignment``, ``_low``, ``_high``: alignment of "the longer response is better", the baseline that a
       labeler must beat (take one minus it where the shorter ones are better).
     - ``prefers_longer``: share of the labelled pairs in which the labeler prefers the longer response.
     - ``same_position``, ``_low``, ``_high``: share of pairs judged in both orders in which the same position wins, so
@@ -48,7 +48,7 @@ class JudgeMetrics(Metric):
     - ``first_position``: of those, the share in which it is the first; ``first_position_p``: two-sided binomial p-value
       against a fair coin.
     - ``mass``, ``mass_min``, ``mass_low``: label mass: its mean, its minimum, and the share of pairs below 0.05.
-    - ``pairs``, ``human_pairs``, ``position_pairs``, ``mass_pairs``: number of pairs behind these figures.
+    - ``pairs``, ``human_pairs``, ``position_pairs``, ``mass_pairs``: number of pairs behind these metrics.
     """
 
     is_differentiable = False
@@ -77,7 +77,7 @@ class JudgeMetrics(Metric):
 
         Args:
             probability: P(a preferred) by the labeler, [pairs]; NaN where it gave no label, as for too little mass,
-                which still counts in the figures about position and mass.
+                which still counts in the metrics about position and mass.
             human: P(a preferred) by people, 0 or 1 as a rule, [pairs].
             lengths: lengths of a and b, in any unit, [pairs, 2].
             first_forward: P(first label) with a shown first, [pairs].
@@ -91,9 +91,12 @@ class JudgeMetrics(Metric):
             unknown if value is None else value.detach().double().to(device)
             for value in (first_forward, first_reverse, mass)
         )
+        # ties in length count one half, as ties in preference
         longer = lengths[:, 0].double().to(device) - lengths[:, 1].double().to(device)
+        # NaN marks a missing verdict or label; sums with NaN are NaN
         decided, labelled = ~probability.isnan(), ~(probability + human).isnan()
         chosen, stated, gap = human[labelled], probability[labelled], longer[labelled]
+        # of pairs that were judged in both orders
         position = same_position(forward, reverse)[~(forward + reverse).isnan()]
         ordered = ~(probability + human + forward + reverse).isnan()
         by_label = [reward_accuracy(named[ordered], human[ordered]) for named in (forward - 0.5, 0.5 - reverse)]
@@ -119,13 +122,14 @@ class JudgeMetrics(Metric):
             ]
         )
         self.bins = self.bins + calibration_bins(stated, chosen)
+        # the minimum of no pairs stays at its start
         if len(masses):
             self.mass_min = torch.minimum(self.mass_min, masses.min())
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, over all pairs of all processes."""
+        """The metrics, over all pairs of all processes."""
         n = dict(zip(_SUMS, self.sums.tolist(), strict=True))
-        figures: dict[str, float | Tensor] = {
+        metrics: dict[str, float | Tensor] = {
             **_rate("alignment", n["agree"], n["human_pairs"]),
             "ece": expected_calibration_error(self.bins),
             "brier": _share(n["squared_error"], n["human_pairs"]),
@@ -140,7 +144,7 @@ class JudgeMetrics(Metric):
             "mass_low": _share(n["low_mass"], n["mass_pairs"]),
             **{name: n[name] for name in ("pairs", "human_pairs", "position_pairs", "mass_pairs")},
         }
-        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in figures.items()}
+        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
     @staticmethod
     def _one_order(n: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""Figures as JSON, as Markdown and in words."""
+"""Metrics as JSON, as Markdown and in words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -20,22 +19,24 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def to_json(report: Mapping[str, Any]) -> str:
-    """Write a report as JSON; what is not known, NaN, becomes null."""
+def to_json(report: Mapping[str, object]) -> str:
+    """Write a report as JSON; unknown values, NaN, become null."""
     return json.dumps(_plain(report), indent=2, ensure_ascii=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
+    # JSON has no NaN
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def percent(figures: Figures, name: str) -> str:
+def percent(metrics: Metrics, name: str) -> str:
     """A share in per cent, with its interval if there is one: ``62.5 % [51.0, 72.8]``."""
-    value, low, high = (figures.get(key, math.nan) for key in (name, f"{name}_low", f"{name}_high"))
+    value, low, high = (metrics.get(key, math.nan) for key in (name, f"{name}_low", f"{name}_high"))
+    # no pairs to take a share of
     if math.isnan(value):
         return "not known"
     interval = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
@@ -53,64 +54,71 @@ def counted(counts: Mapping[str, int]) -> str:
 
 
 def markdown_table(rows: Sequence[tuple[str, str, str]]) -> str:
-    """A table of figure, value and meaning; rows whose value is not known are left out."""
-    lines = ["| figure | value | meaning |", "|---|---|---|"]
+    """A table of metric, value and meaning; rows whose value is not known are left out."""
+    lines = ["| metric | value | meaning |", "|---|---|---|"]
     lines += [f"| {name} | {value} | {meaning} |" for name, value, meaning in rows if value != "not known"]
     return "\n".join(lines) + "\n"
 
 
-def judge_rows(figures: Figures) -> list[tuple[str, str, str]]:
-    """The figures of `JudgeMetrics`, put into words; those about nothing are left out."""
+def judge_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """The metrics of `JudgeMetrics` in words; those without pairs are left out."""
     rows = []
-    if figures["human_pairs"]:
-        pairs = f"{figures['human_pairs']:.0f} pairs"
+    # without human labels there is no agreement to report
+    if metrics["human_pairs"]:
+        pairs = f"{metrics['human_pairs']:.0f} pairs"
         rows += [
-            ("alignment", percent(figures, "alignment"), f"agrees with the recorded label, ties one half; {pairs}"),
+            ("alignment", percent(metrics, "alignment"), f"agrees with the recorded label, ties one half; {pairs}"),
             (
                 "in one order only",
-                percent(figures, "one_order_alignment"),
+                percent(metrics, "one_order_alignment"),
                 "the same without the other order, either one",
             ),
-            ("the longer response", percent(figures, "longer_alignment"), "what preferring the longer one would get"),
-            ("ECE", f"{figures['ece']:.3f}", "expected calibration error, ten bins of the confidence; 0 is best"),
-            ("Brier score", f"{figures['brier']:.3f}", "mean squared error of the probability; a coin has 0.25"),
+            (
+                "the longer response",
+                percent(metrics, "longer_alignment"),
+                "alignment of always preferring the longer one",
+            ),
+            ("ECE", f"{metrics['ece']:.3f}", "expected calibration error, ten bins of the confidence; 0 is best"),
+            ("Brier score", f"{metrics['brier']:.3f}", "mean squared error of the probability; a coin has 0.25"),
         ]
-    rows.append(("prefers the longer", percent(figures, "prefers_longer"), "of the labelled pairs, ties one half"))
-    if figures["position_pairs"]:
+    rows.append(("prefers the longer", percent(metrics, "prefers_longer"), "of the labelled pairs, ties one half"))
+    # judges without log-probabilities of both orders have none
+    if metrics["position_pairs"]:
         rows.append(
             (
                 "same position",
-                percent(figures, "same_position"),
-                f"prefers one position in both orders; {figures['position_pairs']:.0f} pairs",
+                percent(metrics, "same_position"),
+                f"prefers one position in both orders; {metrics['position_pairs']:.0f} pairs",
             )
         )
-    if figures["same_position"] > 0:
-        first = f"{percent(figures, 'first_position')}, {p_value(figures['first_position_p'])}"
+    # a binomial test needs a case
+    if metrics["same_position"] > 0:
+        first = f"{percent(metrics, 'first_position')}, {p_value(metrics['first_position_p'])}"
         rows.append(("of those, the first", first, "two-sided binomial test against a fair coin"))
-    if figures["mass_pairs"]:
-        low = f"lowest {figures['mass_min']:.3g}, {percent(figures, 'mass_low')} of pairs below 0.05"
+    if metrics["mass_pairs"]:
+        low = f"lowest {metrics['mass_min']:.3g}, {percent(metrics, 'mass_low')} of pairs below 0.05"
         rows.append(
-            ("label mass", f"{figures['mass']:.3f}", f"probability of any label, smaller of both orders; {low}")
+            ("label mass", f"{metrics['mass']:.3f}", f"probability of any label, smaller of both orders; {low}")
         )
     return rows
 
 
-def judge_lines(figures: Figures) -> list[str]:
-    """The figures of `JudgeMetrics` as a few lines for the terminal."""
+def judge_lines(metrics: Metrics) -> list[str]:
+    """The metrics of `JudgeMetrics` as a few lines for the terminal."""
     lines = []
-    if figures["human_pairs"]:
+    if metrics["human_pairs"]:
         lines.append(
-            f"alignment with the recorded labels {percent(figures, 'alignment')} on "
-            f"{figures['human_pairs']:.0f} pairs; the longer response {percent(figures, 'longer_alignment')}; "
-            f"ECE {figures['ece']:.3f}, Brier {figures['brier']:.3f}"
+            f"alignment with the recorded labels {percent(metrics, 'alignment')} on "
+            f"{metrics['human_pairs']:.0f} pairs; the longer response {percent(metrics, 'longer_alignment')}; "
+            f"ECE {metrics['ece']:.3f}, Brier {metrics['brier']:.3f}"
         )
-    if figures["position_pairs"]:
+    if metrics["position_pairs"]:
         first = ""
-        if figures["same_position"] > 0:
+        if metrics["same_position"] > 0:
             first = (
-                f", of those the first {percent(figures, 'first_position')} ({p_value(figures['first_position_p'])})"
+                f", of those the first {percent(metrics, 'first_position')} ({p_value(metrics['first_position_p'])})"
             )
-        lines.append(f"same position in both orders {percent(figures, 'same_position')}{first}")
-    if figures["mass_pairs"]:
-        lines.append(f"label mass {figures['mass']:.3f}, lowest {figures['mass_min']:.3g}")
+        lines.append(f"same position in both orders {percent(metrics, 'same_position')}{first}")
+    if metrics["mass_pairs"]:
+        lines.append(f"label mass {metrics['mass']:.3f}, lowest {metrics['mass_min']:.3g}")
     return lines

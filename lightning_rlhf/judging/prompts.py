@@ -1,8 +1,8 @@
 """Prompts for judges, built of a task, a context and candidates: text to text.
 
 RLAIF vs. RLHF (arXiv 2309.00267), section 2.1 and appendix D: preamble, exemplars, the sample, and an ending whose
-natural continuation is the label. Context and candidates are untrusted: what looks like a part of the prompt is made
-harmless in them, and they fill their slots once.
+natural continuation is the label. Context and candidates are untrusted: text that looks like a part of the prompt is
+made harmless in them, and each is inserted once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CUT = "[...]"
 
 @dataclass(frozen=True)
 class Sample:
-    """What is judged: a context and one or two candidates, as plain untrusted text.
+    """A context and one or two candidates to be judged, as plain untrusted text.
 
     Args:
         context: the turns of a conversation, or one text.
@@ -43,8 +43,8 @@ class JudgePrompt:
 
     Args:
         body: instructions and sample; a chat model gets them as the user's turn.
-        ending: what is to be continued.
-        thoughts: what the judge has written before the ending, if anything.
+        ending: text that is to be continued.
+        thoughts: text of the judge before the ending, if anything.
     """
 
     body: str
@@ -53,7 +53,7 @@ class JudgePrompt:
 
     @property
     def answer(self) -> str:
-        """What a chat model's answer begins with: thoughts and ending."""
+        """The beginning of a chat model's answer: thoughts and ending."""
         return f"{self.thoughts}\n\n{self.ending}" if self.thoughts else self.ending
 
     @property
@@ -86,16 +86,18 @@ def pair_prompt(
         shots: number of exemplars, >= 0.
         thinking: ask for a rationale first (chain of thought); without ``rationale`` the prompt ends where the
             rationale begins, with it where the label begins.
-        rationale: what the judge thought.
+        rationale: the rationale of the judge.
         max_candidate_chars: longest candidate in characters; the rest is cut off and marked.
 
     Raises:
         ValueError: if the task has no such preamble, or too few exemplars.
     """
     pair = task.asked_for_pairs()
+    # fewer exemplars than asked for would be another prompt
     if shots > len(pair.exemplars):
         raise ValueError(f"task {task.name!r} has {len(pair.exemplars)} exemplars; got shots={shots}")
     parts = [f"{_preamble(task, pair.preambles, style)} {pair.reasons if thinking else pair.verdict}"]
+    # exemplars are ours and stay as they are; the sample below is not
     for exemplar in pair.exemplars[:shots]:
         shown = Sample(exemplar.context, (exemplar.first, exemplar.second))
         parts += [EXAMPLE, _shown(task, shown, None)]
@@ -105,6 +107,7 @@ def pair_prompt(
     if shots:
         parts.append(YOUR_TURN)
     parts.append(_shown(task, sample, max_candidate_chars))
+    # without a chain of thought the label is asked for at once
     if not thinking:
         return JudgePrompt("\n\n".join(parts), pair.ending)
     # the request to think is the user's, the word before the rationale begins the judge's answer
@@ -143,13 +146,14 @@ def rating_prompt(
 def fitted(sample: Sample, dialogue: bool, excess: Callable[[Sample], int]) -> Sample | None:
     """Keep as much of the context as fits; None if the sample does not even fit without.
 
-    The context alone is cut: a conversation at its beginning, another text at its end. What is gone is marked.
+    The context alone is cut: a conversation at its beginning, another text at its end. The cut is marked.
 
     Args:
-        sample: what is judged.
+        sample: the sample.
         dialogue: whether the context is a conversation.
         excess: by how many tokens the prompt of a sample is too long; 0 or less if it fits.
     """
+    # excess counts tokens, the cut characters: it takes some steps
     over = excess(sample)
     text = context_text(sample.context)
     kept = len(text)
@@ -162,7 +166,7 @@ def fitted(sample: Sample, dialogue: bool, excess: Callable[[Sample], int]) -> S
 
 
 def kept_rationale(ending: str, rationale: str) -> str:
-    """What counts of a rationale: up to where it states a verdict, which the next call would merely copy."""
+    """The rationale up to its first verdict, which the next call would merely copy."""
     found = _pattern(ending).search(rationale)
     return rationale[: found.start()].strip() if found else rationale.strip()
 
@@ -171,6 +175,7 @@ def context_text(context: str | Sequence[Message]) -> str:
     """Write a context as text; a conversation as turns, but a single question as it is."""
     if isinstance(context, str):
         return context
+    # a single question needs no speaker
     if len(context) == 1:
         return turn_text(context[0])
     # a turn may not speak for another
@@ -187,34 +192,35 @@ def markers(task: Task) -> tuple[str, ...]:
 
 
 def harmless(text: str, marks: tuple[str, ...]) -> str:
-    """Take the punctuation from what looks like a part of the prompt, and so its meaning.
+    """Take the punctuation from text that looks like a part of the prompt, and so its meaning.
 
     ``Response 2 - `` becomes ``Response 2 ``, rulers of equal signs are shortened. Writing, case and spaces do not
     matter; twice is the same as once.
 
     Args:
         text: untrusted text.
-        marks: what `markers` found.
+        marks: the markers of `markers`.
     """
+    # writing and spaces do not hide a marker from the pattern
     for mark in marks:
         text = _pattern(mark).sub(lambda found: f"{found[1]} ", text)
     return re.sub(r"={3,}", "==", text)
 
 
-_PUNCTUATION = ":=\\-–—：＝"  # noqa: RUF001  full-width twins are what an attacker would try next
+_PUNCTUATION = ":=\\-–—：＝"  # noqa: RUF001  an attacker would try full-width twins next
 _TURNS = tuple(f"{speaker}:" for speaker in SPEAKERS.values())
 
 
 @lru_cache(maxsize=256)
 def _pattern(mark: str) -> re.Pattern[str]:
-    """Find a marker however it is spaced or written; group 1 is what stays of it."""
+    """Find a marker however it is spaced or written; group 1 is the part that stays."""
     words = re.sub(rf"[\s{_PUNCTUATION}]+$", "", mark.strip())
     spaced = r"\s+".join(map(re.escape, words.split()))
     return re.compile(rf"(?<!\w)({spaced})\s*[{_PUNCTUATION}](?:\s*[{_PUNCTUATION}])*[^\S\n]*", re.IGNORECASE)
 
 
 def without_verdicts(text: str, pair: PairTask) -> str:
-    """Cut out what looks like a verdict on a pair, label and all: even without its colon it would sway a judge."""
+    """Cut out text that looks like a verdict on a pair, label and all: even without its colon it would sway a judge."""
     labels = "|".join(map(re.escape, pair.labels))
     return re.sub(rf"(?:{_pattern(pair.ending).pattern})+(?:(?:{labels})(?!\w))?", f"{CUT} ", text, flags=re.IGNORECASE)
 
@@ -234,6 +240,7 @@ def _shown(task: Task, sample: Sample, max_chars: int | None) -> str:
 
 
 def _preamble(task: Task, preambles: dict[str, str], style: str) -> str:
+    # a task may have one preamble only
     if style not in preambles:
         raise ValueError(f"task {task.name!r} has preambles {sorted(preambles)}; got style={style!r}")
     return preambles[style]

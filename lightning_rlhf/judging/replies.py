@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server answers: bodies to completions, and listed tokens to labels; pure functions.
+"""Replies of OpenAI-compatible servers: bodies to completions, and listed tokens to labels; pure functions.
 
 A local judge reads the probability of any token. A server lists the most probable ones of each place, and nothing about
 those it did not list.
@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +34,14 @@ class Completion:
     """A chat completion.
 
     Args:
-        text: what the judge wrote.
+        text: the answer.
         places: its tokens; None if the server gave no log-probabilities.
         refusal: why the judge did not answer, where it said so.
         tokens_in: tokens of the prompt; None if the server does not count.
         tokens_out: tokens that were generated; None if the server does not count.
         stopped: whether the judge came to an end by itself.
         cut: whether it was stopped by the limit of tokens.
-        reasoning: what a thinking model wrote in a field of its own, before its answer.
+        reasoning: thoughts that a thinking model writes in a field of its own, before its answer.
     """
 
     text: str
@@ -63,7 +62,7 @@ class Reading:
         found: probability of each label, 0 where it is not listed.
         open: probabilities of texts that begin a label and whose continuation is not known, such as a "1" that may
             become "10"; in no label.
-        left: what the list leaves for all that is not listed, in [0, 1].
+        left: probability of everything that is not listed, in [0, 1].
         least: the least probable token that is listed.
     """
 
@@ -74,16 +73,17 @@ class Reading:
 
     @property
     def mass(self) -> float:
-        """What the labels that are listed have together, in [0, 1]."""
+        """Probability of all listed labels together, in [0, 1]."""
         return min(sum(self.found), 1.0)
 
     @property
     def logps(self) -> Tensor:
         """Log-probabilities in nats, [labels], float64.
 
-        A label that is not listed gets the most it can have: its share of what the list leaves, and not more than the
-        least probable token that is listed.
+        A label that is not listed gets an upper bound: its share of the rest that the list leaves, and not more than
+        the least probable token that is listed.
         """
+        # p <= min(least listed, rest / number of labels that are not listed)
         bound = min(self.least, self.left / max(self.found.count(0.0), 1))
         return torch.tensor([p or bound for p in self.found], dtype=torch.float64).clamp_min(TINY).log()
 
@@ -106,7 +106,7 @@ class UnreadableError(ValueError):
     """A body that is no chat completion.
 
     Args:
-        message: what is wrong with it.
+        message: the reason.
         cut: whether it begins as JSON does and breaks off.
         code: HTTP status that the body itself names, where it reports an error.
         error_code: the short name of that error.
@@ -120,12 +120,13 @@ class UnreadableError(ValueError):
 def parse_completion(body: str) -> Completion:
     """Read the body of a reply; every field is checked before it is used.
 
-    What labels are read from must be as the API says. Fields that only describe the reply (usage, finish reason,
+    Fields that labels are read from must be as the API says. Fields that only describe the reply (usage, finish reason,
     refusal, reasoning) count as absent where they have another type.
 
     Raises:
         UnreadableError: if it is no chat completion; the message names the field.
     """
+    # a server that streams without end must not fill the memory
     if len(body) > MOST_CHARACTERS:
         raise UnreadableError(f"the reply has {len(body)} characters, more than the {MOST_CHARACTERS} that are read")
     try:
@@ -134,6 +135,7 @@ def parse_completion(body: str) -> Completion:
         cut = body.lstrip().startswith("{") and not body.rstrip().endswith("}")
         message = "the reply breaks off in the middle" if cut else f"the reply is no JSON: {body[:80]!r}"
         raise UnreadableError(message, cut=cut) from None
+    # JSON may be a list or a number
     if not isinstance(raw, dict):
         raise _wrong("the reply", "an object", raw)
     choices = raw.get("choices")
@@ -149,10 +151,12 @@ def parse_completion(body: str) -> Completion:
         _raise_reported(choice)
         raise _wrong("choices[0].message", "an object", written)
     finish = choice.get("finish_reason")
+    # some hosts report errors of the model inside of a choice
     if finish == "error":
         _raise_reported(choice)
         raise UnreadableError("the server reports an error (finish_reason 'error')")
     refusal = _text_of(written.get("refusal"))
+    # the filter of the host, not the model, has ended the answer
     if finish == "content_filter":
         refusal = refusal or "content filter"
     text = _content(written.get("content"))
@@ -170,15 +174,15 @@ def parse_completion(body: str) -> Completion:
     )
 
 
-def _wrong(field: str, expected: str, found: Any) -> UnreadableError:
+def _wrong(field: str, expected: str, found: object) -> UnreadableError:
     return UnreadableError(f"the reply is no chat completion: {field} must be {expected}; got {_shown(found)}")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
-def _raise_reported(raw: Mapping[str, Any]) -> None:
+def _raise_reported(raw: Mapping[str, object]) -> None:
     """Raise the error that a reply of status 200 reports, where it reports one, as hosts that pass on requests do."""
     error = raw.get("error")
     if not error:
@@ -199,12 +203,13 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: object) -> str:
     return _plain(value) if isinstance(value, str) else ""
 
 
-def _content(value: Any) -> str:
+def _content(value: object) -> str:
     """Text of a message: a string, null, or a list of parts, of which those that are text count."""
+    # null where a tool is called, or all is reasoning
     if value is None or isinstance(value, str):
         return _plain(value or "")
     if not isinstance(value, list):
@@ -220,15 +225,15 @@ def _content(value: Any) -> str:
     return _plain("".join(texts))
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """A number of tokens; None where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:
         return None
     return int(value) if value == int(value) else None
 
 
-def _places(logprobs: Any, text: str) -> tuple[Place, ...] | None:
-    """Tokens with what is listed in place of each; None where the server gives no log-probabilities."""
+def _places(logprobs: object, text: str) -> tuple[Place, ...] | None:
+    """Tokens with the alternatives that are listed for each; None where the server gives no log-probabilities."""
     if logprobs is not None and not isinstance(logprobs, dict):
         raise _wrong("logprobs", "an object or null", logprobs)
     content = (logprobs or {}).get("content")
@@ -239,9 +244,10 @@ def _places(logprobs: Any, text: str) -> tuple[Place, ...] | None:
     return None if text and not content else tuple(map(_place, content))
 
 
-def _place(raw: Any) -> Place:
+def _place(raw: object) -> Place:
     chosen, probability = _token(raw, "an entry of logprobs.content")
-    others = raw.get("top_logprobs")
+    # `_token` has refused everything but objects
+    others = raw.get("top_logprobs") if isinstance(raw, dict) else None
     if others is not None and not isinstance(others, list):
         raise _wrong("top_logprobs", "a list or null", others)
     listed: dict[str, float] = {}
@@ -249,16 +255,18 @@ def _place(raw: Any) -> Place:
         # tokens with other ids may have the same text
         token, share = _token(each, "an entry of top_logprobs")
         listed[token] = listed.get(token, 0.0) + share
+    # logits or scores in place of log-probabilities would look like sure answers
     if sum(listed.values()) > 1 + SLACK:
         raise UnreadableError(
             f"the reply is no chat completion: the probabilities of top_logprobs sum to {sum(listed.values()):.3g}, so "
             f"that they are no log-probabilities"
         )
+    # the chosen token may be missing from the list
     listed.setdefault(chosen, probability)
     return Place(chosen, listed)
 
 
-def _token(raw: Any, field: str) -> tuple[str, float]:
+def _token(raw: object, field: str) -> tuple[str, float]:
     """Text and probability of a token."""
     if not isinstance(raw, dict):
         raise _wrong(field, "an object", raw)
@@ -274,15 +282,15 @@ def _token(raw: Any, field: str) -> tuple[str, float]:
 def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", probability: float = 1.0) -> Reading:
     """Sum the probabilities of the ways in which labels are written.
 
-    Case and the space before a label do not matter: "Yes", " yes" and "yes" are one. What the judge really wrote is
+    Case and the space before a label do not matter: "Yes", " yes" and "yes" are one. The judge's own answer is
     followed from token to token for as long as it is empty space or the beginning of a label, so that of the two tokens
-    of " 1" or of "10" none is lost: P("10") = P("1") P("0" | "1"), and P("1") is what no digit follows. Off this path
-    nothing is known about a "1" that may become "10", unless "10" is listed as one token: then the vocabulary writes it
-    so, and "1" is a label by itself.
+    of " 1" or of "10" none is lost: P("10") = P("1") P("0" | "1"), and P("1") is that of a "1" without a digit behind
+    it. Off this path nothing is known about a "1" that may become "10", unless "10" is listed as one token: then the
+    vocabulary writes it so, and "1" is a label by itself.
 
     Args:
         completion: the answer, with its places.
-        labels: what the judge may answer.
+        labels: the possible answers.
         stem: beginning of a label that had been written before.
         probability: of the stem.
     """
@@ -292,7 +300,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
     names = folded if len(set(folded)) == len(labels) else list(labels)
 
     def plain(text: str) -> str:
-        text = text.replace("▁", " ").replace("Ġ", " ").lstrip()  # how SentencePiece and GPT-2 write a space
+        text = text.replace("▁", " ").replace("Ġ", " ").lstrip()  # the space of SentencePiece and of GPT-2
         return text.casefold() if names is folded else text
 
     found, open_ = dict.fromkeys(names, 0.0), dict[str, float]()
@@ -319,6 +327,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         for text in [text for text in open_ if text in found]:
             if any(name != text and name.startswith(text) for name in listed & set(names)):
                 found[text] += open_.pop(text)
+        # the judge's own answer has left the labels
         if path is None:
             break
         written, probability = path
@@ -329,6 +338,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         elif plain(written):
             open_[plain(written)] = open_.get(plain(written), 0.0) + probability
     first = places[0].listed if places else {}
+    # 1 - sum of the listed probabilities; rounding may make it negative
     left = max(1 - sum(first.values()), 0.0)
     return Reading(tuple(found.values()), open_, left, min(first.values(), default=1.0))
 
@@ -337,7 +347,7 @@ def completed(reading: Reading, stem: str, later: Reading) -> Reading:
     """A reading in which an open stem has been followed.
 
     Args:
-        reading: what was known.
+        reading: the reading so far.
         stem: the stem, as it stands in ``reading.open``.
         later: labels behind the stem, as `read_labels` gives them with ``stem`` and its probability.
     """

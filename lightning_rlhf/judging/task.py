@@ -1,4 +1,4 @@
-"""Judging tasks as data: what a judge is asked, in YAML files, ours or a user's own."""
+"""Judging tasks as data: the questions to a judge, in YAML files, ours or a user's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 
 Style = Literal["base", "detailed"]
-"""How much a judge is told: what to do (``base``), or also what to look at, as in guidelines for human raters."""
+"""Instructions to a judge: the task alone (``base``), or with guidelines as for human raters (``detailed``)."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class PairTask:
     """The question which of two candidates is better, or worse.
 
     Args:
-        preambles: instructions by style, without the sentence that says what to output.
+        preambles: instructions by style, without the sentence about the output.
         verdict: closing sentence of the instructions when the label is asked for at once.
         reasons: closing sentence of the instructions when a rationale is asked for first.
-        thinking: what stands before the rationale: a request, and behind an empty line how the rationale begins.
+        thinking: text before the rationale: a request, and behind an empty line how the rationale begins.
         ending: text whose natural continuation is the label.
         prefers: ``better`` if the label names the better candidate, ``worse`` if it names the worse one.
-        labels: what the judge may answer for the first and for the second candidate.
+        labels: the possible answers for the first and for the second candidate.
         exemplars: judged examples, of which a prompt shows the first k.
     """
 
@@ -66,8 +66,8 @@ class RatingTask:
     Args:
         preambles: instructions by style.
         ending: text whose natural continuation is the label.
-        labels: what the judge may answer.
-        values: what each label is worth, higher is better.
+        labels: the possible answers.
+        values: value of each label, higher is better.
     """
 
     preambles: dict[str, str]
@@ -78,12 +78,12 @@ class RatingTask:
 
 @dataclass(frozen=True)
 class Task:
-    """What a judge judges.
+    """A judging task: the questions about candidates.
 
     Args:
         name: name of the task.
-        context: what the context is called in prompts, e.g. "Text".
-        candidate: what a candidate is called in prompts, e.g. "Summary".
+        context: name of the context in prompts, e.g. "Text".
+        candidate: name of a candidate in prompts, e.g. "Summary".
         dialogue: whether the context is a conversation; a long one loses its beginning, another text its end.
         pair: the question about two candidates.
         score: the question for a score, 1 to 10 as a rule (direct-RLAIF).
@@ -176,6 +176,7 @@ def parse_task(name: str, text: str, source: str) -> Task:
         check=section.rating("check"),
     )
     section.finish()
+    # a file with typos alone would otherwise be a task
     if task.pair is None and task.score is None and task.check is None:
         raise ValueError(f"{source}: asks nothing; give a 'pair', a 'score' or a 'check' section")
     return task
@@ -184,6 +185,7 @@ def parse_task(name: str, text: str, source: str) -> Task:
 def _pair(section: _Section) -> PairTask:
     defaults = {f.name: f.default for f in fields(PairTask)}
     labels = section.strings("labels", defaults["labels"])
+    # the verdict compares a first and a second candidate
     if len(labels) != 2:
         raise ValueError(f"{section.source}: pair.labels must be two, for the first and the second; got {labels}")
     prefers = section.take("prefers", str, defaults["prefers"])
@@ -200,6 +202,7 @@ def _pair(section: _Section) -> PairTask:
             rationale=part.take("rationale", str, ""),
         )
         part.finish()
+        # an exemplar that answers otherwise would teach the judge a third label
         if exemplar.label not in labels:
             raise ValueError(f"{section.source}: {part.path}label must be one of {labels}; got {exemplar.label!r}")
         exemplars.append(exemplar)
@@ -227,13 +230,15 @@ class _Section:
     taken: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        # a list or text in place of a section
         if not isinstance(self.raw, Mapping):
             name = self.path.rstrip(".") or "the file"
             raise ValueError(f"{self.source}: {name} must be a mapping; got {self.raw!r}")
 
-    def take(self, name: str, kind: Any, default: Any = ...) -> Any:
+    def take(self, name: str, kind: type | tuple[type, ...], default: object = ...) -> Any:
         self.taken.add(name)
         value = self.raw.get(name, default)
+        # no default: the field is needed
         if value is ...:
             raise ValueError(f"{self.source}: {self.path}{name} is missing")
         if value is not default and not isinstance(value, kind):
@@ -241,7 +246,7 @@ class _Section:
         # YAML blocks end with a line feed that nobody meant; endings may end with a space that somebody did
         return value.strip("\n") if isinstance(value, str) else value
 
-    def strings(self, name: str, default: Any) -> tuple[str, ...]:
+    def strings(self, name: str, default: object) -> tuple[str, ...]:
         values = self.take(name, list, default)
         texts = [value for value in values if isinstance(value, str | int) and not isinstance(value, bool)]
         if not values or len(texts) < len(values) or not all(map(str, values)):
@@ -249,6 +254,7 @@ class _Section:
                 f"{self.source}: {self.path}{name} must be a list of strings (quote yes and no, which are booleans in "
                 f"YAML); got {values!r}"
             )
+        # two equal labels cannot be told apart
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{self.source}: {self.path}{name} has equal entries; got {values!r}")
         return tuple(map(str, values))
@@ -257,6 +263,7 @@ class _Section:
         part = _Section(self.take("preambles", Mapping), self.source, f"{self.path}preambles.")
         found = {name: part.take(name, str) for name in part.raw}
         unknown = sorted(set(found) - set(get_args(Style)))
+        # a style with a typo would never be used
         if unknown or not found:
             raise ValueError(
                 f"{self.source}: {self.path}preambles holds {' and '.join(get_args(Style))}, or one of them; "
@@ -266,6 +273,7 @@ class _Section:
 
     def ending(self) -> str:
         ending: str = self.take("ending", str)
+        # the label is the continuation of the ending
         if not ending.strip():
             raise ValueError(f"{self.source}: {self.path}ending is empty; nothing would ask for the label")
         return ending
@@ -279,10 +287,12 @@ class _Section:
         labels = part.strings("labels", defaults["labels"])
         values = part.take("values", list, None)
         if values is None:
+            # the values of other labels cannot be guessed
             if labels != defaults["labels"]:
                 raise ValueError(f"{self.source}: {name}.labels needs {name}.values, one number per label")
             values = [float(label) for label in labels]
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        # equal values would divide by zero in the map to [-1, 1]
         if not numbers or len(values) != len(labels) or len(set(values)) < 2:
             raise ValueError(
                 f"{self.source}: {name}.values must be one number per label, and not all equal; got {values!r} for "

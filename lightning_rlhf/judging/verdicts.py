@@ -1,4 +1,4 @@
-"""What the log-probabilities of a judge's labels say: pure functions of tensors."""
+"""From log-probabilities of a judge's labels to verdicts: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def label_mass(label_logps: Tensor) -> Tensor:
     """Probability that a judge answers with a label at all, [...] of [..., labels] log-probabilities.
 
-    Near zero the labels lie in the tail of what the judge would say, and their ratio looks as sure as a real answer.
+    Near zero the labels lie in the tail of the judge's distribution, and their ratio looks as sure as a real answer.
     """
     return label_logps.exp().sum(-1)
 
@@ -22,6 +22,7 @@ def first_probability(label_logps: Tensor) -> Tensor:
 
     RLAIF vs. RLHF (arXiv 2309.00267), section 2.1.
     """
+    # exp(l_1) / (exp(l_1) + exp(l_2)) = sigmoid(l_1 - l_2)
     return torch.sigmoid(label_logps[..., 0] - label_logps[..., 1])
 
 
@@ -36,6 +37,7 @@ def preference(forward: Tensor, reverse: Tensor, prefers: Literal["better", "wor
         reverse: the same with b shown first, [..., 2].
         prefers: ``worse`` if the label names the worse candidate.
     """
+    # (P_forward(first) + P_reverse(second)) / 2
     named = (first_probability(forward) + (1 - first_probability(reverse))) / 2
     return named if prefers == "better" else 1 - named
 
@@ -49,12 +51,14 @@ def expected_value(label_logps: Tensor, values: Sequence[float]) -> Tensor:
         label_logps: log-probabilities of the labels in nats, up to a constant, [..., labels].
         values: value of each label.
     """
+    # s = sum_i i P(i)
     return label_logps.softmax(-1) @ torch.as_tensor(values, dtype=label_logps.dtype, device=label_logps.device)
 
 
 def spread(label_logps: Tensor, values: Sequence[float]) -> Tensor:
     """Standard deviation of the labels' values under the judge, [...]; arguments as for `expected_value`."""
     numbers = torch.as_tensor(values, dtype=label_logps.dtype, device=label_logps.device)
+    # sqrt(sum_i P(i) (i - s)^2)
     deviation = (numbers - expected_value(label_logps, values)[..., None]).square()
     return (label_logps.softmax(-1) * deviation).sum(-1).sqrt()
 

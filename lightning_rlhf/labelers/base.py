@@ -1,4 +1,4 @@
-"""What a labeler promises."""
+"""The interface of labelers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class AbstractLabeler(KeepsArguments, ABC):
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Label each comparison, in order.
 
-        Called on rank zero, once per chunk of a round; what it returns is written to the ledger before anything else
-        happens, and is never asked for again. A labeler that draws folds ``comparison.prompt.index`` into ``key``. A
+        Called on rank zero, once per chunk of a round. Its labels are written to the ledger before anything else
+        happens, and are never asked for again. A random labeler folds ``comparison.prompt.index`` into ``key``. A
         comparison that could not be judged gets a label with another status than ``"ok"``, never a made-up probability.
         """
 
 
 def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:
-    """What the cost of a label is made of, as an entry of its ``meta``; none for a label that costs nothing.
+    """The parts of a label's cost, as an entry of its ``meta``; none for a label that costs nothing.
 
     Args:
         prices: price of each part, by a name without spaces or colons that is the same when it is asked for again.
@@ -44,9 +44,11 @@ def booked_once(label: Label, earlier: Sequence[Label]) -> Label:
         label: a new attempt.
         earlier: attempts that are in the ledger.
     """
+    # labels with one price have no parts that could repeat
     if "cost_parts" not in label.meta:
         return label
-    booked = {name for attempt in earlier for name in _parts(attempt)}
+    # a reply that earlier attempts have paid for comes from the journal, and costs nothing now
+    booked = set().union(*map(_parts, earlier))
     return replace(label, cost=sum(price for name, price in _parts(label).items() if name not in booked))
 
 

@@ -1,4 +1,4 @@
-"""What judges that are language models share, wherever they run: the question, its settings, and the verdict."""
+"""Base of labelers that ask a language model, in this process or on a server: prompt, settings and verdict."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lightning_rlhf.judging.options import ChainOfThought
 from lightning_rlhf.judging.prompts import JudgePrompt, Sample, pair_prompt
 from lightning_rlhf.judging.task import Style, load_task
 from lightning_rlhf.judging.verdicts import first_probability, preference
@@ -18,14 +19,10 @@ class AbstractJudgeLabeler(AbstractLabeler):
     """A labeler that asks a language model about pairs, in both orders.
 
     Args:
-        task: what is asked: the name of a task, or a ``.yaml`` file.
+        task: the question: the name of a task, or a ``.yaml`` file.
         style: which preamble.
         shots: judged examples in the prompt, >= 0.
-        chain_of_thought: let the judge write a rationale before it answers.
-        samples: rationales per order, >= 1, and 1 without a chain of thought.
-        temperature: of the rationales, >= 0.
-        top_p: nucleus of the rationales, in (0, 1].
-        max_rationale_tokens: longest rationale in tokens, >= 1.
+        chain_of_thought: let the judge write rationales before it answers.
         min_mass: label mass below which there is no verdict, in [0, 1).
         max_candidate_chars: longest response in characters, >= 1.
 
@@ -36,59 +33,53 @@ class AbstractJudgeLabeler(AbstractLabeler):
 
     def __init__(
         self,
+        *,
         task: str,
         style: Style,
         shots: int,
-        chain_of_thought: bool,
-        samples: int,
-        temperature: float,
-        top_p: float,
-        max_rationale_tokens: int,
+        chain_of_thought: ChainOfThought | None,
         min_mass: float,
         max_candidate_chars: int,
     ) -> None:
-        if shots < 0 or samples < 1 or max_rationale_tokens < 1 or max_candidate_chars < 1:
-            raise ValueError(
-                f"shots must be >= 0, samples, max_rationale_tokens and max_candidate_chars >= 1; got {shots}, "
-                f"{samples}, {max_rationale_tokens}, {max_candidate_chars}"
-            )
-        if samples > 1 and (not chain_of_thought or temperature == 0):
-            raise ValueError(
-                "samples > 1 averages over rationales that differ: set chain_of_thought=true and a temperature > 0"
-            )
-        if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_mass < 1:
-            raise ValueError(
-                f"temperature must be >= 0, top_p in (0, 1], min_mass in [0, 1); got {temperature}, {top_p}, {min_mass}"
-            )
+        if shots < 0 or max_candidate_chars < 1:
+            raise ValueError(f"shots must be >= 0 and max_candidate_chars >= 1; got {shots} and {max_candidate_chars}")
+        if not 0 <= min_mass < 1:
+            raise ValueError(f"min_mass must be in [0, 1); got {min_mass}")
         self.task = load_task(task)
-        self.style, self.shots, self.chain_of_thought, self.samples = style, shots, chain_of_thought, samples
-        self.temperature, self.top_p, self.max_rationale_tokens = temperature, top_p, max_rationale_tokens
+        self.style, self.shots, self.chain_of_thought = style, shots, chain_of_thought
         self.min_mass, self.max_candidate_chars = min_mass, max_candidate_chars
-        self.prompt(Sample("", ("", "")))  # a wrong style or number of exemplars is better known now
+        # fails now, not after a policy is trained, on a wrong style or number of exemplars
+        self.prompt(Sample("", ("", "")))
+
+    @property
+    def num_rationales(self) -> int:
+        """Judgements per order whose verdicts are averaged; 1 without a chain of thought."""
+        return 1 if self.chain_of_thought is None else self.chain_of_thought.samples
 
     def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:
-        """What the judge is asked about a sample; with a rationale, or where none is wanted, it ends at the label."""
+        """The prompt about a sample, up to where the label begins, or, before a rationale, up to where that begins."""
         return pair_prompt(
             self.task,
             sample,
             style=self.style,
             shots=self.shots,
-            thinking=self.chain_of_thought,
+            thinking=self.chain_of_thought is not None,
             rationale=rationale,
             max_candidate_chars=self.max_candidate_chars,
         )
 
     def verdict(self, logps: Tensor, masses: Tensor) -> tuple[float | None, dict[str, float]]:
-        """P(a preferred), and what a label's ``meta`` holds about it.
+        """P(a preferred), and the metrics of a label's ``meta``.
 
         None where the label mass is below ``min_mass``, or a log-probability is not a number, as where float16
-        overflows; such figures are left out of ``meta``.
+        overflows; such metrics are left out of ``meta``.
 
         Args:
             logps: log-probabilities of the labels with a and with b shown first, [2, samples, 2].
             masses: probability of a label at all, [2, samples].
         """
         forward, reverse = logps
+        # the mass is the smaller one of the two orders: a label in the tail of either order is noise
         meta = {
             "first_forward": first_probability(forward).mean().item(),
             "first_reverse": first_probability(reverse).mean().item(),
@@ -97,17 +88,20 @@ class AbstractJudgeLabeler(AbstractLabeler):
         meta = {name: value for name, value in meta.items() if math.isfinite(value)}
         if len(meta) < 3 or meta["mass"] < self.min_mass:
             return None, meta
+        # P(a) = (P_forward(first) + 1 - P_reverse(first)) / 2 (section 2.1.1), averaged over rationales
         probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean().item()
+        # rounding may leave [0, 1]
         return min(max(probability, 0.0), 1.0), meta
 
-    def fault(self, figures: Mapping[str, float]) -> str:
-        """Why `verdict` gave no probability, from its figures."""
-        if len(figures) < 3:
+    def fault(self, metrics: Mapping[str, float]) -> str:
+        """Why `verdict` gave no probability, from its metrics."""
+        # `verdict` leaves out metrics that are not finite
+        if len(metrics) < 3:
             return (
                 "the judge's log-probabilities are not finite: float16 overflows in some models, take dtype=bfloat16 "
                 "or float32"
             )
-        return f"the judge answers with a label with a probability of {figures['mass']:.2g} only " + (
+        return f"the judge answers with a label with a probability of {metrics['mass']:.2g} only " + (
             f"(min_mass={self.min_mass})"
         )
 

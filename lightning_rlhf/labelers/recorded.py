@@ -10,14 +10,14 @@ from lightning_rlhf.types import Comparison, Label
 
 
 class RecordedLabeler(AbstractLabeler):
-    """Repeats what the data row said about its own pair of completions; asks nobody and costs nothing.
+    """Repeats the label of the data row about its own pair of completions; asks nobody and costs nothing.
 
     For offline runs, together with the offline sampler. The label is the recorded P(chosen preferred), 1 in an ordinary
     preference row, turned round where the sampler put the recorded rejected completion first.
     """
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
-        """Look up the recorded probability of each comparison; nothing is drawn."""
+        """Look up the recorded probability of each comparison; nothing is random."""
         del key
         return [Label(probability=recorded_probability(comparison), cost=0.0) for comparison in comparisons]
 
@@ -30,12 +30,15 @@ def recorded_probability(comparison: Comparison) -> float:
             recorded chosen one, as when its responses were newly sampled.
     """
     recorded = comparison.prompt.recorded
+    # rows with a prompt alone hold no label
     if recorded is None:
         raise ValueError(
             f"prompt {comparison.prompt.index} has no recorded pair, so RecordedLabeler cannot label it; "
             f"use rows with 'chosen' and 'rejected', or a labeler that judges, such as RewardLabeler"
         )
+    # newly sampled responses are not those that the row is about
     first = comparison.meta.get("recorded_first")
+    # without the order, chosen and rejected may be swapped
     if not isinstance(first, bool):
         raise ValueError(
             f"RecordedLabeler expected meta['recorded_first'] = True or False in the comparison of prompt "

@@ -29,12 +29,13 @@ def verdict(reward_a: float, reward_b: float, rule: Rule, uniform: float) -> flo
     """
     if rule == "argmax":
         return 0.5 if reward_a == reward_b else float(reward_a > reward_b)
+    # Bradley-Terry: P*(a > b) = sigmoid(r(a) - r(b))
     probability = torch.sigmoid(torch.tensor(reward_a - reward_b, dtype=torch.float64)).item()
     return probability if rule == "soft" else float(uniform < probability)
 
 
 def comparison_key(key: Key, comparison: Comparison) -> Key:
-    """Name the random numbers of a comparison by what it holds: its prompt, and both responses in order.
+    """Key of a comparison's random numbers, from its content: its prompt, and both responses in order.
 
     Where a prompt comes twice in a round its two comparisons so get numbers of their own, and neither batching nor
     ranks can change them.
@@ -50,8 +51,8 @@ class RewardLabeler(AbstractLabeler):
     ``reward_b``. A reward that is not finite stops the run with an error.
 
     Args:
-        reward: what the annotator likes.
-        rule: ``bernoulli`` draws a hard 0/1 label with probability P*, as a single human would give it; ``soft``
+        reward: the reward that the annotator follows.
+        rule: ``bernoulli`` samples a hard 0/1 label with probability P*, as a single human would give it; ``soft``
             returns P* itself, as infinitely many humans would; ``argmax`` prefers the higher reward, and calls equal
             rewards a tie (0.5).
         cost: price of one label, >= 0, in the unit of the label budget.
@@ -60,6 +61,7 @@ class RewardLabeler(AbstractLabeler):
     def __init__(self, reward: AbstractReward, rule: Rule = "bernoulli", cost: float = 1.0) -> None:
         if rule not in get_args(Rule):
             raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}; got {rule!r}")
+        # also refuses NaN
         if not cost >= 0:
             raise ValueError(f"the cost of a label must be >= 0; got {cost}")
         check_plugin("RewardLabeler.reward", reward, AbstractReward)
@@ -69,10 +71,12 @@ class RewardLabeler(AbstractLabeler):
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Score both responses of each comparison in one batch and judge by the rule."""
+        # rewards need not handle an empty batch
         if not comparisons:
             return []
         prompts = [comparison.prompt for comparison in comparisons]
         responses = [comparison.a for comparison in comparisons] + [comparison.b for comparison in comparisons]
+        # one call for both sides: rewards are models, and batches pay
         rewards = checked_score(self.reward, prompts + prompts, responses).tolist()
         rewards_a, rewards_b = rewards[: len(comparisons)], rewards[len(comparisons) :]
         return [

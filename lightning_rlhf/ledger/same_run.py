@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.renamed import renamed_settings
 from lightning_rlhf.runtime.fingerprint import (
     FREE_OF_MODELS,
     comparable,
@@ -160,7 +161,7 @@ def check_same_run(
 
 
 def check_same_settings(store: PreferenceStore, settings: Mapping[str, Any], free: set[str]) -> None:
-    """The same for verbs that compare their rows themselves.
+    """The same for commands that compare their rows themselves.
 
     Args:
         store: the ledger, open for writing.
@@ -173,6 +174,7 @@ def check_same_settings(store: PreferenceStore, settings: Mapping[str, Any], fre
     now = json.loads(json.dumps(with_contents(dict(settings))))
     stored = store.fingerprint()
     if stored is not None:
+        stored = renamed_settings(stored, str(now.get("command")))
         old, new = without(stored, free | FREE_OF_MODELS), without(now, free | FREE_OF_MODELS)
         # what an earlier version did not note of a run from Python
         missing = {name for name in _OBJECTS if (name in old) != (name in new)}

@@ -1,4 +1,4 @@
-"""What a reward function promises."""
+"""The interface of rewards."""
 
 from __future__ import annotations
 
@@ -53,62 +53,67 @@ class AbstractReward(KeepsArguments, ABC):
         del output
 
     def earned(self, output: RewardOutput) -> Tensor:
-        """What the responses of a round earn in training, [B], from all their scores; called after `observe`.
+        """Rewards of a round in training, [B], from all scores of the round; called after `observe`.
 
         The ledger keeps the scores, and held-out answers are judged by them. The default takes them as they are.
         """
         return output.mean
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `observe` has learnt, as plain data for the checkpoint."""
+    def state_dict(self) -> dict[str, object]:
+        """State of `observe`, as plain data for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         del state
 
 
-def as_output(reward: AbstractReward, made: Any, count: int) -> RewardOutput:
-    """Make an output of what a reward returned: one, or its ``mean`` alone as a tensor, an array or a list.
+def as_output(reward: AbstractReward, made: object, count: int) -> RewardOutput:
+    """Make an output of the return value of a reward: one, or its ``mean`` alone as a tensor, an array or a list.
 
     Args:
-        reward: who returned it.
-        made: what came back.
+        reward: the reward.
+        made: its return value.
         count: number of responses, B.
 
     Raises:
-        TypeError: if it holds no numbers; the message names the class and what belongs there.
+        TypeError: if it holds no numbers; the message names the class and the expected type.
         ValueError: if it has another shape.
     """
     name = type(reward).__name__
-    parts = made if isinstance(made, RewardOutput) else RewardOutput(made)
-    mean = _numbers(name, "mean", parts.mean, count)
-    std = None if parts.std is None else _numbers(name, "std", parts.std, count)
-    members = None if parts.members is None else _numbers(name, "members", parts.members, count, ndim=2)
+    if not isinstance(made, RewardOutput):
+        return RewardOutput(_numbers(name, "mean", made, count))
+    mean = _numbers(name, "mean", made.mean, count)
+    std = None if made.std is None else _numbers(name, "std", made.std, count)
+    members = None if made.members is None else _numbers(name, "members", made.members, count, ndim=2)
     return RewardOutput(mean, std, members)
 
 
-def _numbers(name: str, what: str, value: Any, count: int, ndim: int = 1) -> Tensor:
-    expected = f"return RewardOutput({what}=...) with a tensor of floats, one number per response, in order"
+def _numbers(name: str, field: str, value: object, count: int, ndim: int = 1) -> Tensor:
+    expected = f"return RewardOutput({field}=...) with a tensor of floats, one number per response, in order"
     try:
+        # a dictionary or a generator has no order of responses
         if not isinstance(value, Tensor | Sequence) and not hasattr(value, "__array__"):
             raise TypeError
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(_plain(value))
+        # complex numbers have no order
         if tensor.is_complex():
             raise TypeError
     except (TypeError, ValueError, RuntimeError):
         shown = "None" if value is None else f"a {type(value).__name__}"
-        raise TypeError(f"{name}.score returned {shown} as its {what}; {expected}") from None
+        raise TypeError(f"{name}.score returned {shown} as its {field}; {expected}") from None
+    # a single number would be broadcast to all responses
     if tensor.ndim != ndim or len(tensor) != count:
         raise ValueError(
-            f"{name}.score returned a {what} of shape {tuple(tensor.shape)} for {count} responses; "
+            f"{name}.score returned a {field} of shape {tuple(tensor.shape)} for {count} responses; "
             f"return one number per response, in order"
         )
     return tensor
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A list without the tensors and arrays of one number that it may hold; arrays as they are."""
+    # a string is a sequence, too
     if isinstance(value, str | bytes):
         raise TypeError
     if not isinstance(value, Sequence):
@@ -117,7 +122,7 @@ def _plain(value: Any) -> Any:
 
 
 def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
-    """Call a reward and check what came back; mean and std [B], float64 on the CPU.
+    """Call a reward and check its output; mean and std [B], float64 on the CPU.
 
     Raises:
         TypeError: if the reward returned no numbers.
@@ -130,6 +135,7 @@ def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses:
     std = None if output.std is None else output.std.detach().double().cpu()
     for values in (mean, std):
         for prompt, response, value in zip(prompts, responses, [] if values is None else values.tolist(), strict=False):
+            # one NaN would spread to every advantage of its group
             if not math.isfinite(value):
                 raise ValueError(
                     f"{name}.score returned {value} for prompt {prompt.index}, response {response.text[:80]!r}; "
@@ -139,5 +145,5 @@ def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses:
 
 
 def checked_score(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
-    """Call a reward and check what came back; shape [B], float64. Raises what `checked_output` raises."""
+    """Call a reward and check its output; shape [B], float64. Raises as `checked_output`."""
     return checked_output(reward, prompts, responses).mean

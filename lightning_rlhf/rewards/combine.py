@@ -28,8 +28,10 @@ def combine(members: Tensor, rule: CombineRule = "mean", coefficient: float = 1.
         ValueError: if there is no such rule, or the coefficient is negative.
     """
     check_rule(rule, coefficient)
+    # worst case over the members
     if rule == "wco":
         return members.amin(-1)
+    # mean - c std (lcb), mean - c var (uwo)
     mean = members.mean(-1)
     if rule == "mean":
         return mean
@@ -40,6 +42,7 @@ def check_rule(rule: str, coefficient: float) -> None:
     """Raise unless `combine` knows the rule and the coefficient."""
     if rule not in get_args(CombineRule):
         raise ValueError(f"combine must be one of {', '.join(get_args(CombineRule))}; got {rule!r}")
+    # also refuses NaN
     if not coefficient >= 0:
         raise ValueError(f"the coefficient of combine={rule} must be >= 0; got {coefficient}")
 
@@ -59,4 +62,5 @@ def standardised(members: Tensor, means: Sequence[float], stds: Sequence[float])
         means: mean reward of each member.
         stds: standard deviation of the rewards of each member, > 0.
     """
+    # (r_k - mean_k) / std_k
     return (members - members.new_tensor(means)) / members.new_tensor(stds)

@@ -1,4 +1,4 @@
-"""What rewards by a language model's score share, wherever it runs: the question, the reward, and the report."""
+"""Base of rewards by a language model's score, in this process or on a server: prompt, reward and report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class AbstractScoreReward(AbstractReward):
     """A reward that asks a language model about single responses.
 
     Args:
-        task: what is asked: the name of a task, or a ``.yaml`` file.
+        task: the question: the name of a task, or a ``.yaml`` file.
         question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
         style: which preamble.
         min_mass: least probability that the judge answers with a label, in [0, 1).
@@ -28,8 +28,15 @@ class AbstractScoreReward(AbstractReward):
     """
 
     def __init__(
-        self, task: str, question: Literal["score", "check"], style: Style, min_mass: float, max_candidate_chars: int
+        self,
+        *,
+        task: str,
+        question: Literal["score", "check"],
+        style: Style,
+        min_mass: float,
+        max_candidate_chars: int,
     ) -> None:
+        # 1 would refuse every answer
         if not 0 <= min_mass < 1 or max_candidate_chars < 1:
             raise ValueError(
                 f"min_mass must be in [0, 1) and max_candidate_chars >= 1; got {min_mass} and {max_candidate_chars}"
@@ -38,12 +45,12 @@ class AbstractScoreReward(AbstractReward):
         self.question: Literal["score", "check"] = question
         self.style, self.min_mass, self.max_candidate_chars = style, min_mass, max_candidate_chars
         self.rating = self.task.asked_for_ratings(question)
-        self.prompt(Sample("", ("",)))  # a wrong style is better known now
+        self.prompt(Sample("", ("",)))  # fails now, not after a policy is trained, on a wrong style
         self.num_scored = 0
         self._mass = self._spread = 0.0
 
     def prompt(self, sample: Sample) -> JudgePrompt:
-        """What the judge is asked about a sample."""
+        """The prompt about a sample."""
         return rating_prompt(
             self.task,
             sample,
@@ -62,8 +69,10 @@ class AbstractScoreReward(AbstractReward):
         values = self.rating.values
         deviation = spread(logps, values)
         self.num_scored += len(masses)
+        # sums, so that the report is a mean over responses and not over calls
         self._mass += masses.sum().item()
         self._spread += deviation.sum().item()
+        # r = 2 (s - low) / (high - low) - 1, with s = sum_i i P(i); (2 s - 11) / 9 for scores of 1 to 10
         scale = 2 / (max(values) - min(values))
         return to_unit_range(expected_value(logps, values), values).float(), (deviation * scale).float()
 

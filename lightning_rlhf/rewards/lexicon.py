@@ -19,14 +19,14 @@ class LexiconReward(AbstractReward):
     gets the same number on every machine, which makes it a good oracle for experiments.
 
     Args:
-        scale: what a compound sentiment of 1 is worth, > 0; rewards lie in [-scale, scale]. With Bradley-Terry labels
+        scale: reward of a compound sentiment of 1, > 0; rewards lie in [-scale, scale]. With Bradley-Terry labels
             it sets how decided the oracle is: at scale 1 the friendliest answer beats the unfriendliest with P = 0.88.
     """
 
     def __init__(self, scale: float = 1.0) -> None:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"LexiconReward needs a finite scale > 0; got {scale}")
-        # Imported here: only runs with this reward need the package.
+        # imported here: only runs with this reward need the package
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ModuleNotFoundError as error:

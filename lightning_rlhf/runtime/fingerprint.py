@@ -27,11 +27,13 @@ from lightning_rlhf.renamed import renamed_config
 
 
 FREE_OF_SERVERS = {
-    *("base_url", "api_key_env", "concurrency", "timeout", "retries", "max_wait", "journal", "price_in", "price_out")
+    *("base_url", "api_key_env", "requests", "prices", "journal"),
+    # by their names of version 0.1
+    *("concurrency", "timeout", "retries", "max_wait", "price_in", "price_out"),
 }
 """Settings of a `JudgeServer` that may change within a run: where, how and at what price a model is asked."""
 
-FREE_OF_MODELS = {"device", "tokens_per_batch"}
+FREE_OF_MODELS = {"device", "scoring_batch_tokens", "tokens_per_batch"}
 """Settings of labelers, rewards and samplers that say where and how fast they compute."""
 
 WHOLE = 64 << 20
@@ -55,7 +57,7 @@ class KeepsArguments:
         return made
 
     def note_arguments(self, *args: Any, **kwargs: Any) -> None:
-        """Note the arguments of the constructor, defaults included."""
+        """Note the arguments that the object is made with; again where old names of them were translated."""
         try:
             bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
         except (TypeError, ValueError):  # a copy is made without arguments, and gets those of the original

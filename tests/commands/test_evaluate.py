@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.commands.evaluate import EvaluationRun
+from lightning_rlhf.commands.evaluate import EvaluationOptions, EvaluationRun
 from lightning_rlhf.evaluation.answers import RowLog, recorded_answers
 from lightning_rlhf.evaluation.comparison_plot import Bar, evaluation_figure
 from lightning_rlhf.evaluation.rates import wilson_interval
@@ -68,7 +68,7 @@ def test_recorded_answers_by_hand(tmp_path: Path) -> None:
         b="rejected",
         labeler=RewardLabeler(Stars(), rule="argmax"),
         reward=Stars(),
-        harmless_above=0.0,
+        options=EvaluationOptions(harmless_above=0.0),
         run_dir=str(tmp_path / "run"),
     )
     report = run.run()
@@ -299,13 +299,14 @@ def test_recorded_answers_are_found_by_prompt(tmp_path: Path) -> None:
         ({}, "nothing to measure"),
         ({"labeler": Sulking()}, "the labeler has nothing to compare"),
         ({"reward": Stars(), "pairs": BuiltinPrompts()}, "none is given: set labeler"),
-        ({"labeler": Sulking(), "b": "chosen", "harmless_above": 0.0}, "set reward"),
-        ({"reward": Stars(), "chunk": 0}, "chunk must be at least 1"),
+        ({"labeler": Sulking(), "b": "chosen", "options": EvaluationOptions(harmless_above=0.0)}, "set reward"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvaluationRun(BuiltinPrompts("heldout"), "chosen", **options)
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        EvaluationOptions(chunk=0)
 
 
 def test_the_figure_shows_every_share_and_no_text_lies_on_another() -> None:

@@ -316,7 +316,11 @@ def test_a_run_on_a_server_is_killed_and_asks_nothing_that_was_answered(
     command = [
         *(SCRIPT, "label", "--pairs=DatasetPrompts", "--pairs.path=rows.jsonl", "--run_dir=run", "--chunk=4"),
         *("--labeler=ServerLabeler", f"--labeler.server.base_url={address}", "--labeler.server.model=smollm2"),
-        *("--labeler.server.concurrency=2", "--labeler.server.journal=journal.sqlite", "--labeler.task=sentiment"),
+        *(
+            "--labeler.server.requests.concurrency=2",
+            "--labeler.server.journal=journal.sqlite",
+            "--labeler.task=sentiment",
+        ),
         "--labeler.min_mass=0",
     ]
     running = subprocess.Popen(command, cwd=tmp_path, env=environment())

@@ -57,7 +57,7 @@ def chain(policy: Path) -> dict[str, Any]:
             },
             {
                 "name": "pairs",
-                "verb": "sample",
+                "command": "sample",
                 "config": ["dpo_online", "trainer/cpu"],
                 "options": {
                     "model.policy": "${sft}/model",
@@ -184,7 +184,7 @@ class Mortal(Longer):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     base = {"pairs": "DatasetPrompts", "pairs.path": "pairs.jsonl"}
     stages = [
-        {"name": "first", "verb": "label", "options": {**base, "labeler": "judges.Longer"}},
+        {"name": "first", "command": "label", "options": {**base, "labeler": "judges.Longer"}},
         {"name": "second", "verb": "label", "options": {**base, "labeler": "judges.Mortal", "chunk": 2}},
     ]
     path = write(folder / "p.yaml", {"stages": stages})
@@ -206,7 +206,7 @@ class Mortal(Longer):
     [
         ({"stages": []}, "stages must be a list of at least one"),
         ({"stages": [{"verb": "fit"}]}, r"stages\[0\].name must be a new word"),
-        ({"stages": [{"name": "a", "verb": "train"}]}, r"stages\[0\].verb must be one of fit, label"),
+        ({"stages": [{"name": "a", "command": "train"}]}, r"stages\[0\].command must be one of fit, label"),
         ({"stages": [{"name": "a", "option": {}}]}, "unknown field 'option'"),
         ({"stages": [{"name": "a", "options": {"x": "${b}/model"}}, {"name": "b"}]}, r"options.x: \$\{b\} is neither"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, r"stages\[1\].name"),
@@ -243,8 +243,8 @@ def test_what_is_done_is_known_by_its_config_files_and_by_the_runs_it_builds_on(
     first = {**label, "pairs.path": "pairs.jsonl", "out": "${folder}/rows.jsonl"}
     second = {**label, "pairs.path": "${one}/rows.jsonl"}
     stages = [
-        {"name": "one", "verb": "label", "config": "mine.yaml", "options": first},
-        {"name": "two", "verb": "label", "options": second},
+        {"name": "one", "command": "label", "config": "mine.yaml", "options": first},
+        {"name": "two", "command": "label", "options": second},
     ]
     pipeline = Pipeline(write(folder / "p.yaml", {"stages": stages}))
     one, two = (stage.folder / "done.json" for stage in pipeline.stages)

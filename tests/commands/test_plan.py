@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.commands.plan import SHAPES, TILE_BYTES, Device, Load, Shape, estimate, plan, shape_of
+from lightning_rlhf.commands.plan import SHAPES, TILE_BYTES, Device, Load, Shape, estimate, plan_run, shape_of
 from lightning_rlhf.models.load import LoRA, load_policy
 
 
@@ -96,12 +96,12 @@ def test_time_falls_with_devices_and_rises_with_work() -> None:
     )
 
 
-def test_the_verb_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--model=70B", "--gpus=16", "--memory=80"])
     lines = capsys.readouterr().out.splitlines()
     assert "70.55 billion parameters, 16 x 80 GiB" in lines[0]
     # policy and reference, gathered for decoding, are 263 GiB
     assert [line.split("|")[4].strip() for line in lines[3:7]] == ["no"] * 4
-    assert len(plan("1B", gpus=1).splitlines()) == 3 + 4
+    assert len(plan_run("1B", gpus=1).splitlines()) == 3 + 4
     with pytest.raises(ValueError, match="must be >= 1"):
-        plan("1B", gpus=0)
+        plan_run("1B", gpus=0)

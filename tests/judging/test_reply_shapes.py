@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_rlhf.judging import JudgeServer, ServerError
+from lightning_rlhf.judging.options import ChainOfThought, RequestOptions
 from lightning_rlhf.judging.replies import UnreadableError, parse_completion, read_labels
 from lightning_rlhf.judging.server import _digest
 from lightning_rlhf.labelers import ServerLabeler
@@ -70,7 +71,7 @@ def of_number(request: dict[str, Any]) -> int:
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., JudgeServer]:
     def build(endpoint: Any, **options: Any) -> JudgeServer:
-        defaults = {"max_wait": 0.0, "retries": 2, "journal": str(tmp_path / "journal.sqlite")}
+        defaults = {"requests": RequestOptions(retries=2, max_wait=0.0), "journal": str(tmp_path / "journal.sqlite")}
         return JudgeServer(endpoint.base_url, "m", **(defaults | options))
 
     return build
@@ -192,7 +193,7 @@ def empty(finish: str, **message: Any) -> dict[str, Any]:
 def test_an_empty_rationale_is_no_rationale(faults: ModuleType, make: Make, reply: Any, status: str) -> None:
     with faults.FaultServer(lambda _, request: GOOD if "logprobs" in request else reply) as endpoint:
         for _ in range(2):
-            (label,) = ServerLabeler(make(endpoint), chain_of_thought=True).label([pair(0)], KEY)
+            (label,) = ServerLabeler(make(endpoint), chain_of_thought=ChainOfThought()).label([pair(0)], KEY)
             assert label.status == status
             assert label.probability is None
             # the tokens were paid
@@ -204,7 +205,7 @@ def test_an_empty_rationale_is_no_rationale(faults: ModuleType, make: Make, repl
 def test_a_rationale_that_the_limit_cuts_is_used(faults: ModuleType, make: Make) -> None:
     reply = changed(*CHOICE, "finish_reason", "length")
     with faults.FaultServer(lambda _, __: reply) as endpoint:
-        (label,) = ServerLabeler(make(endpoint), chain_of_thought=True).label([pair(0)], KEY)
+        (label,) = ServerLabeler(make(endpoint), chain_of_thought=ChainOfThought()).label([pair(0)], KEY)
     assert label.status == "ok"
 
 
@@ -315,8 +316,10 @@ def test_no_reply_makes_a_labeler_raise(faults: ModuleType, tmp_path_factory: An
     pairs = [pair(number) for number in range(len(many) + 1)]
     with faults.FaultServer(answer) as endpoint:
         for thinking in (False, True, False):
-            server = JudgeServer(endpoint.base_url, "m", max_wait=0.0, retries=2, journal=journal)
-            labels = ServerLabeler(server, chain_of_thought=thinking).label(pairs, KEY)
+            server = JudgeServer(
+                endpoint.base_url, "m", requests=RequestOptions(retries=2, max_wait=0.0), journal=journal
+            )
+            labels = ServerLabeler(server, chain_of_thought=ChainOfThought() if thinking else None).label(pairs, KEY)
             assert {label.status for label in labels} <= set(get_args(LabelStatus))
             assert labels[0].status == "ok"
             json.dumps([label.meta for label in labels]).encode()

