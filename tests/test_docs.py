@@ -194,6 +194,26 @@ def test_names_on_the_api_page_exist() -> None:
     assert missing == []
 
 
+def test_files_and_functions_on_the_architecture_page_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/\w+\.py)`(?:: `([\w.]+)`)?", text)
+    assert named
+    missing = []
+    for file, name in named:
+        path = ROOT / "lightning_rlhf" / file
+        if not path.exists() or not re.search(rf"\b(def|class) {name.rpartition('.')[2]}", path.read_text("utf-8")):
+            missing.append((file, name))
+    assert missing == []
+
+
+def test_contracts_on_the_architecture_page_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Contracts")[2].partition("## Where")[0]
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    source = (ROOT / "lightning_rlhf" / "protocols.py").read_text(encoding="utf-8")
+    assert named == set(re.findall(r"^class (\w+)\(.*Protocol\):", source, re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_of_the_repository_resolve(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -218,7 +238,9 @@ def test_python_blocks_run(page: Path, tmp_path: Path, tiny_judge: Path, monkeyp
             assert MODEL in block
             # a random model gives the scores less probability than `min_mass` asks for
             monkeypatch.setattr("lightning_rlhf.rewards.llm.LLMScoreReward._check", lambda *_: None)
-            shorter = block.replace("prompts_per_round=32", "prompts_per_round=4").replace("max_epochs=4", "max_epochs=1")
+            shorter = block.replace("prompts_per_round=32", "prompts_per_round=4").replace(
+                "max_epochs=4", "max_epochs=1"
+            )
             load(shorter.replace(MODEL, str(tiny_judge)), tmp_path / f"script_{number}.py")
         else:
             load(block, tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py")
