@@ -28,19 +28,13 @@ from lightning_rlhf.logprobs.scores import head_outputs
 from lightning_rlhf.models.adapters import fit_adapters
 from lightning_rlhf.models.checks import read_json
 from lightning_rlhf.models.dropout import saved_dropout
-from lightning_rlhf.models.load import (
-    LoRA,
-    context_window,
-    load_scorer,
-    lora_config,
-    open_classifier,
-    probe_rows,
-    reads_last_token,
-    resolve_checkpoint,
-    score_head,
-)
+from lightning_rlhf.models.heads import probe_rows, reads_last_token, score_head
+from lightning_rlhf.models.load import load_scorer, open_classifier
+from lightning_rlhf.models.lora import LoRA, lora_config
+from lightning_rlhf.models.resolve import resolve_checkpoint
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
 from lightning_rlhf.models.sharding import shard_scorer
+from lightning_rlhf.models.stops import context_window
 
 
 Kind = Literal["linear", "lora", "independent"]
