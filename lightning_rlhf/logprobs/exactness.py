@@ -78,4 +78,6 @@ def nearly_equal(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) 
         dtype: data type of the computation. Default: that of ``right``.
     """
     scale = max(1.0, right.abs().max().item())
-    return largest_difference(left, right) <= rounding_tolerance(dtype or right.dtype) * scale
+    difference = largest_difference(left, right)
+    # an infinite result makes the tolerance infinite as well
+    return math.isfinite(difference) and difference <= rounding_tolerance(dtype or right.dtype) * scale

@@ -73,7 +73,7 @@ class ReferenceCache:
         if digest is None:
             return score(prompts, responses)
         with reference.active() as model:
-            precision, dtype = _precision(model), "<f8" if model.options.dtype == torch.float64 else "<f4"
+            precision, dtype = _precision(model), "<f8" if model.dtype == torch.float64 else "<f4"
         keys = {i: entry_key(precision, prompts[i].ids, responses[i].ids) for i in asked}
         file = CacheFile(self.folder / f"{digest}.sqlite", "reference", VARIABLE)
         found = file.get(list(keys.values()))

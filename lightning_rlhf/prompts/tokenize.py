@@ -108,56 +108,19 @@ def tokenize_rows(
         raise ValueError(f"on_long_prompt must be 'error', 'drop' or 'truncate'; got {on_long_prompt!r}")
     counts: Counter[str] = Counter()
     renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
-    written = [renderer.write(row) for row in rows]
-    drafts = []
-    encoded = encode_all(tokenizer, [one.text for one in written])
-    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True)):
-        ids = renderer.with_front(bare, conversational=one.messages is not None)
-        if not ids:
-            problem = "is empty, and the tokenizer puts no token in front of it"
-            raise field_error(row.source, "prompt", problem, "write a prompt, or drop the row")
-        if len(ids) > max_prompt_tokens and on_long_prompt == "error":
-            raise ValueError(
-                f"{row.source}: prompt has {len(ids)} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
-                f"max_prompt_tokens, or set on_long_prompt to 'drop' or to 'truncate'"
-            )
-        if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
-            counts[LONG_PROMPT] += 1
-        else:
-            prompt = Prompt(
-                index, ids, one.text, one.messages, recorded=row.pair, template_options=row.template_options
-            )
-            drafts.append((prompt, bare, one))
-
-    prompts = []
+    drafts = _drafts(rows, renderer, max_prompt_tokens, on_long_prompt, counts)
+    prompts: list[Prompt] = []
     completions = _completions(drafts, tokenizer)
-    for prompt, bare, one in drafts:
-        row = rows[prompt.index]
-        answers = [next(completions) for _ in one.rests]
-        if not all(one.rests):
-            counts[EMPTY] += 1
+    for draft in drafts:
+        answers = [next(completions) for _ in draft.written.rests]
+        recorded = _recorded(draft, answers, renderer, end_ids, max_response_tokens, counts)
+        if recorded is None:
             continue
-        recorded = []
-        for k, (ids, text) in enumerate(zip(answers, one.answers, strict=True)):
-            reason = row.finish_reasons[k] if row.finish_reasons else "eos"
-            chat = one.messages is not None or renderer.format.asks(bare)
-            ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
-            counts[ENDED_INSIDE] += inside
-            recorded.append(_response(tokenizer, ended, max_response_tokens, reason, None if inside else text))
-        if any(len(set(response.ids) - {*renderer.ends(end_ids)}) == 0 for response in recorded):  # nothing but EOS
-            counts[EMPTY] += 1
-            continue
+        prompt = draft.prompt
         if len(recorded) == 2:
-            if recorded[0].ids == recorded[1].ids:  # they differ in what was cut off, or in white space that is trimmed
-                counts[IDENTICAL] += 1
-                continue
             prompt = replace(prompt, pair=(recorded[0], recorded[1]))
         elif recorded:
             prompt = replace(prompt, completion=recorded[0])
-        counts[TRUNCATED_COMPLETION] += sum(
-            len(response.ids) == max_response_tokens and response.finish_reason == "length" for response in recorded
-        )
-
         if len(prompt.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
             ids, text = renderer.truncated(prompt.ids, prompt.text, max_prompt_tokens)
@@ -170,6 +133,85 @@ def tokenize_rows(
             f"max_response_tokens, or check the data"
         )
     return prompts, dict(counts)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A prompt whose recorded completions are not tokenised yet.
+
+    Args:
+        row: the data row.
+        prompt: the prompt, not truncated.
+        bare: token ids of the prompt's text, without special tokens in front.
+        written: the row as text.
+    """
+
+    row: PromptRow
+    prompt: Prompt
+    bare: tuple[int, ...]
+    written: _Written
+
+
+def _drafts(
+    rows: Sequence[PromptRow],
+    renderer: _Renderer,
+    max_prompt_tokens: int,
+    on_long_prompt: Literal["error", "drop", "truncate"],
+    counts: Counter[str],
+) -> list[_Draft]:
+    """Tokenise the prompts; long ones are errors, or dropped and counted, or kept to be truncated later."""
+    written = [renderer.write(row) for row in rows]
+    encoded = encode_all(renderer.tokenizer, [one.text for one in written])
+    drafts: list[_Draft] = []
+    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True)):
+        ids = renderer.with_front(bare, conversational=one.messages is not None)
+        if not ids:
+            problem = "is empty, and the tokenizer puts no token in front of it"
+            raise field_error(row.source, "prompt", problem, "write a prompt, or drop the row")
+        if len(ids) > max_prompt_tokens and on_long_prompt == "error":
+            raise ValueError(
+                f"{row.source}: prompt has {len(ids)} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
+                f"max_prompt_tokens, or set on_long_prompt to 'drop' or to 'truncate'"
+            )
+        if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
+            counts[LONG_PROMPT] += 1
+            continue
+        prompt = Prompt(index, ids, one.text, one.messages, recorded=row.pair, template_options=row.template_options)
+        drafts.append(_Draft(row, prompt, bare, one))
+    return drafts
+
+
+def _recorded(
+    draft: _Draft,
+    answers: Sequence[tuple[int, ...]],
+    renderer: _Renderer,
+    end_ids: Collection[int],
+    max_response_tokens: int,
+    counts: Counter[str],
+) -> list[Response] | None:
+    """The recorded completions of a row as responses; None, counted, if one is empty or two are the same."""
+    row, written = draft.row, draft.written
+    if not all(written.rests):
+        counts[EMPTY] += 1
+        return None
+    recorded: list[Response] = []
+    for number, (ids, text) in enumerate(zip(answers, written.answers, strict=True)):
+        chat = written.messages is not None or renderer.format.asks(draft.bare)
+        reason = row.finish_reasons[number] if row.finish_reasons else "eos"
+        ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
+        counts[ENDED_INSIDE] += inside
+        recorded.append(_response(renderer.tokenizer, ended, max_response_tokens, reason, None if inside else text))
+    ends = set(renderer.ends(end_ids))
+    if any(ends.issuperset(response.ids) for response in recorded):  # nothing but EOS
+        counts[EMPTY] += 1
+        return None
+    # they differed in the part beyond the limit, or in white space that is trimmed
+    if len(recorded) == 2 and recorded[0].ids == recorded[1].ids:
+        counts[IDENTICAL] += 1
+        return None
+    for response in recorded:
+        counts[TRUNCATED_COMPLETION] += len(response.ids) == max_response_tokens and response.finish_reason == "length"
+    return recorded
 
 
 Reading = Literal["template", "end_of_sequence"]
@@ -572,12 +614,12 @@ def _answers(row: PromptRow) -> tuple[Message, ...]:
     return tuple({"role": "assistant", "content": text} for text in texts)
 
 
-def _completions(
-    drafts: Sequence[tuple[Prompt, tuple[int, ...], _Written]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, ...]]:
+def _completions(drafts: Sequence[_Draft], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
     """Token ids of the recorded completions of the rows, in order, chosen before rejected."""
-    # whole texts are long: no more of them at once than the tokenizer gets
-    flat = [(bare, one.text, rest) for _, bare, one in drafts for rest in one.rests]
+    flat: list[tuple[tuple[int, ...], str, str]] = []
+    for draft in drafts:
+        flat.extend((draft.bare, draft.written.text, rest) for rest in draft.written.rests)
+    # in portions, since prompt and completion together are long
     for start in range(0, len(flat), TEXTS_AT_ONCE):
         part = flat[start : start + TEXTS_AT_ONCE]
         wholes = encode_all(tokenizer, [text + rest for _, text, rest in part])
