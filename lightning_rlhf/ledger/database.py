@@ -1,6 +1,6 @@
-"""Opening the file of a ledger: who may write it, what it must be, and what to do when that fails.
+"""Opening the file of a ledger: locks, checks of the file, and errors with remedies; used by the store.
 
-Used by the store alone. A ledger is a SQLite file in WAL mode; the right to write it is a lock on an empty file beside
+A ledger is a SQLite file in WAL mode; the right to write it is a lock on an empty file beside
 it.
 """
 
@@ -39,16 +39,16 @@ REMEDIES = {
 
 
 def get_value(db: sqlite3.Connection, key: str) -> Any:
-    """Something the run remembers under ``key``; None if it remembers nothing."""
+    """The JSON value that is stored under ``key``; None if there is none."""
     row = db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
     try:
         return None if row is None else json.loads(row[0])
     except (ValueError, TypeError) as error:
-        raise sqlite3.DatabaseError(f"what it remembers under {key!r} is no JSON") from error
+        raise sqlite3.DatabaseError(f"the value of {key!r} is no JSON") from error
 
 
-def set_value(db: sqlite3.Connection, key: str, value: Any) -> None:
-    """Remember a JSON value under ``key``, instead of what was there."""
+def set_value(db: sqlite3.Connection, key: str, value: object) -> None:
+    """Store a JSON value under ``key``, in place of an earlier one."""
     db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, json.dumps(value)))
 
 
@@ -145,13 +145,13 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def readable(path: Path, where: str) -> Iterator[None]:
-    """Turn what goes wrong with the cells of a row into an error that names the ledger and the place."""
+    """Turn errors in the cells of a row into an error that names the ledger and the place."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(
-            f"ledger {path} is damaged: {where} holds what no run has written ({type(error).__name__}: {error}); "
-            f"restore a copy"
+            f"ledger {path} is damaged: {where} holds values that no run has written "
+            f"({type(error).__name__}: {error}); restore a copy"
         ) from error
 
 

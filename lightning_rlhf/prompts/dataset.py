@@ -15,7 +15,8 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.files import Row, describe, read_rows
@@ -137,28 +138,28 @@ class DatasetPrompts(AbstractPromptSource):
             prompt = self._implicit_prompt(chosen, rejected, source)
 
         conversational = not isinstance(prompt, str)
-        columns: dict[str, Any] = {
-            "text": None if conversational else prompt,
-            "messages": prompt if conversational else None,
-            "template_options": parse_template_options(row, source, conversational, self.ignored_fields),
-        }
+        parsed = PromptRow(
+            source,
+            text=prompt if isinstance(prompt, str) else None,
+            messages=None if isinstance(prompt, str) else prompt,
+            template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+        )
         if not take_pairs:
-            return PromptRow(source, **columns)
+            return parsed
         answers = tuple(
             parse_answer(value, prompt, source, name, self.ignored_fields)
             for name, value in ((self.chosen_column, chosen), (self.rejected_column, rejected))
         )
         first, second = map(turn_text, answers)
         weight = parse_number(row, "weight", source, math.inf, default=1.0)
-        return PromptRow(
-            source,
-            **columns,
+        return replace(
+            parsed,
             pair=RecordedPair(first, second, parse_probability(row, source), weight),
             answers=() if all(map(holds_text_alone, answers)) else answers,
             finish_reasons=parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected")),
         )
 
-    def _implicit_prompt(self, chosen: Any, rejected: Any, source: str) -> tuple[Message, ...]:
+    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> tuple[Message, ...]:
         """Find the messages with which both conversations begin."""
         if isinstance(chosen, str) or isinstance(rejected, str):
             hh = any(isinstance(value, str) and "\n\nHuman:" in value for value in (chosen, rejected))

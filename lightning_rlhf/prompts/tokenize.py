@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypeAlias, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +52,9 @@ CHAT_TEMPLATES = {
     ),
 }
 """Chat templates that can be given by name."""
+
+Options: TypeAlias = Mapping[str, object]
+"""Options of a chat template beside the messages, e.g. ``tools``."""
 
 LONG_PROMPT = "long prompts dropped"
 TRUNCATED_PROMPT = "long prompts truncated"
@@ -340,7 +343,7 @@ class _Renderer:
             )
         return ({"role": "system", "content": self.system_prompt}, *row.messages)
 
-    def render(self, messages: Sequence[Message], options: dict[str, Any], source: str) -> str:
+    def render(self, messages: Sequence[Message], options: Options, source: str) -> str:
         """Write a conversation as text; up to where the assistant speaks, unless the assistant has spoken last."""
         if self.template is None and not self.tokenizer.chat_template:
             raise ValueError(
@@ -358,9 +361,11 @@ class _Renderer:
             return as_empty
         return as_empty if as_null.count("None") > as_empty.count("None") else as_null
 
-    def _applied(self, messages: Sequence[Message], options: dict[str, Any], source: str) -> str:
+    def _applied(self, messages: Sequence[Message], options: Options, source: str) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
+            # its options are those of the template
+            apply = cast(Callable[..., object], self.tokenizer.apply_chat_template)
+            text = apply(
                 list(messages),
                 chat_template=self.template,
                 add_generation_prompt=messages[-1]["role"] != "assistant",
@@ -376,9 +381,7 @@ class _Renderer:
         assert isinstance(text, str)
         return text
 
-    def check(
-        self, messages: Sequence[Message], options: dict[str, Any], text: str, source: str, first: int = 0
-    ) -> None:
+    def check(self, messages: Sequence[Message], options: Options, text: str, source: str, first: int = 0) -> None:
         """Check that a template has written what it got, from message ``first`` on.
 
         Raises:
@@ -404,9 +407,7 @@ class _Renderer:
                 if self.render(messages, fewer, source) == text:
                     self._leaves_out(source, f"{name!r}, which the row gives to the chat template")
 
-    def _check_field(
-        self, messages: Sequence[Message], number: int, name: str, options: dict[str, Any], source: str
-    ) -> None:
+    def _check_field(self, messages: Sequence[Message], number: int, name: str, options: Options, source: str) -> None:
         """Say that a field of a message is not written, unless templates leave it out by convention."""
         role = messages[number]["role"]
         if name in LINKS or (name == "name" and role in ("tool", "function", "ipython")):
@@ -422,9 +423,7 @@ class _Renderer:
                 return
         self._leaves_out(source, f"field {name!r} of message {number + 1}, by {role!r}")
 
-    def _same(
-        self, messages: Sequence[Message], number: int, change: dict[str, Any], options: dict[str, Any], text: str
-    ) -> bool:
+    def _same(self, messages: Sequence[Message], number: int, change: Options, options: Options, text: str) -> bool:
         """Whether a change in one message makes no difference to the template; a None leaves the field out."""
         changed = {name: value for name, value in {**messages[number], **change}.items() if value is not None}
         changed.setdefault("content", None)
@@ -448,7 +447,12 @@ class _Renderer:
         return self.template or str(self.tokenizer.chat_template)
 
     def _rests(
-        self, messages: tuple[Message, ...], options: dict[str, Any], text: str, answers: Sequence[Message], source: str
+        self,
+        messages: tuple[Message, ...],
+        options: Options,
+        text: str,
+        answers: Sequence[Message],
+        source: str,
     ) -> tuple[str, list[str]]:
         """What follows the prompt, up to the end of the turn or further; and the prompt that it follows."""
         wholes = [self.render((*messages, answer), options, source) for answer in answers]
@@ -476,7 +480,7 @@ class _Renderer:
             for whole, answer, kept in zip(wholes, answers, held, strict=True)
         ]
 
-    def _without_opening(self, messages: tuple[Message, ...], options: dict[str, Any], text: str, source: str) -> str:
+    def _without_opening(self, messages: tuple[Message, ...], options: Options, text: str, source: str) -> str:
         """The prompt up to where an answer begins, whatever it is."""
         written = [self.render((*messages, {"role": "assistant", "content": c}), options, source) for c in ("a", "b")]
         start = written[0][: shared_length(*written)]
@@ -584,8 +588,8 @@ class _Renderer:
         """Where the tokens of a text begin in it; nothing where the tokenizer does not know."""
         if not self.tokenizer.is_fast:
             return []
-        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [start for start, _ in encoded["offset_mapping"]]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [start for start, _ in cast(list[tuple[int, int]], encoded["offset_mapping"])]
 
 
 _SYSTEM = ("system", "developer")

@@ -137,7 +137,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._began_at = trainer.global_step
         self._saved_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Write a checkpoint within an epoch if one is due."""
         if not trainer.is_last_batch:
             self._save_if_due(trainer)
@@ -286,7 +286,7 @@ class StopOnSignal(L.Callback):
         """Note that the round is drawn."""
         self._drawing = False
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """End the run here if some rank was asked to; at the end of an epoch, once that is over."""
         if not trainer.is_last_batch:
             self._end_if_asked(trainer)

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jsonargparse import Namespace
 from jsonargparse import __file__ as _jsonargparse
@@ -49,7 +49,7 @@ def check_plugin(seat: str, value: object, kind: type) -> None:
     raise TypeError(f"{seat} must be an {kind.__name__}; got {_shown(value)}: {remedy}")
 
 
-def _of(value: object, name: str) -> Any:
+def _of(value: object, name: str) -> object:
     # of the class, since that is where Python looks for __call__
     return getattr(value if not name.startswith("__") else type(value), name, None)
 
@@ -100,7 +100,7 @@ SEATS = ("samplers", "labelers", "rewards", "losses", "advantages", "prompts")
 # ---- objects that were not built ---------------------------------------------------------------------------------
 
 
-def check_built(config: Any, path: str = "") -> None:
+def check_built(config: object, path: str = "") -> None:
     """Look through a configuration for descriptions of objects that nothing will build.
 
     A class is built where the argument that it is given to has a type; an argument without one gets the description.
@@ -125,7 +125,7 @@ def check_built(config: Any, path: str = "") -> None:
                 )
 
 
-def _classes(config: Any, path: str) -> Iterator[tuple[str, type, Mapping[str, Any]]]:
+def _classes(config: object, path: str) -> Iterator[tuple[str, type, Mapping[str, object]]]:
     """Classes of a configuration with their arguments, from the outside to the inside."""
     if isinstance(config, list | tuple):
         for number, item in enumerate(config):
@@ -172,13 +172,13 @@ def _typed(cls: type, name: str) -> bool:
     return True
 
 
-def _spelt(annotation: Any) -> str:
+def _spelt(annotation: object) -> str:
     if annotation is inspect.Parameter.empty:
         return "Any"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _described(value: Any) -> str | None:
+def _described(value: object) -> str | None:
     """Class path of an object that is described somewhere in a value; None if there is none."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(_described, value)), None)
@@ -209,7 +209,7 @@ def _kind_of(name: str) -> str:
 # ---- errors of constructors --------------------------------------------------------------------------------------
 
 
-def constructor_error(error: BaseException, config: Any) -> str | None:
+def constructor_error(error: BaseException, config: object) -> str | None:
     """What a constructor said, and where, in place of a dump of the whole configuration; None if that is not there.
 
     Args:

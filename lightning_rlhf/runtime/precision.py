@@ -1,7 +1,7 @@
-"""Precision of a run: ``auto``, which the command line resolves when the Trainer is built, and what cannot work.
+"""Precision of a run: ``auto``, which is resolved when the Trainer is built, and checks of unusable combinations.
 
-``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights keep the type that ``model.options.dtype``
-gives them, and the log-softmax is taken in float32 in either case.
+``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights have the type
+``model.options.dtype``, and the log-softmax is computed in float32 in either case.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def check_precision(precision: str, plugin: str = "") -> None:
         ValueError: naming what to set.
     """
     remedies = {
-        "bf16-true": "for weights in bfloat16 set model.options.dtype=bfloat16 with trainer.precision=32-true or bf16-mixed",
+        "bf16-true": "for weights in bfloat16 set model.options.dtype=bfloat16 with trainer.precision=32-true or "
+        "bf16-mixed",
         "16-true": "for weights in half precision set model.options.dtype=bfloat16 with trainer.precision=32-true or "
         "bf16-mixed; for float16 on a GPU, model.options.dtype=float32 with trainer.precision=16-mixed",
         "64-true": "weights are float32 at most; set trainer.precision=32-true",
@@ -82,8 +83,9 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
     if dtype != "float16" or (precision == "16-mixed" and not trained_whole):
         return
     raise ValueError(
-        f"model.options.dtype=float16 cannot be trained {'as a whole' if trained_whole else f'with precision {precision}'}: "
-        f"gradients below 6e-8 would be 0. Set model.options.dtype=bfloat16; or model.options.dtype=float32 with "
+        f"model.options.dtype=float16 cannot be trained "
+        f"{'as a whole' if trained_whole else f'with precision {precision}'}: gradients "
+        f"below 6e-8 would be 0. Set model.options.dtype=bfloat16; or model.options.dtype=float32 with "
         f"trainer.precision=16-mixed on a GPU, which scales the loss"
     )
 

@@ -11,7 +11,6 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
@@ -82,7 +81,7 @@ def read_index(path: Path) -> Metadata:
 class _PlainUnpickler(pickle.Unpickler):
     """Knows the classes of an index, and no others."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """Find a class of an index."""
         known = (
             (module == "torch.distributed.checkpoint.metadata" and name in _OF_INDEX)
