@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.logprobs.exactness import nearly_equal
 from lightning_rlhf.models.cache import cached, digest_of, file_digest
-from lightning_rlhf.models.checks import read_json
+from lightning_rlhf.models.checks import PeftLoadResult, read_json
 from lightning_rlhf.models.heads import SCORE_HEADS, probe_rows
 from lightning_rlhf.models.pretrained import EMBEDDINGS, embedding_rows, open_pretrained, open_tokenizer
 
@@ -27,13 +27,6 @@ class Resolve(Protocol):
     """Finds the folder or Hub id of a model by its name; see `lightning_rlhf.models.resolve.resolve_checkpoint`."""
 
     def __call__(self, policy: str, *, trust_remote_code: bool = False) -> Path | str: ...
-
-
-class _LoadResult(Protocol):
-    """Result of loading a state dict, as torch and peft return it."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def base_name(adapter_config: Path) -> str:
@@ -161,7 +154,7 @@ def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, tr
                 adapted.load_adapter(str(folder), name, is_trainable=trained, torch_device="cpu")
             state: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
             # loaded a second time for its report, which from_pretrained keeps to itself
-            report = cast(_LoadResult, set_peft_model_state_dict(adapted, state, adapter_name=name))
+            report = cast(PeftLoadResult, set_peft_model_state_dict(adapted, state, adapter_name=name))
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"peft cannot open the adapter in {str(folder)!r} over {base!r}: {error}; correct its "

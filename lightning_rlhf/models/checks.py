@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Protocol, TypedDict, cast
 
 import torch
 import transformers
@@ -25,6 +25,13 @@ _INTEGERS = ("I8", "U8", "I16", "I32", "I64", "U16", "U32", "U64", "F8_")
 
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 """Causal masks and frequencies that earlier versions of transformers wrote beside the weights."""
+
+
+class PeftLoadResult(Protocol):
+    """Result of ``set_peft_model_state_dict``."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class LoadingReport(TypedDict):
