@@ -75,6 +75,7 @@ def check_is_ledger(db: sqlite3.Connection, path: Path) -> bool:
     """Say whether this is a ledger that we can read; False for an empty file, an error for anything else."""
     application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if application != APPLICATION_ID:
+        # 0 is also the id of an empty file, and of other programs' files
         if application or db.execute("SELECT 1 FROM sqlite_master").fetchone():
             raise ValueError(f"{path} is a SQLite file of another program, not a ledger; give the ledger another name")
         return False
@@ -97,6 +98,7 @@ def take_lease(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     The lock is SQLite's own, on an empty file. Unlike ``flock`` it is not inherited by forked data-loader workers,
     which may outlive a killed trainer, and it also excludes a second store in the same process.
     """
+    # timeout 0: another writer is an error, not a wait
     lease = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
     try:
         lease.execute("BEGIN EXCLUSIVE")
@@ -128,6 +130,7 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         set_value(db, "run_id", str(uuid.uuid4()))
         set_value(db, "created", time.time())
+    # one version after the other; each only adds tables
     for version in range(schema_version(db) + 1, SCHEMA_VERSION + 1):
         for statement in UPGRADES[version]:
             db.execute(statement)
@@ -160,7 +163,7 @@ def explained(path: Path) -> Iterator[None]:
     """Turn SQLite's short messages into errors that name the file and the remedy."""
     try:
         yield
-    except UnicodeDecodeError as error:  # of SQLite's message, which quotes the file
+    except UnicodeDecodeError as error:  # SQLite's message quotes the file
         raise ValueError(f"ledger {path} is damaged: its schema is no text; restore a copy") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is the primary one

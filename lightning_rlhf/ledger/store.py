@@ -182,7 +182,7 @@ class PreferenceStore:
     def add_comparisons(self, round: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> list[int]:
         """Append comparisons in one transaction and return their ids, in order.
 
-        A place of a round is filled once. Where it is filled already, as after a restart, the stored comparison
+        A place of a round is written once. If it holds a comparison already, as after a restart, that comparison
         stays and its id is returned: label the pairs that `comparisons` returns, not those that were sampled again.
 
         Args:
@@ -191,7 +191,7 @@ class PreferenceStore:
             positions: place of each pair in the round, from 0; a prompt may occur at several places.
 
         Raises:
-            ValueError: if a place is filled with another prompt, or the round is closed.
+            ValueError: if a place holds another prompt, or the round is closed.
         """
         if len(comparisons) != len(positions) or len(set(positions)) != len(positions):
             raise ValueError(
@@ -202,6 +202,7 @@ class PreferenceStore:
             return []
         if min(positions) < 0:
             raise ValueError(f"positions count from 0; got {min(positions)}")
+        # before the transaction: a malformed comparison leaves no trace
         rows = [comparison_row(c, f"round {round}, position {p}") for c, p in zip(comparisons, positions, strict=True)]
         with self.writing() as db:
             prompts = [find_or_add_prompt(db, c.prompt) for c in comparisons]
@@ -263,6 +264,7 @@ class PreferenceStore:
                         f"ask only for comparisons whose label is None"
                     )
                 db.execute(INSERT_ATTEMPT, row)
+            # in the same transaction, so that totals and attempts always agree
             db.execute(
                 "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
                 (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
@@ -320,7 +322,7 @@ class PreferenceStore:
         return [row[1:] for row in self._page(round, -1, -1)]
 
     def positions(self, round: int) -> list[int]:
-        """The places of a round that are filled, ascending."""
+        """The places of a round that hold a comparison, ascending."""
         with self.reading() as db:
             rows = db.execute("SELECT position FROM comparisons WHERE round = ? ORDER BY position", (round,)).fetchall()
         return [position for (position,) in rows]
@@ -359,7 +361,7 @@ class PreferenceStore:
         """Yield the labelled comparisons, round by round and in order of position; memory stays small.
 
         Args:
-            rounds: which rounds, in which order; None for all, closed or not.
+            rounds: the rounds, in this order. Default: all, closed or not.
         """
         for round, _, comparison, label in self.walk(rounds):
             if label is not None:
@@ -371,6 +373,7 @@ class PreferenceStore:
             with self.reading() as db:
                 rounds = [r for (r,) in db.execute("SELECT DISTINCT round FROM comparisons ORDER BY round").fetchall()]
         for round in rounds:
+            # pages of rows, so that a large ledger does not fill the memory
             position = -1
             while page := self._page(round, position, PAGE):
                 for position, _, comparison, label in page:

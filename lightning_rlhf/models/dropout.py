@@ -31,13 +31,16 @@ def without_dropout(model: Model) -> Model:
         model: a model of transformers, or one with such models inside.
     """
     for name, module in model.named_modules():
+        # set by the user, unlike that of the checkpoint
         if "lora_dropout" in name.split("."):
             continue
         if isinstance(module, _DropoutNd):
             module.p = 0.0
+        # attention modules keep a probability as an attribute
         for attribute, value in vars(module).items():
             if _drops(attribute, value):
                 setattr(module, attribute, 0.0)
+        # and some models read the config at every forward pass
         if isinstance(module, PreTrainedModel) and (kept := config_dropout(module.config)):
             for part, attribute, _ in kept:
                 setattr(part, attribute, 0.0)
@@ -87,6 +90,7 @@ def train_mode_difference(model: nn.Module, ids: Tensor) -> float:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return cast(Tensor, logits).float().log_softmax(-1)
 
+    # dropout masks must not change the random numbers of the run
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         with evaluating(adapters):
             train = logps()

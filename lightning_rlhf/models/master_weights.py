@@ -41,12 +41,14 @@ class MasterWeights(Optimizer):
         super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
         self.defaults = optimizer.defaults
         self.optimizer = optimizer
+        # the wrapped optimizer works on the copies from now on
         for group in optimizer.param_groups:
             group["params"] = [_master(parameter) for parameter in group["params"]]
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does."""
         super().add_param_group(param_group)
+        # the constructor of Optimizer calls this before `optimizer` exists
         if hasattr(self, "optimizer"):
             masters = [_master(parameter) for parameter in self.param_groups[-1]["params"]]
             self.optimizer.add_param_group({**self.param_groups[-1], "params": masters})
@@ -76,9 +78,11 @@ class MasterWeights(Optimizer):
             master.grad = None
             if weight.grad is not None:
                 _follow(master, weight)
+                # the model has no gradient of its own afterwards, which saves its memory
                 master.grad, weight.grad = weight.grad.float(), None
                 stepped.append((weight, master))
         self.optimizer.step()
+        # round the copies into the weights
         for weight, master in stepped:
             _local(weight).copy_(_local(master))
             master.grad = None
@@ -98,6 +102,7 @@ class MasterWeights(Optimizer):
             outer.update({name: value for name, value in inner.items() if name != "params"})
         keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         for key, (weight, master) in zip(keys, self._pairs(), strict=True):
+            # a checkpoint of a version without copies holds none
             if master is not weight:
                 held = states.get(key, {}).get(MASTER)
                 _local(master).copy_(_local(weight if held is None else held))
@@ -137,7 +142,7 @@ def refuse_half_weights(optimizers: Iterable[Optimizer], owner: str) -> None:
 
     Args:
         optimizers: those of a run.
-        owner: who made them, for the message.
+        owner: class that made them, for the message.
 
     Raises:
         ValueError: naming the remedy.
@@ -168,8 +173,9 @@ def _master(weight: Tensor) -> Tensor:
 
 
 def _follow(master: Tensor, weight: Tensor) -> None:
-    """Set a copy to its weight wherever it does not round to it."""
+    """Set a copy to its weight wherever the copy does not round to the weight."""
     mine, theirs = _local(master), _local(weight)
+    # keep the copy where it still rounds to the weight: it has the bits that the weight lacks
     mine.copy_(torch.where(mine.to(theirs.dtype) == theirs, mine, theirs.to(mine.dtype)))
 
 

@@ -151,6 +151,7 @@ class Scorer(nn.Module):
             head = score_head(self.model, self.size)
             return head_outputs(self.model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
         columns = []
+        # one column of rewards per member
         for member in range(self.size):
             if self.kind == "lora":
                 self._use_adapter(member)
@@ -219,6 +220,7 @@ class Scorer(nn.Module):
                 self.model.save_pretrained(scratch, state_dict=weights)
                 if adapted is not None:
                     trunk = f"{self.model.base_model_prefix}."
+                    # peft names weights from the trunk, under its own prefix
                     own = state and {f"base_model.model.{k.removeprefix(trunk)}": v for k, v in state.items()}
                     adapted.save_pretrained(str(scratch / "adapter"), state_dict=own, save_embedding_layers=False)
             else:
@@ -312,6 +314,7 @@ class ClassifierScorer(nn.Module):
         device = next(self.model.parameters()).device
         found: dict[int, Tensor] = {}
         with evaluating(self.modules()):
+            # longest first: if memory does not suffice, the first batch shows it
             for length in sorted(set(map(len, texts)), reverse=True):
                 alike = [i for i, text in enumerate(texts) if len(text) == length]
                 # a decoder without a padding token takes one text at a time
@@ -405,6 +408,7 @@ def build_scorer(
     model = load_scorer(checkpoint, num_scores=size, new_head=saved is None, **options)
     if size > 1 and saved is None:
         _new_head(model)
+    # from here on the trunk is frozen under adapters
     if kind == "linear" and lora is None:
         return Scorer([model], kind).train()
     if kind == "lora" and saved is None:
@@ -486,6 +490,7 @@ def _open_parts(folder: Path, saved: Manifest, options: _OpenOptions) -> Scorer:
         paths = [str(folder / "members" / str(i)) for i in range(saved["size"])]
         return Scorer([load_scorer(path, new_head=False, **options) for path in paths], "independent")
     model = load_scorer(str(folder / "backbone"), num_scores=saved["size"], new_head=False, **options)
+    # only the weights of the backbone are checked then
     if options["meta"]:
         return Scorer([model], "lora")
     names = [adapter_name(member) for member in range(saved["size"])]

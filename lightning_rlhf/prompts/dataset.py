@@ -42,7 +42,7 @@ EMPTY = "empty completion"
 class DatasetPrompts(AbstractPromptSource):
     """Prompts, with recorded pairs where there are any, from a file, a folder or the Hugging Face Hub.
 
-    Rows whose completions are identical or empty say nothing about preferences: they are left out and counted. Any
+    Rows whose completions are identical or empty hold no preference: they are left out and counted. Any
     other row that cannot be used raises an error which names it. Columns that are not listed here are ignored.
 
     Args:
@@ -90,7 +90,10 @@ class DatasetPrompts(AbstractPromptSource):
         """
         self.report.clear()
         rows = read_rows(self.path, self.split, self.limit)
-        take_pairs = self._takes_pairs(list(dict.fromkeys(name for _, row in rows for name in row)))
+        columns: dict[str, None] = {}  # ordered
+        for _, row in rows:
+            columns |= dict.fromkeys(row)
+        take_pairs = self._takes_pairs(list(columns))
         kept = []
         for source, row in rows:
             parsed = self._parse(row, source, take_pairs)
@@ -104,7 +107,7 @@ class DatasetPrompts(AbstractPromptSource):
         return rows_of_part(kept, self.part, self.heldout_share)
 
     def _takes_pairs(self, columns: list[str]) -> bool:
-        """Decide from the columns of all rows whether to read pairs, and check that what is needed is there."""
+        """Decide from the columns of all rows whether to read pairs, and check that all needed columns exist."""
         pair_columns = [self.chosen_column, self.rejected_column]
         has_pairs = all(name in columns for name in pair_columns)
         take_pairs = self.kind == "preference" or (self.kind == "auto" and has_pairs)
@@ -182,7 +185,7 @@ class DatasetPrompts(AbstractPromptSource):
 
 
 def unusable_pair(pair: RecordedPair | None) -> str | None:
-    """Say why a recorded pair cannot teach anything; None if it can, or if there is none."""
+    """Reason why a recorded pair holds no preference; None if it does, or if there is no pair."""
     if pair is None:
         return None
     if not pair.chosen.strip() or not pair.rejected.strip():

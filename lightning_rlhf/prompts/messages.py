@@ -33,6 +33,7 @@ def parse_text(value: object, source: str, field: str) -> str:
     if not isinstance(value, str):
         raise field_error(source, field, f"must be text, got {describe(value)}", "write a string")
     try:
+        # JSON can hold half of a surrogate pair, which no tokenizer or ledger takes
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         problem = f"holds half of a surrogate pair at character {error.start}"
@@ -71,6 +72,7 @@ def _parse_message(message: object, number: int, source: str, field: str, ignore
         raise field_error(source, field, problem, f"use one of {', '.join(ROLES)}")
     named = {key: kept for key, kept in message.items() if key not in ("role", "content") and key not in ignored}
     others = {key: kept for key, kept in named.items() if kept is not None and kept not in ("", [], {})}
+    # an assistant's turn with tool calls may have no content
     content = message.get("content")
     if content is None and not others:
         problem = f"has no role and content in message {number + 1}, got {describe(message)}"
@@ -126,6 +128,7 @@ def parse_answer(
     if isinstance(value, str):
         return {"role": "assistant", "content": parse_text(value, source, field)}
     messages = parse_messages(value, source, field, ignored)
+    # TRL allows whole conversations as completions
     if messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if [message["role"] for message in messages] != ["assistant"]:
@@ -164,6 +167,7 @@ def parse_template_options(
         value = row.get(name)
         if name in ignored or value in (None, "", [], {}):
             continue
+        # Arrow has one type per column, so that data sets store objects as JSON
         if isinstance(value, str):
             try:
                 value = json.loads(value)

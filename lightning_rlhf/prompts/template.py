@@ -40,6 +40,7 @@ class TurnFormat:
 
 
 PROBE = "Elbe"
+"""Answer that is rendered to find its end; a word that no template contains."""
 
 
 def turn_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> TurnFormat:
@@ -65,6 +66,7 @@ def turn_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = 
         answered = written([*question, {"role": "assistant", "content": PROBE}])
     except Exception:  # a template is a program: one that expects other conversations may raise anything
         return TurnFormat()
+    # the generation prompt is the difference of the two
     bare_ids, asked_ids = _encode(tokenizer, bare), _encode(tokenizer, asked)
     bos = tokenizer.bos_token_id
     opening = asked_ids[shared_length(bare_ids, asked_ids) :]
