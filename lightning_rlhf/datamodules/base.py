@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import lightning as L
@@ -24,7 +24,7 @@ from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
 from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, plan
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, at_least_one
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.ledger.same_run import digest_of_rows, row_differences
+from lightning_rlhf.ledger.same_run import RowDigest, digest_of_rows, row_differences
 from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
 from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
@@ -98,7 +98,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         self._prompts: list[Prompt] = []
         self._heldout: list[Prompt] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._rows: dict[str, Any] = digest_of_rows([])
+        self._rows: RowDigest = digest_of_rows([])
         self._accumulate = 1
 
     @abstractmethod
@@ -147,7 +147,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         Raises:
             ValueError: if a run would go on with other rows.
         """
-        rows: Mapping[str, Any] | None = state_dict.get("rows")
+        rows: RowDigest | None = state_dict.get("rows")
         if rows is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         lines = row_differences(rows, self._rows, self._prompts, self._named_source(), "in the checkpoint")

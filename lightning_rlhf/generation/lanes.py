@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_rlhf.generation.base import Request
@@ -31,6 +31,7 @@ from lightning_rlhf.logprobs.compute import (
     masks_by_layer,
 )
 from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.logprobs.exactness import ProbeCache, largest_difference, nearly_equal, reason_against
 from lightning_rlhf.models.rotary import changes_while_decoding, rotary_window
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt
@@ -309,23 +310,27 @@ def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: i
                 stacklevel=2,
             )
         return RecomputedLanes
-    circumstances = (base.config._attn_implementation, embedding(base).dtype, embedding(base).device.type)
-    known = _KINDS.get(base)
-    if known is None or known[0] != circumstances:
-        obstacle = _obstacle(model)
-        if obstacle is not None:
-            warnings.warn(
-                f"{type(base).__name__} (model type {base.config.model_type!r}) decodes without a cache, so that "
-                f"every step recomputes the whole sequence, since {obstacle}",
-                stacklevel=2,
-            )
-        known = _KINDS[base] = (circumstances, SlotLanes if obstacle is None else RecomputedLanes)
-    return known[1]
+    return _KINDS(model, base)
 
 
 _WARNED: WeakSet[PreTrainedModel] = WeakSet()
 
-_KINDS: WeakKeyDictionary[PreTrainedModel, tuple[object, type[AbstractLanes]]] = WeakKeyDictionary()
+
+def _probe(model: nn.Module) -> type[AbstractLanes]:
+    """Type of lanes that a model computes exactly, with a warning if it is the slow one."""
+    obstacle = _obstacle(cast(PreTrainedModel, model))
+    if obstacle is None:
+        return SlotLanes
+    base = base_model(model)
+    warnings.warn(
+        f"{type(base).__name__} (model type {base.config.model_type!r}) decodes without a cache, so that "
+        f"every step recomputes the whole sequence, since {obstacle}",
+        stacklevel=4,
+    )
+    return RecomputedLanes
+
+
+_KINDS = ProbeCache(_probe)
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
@@ -354,31 +359,27 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         def __exit__(self, *_: object) -> None:
             return None
 
-    with evaluating(model.modules()), torch.autocast(weight.device.type, enabled=False):
-        try:
-            fast, slow = SlotLanes(Same), RecomputedLanes(Same)
+    def compare() -> str | None:
+        fast, slow = SlotLanes(Same), RecomputedLanes(Same)
+        for kind in (fast, slow):
+            kind.admit([Lane(row, "policy") for row in rows])
+        for step in range(3):
+            # slot lanes change their order when a row ends
+            slow_index = {id(lane.row): i for i, lane in enumerate(slow.lanes)}
+            order = [slow_index[id(lane.row)] for lane in fast.lanes]
+            expected = slow.logits[order]
+            if not nearly_equal(fast.logits, expected, weight.dtype):
+                return f"its logits with the slot cache are off by {largest_difference(fast.logits, expected):.2g}"
+            for row in rows:
+                row.ids.append((step + len(row.ids)) % vocabulary)
+            rows[0].done = step == 1
             for kind in (fast, slow):
-                kind.admit([Lane(row, "policy") for row in rows])
-            for step in range(3):
-                # slot lanes change their order when a row ends
-                slow_index = {id(lane.row): i for i, lane in enumerate(slow.lanes)}
-                order = [slow_index[id(lane.row)] for lane in fast.lanes]
-                difference = (fast.logits.double() - slow.logits[order].double()).abs().max().item()
-                scale = max(1.0, slow.logits.abs().max().item())
-                # sqrt(eps) is far above rounding and far below the effect of a wrong mask; `not <=` catches NaN
-                if not difference <= 3 * torch.finfo(weight.dtype).eps ** 0.5 * scale:
-                    return f"its logits with the slot cache are off by {difference:.2g}"
-                for row in rows:
-                    row.ids.append((step + len(row.ids)) % vocabulary)
-                rows[0].done = step == 1
-                for kind in (fast, slow):
-                    kind.release()
-                    kind.advance()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # third-party model code may raise anything: reported in the warning
-            return f"its forward pass raised {type(error).__name__}: {error}"
-    return None
+                kind.release()
+                kind.advance()
+        return None
+
+    with evaluating(model.modules()), torch.autocast(weight.device.type, enabled=False):
+        return reason_against(compare)
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor, last: Tensor, **options: object) -> Tensor:

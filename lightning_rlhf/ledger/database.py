@@ -1,6 +1,6 @@
-"""Opening the file of a ledger: who may write it, what it must be, and what to do when that fails.
+"""Opening the file of a ledger: locks, checks of the file, and errors with remedies; used by the store.
 
-Used by the store alone. A ledger is a SQLite file in WAL mode; the right to write it is a lock on an empty file beside
+A ledger is a SQLite file in WAL mode; the right to write it is a lock on an empty file beside
 it.
 """
 
@@ -39,16 +39,16 @@ REMEDIES = {
 
 
 def get_value(db: sqlite3.Connection, key: str) -> Any:
-    """Something the run remembers under ``key``; None if it remembers nothing."""
+    """The JSON value that is stored under ``key``; None if there is none."""
     row = db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
     try:
         return None if row is None else json.loads(row[0])
     except (ValueError, TypeError) as error:
-        raise sqlite3.DatabaseError(f"what it remembers under {key!r} is no JSON") from error
+        raise sqlite3.DatabaseError(f"the value of {key!r} is no JSON") from error
 
 
-def set_value(db: sqlite3.Connection, key: str, value: Any) -> None:
-    """Remember a JSON value under ``key``, instead of what was there."""
+def set_value(db: sqlite3.Connection, key: str, value: object) -> None:
+    """Store a JSON value under ``key``, in place of an earlier one."""
     db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, json.dumps(value)))
 
 
@@ -75,6 +75,7 @@ def check_is_ledger(db: sqlite3.Connection, path: Path) -> bool:
     """Say whether this is a ledger that we can read; False for an empty file, an error for anything else."""
     application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if application != APPLICATION_ID:
+        # 0 is also the id of an empty file, and of other programs' files
         if application or db.execute("SELECT 1 FROM sqlite_master").fetchone():
             raise ValueError(f"{path} is a SQLite file of another program, not a ledger; give the ledger another name")
         return False
@@ -97,6 +98,7 @@ def take_lease(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     The lock is SQLite's own, on an empty file. Unlike ``flock`` it is not inherited by forked data-loader workers,
     which may outlive a killed trainer, and it also excludes a second store in the same process.
     """
+    # timeout 0: another writer is an error, not a wait
     lease = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
     try:
         lease.execute("BEGIN EXCLUSIVE")
@@ -128,6 +130,7 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         set_value(db, "run_id", str(uuid.uuid4()))
         set_value(db, "created", time.time())
+    # one version after the other; each only adds tables
     for version in range(schema_version(db) + 1, SCHEMA_VERSION + 1):
         for statement in UPGRADES[version]:
             db.execute(statement)
@@ -145,13 +148,13 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def readable(path: Path, where: str) -> Iterator[None]:
-    """Turn what goes wrong with the cells of a row into an error that names the ledger and the place."""
+    """Turn errors in the cells of a row into an error that names the ledger and the place."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise ValueError(
-            f"ledger {path} is damaged: {where} holds what no run has written ({type(error).__name__}: {error}); "
-            f"restore a copy"
+            f"ledger {path} is damaged: {where} holds values that no run has written "
+            f"({type(error).__name__}: {error}); restore a copy"
         ) from error
 
 
@@ -160,7 +163,7 @@ def explained(path: Path) -> Iterator[None]:
     """Turn SQLite's short messages into errors that name the file and the remedy."""
     try:
         yield
-    except UnicodeDecodeError as error:  # of SQLite's message, which quotes the file
+    except UnicodeDecodeError as error:  # SQLite's message quotes the file
         raise ValueError(f"ledger {path} is damaged: its schema is no text; restore a copy") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is the primary one

@@ -1,4 +1,4 @@
-"""Rollouts in the ledger: what the policy drew, and what the reward function said of it.
+"""Rollouts in the ledger: responses of the policy and their rewards.
 
 A score may have cost a call of a judge, so it is on the disk when `add_scores` returns, and is never overwritten.
 """
@@ -36,15 +36,15 @@ class RolloutTable:
     def add(self, round: int, groups: Sequence[Sequence[Rollout]], positions: Sequence[int]) -> None:
         """Append the responses to some prompts in one transaction.
 
-        A place of a round is filled once; where it is filled already, as after a restart, the stored responses stay.
+        A place of a round is written once; after a restart the stored responses stay.
 
         Args:
-            round: round in which they were drawn, from 0.
+            round: round in which they were sampled, from 0.
             groups: responses to the prompt of each place, without scores.
             positions: place of each prompt in the round, from 0.
 
         Raises:
-            ValueError: if a place is filled with another prompt, the round is closed, or a rollout has a score already.
+            ValueError: if a place holds another prompt, the round is closed, or a rollout has a score already.
         """
         if len(groups) != len(positions) or len(set(positions)) != len(positions):
             raise ValueError(f"{len(groups)} groups need as many different positions; got {list(positions)}")
@@ -65,6 +65,7 @@ class RolloutTable:
                         f"{where} of {path} holds another prompt than prompt {rollouts[0].prompt.index}: the data, its "
                         f"order or the tokenizer changed since the run started; restore them or use another run folder"
                     )
+                # after a restart a place may have been written before
                 if stored is None:
                     db.executemany(
                         INSERT_ROLLOUT,
@@ -80,7 +81,7 @@ class RolloutTable:
         Args:
             ids: rollouts, as numbered by `rollouts`.
             rewards: reward of each, finite.
-            stds: how unsure each is, or None.
+            stds: standard deviation of each, or None.
 
         Raises:
             ValueError: if a rollout has a score already: it would have been bought twice.
@@ -88,6 +89,7 @@ class RolloutTable:
         now = time.time()
         rows = [score_row(*values, now) for values in zip(ids, rewards, stds, strict=True)]
         with self.store.writing() as db:
+            # inside the transaction, so that all scores are added or none
             for identity in ids:
                 if db.execute("SELECT 1 FROM scores WHERE rollout = ?", (identity,)).fetchone():
                     raise ValueError(
@@ -105,7 +107,7 @@ class RolloutTable:
             return [decode_rollout(row, prompts) for row in rows]
 
     def positions(self, round: int) -> list[int]:
-        """The places of a round that are filled, ascending."""
+        """The places of a round that hold rollouts, ascending."""
         with self.store.reading() as db:
             query = "SELECT DISTINCT position FROM rollouts WHERE round = ? ORDER BY position"
             return [position for (position,) in db.execute(query, (round,))]
@@ -113,12 +115,12 @@ class RolloutTable:
     def rounds(self) -> list[int]:
         """The rounds that hold rollouts, closed or not, ascending."""
         with self.store.reading() as db:
-            if schema_version(db) < 2:
+            if schema_version(db) < 2:  # a ledger without a table of rollouts
                 return []
             return [round for (round,) in db.execute("SELECT DISTINCT round FROM rollouts ORDER BY round")]
 
     def count_scores(self, before: int = sys.maxsize) -> int:
-        """Number of scores in rounds before round ``before``; in all when not given."""
+        """Number of scores in rounds before round ``before``. Default: in all rounds."""
         with self.store.reading() as db:
             if schema_version(db) < 2:
                 return 0

@@ -10,7 +10,7 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -19,6 +19,7 @@ from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.renamed import renamed_settings
 from lightning_rlhf.runtime.fingerprint import (
     FREE_OF_MODELS,
+    Settings,
     comparable,
     differences,
     with_contents,
@@ -29,15 +30,29 @@ from lightning_rlhf.types import Prompt, Response
 
 
 ROWS, HELDOUT_ROWS, CODE = "training_rows", "heldout_rows", "code"
-"""What a ledger remembers of the rows, and of a user's own classes."""
+"""Keys under which a ledger stores digests of the rows, and of the code of a user's own classes."""
 NAMED = 100_000
 """Rows up to which a digest of each is kept, so that a message can name the first that differs."""
 _SHORT = 4
 _OBJECTS = {"labeler", "reward"}
 
 
-def digest_of_rows(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What tells one list of rows from another: how many, a digest of all, and of each a short one; plain JSON.
+class RowDigest(TypedDict):
+    """Digest of a list of rows, as plain JSON.
+
+    Attributes:
+        count: number of rows.
+        digest: digest of all of them.
+        each: short digests of each, one after the other; for at most `NAMED` rows.
+    """
+
+    count: int
+    digest: str
+    each: NotRequired[str]
+
+
+def digest_of_rows(prompts: Sequence[Prompt]) -> RowDigest:
+    """Digest of a list of rows.
 
     Token ids count, so that another tokenizer, chat template or limit of length gives other rows.
     """
@@ -50,8 +65,10 @@ def digest_of_rows(prompts: Sequence[Prompt]) -> dict[str, Any]:
             digest.update(part)
         whole.update(digest.digest())
         each += digest.digest()[:_SHORT]
-    found: dict[str, Any] = {"count": len(prompts), "digest": whole.hexdigest()}
-    return {**found, "each": each.hex()} if len(prompts) <= NAMED else found
+    found: RowDigest = {"count": len(prompts), "digest": whole.hexdigest()}
+    if len(prompts) <= NAMED:
+        found["each"] = each.hex()
+    return found
 
 
 def _parts(prompt: Prompt) -> Iterator[bytes]:
@@ -74,24 +91,21 @@ def _content(ids: Sequence[int], text: str) -> Iterator[bytes]:
     yield text.encode("utf-8", "surrogatepass")
 
 
-def row_differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], prompts: Sequence[Prompt], source: str, where: str
-) -> list[str]:
+def row_differences(then: RowDigest, now: RowDigest, prompts: Sequence[Prompt], source: str, where: str) -> list[str]:
     """A line that says how the rows differ from earlier ones; none if they are the same.
 
     Args:
-        then: what `digest_of_rows` gave for the earlier rows.
-        now: what it gives for these.
-        prompts: the rows.
-        source: what they are and where they come from.
-        where: says where the earlier digest lies.
+        then: digest of the earlier rows.
+        now: digest of these rows.
+        prompts: these rows.
+        source: description of the rows and their origin.
+        where: location of the earlier digest, in words.
     """
     if (then["count"], then["digest"]) == (now["count"], now["digest"]):
         return []
     line = f"  {source}: other rows; {then['count']} {where}, {now['count']} now"
     if "each" in then and "each" in now:
-        size = 2 * _SHORT
-        old, new = ([each[i : i + size] for i in range(0, len(each), size)] for each in (then["each"], now["each"]))
+        old, new = _short_digests(then["each"]), _short_digests(now["each"])
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
         if changed:
             line += f", {len(changed)} changed in place, first {_named(prompts[changed[0]], changed[0])}"
@@ -100,44 +114,50 @@ def row_differences(
     return [line]
 
 
+def _short_digests(each: str) -> list[str]:
+    size = 2 * _SHORT  # hexadecimal digits
+    return [each[start : start + size] for start in range(0, len(each), size)]
+
+
 def _named(prompt: Prompt, place: int) -> str:
     return f"prompt {place + 1} ({prompt.text[-60:]!r})"
 
 
 def check_same_run(
     store: PreferenceStore,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     prompts: Sequence[Prompt],
     source: str,
     restores_weights: bool = False,
 ) -> None:
-    """Note in a ledger whose it is; before a run reads rounds from it, check that they are its own.
+    """Store the fingerprint of a run in its ledger, after a check that the rounds in the ledger are of the same run.
 
-    A ledger that holds nothing yet takes any run. One of a version that noted no rows is compared by the prompts that
-    its comparisons and rollouts hold.
+    An empty ledger takes any run. A ledger of a version that stored no digest of the rows is compared by the prompts of
+    its comparisons and rollouts.
 
     Args:
         store: the ledger, open for writing.
-        settings: what `lightning_rlhf.runtime.fingerprint.decisive` gives, and the seed.
+        settings: result of `lightning_rlhf.runtime.fingerprint.decisive`, and the seed.
         prompts: the training rows.
-        source: what the rows are and where they come from, for messages.
+        source: description of the rows and their origin, for messages.
         restores_weights: whether weights come from a checkpoint, so that those of models in memory do not matter.
 
     Raises:
         ValueError: naming every setting that differs, with both values, and the first row.
     """
-    now: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    now: Settings = json.loads(json.dumps(dict(settings)))
     rows = digest_of_rows(prompts)
-    stored, stored_rows = store.fingerprint(), store.value(ROWS)
+    stored = store.fingerprint()
+    stored_rows: RowDigest | None = store.value(ROWS)
     if store.is_drawn():
         old = comparable(stored or {})
-        # a run from Python knows no seed_everything; one of an earlier version noted the seed alone
+        # a run from Python has no seed_everything; one of an earlier version stored the seed alone
         known_to_both = old.keys() & now.keys()
         new = {name: value for name, value in now.items() if name in known_to_both}
         old = {name: value for name, value in old.items() if name in known_to_both}
         new, added = without_new_defaults(old, new)
         if store.num_labels == RolloutTable(store).count_scores() == 0:
-            # drawn, but judged by nobody: another judge may do it, as where the first one never answered
+            # no response has a label or score yet: another labeler may give them, e.g. if the first one never answered
             old, new = without_arguments(old, "labeler", "reward"), without_arguments(new, "labeler", "reward")
         if stored_rows is not None:
             lines = row_differences(stored_rows, rows, prompts, source, "in the ledger")
@@ -160,25 +180,27 @@ def check_same_run(
     store.set_values({"fingerprint": now, ROWS: rows})
 
 
-def check_same_settings(store: PreferenceStore, settings: Mapping[str, Any], free: set[str]) -> None:
-    """The same for commands that compare their rows themselves.
+def check_same_settings(store: PreferenceStore, settings: Mapping[str, object], free: set[str]) -> None:
+    """As `check_same_run`, for commands that compare their rows themselves.
 
     Args:
         store: the ledger, open for writing.
-        settings: what a continued run must share with it, plain JSON.
+        settings: settings that a continued run must share with it, plain JSON.
         free: settings that may change.
 
     Raises:
         ValueError: naming every setting that differs, with both values.
     """
-    now = json.loads(json.dumps(with_contents(dict(settings))))
+    now: Settings = json.loads(json.dumps(with_contents(dict(settings))))
     stored = store.fingerprint()
     if stored is not None:
         stored = renamed_settings(stored, str(now.get("command")))
         old, new = without(stored, free | FREE_OF_MODELS), without(now, free | FREE_OF_MODELS)
-        # what an earlier version did not note of a run from Python
-        missing = {name for name in _OBJECTS if (name in old) != (name in new)}
-        old, new = ({n: v for n, v in tree.items() if n not in missing} for tree in (old, new))
+        # an earlier version did not store these for a run from Python
+        for name in _OBJECTS:
+            if (name in old) != (name in new):
+                old.pop(name, None)
+                new.pop(name, None)
         new, _ = without_new_defaults(old, new)
         lines = differences(old, new, "in the ledger")
         if lines:
@@ -190,7 +212,7 @@ def check_same_settings(store: PreferenceStore, settings: Mapping[str, Any], fre
     store.set_fingerprint(now)
 
 
-def without_arguments(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def without_arguments(settings: Mapping[str, object], *names: str) -> Settings:
     """Settings without some arguments of the DataModule, such as the source of rows that count by their content."""
     data = settings.get("data")
     if not isinstance(data, dict):
@@ -214,30 +236,31 @@ def prompt_differences(store: PreferenceStore, prompts: Sequence[Prompt], source
 
 
 def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
-    """Warn if a user's own class has other code than when the rounds so far were drawn and labelled.
+    """Warn if the code of a user's own class has changed since the rounds in the ledger were sampled and labelled.
 
     Args:
         store: the ledger, open for writing.
-        code: what `lightning_rlhf.runtime.fingerprint.code_of_plugins` gives.
+        code: result of `lightning_rlhf.runtime.fingerprint.code_of_plugins`.
     """
     before: dict[str, str] = store.value(CODE) or {}
     changed = sorted(name for name in code if before.get(name, code[name]) != code[name])
     if changed and store.is_drawn():
         rank_zero_warn(
             f"the code of {', '.join(changed)} has changed since the run in {store.path} began; the rounds that it "
-            f"holds stay as they were drawn and labelled"
+            f"holds stay as they were sampled and labelled"
         )
     if {**before, **code} != before:
         store.set_values({CODE: {**before, **code}})
 
 
 def note_heldout(store: PreferenceStore, heldout: Sequence[Prompt], source: str) -> None:
-    """Warn if held-out rows are others than before: curves before and after do not compare."""
+    """Warn if the held-out rows have changed: curves before and after are not comparable."""
     if not heldout:
         return
-    rows, before = digest_of_rows(heldout), store.value(HELDOUT_ROWS)
+    rows = digest_of_rows(heldout)
+    before: RowDigest | None = store.value(HELDOUT_ROWS)
     if before is not None:
         for line in row_differences(before, rows, heldout, source, "before"):
-            rank_zero_warn(f"held-out figures of this run do not compare with earlier ones:\n{line}")
+            rank_zero_warn(f"held-out metrics of this run are not comparable with earlier ones:\n{line}")
     if before != rows:
         store.set_values({HELDOUT_ROWS: rows})

@@ -1,7 +1,7 @@
-"""How the nouns lie in the tables of a ledger; used by the store alone.
+"""The tables of a ledger, and the conversion of prompts, responses, labels and rollouts to rows; used by the store.
 
-What is read back equals what was written: token ids are int32 blobs and log-probabilities float64 blobs, little-endian.
-Texts are columns, so that ``sqlite3 ledger.sqlite "SELECT a_text, b_text FROM comparisons"`` shows them.
+Reading gives exactly the values that were written: token ids are int32 blobs and log-probabilities float64 blobs,
+little-endian. Texts are columns, so that ``sqlite3 ledger.sqlite "SELECT a_text, b_text FROM comparisons"`` shows them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import json
 import math
 import sqlite3
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TypeAlias, cast
 
 from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response, Rollout, free_tie
+
+
+Cell: TypeAlias = int | float | str | bytes | None
+"""A value in a table of SQLite."""
 
 
 def _response_columns(side: str) -> list[str]:
@@ -47,11 +51,11 @@ ROLLOUT_SCHEMA = [
     "CREATE TRIGGER scores_are_never_changed BEFORE UPDATE ON scores BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER scores_are_never_deleted BEFORE DELETE ON scores BEGIN SELECT RAISE(ABORT, 'append-only'); END",
 ]
-"""What version 2 of the schema added."""
+"""Tables that version 2 of the schema added."""
 TIE_SCHEMA = [
     "CREATE TABLE IF NOT EXISTS ties (comparison INTEGER PRIMARY KEY REFERENCES comparisons, time REAL NOT NULL)"
 ]
-"""What version 3 of the schema added: pairs of equal responses, which nobody was asked about."""
+"""Table that version 3 of the schema added: pairs of equal responses, which no labeler saw."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -66,7 +70,7 @@ SCHEMA = [
     "CREATE TRIGGER attempts_are_never_changed BEFORE UPDATE ON attempts BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER attempts_are_never_deleted BEFORE DELETE ON attempts BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TABLE rounds (round INTEGER PRIMARY KEY, info TEXT NOT NULL, time REAL NOT NULL)",
-    # Kept up to date by add_labels in the same transaction, so that counting a million labels costs nothing.
+    # updated by add_labels in the same transaction, so that counting a million labels costs nothing
     "CREATE TABLE totals (attempts INTEGER NOT NULL, labels INTEGER NOT NULL, cost REAL NOT NULL)",
     "INSERT INTO totals VALUES (0, 0, 0.0)",
     *ROLLOUT_SCHEMA,
@@ -95,14 +99,14 @@ IS_TIE = "EXISTS (SELECT 1 FROM ties WHERE ties.comparison = c.id)"
 """Whether a comparison is a free tie; put 0 in its place for a ledger of an older version, which has none."""
 
 
-def comparison_row(comparison: Comparison, where: str) -> tuple[Any, ...]:
+def comparison_row(comparison: Comparison, where: str) -> tuple[Cell, ...]:
     """The `COMPARISON_COLUMNS` of a comparison; ``where`` names it in errors."""
     weight, passes = _finite(comparison.weight, f"weight of {where}"), _finite(comparison.passes, f"passes of {where}")
     sides = (*_response_row(comparison.a, where), *_response_row(comparison.b, where))
     return comparison.branch, weight, passes, _meta(comparison.meta, where), *sides
 
 
-def attempt_row(comparison: int, label: Label, time: float) -> tuple[Any, ...]:
+def attempt_row(comparison: int, label: Label, time: float) -> tuple[Cell, ...]:
     """The columns of a label attempt; ``time`` in seconds since the epoch."""
     where = f"the label of comparison {comparison}"
     probability = None if label.probability is None else float(label.probability)
@@ -116,39 +120,40 @@ def attempt_row(comparison: int, label: Label, time: float) -> tuple[Any, ...]:
     )
 
 
-def rollout_row(rollout: Rollout, where: str) -> tuple[Any, ...]:
+def rollout_row(rollout: Rollout, where: str) -> tuple[Cell, ...]:
     """The `ROLLOUT_COLUMNS` of a rollout; ``where`` names it in errors."""
     temperature = _finite(rollout.temperature, f"temperature of {where}")
     return temperature, _pack(rollout.values, "d"), *_response_row(rollout.response, where)
 
 
-def score_row(rollout: int, reward: float, std: float | None, time: float) -> tuple[Any, ...]:
+def score_row(rollout: int, reward: float, std: float | None, time: float) -> tuple[Cell, ...]:
     """The columns of a score; ``time`` in seconds since the epoch."""
     where = f"rollout {rollout}"
-    spread = None if std is None else _finite(std, f"std of the reward of {where}")
-    return rollout, _finite(reward, f"reward of {where}"), spread, time
+    known_std = None if std is None else _finite(std, f"std of the reward of {where}")
+    return rollout, _finite(reward, f"reward of {where}"), known_std, time
 
 
-def decode_rollout(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Rollout]:
+def decode_rollout(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[int, int, Rollout]:
     """Read a row of `SELECT_ROLLOUTS`: id, position, rollout; ``prompts`` as in `decode`."""
-    identity, position, temperature, values = row[:4]
-    response, prompt, prompt_columns, (reward, std) = row[4:10], row[10], row[11:-2], row[-2:]
+    # in the order of SELECT_ROLLOUTS
+    identity, position, prompt = cast(tuple[int, int, int], (row[0], row[1], row[10]))
+    temperature, reward, std = cast(tuple[float, float | None, float | None], (row[2], row[-2], row[-1]))
     if prompt not in prompts:
-        prompts[prompt] = to_prompt(prompt_columns)
-    drawn = _to_response(response)
-    return identity, position, Rollout(prompts[prompt], drawn, temperature, _unpack(values, "d"), reward, std)
+        prompts[prompt] = to_prompt(row[11:-2])
+    response = _to_response(row[4:10])
+    return identity, position, Rollout(prompts[prompt], response, temperature, _floats(row[3]), reward, std)
 
 
 def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:
     """The row number of a prompt, which is stored once per index and content."""
     where = f"prompt {prompt.index}"
     chosen, rejected = prompt.pair or (None, None)
-    turns: Any = prompt.messages
+    turns: object = prompt.messages
     if prompt.template_options:
         turns = {"turns": prompt.messages, "template_options": prompt.template_options}
     messages = None if prompt.messages is None else json.dumps(turns)
     recorded = None if prompt.recorded is None else json.dumps(asdict(prompt.recorded))
-    row = (prompt.index, _pack(prompt.ids, "i"), _text(prompt.text, where), messages, recorded)
+    row: tuple[Cell, ...] = (prompt.index, _pack(prompt.ids, "i"), _text(prompt.text, where), messages, recorded)
     row += (*_response_row(chosen, where), *_response_row(rejected, where))
     digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
     found = db.execute("SELECT id FROM prompts WHERE prompt_index = ? AND hash = ?", (prompt.index, digest)).fetchone()
@@ -159,22 +164,25 @@ def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:
     return identity
 
 
-def decode(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Comparison, Label | None]:
+def decode(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[int, int, Comparison, Label | None]:
     """Read a row of `SELECT_COMPARISONS`: position, id, comparison, label.
 
     Args:
         row: the row.
         prompts: prompts decoded so far, by row number; extended, so that a prompt that occurs often is decoded once.
     """
-    position, identity, branch, weight, passes, meta = row[:6]
-    a, b, prompt, prompt_columns = row[6:12], row[12:18], row[18], row[19:-4]
-    probability, cost, label_meta, is_tie = row[-4:]
+    # in the order of SELECT_COMPARISONS
+    position, identity, prompt = cast(tuple[int, int, int], (row[0], row[1], row[18]))
+    branch, weight, passes, meta = row[2:6]
+    probability, cost, label_meta = cast(tuple[float | None, float, str], row[-4:-1])
+    is_tie = bool(row[-1])
     if prompt not in prompts:
-        prompts[prompt] = to_prompt(prompt_columns)
-    pair = (_to_response(a), _to_response(b))
+        prompts[prompt] = to_prompt(row[19:-4])
+    pair = (_to_response(row[6:12]), _to_response(row[12:18]))
+    # SQLite stores any type in any column: a damaged file is an error here, not later
     if not isinstance(weight, float) or not isinstance(passes, float) or not isinstance(branch, str):
         raise TypeError(f"a comparison has weight {weight!r}, passes {passes!r} and branch {branch!r}")
-    known = json.loads(meta)
+    known = json.loads(cast(str, meta))
     if not isinstance(known, dict):
         raise TypeError(f"a comparison has the meta {meta!r}")
     comparison = Comparison(prompts[prompt], *pair, branch, weight, passes, known)
@@ -184,29 +192,30 @@ def decode(row: Sequence[Any], prompts: dict[int, Prompt]) -> tuple[int, int, Co
     return position, identity, comparison, label
 
 
-def to_prompt(row: Sequence[Any]) -> Prompt:
+def to_prompt(row: Sequence[object]) -> Prompt:
     """Read the `PROMPT_COLUMNS` of a prompt."""
     index, ids, text, messages, recorded, *responses = row
     if not isinstance(index, int) or not isinstance(text, str):
         raise TypeError(f"a prompt has number {index!r} and text {text!r}")
-    turns: Any = None if messages is None else json.loads(messages)
-    options: dict[str, Any] = {}
+    turns: object = None if messages is None else json.loads(cast(str, messages))
+    options: dict[str, object] = {}
     if isinstance(turns, dict):
-        turns, options = turns.get("turns"), turns.get("template_options", {})
+        options = turns.get("template_options", {})
+        turns = turns.get("turns")
     if turns is not None and not (isinstance(turns, list) and all(map(_is_turn, turns))):
         raise TypeError(f"a prompt has the messages {messages!r}")
     return Prompt(
         index=index,
-        ids=_unpack(ids, "i") or (),
+        ids=_ids(ids),
         text=text,
         messages=None if turns is None else tuple(turns),
         pair=None if responses[0] is None else (_to_response(responses[:6]), _to_response(responses[6:])),
-        recorded=None if recorded is None else RecordedPair(**json.loads(recorded)),
+        recorded=None if recorded is None else RecordedPair(**json.loads(cast(str, recorded))),
         template_options=options,
     )
 
 
-def _response_row(response: Response | None, where: str) -> tuple[Any, ...]:
+def _response_row(response: Response | None, where: str) -> tuple[Cell, ...]:
     if response is None:
         return (None,) * 6
     policy, reference = _pack(response.policy_logps, "d"), _pack(response.reference_logps, "d")
@@ -214,34 +223,44 @@ def _response_row(response: Response | None, where: str) -> tuple[Any, ...]:
     return _pack(response.ids, "i"), text, response.finish_reason, policy, reference, response.source
 
 
-def _to_response(row: Sequence[Any]) -> Response:
+def _to_response(row: Sequence[object]) -> Response:
     ids, text, finish_reason, policy, reference, source = row
     if not isinstance(text, str) or finish_reason not in ("eos", "length"):
         raise TypeError(f"a response has text {text!r} and finish reason {finish_reason!r}")
-    return Response(_unpack(ids, "i") or (), text, finish_reason, _unpack(policy, "d"), _unpack(reference, "d"), source)
+    if not isinstance(source, str):
+        raise TypeError(f"a response has source {source!r}")
+    return Response(_ids(ids), text, finish_reason, _floats(policy), _floats(reference), source)
 
 
 def _pack(values: Sequence[float] | None, kind: str) -> bytes | None:
     return None if values is None else struct.pack(f"<{len(values)}{kind}", *values)
 
 
-def _is_turn(turn: Any) -> bool:
+def _is_turn(turn: object) -> bool:
     return (
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content", 0), str | None)
     )
 
 
-def _unpack(blob: bytes | None, kind: str) -> tuple[Any, ...] | None:
-    return None if blob is None else struct.unpack(f"<{len(blob) // struct.calcsize('<' + kind)}{kind}", blob)
+def _ids(blob: object) -> tuple[int, ...]:
+    return () if blob is None else _unpack(cast(bytes, blob), "i")
 
 
-def _finite(value: float, what: str) -> float:
+def _floats(blob: object) -> tuple[float, ...] | None:
+    return None if blob is None else _unpack(cast(bytes, blob), "d")
+
+
+def _unpack(blob: bytes, kind: str) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(blob) // struct.calcsize('<' + kind)}{kind}", blob)
+
+
+def _finite(value: float, name: str) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{what} is {value}; it must be a finite number")
+        raise ValueError(f"{name} is {value}; it must be a finite number")
     return float(value)
 
 
-def _meta(meta: dict[str, Any], where: str) -> str:
+def _meta(meta: Mapping[str, object], where: str) -> str:
     for key, value in meta.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float | bool | None):
             raise ValueError(

@@ -1,8 +1,8 @@
 """The ledger of a run: its prompts, comparisons, labels, rounds and costs, in one SQLite file.
 
 It stands between the labeler and the collator. Labels cost money, so a label is on the disk when `add_labels` returns,
-whatever happens next (``kill -9``, power loss), and none is bought twice. What is read back equals what was written,
-bit by bit. The store knows no Lightning and no model.
+whatever happens next (``kill -9``, power loss), and none is bought twice. Reading gives exactly the values that were
+written. The store depends neither on Lightning nor on a model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -37,13 +37,14 @@ from lightning_rlhf.ledger.schema import (
     IS_TIE,
     PROMPT_COLUMNS,
     SELECT_COMPARISONS,
+    Cell,
     attempt_row,
     comparison_row,
     decode,
     find_or_add_prompt,
     to_prompt,
 )
-from lightning_rlhf.runtime.fingerprint import differences
+from lightning_rlhf.runtime.fingerprint import Settings, differences
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt
 
 
@@ -137,28 +138,28 @@ class PreferenceStore:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def value(self, key: str) -> Any:
-        """What the run remembers under a key, plain JSON; None if nothing."""
+        """The JSON value that the run stored under a key; None if there is none."""
         with self.reading() as db:
             return get_value(db, key)
 
-    def set_values(self, values: dict[str, Any]) -> None:
-        """Remember plain JSON by key, in one transaction, in place of what was remembered."""
+    def set_values(self, values: Mapping[str, object]) -> None:
+        """Store JSON values by key, in one transaction, in place of earlier ones."""
         with self.writing() as db:
             for key, value in values.items():
                 set_value(db, key, value)
 
-    def fingerprint(self) -> dict[str, Any] | None:
-        """The settings that determine the draws, as stored; None if never set."""
+    def fingerprint(self) -> Settings | None:
+        """The stored settings that determine the samples; None if never set."""
         with self.reading() as db:
-            stored: dict[str, Any] | None = get_value(db, "fingerprint")
+            stored: Settings | None = get_value(db, "fingerprint")
         return stored
 
-    def set_fingerprint(self, d: dict[str, Any]) -> None:
-        """Store the settings that determine the draws, in place of what was stored; plain JSON."""
+    def set_fingerprint(self, d: Mapping[str, object]) -> None:
+        """Store the settings that determine the samples, plain JSON, in place of earlier ones."""
         with self.writing() as db:
-            set_value(db, "fingerprint", d)
+            set_value(db, "fingerprint", dict(d))
 
-    def check_fingerprint(self, d: dict[str, Any]) -> None:
+    def check_fingerprint(self, d: Mapping[str, object]) -> None:
         """Store the settings of a new run; in a continued run, check that they are still the same.
 
         Raises:
@@ -168,7 +169,7 @@ class PreferenceStore:
         if stored is None:
             self.set_fingerprint(d)
             return
-        lines = differences(stored, json.loads(json.dumps(d)), "in the ledger")
+        lines = differences(stored, json.loads(json.dumps(dict(d))), "in the ledger")
         if lines:
             raise ValueError(
                 f"the settings differ from those that the run in {self.path} was started with:\n"
@@ -181,16 +182,16 @@ class PreferenceStore:
     def add_comparisons(self, round: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> list[int]:
         """Append comparisons in one transaction and return their ids, in order.
 
-        A place of a round is filled once. Where it is filled already, as after a restart, the stored comparison
-        stays and its id is returned: label what `comparisons` returns, not what was drawn again.
+        A place of a round is written once. If it holds a comparison already, as after a restart, that comparison
+        stays and its id is returned: label the pairs that `comparisons` returns, not those that were sampled again.
 
         Args:
-            round: round in which they were drawn, from 0.
+            round: round in which they were sampled, from 0.
             comparisons: the pairs.
             positions: place of each pair in the round, from 0; a prompt may occur at several places.
 
         Raises:
-            ValueError: if a place is filled with another prompt, or the round is closed.
+            ValueError: if a place holds another prompt, or the round is closed.
         """
         if len(comparisons) != len(positions) or len(set(positions)) != len(positions):
             raise ValueError(
@@ -201,6 +202,7 @@ class PreferenceStore:
             return []
         if min(positions) < 0:
             raise ValueError(f"positions count from 0; got {min(positions)}")
+        # before the transaction: a malformed comparison leaves no trace
         rows = [comparison_row(c, f"round {round}, position {p}") for c, p in zip(comparisons, positions, strict=True)]
         with self.writing() as db:
             prompts = [find_or_add_prompt(db, c.prompt) for c in comparisons]
@@ -211,9 +213,10 @@ class PreferenceStore:
                     (round, min(positions), max(positions)),
                 )
             }
-            fresh = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM comparisons").fetchone()[0]  # we alone write
+            # no other process writes, so that ids can be counted on
+            fresh = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM comparisons").fetchone()[0]
             ids: list[int] = []
-            inserts: list[tuple[Any, ...]] = []
+            inserts: list[tuple[Cell, ...]] = []
             for comparison, position, prompt, row in zip(comparisons, positions, prompts, rows, strict=True):
                 identity, stored_prompt = stored.get(position, (fresh + len(inserts), prompt))
                 if stored_prompt != prompt:
@@ -261,15 +264,16 @@ class PreferenceStore:
                         f"ask only for comparisons whose label is None"
                     )
                 db.execute(INSERT_ATTEMPT, row)
+            # in the same transaction, so that totals and attempts always agree
             db.execute(
                 "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
                 (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
             )
 
     def add_ties(self, ids: Sequence[int]) -> None:
-        """Note that comparisons have equal responses: they read back as ties that cost nothing and were not bought.
+        """Record that comparisons have equal responses: they read back as ties that cost nothing and were not bought.
 
-        They count neither as labels nor as attempts; one that is noted already stays.
+        They count neither as labels nor as attempts; one that is recorded already stays.
 
         Args:
             ids: comparisons without a label, as numbered by `add_comparisons`.
@@ -286,8 +290,10 @@ class PreferenceStore:
                     (identity,),
                 ).fetchone()
                 if known is None or known[0]:
-                    what = "no comparison" if known is None else "a label for comparison"
-                    raise ValueError(f"{what} {identity} in {self.path}; pass ids of comparisons whose label is None")
+                    problem = "no comparison" if known is None else "a label for comparison"
+                    raise ValueError(
+                        f"{problem} {identity} in {self.path}; pass ids of comparisons whose label is None"
+                    )
             db.executemany("INSERT OR IGNORE INTO ties VALUES (?, ?)", [(identity, now) for identity in ids])
 
     def count_ties(self, before: int | None = None) -> int:
@@ -299,7 +305,7 @@ class PreferenceStore:
             return int(db.execute(query, (sys.maxsize if before is None else before,)).fetchone()[0])
 
     def prompts(self) -> Iterator[Prompt]:
-        """The prompts of all comparisons and rollouts, each once, in no order that means anything."""
+        """The prompts of all comparisons and rollouts, each once, in arbitrary order."""
         with self.reading() as db:
             rows = db.execute(f"SELECT {', '.join(PROMPT_COLUMNS)} FROM prompts").fetchall()
         with readable(self.path, "the table of prompts"):
@@ -316,7 +322,7 @@ class PreferenceStore:
         return [row[1:] for row in self._page(round, -1, -1)]
 
     def positions(self, round: int) -> list[int]:
-        """The places of a round that are filled, ascending."""
+        """The places of a round that hold a comparison, ascending."""
         with self.reading() as db:
             rows = db.execute("SELECT position FROM comparisons WHERE round = ? ORDER BY position", (round,)).fetchall()
         return [position for (position,) in rows]
@@ -355,7 +361,7 @@ class PreferenceStore:
         """Yield the labelled comparisons, round by round and in order of position; memory stays small.
 
         Args:
-            rounds: which rounds, in which order; None for all, closed or not.
+            rounds: the rounds, in this order. Default: all, closed or not.
         """
         for round, _, comparison, label in self.walk(rounds):
             if label is not None:
@@ -367,6 +373,7 @@ class PreferenceStore:
             with self.reading() as db:
                 rounds = [r for (r,) in db.execute("SELECT DISTINCT round FROM comparisons ORDER BY round").fetchall()]
         for round in rounds:
+            # pages of rows, so that a large ledger does not fill the memory
             position = -1
             while page := self._page(round, position, PAGE):
                 for position, _, comparison, label in page:
@@ -374,7 +381,7 @@ class PreferenceStore:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read one state of the ledger until the block ends, whatever its writer adds; for read-only stores."""
+        """Read one state of the ledger until the block ends, even if its writer adds rows; for read-only stores."""
         if not self.read_only:
             raise RuntimeError(f"ledger {self.path} is open for writing; take snapshots with read_only=True")
         with self.reading() as db:
@@ -397,17 +404,17 @@ class PreferenceStore:
 
     # -- rounds and totals --------------------------------------------------------------------------------------------
 
-    def close_round(self, round: int, info: dict[str, Any]) -> None:
+    def close_round(self, round: int, info: Mapping[str, object]) -> None:
         """Mark a round as finished; from then on it takes no new comparisons.
 
         Args:
             round: the round, from 0.
-            info: what to remember about it; plain JSON.
+            info: facts about the round to store; plain JSON.
 
         Raises:
             ValueError: if it was closed before with other ``info``.
         """
-        text = json.dumps(info)
+        text = json.dumps(dict(info))
         with self.writing() as db:
             stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
             if stored is None:
@@ -415,8 +422,8 @@ class PreferenceStore:
             elif json.loads(stored[0]) != json.loads(text):
                 raise ValueError(f"round {round} of {self.path} was closed before with {stored[0]}; got {text}")
 
-    def round_info(self, round: int) -> dict[str, Any] | None:
-        """What `close_round` was told about a round; None if it is not closed."""
+    def round_info(self, round: int) -> Settings | None:
+        """The ``info`` of `close_round`; None if the round is not closed."""
         with self.reading() as db:
             stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
         return None if stored is None else json.loads(stored[0])

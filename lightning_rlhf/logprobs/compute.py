@@ -9,29 +9,30 @@ switched off for that model.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any, Literal, cast
-from weakref import WeakKeyDictionary
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightning_rlhf.logprobs.attention import attending_in_segments, segments
 from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.logprobs.exactness import ProbeCache, largest_difference, reason_against, rounding_tolerance
 from lightning_rlhf.logprobs.head import LogitRule, TokenScores, score_tokens
 from lightning_rlhf.logprobs.packing import (
     Group,
     PackedResponses,
     RowLayout,
     attention_mask,
+    longest_text,
     pack,
     sharing_gain,
     split_by_tokens,
@@ -160,7 +161,8 @@ def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
         groups: prompts with their responses, as token ids.
     """
     base, support = base_model(model), _support(model)
-    if depends_on_length(base, max(len(prompt) + len(r) for prompt, responses in groups for r in responses)):
+    # beyond the window, each length has rotary frequencies of its own
+    if depends_on_length(base, longest_text(groups)):
         return "padded"
     if computes_packed_rows(model):
         return "packed"
@@ -392,53 +394,44 @@ class _Support:
             warnings.warn(message, stacklevel=3)
 
 
-_SUPPORT: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], _Support]] = WeakKeyDictionary()
-
-
 def _support(model: nn.Module) -> _Support:
-    """Probe a model on its first use, and again when its attention implementation, data type or device has changed."""
+    """Optimizations that a model supports; see `ProbeCache` for when it is probed."""
     base = base_model(model)
-    weight = embedding(base)
-    configuration = (base.config._attn_implementation, weight.dtype, weight.device.type)
-    known = _SUPPORT.get(base)
+    # on its first use this changes the rotary embeddings, so that each row depends on its own length alone
     rotary_window(base)
-    if known is None or known[0] != configuration:
-        known = _SUPPORT[base] = (configuration, _probe(model, weight.dtype, weight.device.type))
-    return known[1]
+    return _SUPPORT(model, base)
 
 
-def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
+def _probe(model: nn.Module) -> _Support:
     """Compare every optimization with the plain forward pass of the model on five random responses.
 
     All ranks run the same forward passes, independent of their data, so that sharded models do not hang.
     """
     base = base_model(model)
+    weight = embedding(base)
     groups = probe_groups(base.config.get_text_config().vocab_size)
     padded = pack(groups, "padded")
     tile = len(padded.targets) // 3
-    with evaluating(model.modules()), torch.autocast(device, enabled=False):
+    with evaluating(model.modules()), torch.autocast(weight.device.type, enabled=False):
         rows: list[PackedResponses] = []
         for prompt, responses in groups:
             rows.extend(pack([(prompt, [response])], "padded") for response in responses)
         # the ground truth: each response in a forward pass of its own
         alone = torch.cat([_forward(model, row, "full").logps for row in rows])
         full = _forward(model, padded, "full").logps
-        # sqrt(eps) is far above rounding and far below the effect of a wrong mask. TF32 and sharded mixed precision
-        # round more than the data type of the weights: the effect of padding alone shows how much
-        floor = 3 * math.sqrt(torch.finfo(dtype).eps)
-        tolerance = max(floor, min(4 * _distance(full, alone), 0.1))
+        # TF32 and sharded mixed precision round more than the data type of the weights: the effect of padding alone
+        # shows how much
+        tolerance = max(rounding_tolerance(weight.dtype), min(4 * largest_difference(full, alone), 0.1))
 
-        def obstacle(packed: PackedResponses, mode: HeadMode, expected: Tensor) -> str | None:
-            try:
-                found = _forward(model, packed, mode, tile).logps
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # third-party model code may raise anything: reported in the warning
-                return f"its forward pass raised {type(error).__name__}: {error}"
+        def compare(packed: PackedResponses, mode: HeadMode, expected: Tensor) -> str | None:
+            found = _forward(model, packed, mode, tile).logps
             if found.shape != expected.shape:
                 return f"its logits do not follow the positions given to the head ({tuple(found.shape)})"
-            difference = _distance(found, expected)
+            difference = largest_difference(found, expected)
             return None if difference <= tolerance else f"log-probabilities are off by {difference:.2g} nats"
+
+        def obstacle(packed: PackedResponses, mode: HeadMode, expected: Tensor) -> str | None:
+            return reason_against(lambda: compare(packed, mode, expected))
 
         gathered = obstacle(padded, "gathered", full) if _head(base) is not None else "it names no head"
         fused = gathered or obstacle(padded, "fused", full)
@@ -447,6 +440,9 @@ def _probe(model: nn.Module, dtype: torch.dtype, device: str) -> _Support:
         shared = reason or takes_no_mask(base) or obstacle(pack(groups, "shared"), mode, alone)
         one_row = reason or obstacle(pack(groups, "packed"), mode, alone)
     return _Support(gathered, fused, shared, one_row)
+
+
+_SUPPORT = ProbeCache(_probe)
 
 
 def cannot_share(base: PreTrainedModel) -> str | None:
@@ -483,12 +479,6 @@ def probe_groups(vocab_size: int) -> list[Group]:
     return [(ids(16), [ids(6), ids(8), ids(3)]), (ids(11), [ids(4), ids(9)])]
 
 
-def _distance(left: Tensor, right: Tensor) -> float:
-    """Largest absolute difference; infinity if one is not finite."""
-    difference = (left.double() - right.double()).abs().max().item()
-    return difference if math.isfinite(difference) else math.inf
-
-
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The model of transformers below a PEFT wrapper, or the model itself.
 
@@ -497,7 +487,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     """
     if isinstance(model, PreTrainedModel):
         return model
-    peft_model = cast(Any, model)
+    # or a trunk with adapters, which has the same two attributes
+    peft_model = cast(PeftModel, model)
     if peft_model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "prompt-learning adapters put virtual tokens before the prompt and are not supported; use LoRA or another "

@@ -7,9 +7,9 @@ tiles, one tile in memory at a time, and the backward pass overwrites a tile wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -98,8 +98,25 @@ def score_tokens(
     tile = tile or tile_size(weight.shape[0])
     # computed here, since autograd is always off in the forward of a Function
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    logps, entropy, greedy = cast(Any, _Scores).apply(hidden, weight, bias, targets, rule, tile, statistics, grad)
+    apply = cast(Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], _Scores.apply)
+    logps, entropy, greedy = apply(hidden, weight, bias, targets, rule, tile, statistics, grad)
     return TokenScores(logps, entropy, greedy)
+
+
+class _Context(Protocol):
+    """The context of autograd, with the attributes that `_Scores` keeps in it."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+    frozen: bool
+    tile: int
+    rule: LogitRule
+    compute_dtype: torch.dtype
+    kept: Tensor | None
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
 class _Scores(torch.autograd.Function):
@@ -117,7 +134,7 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -160,8 +177,8 @@ class _Scores(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        gradient: Tensor = gradients[0]
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
         rest = (None,) * 5
         if ctx.frozen:
             (directions,) = ctx.saved_tensors

@@ -243,6 +243,11 @@ def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowL
     return batches
 
 
+def longest_text(groups: Sequence[Group]) -> int:
+    """Tokens of the longest prompt with one response."""
+    return max(len(prompt) + max(map(len, responses), default=0) for prompt, responses in groups)
+
+
 def _row_length(group: Group) -> int:
     """Tokens of a row of the shared layout."""
     prompt, responses = group

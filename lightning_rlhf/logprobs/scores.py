@@ -1,14 +1,15 @@
-"""Scalar scores of responses, as reward and value models give them, with each prompt computed once for all responses.
+"""Scores of responses by reward and value models, with each prompt computed once for all responses.
 
-The score of a response is a linear function of the hidden state of its last token, so that the layouts of
-`lightning_rlhf.logprobs.compute` apply, and the only head is one product per response.
+A score is a linear function of the hidden state of one token: w^T h. The layouts of `lightning_rlhf.logprobs.compute`
+apply, and the head runs on the chosen tokens only.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from lightning_rlhf.logprobs.compute import (
     takes_no_mask,
 )
 from lightning_rlhf.logprobs.eval_mode import evaluating
-from lightning_rlhf.logprobs.packing import Group, PackedResponses, RowLayout, pack, split_by_tokens
+from lightning_rlhf.logprobs.exactness import ProbeCache, nearly_equal, reason_against
+from lightning_rlhf.logprobs.packing import Group, PackedResponses, RowLayout, longest_text, pack, split_by_tokens
 from lightning_rlhf.models.rotary import depends_on_length
 
 
@@ -56,23 +58,25 @@ def head_outputs(
         trunk: a decoder of transformers without its head (``AutoModel``, or ``base_model`` of a causal LM or a sequence
             classifier), or a PeftModel of one; carries gradient if enabled.
         head: maps [responses, width] to [responses, k].
-        groups: prompts with their responses, as token ids; neither may be empty. Responses end as they are: no EOS is
-            looked for.
+        groups: prompts with their responses, as token ids; neither may be empty. The last token of a response counts,
+            whether or not it is EOS.
         layout: as in `lightning_rlhf.logprobs.compute.response_logps`.
-        tokens_per_batch: positions per forward pass at most; None puts everything in one.
+        tokens_per_batch: maximum number of positions per forward pass. Default: one forward pass for all.
 
     Returns:
-        What the head says, group by group in the order given, [responses, k]; float32 at least. Without any groups
-        there is one column.
+        Outputs of the head, group by group in the given order, [responses, k]; float32, or float64 for float64 models.
+        Without groups there is one column.
 
     Raises:
-        ValueError: if a prompt or a response is empty, or a layout is asked of a model that cannot.
+        ValueError: if a prompt or a response is empty, or the model does not support the layout.
     """
-    found: dict[int, Tensor] = {}
+    by_group: dict[int, Tensor] = {}
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
-        scores = _single(head(_states(trunk, packed, packed.ends)))
-        found |= dict(zip(batch, torch.split(scores, [len(groups[i][1]) for i in batch]), strict=True))
-    return torch.cat([found[i] for i in range(len(groups))]) if groups else torch.zeros(0, 1)
+        scores = _at_least_float32(head(_states(trunk, packed, packed.ends)))
+        num_responses = [len(groups[index][1]) for index in batch]
+        by_group |= dict(zip(batch, torch.split(scores, num_responses), strict=True))
+    # batches are sorted by length: back to the order of the groups
+    return torch.cat([by_group[index] for index in range(len(groups))]) if groups else torch.zeros(0, 1)
 
 
 def response_values(
@@ -86,30 +90,34 @@ def response_values(
     """Value of the state before each response token: a head on the hidden states that predict the tokens.
 
     Args:
-        trunk: as in `head_outputs`, like the others.
+        trunk: see `head_outputs`.
         head: maps [tokens, width] to [tokens, 1].
-        groups: prompts with their responses.
-        layout: see there.
-        tokens_per_batch: see there.
+        groups: see `head_outputs`.
+        layout: see `head_outputs`.
+        tokens_per_batch: see `head_outputs`.
 
     Returns:
-        One tensor [length] per response, group by group, in the order given; float32 at least.
+        One tensor [length] per response, group by group, in the given order; float32, or float64 for float64 models.
     """
-    found: dict[int, list[Tensor]] = {}
+    by_group: dict[int, list[Tensor]] = {}
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
-        pieces = iter(packed.split(_single(head(_states(trunk, packed, packed.predictors))).view(-1)))
-        found |= {i: [next(pieces) for _ in groups[i][1]] for i in batch}
-    return [values for i in range(len(groups)) for values in found[i]]
+        # V(s_t) reads the hidden state at the token before t
+        values = _at_least_float32(head(_states(trunk, packed, packed.predictors)))
+        pieces = iter(packed.split(values.view(-1)))
+        for index in batch:
+            by_group[index] = list(islice(pieces, len(groups[index][1])))
+    return list(chain.from_iterable(by_group[index] for index in range(len(groups))))
 
 
 def _batches(
     trunk: nn.Module, groups: Sequence[Group], layout: Layout, tokens_per_batch: int | None
 ) -> Iterator[tuple[list[int], PackedResponses]]:
-    """Numbers of the groups of each forward pass, and the groups in the layout that fits the trunk."""
+    """Indices of the groups of each forward pass, and the groups in the fastest layout that the trunk supports."""
     if not groups:
         return
     layouts = _layouts(trunk)
-    if depends_on_length(base_model(trunk), max(len(p) + len(r) for p, responses in groups for r in responses)):
+    # beyond the window, each length has rotary frequencies of its own
+    if depends_on_length(base_model(trunk), longest_text(groups)):
         layouts = frozenset({"padded"})
     if layout == "auto":
         rows: RowLayout = "padded"
@@ -128,8 +136,7 @@ def _batches(
         yield batch, pack([groups[i] for i in batch], rows)
 
 
-def _single(outputs: Tensor) -> Tensor:
-    """In float32, unless it is float64."""
+def _at_least_float32(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
@@ -142,40 +149,38 @@ def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor) -> Tensor
     return cast(Tensor, hidden.flatten(0, 1).index_select(0, places.to(hidden.device)))
 
 
-_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[object, frozenset[RowLayout]]] = WeakKeyDictionary()
-
-
 def _layouts(trunk: nn.Module) -> frozenset[RowLayout]:
-    """Layouts that a trunk computes exactly, found out on its first use by comparison with single rows."""
+    """Layouts that a trunk computes exactly; see `ProbeCache` for when it is probed."""
+    base = base_model(trunk)
+    layouts = _LAYOUTS(trunk, base)
+    # the backward pass runs the layers again, when `attending` has already restored the attention function
+    return layouts - {"packed"} if checkpoints_layers(base) else layouts
+
+
+def _probe(trunk: nn.Module) -> frozenset[RowLayout]:
+    """Compare the layouts with rows of their own for each response."""
     base = base_model(trunk)
     weight = embedding(base)
-    circumstances = (base.config._attn_implementation, weight.dtype, weight.device.type)
-    known = _LAYOUTS.get(base)
-    if known is None or known[0] != circumstances:
-        known = _LAYOUTS[base] = (circumstances, _probe(trunk, weight))
-    return known[1] - {"packed"} if checkpoints_layers(base) else known[1]
-
-
-def _probe(trunk: nn.Module, weight: Tensor) -> frozenset[RowLayout]:
-    base = base_model(trunk)
     groups = probe_groups(base.config.get_text_config().vocab_size)
     found: set[RowLayout] = {"padded"}
     candidates: list[RowLayout] = []
     if cannot_share(base) is None:
         candidates = ["packed"] if takes_no_mask(base) else ["packed", "shared"]
     with evaluating(trunk.modules()), torch.autocast(weight.device.type, enabled=False):
-        rows = [pack([(p, [r])], "padded") for p, rs in groups for r in rs]
+        rows: list[PackedResponses] = []
+        for prompt, responses in groups:
+            rows.extend(pack([(prompt, [response])], "padded") for response in responses)
         alone = torch.cat([_states(trunk, row, row.ends) for row in rows])
-        size = alone.double().abs().max().item()
+
+        def compare(layout: RowLayout) -> str | None:
+            packed = pack(groups, layout)
+            states = _states(trunk, packed, packed.ends)
+            return None if nearly_equal(states, alone, weight.dtype) else "its hidden states differ"
+
         for layout in candidates:
-            try:
-                packed = pack(groups, layout)
-                states = _states(trunk, packed, packed.ends)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever third-party model code raises: this layout is not for it
-                continue
-            distance = (states.double() - alone.double()).abs().max().item()
-            if distance <= 3 * torch.finfo(weight.dtype).eps ** 0.5 * max(size, 1.0):
+            if reason_against(functools.partial(compare, layout)) is None:
                 found.add(layout)
     return frozenset(found)
+
+
+_LAYOUTS = ProbeCache(_probe)

@@ -1,4 +1,4 @@
-"""The policy and its frozen reference: loading, saving, and what a run asks of them."""
+"""The policy and its frozen reference: loading, saving, merging."""
 
 from lightning_rlhf.models.load import (
     LoRA,

@@ -2,68 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_rlhf.logprobs.eval_mode import evaluating
-from lightning_rlhf.models.cache import cached, file_digest
-from lightning_rlhf.models.checks import read_json
-from lightning_rlhf.models.load import (
-    EMBEDDINGS,
-    SCORE_HEADS,
-    base_name,
-    digest_of,
-    embedding_rows,
-    nearly_equal,
-    open_model,
-    open_tokenizer,
-    probe_rows,
-    resolve_checkpoint,
-)
+from lightning_rlhf.logprobs.exactness import nearly_equal
+from lightning_rlhf.models.cache import cached, digest_of, file_digest
+from lightning_rlhf.models.checks import PeftLoadResult, read_json
+from lightning_rlhf.models.heads import SCORE_HEADS, probe_rows
+from lightning_rlhf.models.pretrained import EMBEDDINGS, embedding_rows, open_pretrained, open_tokenizer
 
 
 ADAPTER_CONVERTER = 2
-"""Version of what `merged_adapter` writes to the cache; raise it when merging changes."""
+"""Version of the merging in `merged_adapter`; raise it when the merged weights change."""
 
 
-def merged_adapter(folder: Path, trust_remote_code: bool) -> Path:
-    """The safetensors folder made from a peft adapter and its base: a causal LM, or a reward model with its head."""
+class Resolve(Protocol):
+    """Finds the folder or Hub id of a model by its name; see `lightning_rlhf.models.resolve.resolve_checkpoint`."""
+
+    def __call__(self, policy: str, *, trust_remote_code: bool = False) -> Path | str: ...
+
+
+def base_name(adapter_config: Path) -> str:
+    """Name of the base model in an ``adapter_config.json``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    base = read_json(adapter_config).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter_config} names no base model; set its base_model_name_or_path")
+    return str(base)
+
+
+def merged_adapter(folder: Path, trust_remote_code: bool, resolve: Resolve) -> Path:
+    """The safetensors folder made from a peft adapter and its base: a causal LM, or a reward model with its head.
+
+    Args:
+        folder: the adapter.
+        trust_remote_code: run code that comes with the base.
+        resolve: finds the base, which may be an adapter as well.
+
+    Raises:
+        FileNotFoundError: if the base cannot be found.
+        ValueError: if the merged model computes something else.
+    """
     base = base_name(folder / "adapter_config.json")
     try:
-        source = resolve_checkpoint(base, trust_remote_code=trust_remote_code)
+        source = resolve(base, trust_remote_code=trust_remote_code)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the base model of the adapter in {str(folder)!r} cannot be found; "
             f"correct base_model_name_or_path in its adapter_config.json: {error}"
         ) from error
-    # the base counts as well: by content if it is a folder, by name if it is on the Hub
-    parts = [
-        *sorted(folder.glob("adapter_*")),
-        *(sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []),
-    ]
+    # the base is part of the key: by content if it is a folder, by name if it is on the Hub
+    parts = sorted(folder.glob("adapter_*"))
+    if isinstance(source, Path):
+        parts += sorted(source.glob("*.safetensors"))
     key = digest_of(f"adapter {ADAPTER_CONVERTER}", str(source), *map(file_digest, parts))
 
     def merge(target: Path) -> None:
-        # what peft draws before it loads must not change what a run draws later
+        # peft uses random numbers before it loads the weights; those of the run must not change
         with torch.random.fork_rng(devices=[]):
-            model = open_adapter(folder, trust_remote_code)
+            model = open_adapter(folder, source, trust_remote_code)
             rows = [torch.tensor([row]) for row in probe_rows(cast(PreTrainedConfig, model.config))]
             with evaluating(model.modules()):
                 expected = [model(input_ids=row).logits for row in rows]
             try:
-                merged = cast(Any, model).merge_and_unload(safe_merge=True)
+                # W + (alpha / r) B A
+                merged = cast(Callable[..., PreTrainedModel], model.merge_and_unload)(safe_merge=True)
             except (AttributeError, ValueError) as error:
                 raise ValueError(
                     f"the adapter in {str(folder)!r} cannot be merged into its base ({error}); merge it where it was "
                     f"trained, and name the folder of the whole model"
                 ) from error
             merged.save_pretrained(target)
+            # the folder is opened again: saving may tie weights that the adapter has changed on one side
             again = type(merged).from_pretrained(target)
             with evaluating(again.modules()):
                 same = all(
@@ -76,16 +96,18 @@ def merged_adapter(folder: Path, trust_remote_code: bool) -> Path:
                 f"changes an embedding that the base shares with its output head); merge it where it was trained, and "
                 f"name the folder of the whole model"
             )
-        open_tokenizer(str(folder), trust_remote_code).save_pretrained(target)
+        with_tokenizer = folder if (folder / "tokenizer_config.json").exists() else source
+        open_tokenizer(with_tokenizer, str(folder), trust_remote_code).save_pretrained(target)
 
     return cached(folder.resolve().name, key, merge)
 
 
-def open_adapter(folder: Path, trust_remote_code: bool = False) -> PeftModel:
-    """Open a peft adapter over its base as peft does, with its own head and embeddings, on the CPU in float32.
+def open_adapter(folder: Path, source: Path | str, trust_remote_code: bool = False) -> PeftModel:
+    """Open a peft adapter over its base, with its own head and embeddings, on the CPU in float32.
 
     Args:
-        folder: what ``PeftModel.save_pretrained`` wrote.
+        folder: written by ``PeftModel.save_pretrained``.
+        source: folder or Hub id of the base.
         trust_remote_code: run code that comes with the base.
 
     Raises:
@@ -95,13 +117,13 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> PeftModel:
     base = base_name(folder / "adapter_config.json")
     own = _adapter_weights(folder)
     heads = {key: tensor for key, tensor in own.items() if key.partition(".")[0] in SCORE_HEADS}
-    mapped = (settings.get("auto_mapping") or {}).get("base_model_class") or ""
+    mapping = settings.get("auto_mapping")
+    mapped = (mapping.get("base_model_class") if isinstance(mapping, dict) else None) or ""
+    num_scores: int | None = None
     if heads or settings.get("task_type") == "SEQ_CLS" or "SequenceClassification" in mapped:
         # of a head of several layers the last is the smallest
-        labels = min((len(tensor) for tensor in heads.values()), default=1)
-        model = open_model(base, "float32", None, trust_remote_code, num_scores=labels, replaced=own)
-    else:
-        model = open_model(base, "float32", None, trust_remote_code, replaced=own)
+        num_scores = min((len(tensor) for tensor in heads.values()), default=1)
+    model = open_pretrained(source, base, "float32", None, trust_remote_code, num_scores=num_scores, replaced=own)
     embedding = saved_embedding(own)
     if embedding is not None and len(embedding) != embedding_rows(model):
         # all rows are in the adapter
@@ -113,43 +135,47 @@ def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, tr
     """Put saved adapters on a model, all their weights.
 
     Args:
-        model: what they were trained on, or its trunk.
-        folders: where each adapter lies, by the name it gets.
-        base: what to call the model in errors.
+        model: the model that they were trained on, or its trunk.
+        folders: folders of the adapters, at least one, by the name that each gets.
+        base: name of the model in errors.
         trained: whether they are trained further.
 
     Raises:
         ValueError: if an adapter lacks weights, or has some that the model has no place for.
     """
-    adapted: Any = None
+    adapted: PeftModel | None = None
     for name, folder in folders.items():
         try:
             if adapted is None:
-                adapted = PeftModel.from_pretrained(
-                    cast(Any, model), str(folder), name, is_trainable=trained, torch_device="cpu"
-                )
+                # a trunk is no PreTrainedModel, but peft treats it as one
+                whole = cast(PreTrainedModel, model)
+                adapted = PeftModel.from_pretrained(whole, str(folder), name, is_trainable=trained, torch_device="cpu")
             else:
                 adapted.load_adapter(str(folder), name, is_trainable=trained, torch_device="cpu")
-            state = load_peft_weights(str(folder), device="cpu")
-            loaded: Any = set_peft_model_state_dict(adapted, state, adapter_name=name)
+            state: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+            # loaded a second time for its report, which from_pretrained keeps to itself
+            report = cast(PeftLoadResult, set_peft_model_state_dict(adapted, state, adapter_name=name))
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"peft cannot open the adapter in {str(folder)!r} over {base!r}: {error}; correct its "
                 f"adapter_config.json (base_model_name_or_path, modules_to_save), or save it again with save_pretrained"
             ) from error
-        missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
-        # peft writes trained embeddings a second time where the vocabulary has grown
-        copies = (".modules_to_save.", ".original_module.")
-        twice = {key for key in state for part in copies if part in key and key.replace(part, ".") in state}
-        unexpected = [key for key in loaded.unexpected_keys if key not in twice]
+        missing = [key for key in report.missing_keys if f".{name}." in f"{key}."]
+        unexpected = [key for key in report.unexpected_keys if not _is_second_copy(key, state)]
         if missing or unexpected:
-            wrong, what = (missing, "lacks") if missing else (unexpected, "has no place in the base for")
+            wrong, relation = (missing, "lacks") if missing else (unexpected, "has no place in the base for")
             raise ValueError(
-                f"the adapter in {str(folder)!r} {what} {len(wrong)} weights, e.g. {wrong[0]!r}, with the base "
+                f"the adapter in {str(folder)!r} {relation} {len(wrong)} weights, e.g. {wrong[0]!r}, with the base "
                 f"{base!r}; correct base_model_name_or_path in its adapter_config.json, or save it again with "
                 f"save_pretrained"
             )
     return cast(PeftModel, adapted)
+
+
+def _is_second_copy(key: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a weight is in the file a second time: peft does so with trained embeddings after the vocabulary grew."""
+    copies = (".modules_to_save.", ".original_module.")
+    return key in state and any(part in key and key.replace(part, ".") in state for part in copies)
 
 
 def saved_embedding(own: dict[str, Tensor]) -> Tensor | None:
@@ -166,5 +192,6 @@ def _adapter_weights(folder: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"the adapter folder {str(folder)!r} is incomplete: {error}; it needs adapter_model.safetensors"
         ) from error
+    # peft writes "base_model.model.lm_head.base_layer.weight" for "lm_head.weight"
     names = {key.removeprefix("base_model.model.").replace(".base_layer.", "."): t for key, t in state.items()}
     return {key: tensor for key, tensor in names.items() if ".lora_" not in key}

@@ -1,4 +1,4 @@
-"""A folder of converted checkpoints: each is built once, by one process, and is there in full or not at all."""
+"""A cache of converted checkpoints: each is built once, by one process, and is there in full or not at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+
+CONVERTER = 1
+"""Version of the conversion to cached folders; raise it when the conversion changes."""
 
 _MANIFEST = "lightning_rlhf_cache.json"
 
@@ -39,12 +42,13 @@ def cached(name: str, digest: str, build: Callable[[Path], None]) -> Path:
         if _complete(folder):
             return folder
         for abandoned in (folder, *folder.parent.glob(f".{folder.name}.*.tmp")):
-            # we hold the lock: whoever was writing there is dead
+            # we hold the lock, so that the process that wrote there has died
             shutil.rmtree(abandoned, ignore_errors=True)
         scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
         scratch.mkdir()
         try:
             build(scratch)
+            # the manifest comes last: a folder without one is incomplete
             sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
             (scratch / _MANIFEST).write_text(json.dumps(sizes, indent=1))
             scratch.rename(folder)
@@ -54,7 +58,7 @@ def cached(name: str, digest: str, build: Callable[[Path], None]) -> Path:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether every file is there in full; a rename can survive a power cut that the data did not."""
+    """Whether every file is there in full; after a power cut a folder can have its name without its data."""
     try:
         sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -62,8 +66,13 @@ def _complete(folder: Path) -> bool:
     return all((folder / name).exists() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
+def digest_of(*parts: str) -> str:
+    """Digest of everything that a converted folder depends on: its sources and the converter."""
+    return hashlib.sha256("|".join((f"converter {CONVERTER}", *parts)).encode()).hexdigest()
+
+
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered in the cache for as long as path, size and time of change stay the same."""
+    """SHA-256 of a file, remembered in the cache as long as path, size and modification time stay the same."""
     status = file.stat()
     name = hashlib.sha256(f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
     memo = cache_folder() / "digests" / name
@@ -73,6 +82,7 @@ def file_digest(file: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     memo.parent.mkdir(parents=True, exist_ok=True)
     scratch = memo.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    # atomic, since several processes may write it
     scratch.write_text(digest)
     scratch.replace(memo)
     return digest

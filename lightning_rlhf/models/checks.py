@@ -1,7 +1,7 @@
 """Checks of a checkpoint: its files before it is opened, its weights against the model's, its tokenizer against both.
 
-transformers and peft draw at random what a checkpoint lacks, leave out what the model has no place for, and only warn.
-Here both are errors that name the folder, the weight and the remedy.
+transformers and peft initialize missing weights at random, drop weights without a place, and only warn. Here both are
+errors that name the folder, the weight and the remedy.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol, TypedDict, cast
 
+import torch
 import transformers
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 HEADS = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary", "summary", "v_head")
-"""Modules that make numbers of hidden states, in sequence classifiers of transformers and in other reward models."""
+"""Names of heads that map hidden states to scores, in transformers and in other reward models."""
 
 _LFS = b"version https://git-lfs.github.com/spec"
 
@@ -27,8 +27,23 @@ _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.b
 """Causal masks and frequencies that earlier versions of transformers wrote beside the weights."""
 
 
+class PeftLoadResult(Protocol):
+    """Result of ``set_peft_model_state_dict``."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class LoadingReport(TypedDict):
+    """Loading info of ``from_pretrained``: weights that the checkpoint lacks, has too many, or has in another shape."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, torch.Size, torch.Size]]
+
+
 def check_files(folder: Path) -> None:
-    """Check that the files of a model or adapter folder are what their names say, and complete.
+    """Check that the files of a model or adapter folder are complete, and of the format that their names say.
 
     Raises:
         ValueError: if a file is a git-lfs pointer, no JSON object, or cut off.
@@ -44,7 +59,7 @@ def check_files(folder: Path) -> None:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if index.name.removesuffix(".index.json") in headers:
             continue  # transformers takes the one file in place of the shards
-        for key, name in read_json(index).get("weight_map", {}).items():
+        for key, name in cast(dict[str, str], read_json(index).get("weight_map", {})).items():
             if name not in headers:
                 raise FileNotFoundError(
                     f"{folder / name} is missing, and {index.name} says that it holds {key!r}; download the file, or "
@@ -58,7 +73,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_no_pointer(file: Path) -> None:
-    """Raise if a file is what git leaves in the place of a large file that it has not fetched."""
+    """Raise if a file is a pointer of git-lfs to a large file that was not fetched."""
     if not file.is_file():
         return
     with file.open("rb") as stream:
@@ -69,7 +84,7 @@ def check_no_pointer(file: Path) -> None:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, object]:
     """Read a JSON object.
 
     Raises:
@@ -84,6 +99,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+class _TensorHeader(TypedDict):
+    """Entry of a tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 def tensors_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of the tensors in a safetensors file, by name, from its header.
 
@@ -92,12 +115,13 @@ def tensors_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     size = file.stat().st_size
     remedy = "download it again, or save the model again with save_pretrained"
+    # layout: 8 bytes with the length of the header, the header (JSON), the tensors
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{file} has {size} bytes and is cut off, or is no safetensors file; {remedy}")
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: dict[str, _TensorHeader] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             tensors = {name: (str(t["dtype"]), tuple(t["shape"])) for name, t in header.items()}
             end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
@@ -111,18 +135,19 @@ def tensors_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_not_quantised(config: PreTrainedConfig, source: Path | str, name: str) -> None:
-    """Raise if weights are stored as integers or in 8 bits: they are no numbers that can be trained or merged.
+    """Raise if weights are stored as integers or in 8 bits, which can be neither trained nor merged.
 
     Args:
-        config: the checkpoint's.
+        config: config of the checkpoint.
         source: its folder, or Hub id.
-        name: what to call it in errors.
+        name: name of the checkpoint in errors.
     """
     settings = getattr(config, "quantization_config", None)
     remedy = "open it with transformers, call model.dequantize(), and name the folder that save_pretrained then writes"
     if settings:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else type(settings).__name__
         raise ValueError(f"{name!r} is quantised (quantization_config in its config.json: {method}); {remedy}")
+    # some tools write integers without saying so in the config
     for file in sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []:
         for key, (dtype, _) in tensors_of(file).items():
             if key.endswith((".weight", "qweight")) and dtype.startswith(_INTEGERS):
@@ -133,11 +158,11 @@ def check_not_quantised(config: PreTrainedConfig, source: Path | str, name: str)
 
 
 def check_class(config: PreTrainedConfig, name: str, trust_remote_code: bool) -> None:
-    """Raise if the checkpoint is of a class that is not known, whose computation could be any.
+    """Raise if the checkpoint is of an unknown class, since nobody knows how that computes.
 
     Args:
-        config: the checkpoint's, as it was read.
-        name: what to call it in errors.
+        config: config of the checkpoint, as it was read.
+        name: name of the checkpoint in errors.
         trust_remote_code: whether its own code is run.
 
     Raises:
@@ -161,8 +186,8 @@ def check_class(config: PreTrainedConfig, name: str, trust_remote_code: bool) ->
 
 
 def check_keys(
-    report: Mapping[str, Any],
-    model: nn.Module,
+    report: LoadingReport,
+    model: PreTrainedModel,
     name: str,
     *,
     kind: str,
@@ -174,16 +199,15 @@ def check_keys(
     Args:
         report: loading info of ``from_pretrained``.
         model: the model.
-        name: what to call the checkpoint in errors.
-        kind: what it should be: ``a causal LM``, ``a reward model``.
+        name: name of the checkpoint in errors.
+        kind: the kind of model that it should be: ``a causal LM``, ``a reward model``.
         may_lack: whether a weight may be missing, or have another shape, since something else gives it a value.
-        may_hold: which of the weights without a place in the model may be left out.
+        may_hold: selects the weights without a place in the model that may be left out.
 
     Raises:
         ValueError: if weights are missing, have another shape, or have no place.
     """
-    config: Any = model.config
-    named = f"its architectures are {config.architectures}"
+    named = f"its architectures are {model.config.architectures}"
     unexpected = {key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)}
     unexpected -= may_hold(unexpected)
     also = f"; it holds {sorted(unexpected)[0]!r} instead" if unexpected else ""
@@ -209,7 +233,7 @@ def check_keys(
     if unexpected:
         raise ValueError(
             f"{name!r} holds {len(unexpected)} weights that {type(model).__name__} has no place for, e.g. "
-            f"{sorted(unexpected)[0]!r}, and would not be what was trained without them; {named}: name {kind} that "
+            f"{sorted(unexpected)[0]!r}, and would compute something else without them; {named}: name {kind} that "
             f"{type(model).__name__}.from_pretrained opens without a warning, or remove the weights from the files"
         )
 
@@ -219,9 +243,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
 
     Args:
         tokenizer: the tokenizer, as it was opened.
-        config: the model's.
+        config: config of the model.
         rows: rows of the embedding; None where they are not known.
-        name: what to call the checkpoint in errors.
+        name: name of the checkpoint in errors.
 
     Raises:
         ValueError: if a token lies beyond the embedding, EOS is not in the vocabulary, or the model ends its texts with
@@ -236,9 +260,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         )
     if rows is None:
         return
-    # text models of families that also read images have such tokens, which no text makes
+    # text models of families that also read images have tokens for them, which occur in no text
     images = {_id(tokenizer, token) for key, token in tokenizer.special_tokens_map.items() if key.startswith(_NO_TEXT)}
-    # transformers makes up an unknown token for byte-level tokenizers, which have no use for it
+    # transformers adds an unknown token to byte-level tokenizers, which do not use it
     unseen = {*images, None if unknown is None else _id(tokenizer, unknown)}
     beyond = sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows and id_ not in unseen)
     if beyond:
@@ -261,27 +285,51 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
 
 
 def default_of(config: PreTrainedConfig, field: str) -> object:
-    """What a field of a config is when nobody sets it; small models often keep the token ids of the large ones."""
+    """Default value of a field of a config; small models often keep the token ids of the large ones."""
     try:
         return getattr(type(config.get_text_config())(), field, None)
-    except Exception:  # configs that cannot be made without arguments, by whatever their own code raises
+    except Exception:  # the config needs arguments; third-party code may raise anything
         return None
 
 
 _NO_TEXT = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
 
 
+class _AddedToken(TypedDict):
+    content: str
+
+
+class _WordModel(TypedDict, total=False):
+    vocab: dict[str, int] | list[object]
+
+
+class _TokenizerFile(TypedDict, total=False):
+    """The parts of ``tokenizer.json`` that are read here."""
+
+    added_tokens: list[_AddedToken]
+    model: _WordModel
+
+
+class _TokenizerSettings(TypedDict, total=False):
+    """The part of ``tokenizer_config.json`` that is read here."""
+
+    added_tokens_decoder: dict[str, _AddedToken]
+
+
 def added_on_opening(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Tokens that transformers made up because a special token was not in the vocabulary of the files."""
+    """Tokens that transformers added because a special token was not in the vocabulary of the files."""
     folder = Path(str(tokenizer.name_or_path))
     if not (folder / "tokenizer.json").is_file():
         return set()
-    content = read_json(folder / "tokenizer.json")
-    known = {str(token["content"]) for token in content.get("added_tokens", [])}
-    words = cast(dict[str, Any], content.get("model", {})).get("vocab", {})
+    content = cast(_TokenizerFile, read_json(folder / "tokenizer.json"))
+    known = {token["content"] for token in content.get("added_tokens", [])}
+    # a mapping to ids, or for unigram models a list of [token, score]
+    words = content.get("model", {}).get("vocab", {})
     known |= set(words) if isinstance(words, dict) else {str(word[0]) for word in words if isinstance(word, list)}
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    known |= {str(token["content"]) for token in settings.get("added_tokens_decoder", {}).values()}
+    # older tokenizers keep added tokens in these two files
+    if (folder / "tokenizer_config.json").is_file():
+        settings = cast(_TokenizerSettings, read_json(folder / "tokenizer_config.json"))
+        known |= {str(token["content"]) for token in settings.get("added_tokens_decoder", {}).values()}
     if (folder / "added_tokens.json").is_file():
         known |= set(read_json(folder / "added_tokens.json"))
     return {token for token in tokenizer.get_vocab() if token not in known}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lightning_rlhf.logprobs.eval_mode import evaluating
 Model = TypeVar("Model", bound=nn.Module)
 
 KEPT = "dropout_of_checkpoint"
-"""Attribute of a model whose dropout is off: what its configs said."""
+"""Attribute of a model whose dropout is off: the original values of its configs."""
 
 
 def without_dropout(model: Model) -> Model:
@@ -31,13 +31,16 @@ def without_dropout(model: Model) -> Model:
         model: a model of transformers, or one with such models inside.
     """
     for name, module in model.named_modules():
+        # set by the user, unlike that of the checkpoint
         if "lora_dropout" in name.split("."):
             continue
         if isinstance(module, _DropoutNd):
             module.p = 0.0
+        # attention modules keep a probability as an attribute
         for attribute, value in vars(module).items():
             if _drops(attribute, value):
                 setattr(module, attribute, 0.0)
+        # and some models read the config at every forward pass
         if isinstance(module, PreTrainedModel) and (kept := config_dropout(module.config)):
             for part, attribute, _ in kept:
                 setattr(part, attribute, 0.0)
@@ -47,8 +50,10 @@ def without_dropout(model: Model) -> Model:
 
 @contextmanager
 def saved_dropout(model: nn.Module) -> Iterator[None]:
-    """Let the configs of a model say for a while what those of its checkpoint said; while it is saved."""
-    entries = [entry for module in model.modules() for entry in vars(module).get(KEPT, ())]
+    """Restore the dropout of the checkpoint in the configs of a model, while it is saved."""
+    entries: list[tuple[PreTrainedConfig, str, float]] = []
+    for module in model.modules():
+        entries.extend(vars(module).get(KEPT, ()))
     try:
         for config, attribute, value in entries:
             setattr(config, attribute, value)
@@ -70,9 +75,9 @@ def config_dropout(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str
 
 
 def train_mode_difference(model: nn.Module, ids: Tensor) -> float:
-    """How far the log-probabilities of a model in train mode are from those in eval mode, at most, in nats.
+    """Largest difference between the log-probabilities of a model in train mode and in eval mode, nats.
 
-    Dropout of LoRA adapters is left out. Draws nothing from the random streams of the run.
+    Dropout of LoRA adapters is left out. The random streams of the run do not change.
 
     Args:
         model: a causal LM in train mode; not sharded, or gathered.
@@ -82,9 +87,10 @@ def train_mode_difference(model: nn.Module, ids: Tensor) -> float:
     devices = [ids.device] if ids.device.type == "cuda" else []
 
     def logps() -> Tensor:
-        logits: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        return torch.as_tensor(logits).float().log_softmax(-1)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return cast(Tensor, logits).float().log_softmax(-1)
 
+    # dropout masks must not change the random numbers of the run
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         with evaluating(adapters):
             train = logps()
@@ -92,6 +98,6 @@ def train_mode_difference(model: nn.Module, ids: Tensor) -> float:
             return float((train - logps()).abs().max())
 
 
-def _drops(name: str, value: Any) -> bool:
+def _drops(name: str, value: object) -> bool:
     """Whether an attribute is a probability of dropping something."""
     return "drop" in name.lower() and isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1

@@ -1,14 +1,15 @@
 """Float32 master weights for weights in bfloat16.
 
-bfloat16 keeps eight bits of a weight: a step of 5e-7 on a weight of 0.02 rounds to no step at all, and AdamW's average
-of squared gradients, which changes by 0.1 % per step, stands still. So the optimizer works on float32 copies, and the
+bfloat16 has eight significant bits: a step of 5e-7 on a weight of 0.02 rounds to no step at all, and AdamW's average
+of squared gradients, which changes by 0.1 % per step, stays constant. So the optimizer works on float32 copies, and the
 model computes with their rounded values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +41,24 @@ class MasterWeights(Optimizer):
         super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
         self.defaults = optimizer.defaults
         self.optimizer = optimizer
+        # the wrapped optimizer works on the copies from now on
         for group in optimizer.param_groups:
             group["params"] = [_master(parameter) for parameter in group["params"]]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does."""
         super().add_param_group(param_group)
+        # the constructor of Optimizer calls this before `optimizer` exists
         if hasattr(self, "optimizer"):
             masters = [_master(parameter) for parameter in self.param_groups[-1]["params"]]
             self.optimizer.add_param_group({**self.param_groups[-1], "params": masters})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a step on the copies and round them into the weights; weights without a gradient stay as they are.
 
         A weight that was changed from outside since the last step, by loading another model say, becomes the copy.
@@ -71,9 +78,11 @@ class MasterWeights(Optimizer):
             master.grad = None
             if weight.grad is not None:
                 _follow(master, weight)
+                # the model has no gradient of its own afterwards, which saves its memory
                 master.grad, weight.grad = weight.grad.float(), None
                 stepped.append((weight, master))
         self.optimizer.step()
+        # round the copies into the weights
         for weight, master in stepped:
             _local(weight).copy_(_local(master))
             master.grad = None
@@ -87,12 +96,13 @@ class MasterWeights(Optimizer):
         A state without copies, of a run before there were any, begins with copies of the weights as they are.
         """
         states = state_dict["state"]
-        own = {key: {name: v for name, v in state.items() if name != MASTER} for key, state in states.items()}
+        own = {key: _without_master(state) for key, state in states.items()}
         self.optimizer.load_state_dict({**state_dict, "state": own})
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
             outer.update({name: value for name, value in inner.items() if name != "params"})
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         for key, (weight, master) in zip(keys, self._pairs(), strict=True):
+            # a checkpoint of a version without copies holds none
             if master is not weight:
                 held = states.get(key, {}).get(MASTER)
                 _local(master).copy_(_local(weight if held is None else held))
@@ -118,6 +128,10 @@ class MasterWeights(Optimizer):
                 self.state[weight] = state
 
 
+def _without_master(state: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in state.items() if name != MASTER}
+
+
 def is_half(tensor: Tensor) -> bool:
     """Whether a tensor has fewer bits than float32."""
     return tensor.is_floating_point() and tensor.itemsize < 4
@@ -128,13 +142,15 @@ def refuse_half_weights(optimizers: Iterable[Optimizer], owner: str) -> None:
 
     Args:
         optimizers: those of a run.
-        owner: who made them, for the message.
+        owner: class that made them, for the message.
 
     Raises:
         ValueError: naming the remedy.
     """
     for optimizer in optimizers:
-        kinds = {p.dtype for group in optimizer.param_groups for p in group["params"] if is_half(p)}
+        kinds: set[torch.dtype] = set()
+        for group in optimizer.param_groups:
+            kinds.update(parameter.dtype for parameter in group["params"] if is_half(parameter))
         if torch.float16 in kinds:
             raise ValueError(
                 f"{owner} trains weights in float16, whose small gradients are 0; set model.options.dtype=bfloat16, or "
@@ -157,11 +173,12 @@ def _master(weight: Tensor) -> Tensor:
 
 
 def _follow(master: Tensor, weight: Tensor) -> None:
-    """Set a copy to its weight wherever it does not round to it."""
+    """Set a copy to its weight wherever the copy does not round to the weight."""
     mine, theirs = _local(master), _local(weight)
+    # keep the copy where it still rounds to the weight: it has the bits that the weight lacks
     mine.copy_(torch.where(mine.to(theirs.dtype) == theirs, mine, theirs.to(mine.dtype)))
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+    """The shard of this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

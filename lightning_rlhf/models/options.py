@@ -51,7 +51,7 @@ class ModelOptions:
             raise ValueError(f"model.options.scoring_batch_tokens must be at least 1; got {self.scoring_batch_tokens}")
 
     def load_arguments(self) -> LoadArguments:
-        """The options that loading a checkpoint needs."""
+        """The options of loading a checkpoint."""
         return {
             "dtype": self.dtype,
             "attn_implementation": self.attn_implementation,

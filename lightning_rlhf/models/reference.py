@@ -1,16 +1,16 @@
 """Frozen references: the base under the adapter, a snapshot of the adapter, or a copy of the whole policy.
 
-A reference is a plain object, no ``nn.Module``: a LightningModule may keep it as an attribute, and it enters neither
-the parameters nor the checkpoint's ``state_dict``. Its log-probabilities are taken inside ``with reference.active()``.
+A reference is no ``nn.Module``: a LightningModule may keep it as an attribute without adding it to its parameters or
+``state_dict``. Log-probabilities are computed inside ``with reference.active()``.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, TypedDict, cast
 
 import torch
 from peft import PeftModel
@@ -29,11 +29,23 @@ ReferenceRule: TypeAlias = Literal["fixed", "previous", "ema"]
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
 
-class AbstractReference(ABC):
-    """The model that log pi_ref is taken from.
+class ReferenceState(TypedDict):
+    """State of a reference in a checkpoint.
 
     Attributes:
-        version: how often the reference has moved; log-probabilities taken under another version are stale.
+        version: see `AbstractReference`.
+        weights: tensors that differ from the initial policy, by name, on the CPU.
+    """
+
+    version: int
+    weights: dict[str, Tensor]
+
+
+class AbstractReference(ABC):
+    """The model that computes log pi_ref.
+
+    Attributes:
+        version: number of updates; log-probabilities computed under another version are stale.
     """
 
     version: int = 0
@@ -45,7 +57,7 @@ class AbstractReference(ABC):
 
     @abstractmethod
     def active(self) -> AbstractContextManager[PreTrainedModel]:
-        """Give the causal LM that computes the reference, in eval mode and without gradients, for the duration.
+        """Context in which the causal LM computes the reference, in eval mode and without gradients.
 
         Where the reference shares its weights with the policy, the policy *is* the reference inside: do not use it.
         Leaving, also by an exception, restores the policy bit by bit. Contexts may nest.
@@ -53,13 +65,12 @@ class AbstractReference(ABC):
 
     @abstractmethod
     def update(self, policy: Policy, rule: ReferenceRule, decay: float = 0.9) -> None:
-        """Move the reference and count the move in ``version``.
+        """Update the reference and increase ``version``.
 
         Args:
-            policy: the policy the reference was built from, with its present weights; sharded if the reference is.
-            rule: ``previous`` copies the policy; ``ema`` keeps ``decay`` of the reference and takes the rest from the
-                policy.
-            decay: share of the old reference under ``ema``, in [0, 1].
+            policy: the policy that the reference was built from, with its present weights; sharded if the reference is.
+            rule: ``previous`` copies the policy; ``ema`` averages, w <- decay w + (1 - decay) w_policy.
+            decay: weight of the old reference under ``ema``, in [0, 1].
 
         Raises:
             ValueError: if the rule is ``fixed``, or this kind of reference cannot move.
@@ -69,20 +80,20 @@ class AbstractReference(ABC):
         """Move weights of the reference's own to a device; those shared with the policy stay where they are."""
         del device
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beyond the initial policy: ``version``, and ``weights`` by name, on the CPU."""
+    def state_dict(self) -> ReferenceState:
+        """State for a checkpoint, beyond the initial policy."""
         return {"version": self.version, "weights": {}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, on a reference built from the same initial policy."""
+    def load_state_dict(self, state: ReferenceState) -> None:
+        """Restore the result of `state_dict`, on a reference built from the same initial policy."""
         self.version = int(state["version"])
 
 
 class AdapterOffReference(AbstractReference):
-    """The model under the adapter: the initial policy of a LoRA run, at no memory.
+    """The model under the adapter: the initial policy of a LoRA run, without extra memory.
 
-    Sets the flags that ``peft.disable_adapter`` sets, on layers collected once: walking the modules anew takes peft
-    milliseconds, and decoding changes between policy and reference at every token.
+    Sets the same flags as ``peft.disable_adapter``, on layers collected once: peft searches all modules at each call,
+    which takes milliseconds, and decoding changes between policy and reference at every token.
 
     Args:
         policy: the policy; its adapters must not be merged.
@@ -101,7 +112,7 @@ class AdapterOffReference(AbstractReference):
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
         if any(layer.merged_adapters for layer in self._layers):
-            # peft would unmerge on the way, which rounds the base weights
+            # peft would unmerge first, which rounds the base weights
             raise ValueError("the adapter is merged into the base weights; call policy.unmerge_adapter() first")
         before = [layer._disable_adapters for layer in self._layers]
         with evaluating(self._modules):
@@ -116,18 +127,19 @@ class AdapterOffReference(AbstractReference):
     @property
     def gates_rows(self) -> bool:
         """Whether `row_gate` works: plain LoRA on linear layers, one adapter at a time."""
-        layers: list[Any] = list(self._layers)
-        return all(
-            type(layer) is LoraLinear and len(layer.active_adapters) == 1 and not layer.lora_variant for layer in layers
-        )
+        for layer in cast(list[LoraLinear], self._layers):
+            # DoRA and other variants compute more than B A
+            if type(layer) is not LoraLinear or len(layer.active_adapters) != 1 or layer.lora_variant:
+                return False
+        return True
 
     @contextmanager
     def row_gate(self) -> Iterator[Callable[[Tensor], None]]:
         """Run rows of the policy and rows of the reference in one batch of the policy.
 
-        Yields a function that takes which rows of the next forward passes are the policy's, bool, [rows]. The others
-        get zeros between the two factors of the adapter: exactly the base model, at the price of idle products of
-        rank r.
+        Yields a function that sets the rows of the policy in the next forward passes: bool, [rows]. The other rows get
+        zeros between the two factors of the adapter, which is exactly the base model; their products of rank r are
+        wasted.
         """
         policy_rows = torch.ones(1, dtype=torch.bool)
 
@@ -137,13 +149,15 @@ class AdapterOffReference(AbstractReference):
 
         def gate(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             del module
+            # h = W x + (alpha / r) B (g A x), with g = 1 in rows of the policy and 0 in rows of the reference
             return (args[0] * policy_rows.view(-1, *[1] * (args[0].dim() - 1)).to(args[0].dtype),)
 
         if any(layer.merged_adapters for layer in self._layers):
             raise ValueError("the adapter is merged into the base weights; call policy.unmerge_adapter() first")
-        hooks = [
-            cast(Any, layer).lora_B[layer.active_adapters[0]].register_forward_pre_hook(gate) for layer in self._layers
-        ]
+        hooks = []
+        for layer in cast(list[LoraLinear], self._layers):
+            up_projection = layer.lora_B[layer.active_adapters[0]]
+            hooks.append(up_projection.register_forward_pre_hook(gate))
         try:
             yield set_rows
         finally:
@@ -161,10 +175,10 @@ class AdapterSnapshotReference(AbstractReference):
     """An earlier, or averaged, state of the adapter over the same base model.
 
     Keeps a float32 copy of the trained tensors. `active` lets the policy's parameters point to the copy and back again:
-    nothing is copied, and a graph recorded before stays valid for its backward pass.
+    no data is copied, and a graph recorded before stays valid for its backward pass.
 
     Args:
-        policy: the policy whose trainable parameters the reference follows.
+        policy: the policy; the reference follows its trainable parameters.
     """
 
     def __init__(self, policy: PeftModel) -> None:
@@ -173,7 +187,7 @@ class AdapterSnapshotReference(AbstractReference):
         # owners, not parameters: moving or casting a module may exchange its parameters
         owners = {name: name.rpartition(".") for name in _trained(policy)}
         self._slots = {name: (self._model.get_submodule(path), leaf) for name, (path, _, leaf) in owners.items()}
-        # float32 whatever the policy uses: in bfloat16 an average would not feel steps below 0.4 %
+        # always float32: an average in bfloat16 would not change by steps below 0.4 %
         self._weights = _copies({name: _full(tensor) for name, tensor in _trained(policy).items()}, torch.float32)
 
     @contextmanager
@@ -198,10 +212,10 @@ class AdapterSnapshotReference(AbstractReference):
     def to(self, device: torch.device | str) -> None:
         self._weights = {name: tensor.to(device) for name, tensor in self._weights.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ReferenceState:
         return {"version": self.version, "weights": _saved(self._weights)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: ReferenceState) -> None:
         _load(self._weights, state["weights"])
         super().load_state_dict(state)
 
@@ -210,7 +224,7 @@ class FrozenCopyReference(AbstractReference):
     """A model of its own, for full fine-tuning; it may be sharded as the policy is.
 
     Args:
-        model: what becomes the reference: in eval mode, and without gradients.
+        model: becomes the reference: in eval mode, and without gradients.
     """
 
     def __init__(self, model: Policy) -> None:
@@ -243,12 +257,12 @@ class FrozenCopyReference(AbstractReference):
         cast(nn.Module, self._model).to(device)
         self._average = {name: tensor.to(device) for name, tensor in self._average.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        # a reference that has not moved is the initial policy, which the run loads anyway
+    def state_dict(self) -> ReferenceState:
+        # a reference without an update is the initial policy, which the run loads anyway
         weights = {**dict(self._model.named_parameters()), **self._average} if self.version else {}
         return {"version": self.version, "weights": _saved(weights)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: ReferenceState) -> None:
         if state["version"]:
             weights = dict(self._model.named_parameters())
             _load(weights, state["weights"])
@@ -291,15 +305,15 @@ def _trained(policy: Policy) -> dict[str, nn.Parameter]:
     return {name: p for name, p in _causal_lm(policy).named_parameters() if p.requires_grad}
 
 
-def _copies(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Detached copies that share no memory, sharded as they are; ordinary tensors even under inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         return {name: tensor.detach().to(dtype=dtype, copy=True) for name, tensor in tensors.items()}
 
 
-def _saved(tensors: dict[str, Any]) -> dict[str, Tensor]:
+def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU for a checkpoint, which rank zero writes; it alone keeps those that are sharded elsewhere."""
-    kept = {}
+    kept: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
             full = _full(tensor)
@@ -322,11 +336,11 @@ def _like(target: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+    """The shard of this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _move(target: dict[str, Any], source: dict[str, Any], rule: ReferenceRule, decay: float) -> None:
+def _move(target: Mapping[str, Tensor], source: Mapping[str, Tensor], rule: ReferenceRule, decay: float) -> None:
     """Replace ``target`` by ``source``, or average the two, in place."""
     if rule not in ("previous", "ema"):
         raise ValueError(f"a reference moves by the rule 'previous' or 'ema'; got {rule!r}")
@@ -340,25 +354,26 @@ def _move(target: dict[str, Any], source: dict[str, Any], rule: ReferenceRule, d
             new = _local(new) if isinstance(tensor, DTensor) else _full(new)
             old = _local(tensor)
             if rule == "ema" and tensor.is_floating_point():
+                # w <- decay w + (1 - decay) w_policy
                 old.lerp_(new.to(old), 1.0 - decay)
             else:
                 old.copy_(new)
 
 
-def _load(target: dict[str, Any], state: dict[str, Tensor]) -> None:
+def _load(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's tensors into ``target``."""
     _check_same(target, state, "the checkpoint")
     _assign(target, {name: _like(target[name], tensor) for name, tensor in state.items()})
 
 
-def _assign(target: dict[str, Any], source: dict[str, Tensor]) -> None:
+def _assign(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copy tensors that are sharded as those of ``target`` into them."""
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in source.items():
             _local(target[name]).copy_(_local(tensor))
 
 
-def _check_same(target: dict[str, Any], source: dict[str, Any], origin: str) -> None:
+def _check_same(target: Mapping[str, Tensor], source: Mapping[str, Tensor], origin: str) -> None:
     """Raise unless both hold the same names with the same shapes."""
     if target.keys() != source.keys():
         odd = sorted(target.keys() ^ source.keys())

@@ -1,8 +1,8 @@
 """Reference log-probabilities on disk: a second run on the same recorded pairs computes none of them again.
 
-Used when a round is drawn, for recorded responses under a reference that has not moved. One SQLite file per set of
-weights; an entry is found by the precision of the forward pass and the ids of prompt and response. Attention kernel,
-batch layout and device are not part of the name: they change the last bits only.
+Used when a round is sampled, for recorded responses under the initial reference. There is one SQLite file per set of
+weights; the key of an entry is the precision of the forward pass and the ids of prompt and response. Attention kernel,
+batch layout and device are not part of the key: they change the last bits only.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ VARIABLE = "LIGHTNING_RLHF_REFERENCE_CACHE"
 class ReferenceCache:
     """Remembers the reference log-probabilities of recorded responses.
 
-    Rank-local: every process reads and writes by itself, and processes may share the folder. Where the folder cannot be
-    used, a warning says why and everything is computed.
+    Rank-local: every process reads and writes by itself, and processes may share the folder. If the folder cannot be
+    used, a warning gives the reason and all values are computed.
 
     Args:
-        folder: where the files are; ``reference_logps`` in `cache_folder` when not given.
+        folder: folder of the files. Default: ``reference_logps`` in `cache_folder`.
     """
 
     def __init__(self, folder: Path | str | None = None) -> None:
@@ -63,10 +63,10 @@ class ReferenceCache:
         """Give every response its reference log-probabilities, from the cache where it has them.
 
         Args:
-            reference: what the log-probabilities are of.
+            reference: the reference.
             prompts: the prompt of each response.
-            responses: what to complete.
-            score: computes those that are still missing, in order.
+            responses: the responses.
+            score: computes those that are missing, in order.
         """
         asked = [i for i, r in enumerate(responses) if r.source == "dataset" and r.reference_logps is None]
         digest = weights_digest(reference) if asked and self._usable and reference.version == 0 else None
@@ -79,6 +79,7 @@ class ReferenceCache:
         found = file.get(list(keys.values()))
         known = list(responses)
         for i, key in keys.items():
+            # a truncated entry counts as missing
             logps = np.frombuffer(found.get(key, b""), dtype)
             if len(logps) == len(responses[i].ids):
                 known[i] = replace(known[i], reference_logps=tuple(logps.tolist()))
@@ -96,15 +97,15 @@ class ReferenceCache:
 class LogpsFile:
     """Values under keys, in one SQLite file.
 
-    Each call is one transaction on a connection of its own: nothing is shared with forked processes, and a process that
-    is killed leaves what it had committed.
+    Each call is one transaction on a connection of its own: forked processes share no connection, and a killed process
+    leaves all that it had committed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """Values of those keys that are there."""
+        """Values of the keys that are stored."""
         if not self.path.exists():
             return {}
         with self._open() as db:
@@ -112,12 +113,13 @@ class LogpsFile:
         return {key: row[0] for key, row in rows if row is not None}
 
     def put(self, values: Mapping[bytes, bytes], replace: bool = False) -> None:
-        """Add values; a key that is there already keeps its value, unless ``replace`` says otherwise."""
+        """Add values; an existing key keeps its value, unless ``replace`` is True."""
         if not values:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
+            # IGNORE: another process may have added the key since
             how = "REPLACE" if replace else "IGNORE"
             db.executemany(f"INSERT OR {how} INTO logps VALUES (?, ?)", values.items())
             db.execute("COMMIT")
@@ -131,11 +133,11 @@ class LogpsFile:
 
 
 class CacheFile(LogpsFile):
-    """The same as a cache: a disk that fails is a warning, once, for what a cache saves is not worth a run.
+    """The same as a cache: a failing disk is a warning, once, and does not end the run.
 
     Args:
         path: the file.
-        kind: whose log-probabilities it keeps, for the warning.
+        kind: kind of the log-probabilities, for the warning.
         variable: environment variable that names the folder, for the warning.
     """
 
@@ -145,14 +147,14 @@ class CacheFile(LogpsFile):
         self.usable = True
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """Values of those keys that are there, if they can be read and nothing has failed before."""
+        """Values of the keys that are stored, if they can be read and no call has failed before."""
         if self.usable:
             with self._forgiving():
                 return super().get(keys)
         return {}
 
     def put(self, values: Mapping[bytes, bytes], replace: bool = False) -> None:
-        """Add values, if they can be written and nothing has failed before."""
+        """Add values, if they can be written and no call has failed before."""
         if self.usable:
             with self._forgiving():
                 super().put(values, replace)
@@ -171,14 +173,14 @@ class CacheFile(LogpsFile):
 
 
 def entry_key(precision: str, prompt: Sequence[int], response: Sequence[int]) -> bytes:
-    """Name of the log-probabilities of a response, under the weights of its file."""
+    """Key of the log-probabilities of a response, under the weights of its file."""
     digest = hashlib.blake2b(f"{precision}|{len(prompt)}|".encode(), digest_size=16)
     digest.update(np.asarray((*prompt, *response), "<i8").tobytes())
     return digest.digest()
 
 
 def weights_digest(reference: AbstractReference) -> str | None:
-    """Digest of everything that decides a reference's log-probabilities; None for weights that are sharded.
+    """Digest of everything that the log-probabilities of a reference depend on; None for sharded weights.
 
     Takes a second per GB, once per reference; ask only while ``reference.version`` is 0. A LoRA reference is named by
     its base alone, so that LoRA and full fine-tuning from one checkpoint share entries.
@@ -204,7 +206,7 @@ def model_digest(model: PreTrainedModel, *, without_adapter: bool = False) -> st
         tensors = {n.replace(".base_layer.", "."): t for n, t in tensors.items() if ".lora_" not in n}
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return None
-    with saved_dropout(model):  # off or not, a reference computes without
+    with saved_dropout(model):  # a reference never uses dropout, so that its setting must not matter
         config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _CHANGES_NOTHING}
     return _digest(f"{type(model).__qualname__} {json.dumps(config, sort_keys=True, default=str)}", tensors)
 
@@ -216,7 +218,7 @@ _CHANGES_NOTHING = ("_name_or_path", "architectures", "dtype", "use_cache")
 
 
 def _persistent_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What ``state_dict`` holds, which is not called: it would shard a gathered FSDP model."""
+    """The tensors of ``state_dict``, without a call of it, which would shard a gathered FSDP model."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
@@ -235,7 +237,7 @@ def _digest(kind: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _precision(model: PreTrainedModel) -> str:
-    """Types that a forward pass computes in: of the weights, and of autocast where that is on."""
+    """Data types of a forward pass: of the weights, and of autocast if it is on."""
     device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return f"{model.dtype} {autocast}"

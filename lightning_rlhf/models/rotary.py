@@ -1,14 +1,14 @@
-"""Rotary embeddings that depend on the length of a text: each row turned by its own length, not by its neighbours'.
+"""Rotary embeddings that depend on the length of a text: each row gets the frequencies of its own length.
 
 ``rope_type: longrope`` has one set of frequencies up to a window and another beyond, ``dynamic`` a set for each length.
 transformers chooses by the longest row of a batch, and ``dynamic`` also by the longest of earlier batches, so that the
-numbers of a row depend on what else is computed. Alone and in a fresh model, a row has the numbers that it has here.
+result of a row depends on the other rows. Here it does not: it equals that of the row alone in a fresh model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,27 +20,27 @@ _WINDOWS: WeakKeyDictionary[nn.Module, tuple[int, bool] | None] = WeakKeyDiction
 
 
 def rotary_window(model: PreTrainedModel) -> int | None:
-    """Tokens up to which the length of a row changes nothing; None where it never does.
+    """Number of tokens up to which the length of a row does not matter; None where it never does.
 
-    On its first use the rotary embeddings of the model are made to look at each row by itself.
+    The first call changes the rotary embeddings of the model, so that each row depends on its own length alone.
     """
     found = _window_and_kind(model)
     return None if found is None else found[0]
 
 
 def depends_on_length(model: PreTrainedModel, longest: int) -> bool:
-    """Whether a row of so many tokens is beyond `rotary_window`: it then shares no prompt with other rows."""
+    """Whether a row of ``longest`` tokens is beyond `rotary_window`: it then shares no prompt with other rows."""
     window = rotary_window(model)
     return window is not None and longest > window
 
 
 def changes_while_decoding(model: PreTrainedModel, prompts: Sequence[int], new_tokens: int) -> bool:
-    """Whether keys of earlier tokens, as a cache holds them, become wrong on the way.
+    """Whether the cached keys of earlier tokens become wrong while a response is sampled.
 
     Args:
         model: the model.
         prompts: tokens of each prompt.
-        new_tokens: tokens that are drawn at most.
+        new_tokens: maximum number of sampled tokens.
     """
     found = _window_and_kind(model)
     if found is None:
@@ -51,32 +51,48 @@ def changes_while_decoding(model: PreTrainedModel, prompts: Sequence[int], new_t
 
 
 def _window_and_kind(model: PreTrainedModel) -> tuple[int, bool] | None:
-    """The window, and whether there is one set of frequencies for all that is longer."""
+    """The window, and whether all longer texts have the same frequencies."""
     if model not in _WINDOWS:
         modules = [m for m in model.modules() if _kinds(m)]
         for module in modules:
             if not isinstance(module, _OwnLength):
                 # a class, and no closure: a copy of the model must not compute with this module
-                kind = type(module)
-                module.__class__ = type(kind.__name__, (_OwnLength, kind), {"__module__": kind.__module__})
-        windows = [_window(m, layer, kind) for m in modules for layer, kind in _kinds(m).items()]
-        two_sets = all(kind == "longrope" for m in modules for kind in _kinds(m).values())
+                cls = type(module)
+                module.__class__ = type(cls.__name__, (_OwnLength, cls), {"__module__": cls.__module__})
+        windows: list[int] = []
+        two_sets = True
+        for module in modules:
+            for layer, kind in _kinds(module).items():
+                windows.append(_window(module, layer, kind))
+                two_sets &= kind == "longrope"
         _WINDOWS[model] = (min(windows), two_sets) if windows else None
     return _WINDOWS[model]
+
+
+class _RotaryConfig(Protocol):
+    rope_parameters: dict[str, object]
+
+
+class _LengthState(Protocol):
+    """Attributes of a rotary embedding of transformers that depends on length."""
+
+    original_max_seq_len: int
+    max_seq_len_cached: int
+    config: _RotaryConfig
 
 
 class _OwnLength(nn.Module):
     """Put before the class of a rotary embedding: computes rows of different lengths one length at a time."""
 
-    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **options: object) -> tuple[Tensor, Tensor]:
         kinds = _kinds(self)
-        layer = options.get("layer_type", args[0] if args else None)
-        layer = layer if layer in kinds else None
+        asked = cast("str | None", options.get("layer_type", args[0] if args else None))
+        layer = asked if asked in kinds else None
         if layer not in kinds or position_ids.dim() != 2:
             return cast(tuple[Tensor, Tensor], super().forward(x, position_ids, *args, **options))
         window = _window(self, layer, kinds[layer])
         lengths = [length + 1 for length in position_ids.amax(-1).tolist()]
-        # what decides on the frequencies
+        # rows with equal values here have equal frequencies
         deciding = [length > window if kinds[layer] == "longrope" else max(length, window) for length in lengths]
 
         def turned(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +110,8 @@ class _OwnLength(nn.Module):
         return torch.stack(cos), torch.stack(sin)
 
     def _forget(self) -> None:
-        """Undo what a longer text has changed."""
-        state = cast(Any, self)
+        """Reset the frequencies, which an earlier, longer text has changed."""
+        state = cast(_LengthState, self)
         for name, original in list(self.named_buffers(recurse=False)):
             if not name.endswith("original_inv_freq"):
                 continue
@@ -111,13 +127,15 @@ def _kinds(module: nn.Module) -> dict[str | None, str]:
     declared = getattr(module, "rope_type", None)
     if not hasattr(module, "original_max_seq_len"):
         return {}
-    by_layer: dict[str | None, Any] = dict(declared) if isinstance(declared, dict) else {None: declared}
-    return {layer: kind for layer, kind in by_layer.items() if kind == "longrope" or "dynamic" in str(kind)}
+    by_layer: dict[str | None, object] = dict(declared) if isinstance(declared, dict) else {None: declared}
+    return {layer: str(kind) for layer, kind in by_layer.items() if kind == "longrope" or "dynamic" in str(kind)}
 
 
 def _window(module: nn.Module, layer: str | None, kind: str) -> int:
-    known = cast(Any, module)
+    state = cast(_LengthState, module)
     if kind != "longrope":
-        return int(known.original_max_seq_len)
-    parameters = known.config.rope_parameters
-    return int((parameters if layer is None else parameters[layer])["original_max_position_embeddings"])
+        return int(state.original_max_seq_len)
+    parameters = state.config.rope_parameters
+    # by type of layer, or one for all
+    own = parameters if layer is None else cast(dict[str, object], parameters[layer])
+    return cast(int, own["original_max_position_embeddings"])

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.models.checks import PeftLoadResult
 from lightning_rlhf.models.dropout import saved_dropout
 
 
@@ -34,8 +35,8 @@ def merged_state_dict(
 
     Args:
         model: a LoRA policy, or a model that has LoRA layers inside.
-        state_dict: full tensors under the names of ``model.state_dict()``, which is taken when not given; for sharded
-            models, whose tensors must be gathered first.
+        state_dict: full tensors under the names of ``model.state_dict()``; for sharded models, whose tensors must be
+            gathered first. Default: ``model.state_dict()``.
 
     Raises:
         ValueError: if an adapter is anything but plain LoRA on linear and embedding layers.
@@ -62,6 +63,7 @@ def merged_state_dict(
                     a, b = (state[f"{prefix}.lora_embedding_{side}.{adapter}"].float() for side in "AB")
                 else:
                     a, b = (state[f"{prefix}.lora_{side}.{adapter}.weight"].float() for side in "AB")
+                # W + (alpha / r) B A
                 transposed = isinstance(layer, Embedding) or layer.fan_in_fan_out
                 weight = weight + layer.scaling[adapter] * ((b @ a).T if transposed else b @ a)
             merged[key] = weight.to(merged[key].dtype)
@@ -118,7 +120,7 @@ def save_policy(
 
 @contextmanager
 def whole_folder(folder: Path | str) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the place of ``folder`` at the end, or leaves no trace on an error.
+    """Yield an empty folder, which replaces ``folder`` at the end, or is removed after an error.
 
     Raises:
         FileExistsError: if ``folder`` holds anything but a model, which would be lost.
@@ -145,8 +147,8 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
 
 def refuse_tied_targets(model: PeftModel) -> None:
     """Raise if an adapter sits on one of two tied embeddings; merging would untie them."""
-    base: Any = model.get_base_model()
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    base = cast(PreTrainedModel, model.get_base_model())
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())  # type: ignore[no-untyped-call]
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise ValueError(
@@ -156,11 +158,11 @@ def refuse_tied_targets(model: PeftModel) -> None:
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Load what `save_policy` wrote into a model that exists: all weights, or those of its adapter.
+    """Load a folder written by `save_policy` into an existing model: all weights, or those of its adapter.
 
     Args:
         model: a model of the same shape; keeps its device and types.
-        folder: where `save_policy` wrote; for a PeftModel the adapter in it, or an adapter's own folder.
+        folder: folder written by `save_policy`; for a PeftModel the adapter in it, or an adapter's own folder.
 
     Raises:
         FileNotFoundError: if the folder holds no such file.
@@ -173,9 +175,11 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     if not files or (not peft and any(file.name == "adapter_model.safetensors" for file in files)):
         kind = "an adapter (adapter_model.safetensors)" if peft else "a whole model (model.safetensors)"
         raise FileNotFoundError(f"{str(folder)!r} holds no {kind}; name the model folder of a run with the same lora")
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
     if isinstance(model, PeftModel):
-        loaded: Any = set_peft_model_state_dict(model, state)
+        loaded = cast(PeftLoadResult, set_peft_model_state_dict(model, state))
         missing, unexpected = [], list(loaded.unexpected_keys)
         if len(state) != sum(".lora_" in name for name, _ in model.named_parameters()):
             missing = ["as many adapter weights"]

@@ -1,4 +1,4 @@
-"""The reward model as a whole, of one member or several: built, scored with, saved and opened again.
+"""Reward models of one member or several: building, scoring, saving and opening.
 
 Parameters of k members, with M in the backbone, L in a head and A in an adapter: ``linear`` M + kL, ``lora``
 M + kL + kA, ``independent`` k(M + L); see "Efficient reward model ensemble" (arXiv 2401.16635), section 3.
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, TypedDict, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +28,13 @@ from lightning_rlhf.logprobs.scores import head_outputs
 from lightning_rlhf.models.adapters import fit_adapters
 from lightning_rlhf.models.checks import read_json
 from lightning_rlhf.models.dropout import saved_dropout
-from lightning_rlhf.models.load import (
-    LoRA,
-    context_window,
-    load_scorer,
-    lora_config,
-    open_classifier,
-    probe_rows,
-    reads_last_token,
-    resolve_checkpoint,
-    score_head,
-)
+from lightning_rlhf.models.heads import probe_rows, reads_last_token, score_head
+from lightning_rlhf.models.load import load_scorer, open_classifier
+from lightning_rlhf.models.lora import LoRA, lora_config
+from lightning_rlhf.models.resolve import resolve_checkpoint
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
 from lightning_rlhf.models.sharding import shard_scorer
+from lightning_rlhf.models.stops import context_window
 
 
 Kind = Literal["linear", "lora", "independent"]
@@ -49,9 +43,33 @@ MANIFEST = "ensemble.json"
 """File in the folder of a reward model of several members: kind, size, and statistics of the members."""
 
 
+class Manifest(TypedDict):
+    """Content of `MANIFEST`; means and stds are None before they are known."""
+
+    kind: Kind
+    size: int
+    means: list[float] | None
+    stds: list[float] | None
+
+
+class _OpenOptions(TypedDict):
+    """Arguments of `open_classifier` and `load_scorer`."""
+
+    dtype: str
+    trust_remote_code: bool
+    meta: bool
+
+
+class _LoadOptions(_OpenOptions):
+    """Further arguments of `load_scorer`."""
+
+    attn_implementation: str | None
+    gradient_checkpointing: bool
+
+
 @dataclass
 class Ensemble:
-    """Several reward models in one, whose disagreement says how sure they are (arXiv 2401.16635).
+    """Several reward models in one; their disagreement measures uncertainty (arXiv 2401.16635).
 
     Args:
         kind: ``linear`` puts several heads on one backbone, all of it trained; ``lora`` gives each member an adapter
@@ -87,7 +105,7 @@ class Scorer(nn.Module):
 
     Args:
         models: decoders with a linear head: one with an output per member, or one model per member.
-        kind: what the members share.
+        kind: see `Ensemble`; a single member is ``linear``.
         adapted: the trunk of the one model in the wrapper of peft, where it has adapters.
 
     Attributes:
@@ -104,8 +122,7 @@ class Scorer(nn.Module):
         self._adapted = (adapted,)  # in a tuple: the same modules are registered above
         self.means: list[float] | None = None
         self.stds: list[float] | None = None
-        layers = [module for module in self.modules() if isinstance(module, LoraLayer)]
-        self._layers: tuple[Any, ...] = tuple(layers)
+        self._layers = tuple(module for module in self.modules() if isinstance(module, LoraLayer))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -134,6 +151,7 @@ class Scorer(nn.Module):
             head = score_head(self.model, self.size)
             return head_outputs(self.model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
         columns = []
+        # one column of rewards per member
         for member in range(self.size):
             if self.kind == "lora":
                 self._use_adapter(member)
@@ -147,7 +165,7 @@ class Scorer(nn.Module):
                     )
                 )
             else:
-                model: Any = self.models[member]
+                model = cast(PreTrainedModel, self.models[member])
                 head = score_head(model)
                 columns.append(
                     head_outputs(model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
@@ -157,7 +175,11 @@ class Scorer(nn.Module):
     def stacked_down_projections(self) -> list[Tensor]:
         """The down-projections of all members, one below the other, of every adapted layer; [members * r, inputs]."""
         names = [adapter_name(member) for member in range(self.size)]
-        return [torch.cat([layer.lora_A[name].weight for name in names]) for layer in self._layers]
+        stacked: list[Tensor] = []
+        for layer in self._layers:
+            factors = [cast(nn.Linear, layer.lora_A[name]) for name in names]
+            stacked.append(torch.cat([factor.weight for factor in factors]))
+        return stacked
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard backbone and heads over processes (FSDP2), in place.
@@ -182,14 +204,14 @@ class Scorer(nn.Module):
         ensembles the folder holds ``backbone/`` and ``adapters/``, or ``members/``, which transformers and peft open.
 
         Args:
-            folder: where to write.
-            tokenizer: the backbone's, saved with it.
+            folder: output folder.
+            tokenizer: tokenizer of the backbone, saved with it.
             state_dict: full tensors under the names of ``state_dict()``, for one that is sharded.
         """
         state = None if state_dict is None else {k.removeprefix("models.0."): v for k, v in state_dict.items()}
         adapted = self._adapted[0]
         for name in ("reward_mean", "reward_std"):
-            vars(self.config).pop(name, None)  # of the checkpoint that this one was trained from
+            vars(self.config).pop(name, None)  # statistics of the initial checkpoint
         if self.size == 1 and self.means is not None and self.stds is not None:
             self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
         with whole_folder(folder) as scratch, saved_dropout(self):
@@ -198,10 +220,11 @@ class Scorer(nn.Module):
                 self.model.save_pretrained(scratch, state_dict=weights)
                 if adapted is not None:
                     trunk = f"{self.model.base_model_prefix}."
+                    # peft names weights from the trunk, under its own prefix
                     own = state and {f"base_model.model.{k.removeprefix(trunk)}": v for k, v in state.items()}
                     adapted.save_pretrained(str(scratch / "adapter"), state_dict=own, save_embedding_layers=False)
             else:
-                # no weights at the top: what opens them alone would leave members out without a word
+                # no weights at the top level: opening them alone would silently leave members out
                 self.config.save_pretrained(scratch)
             if self.kind == "lora":
                 assert adapted is not None
@@ -223,17 +246,17 @@ class Scorer(nn.Module):
 
 
 class ClassifierScorer(nn.Module):
-    """A reward model that is more than a linear head on the last token: each text goes through its class as a whole.
+    """A reward model that is more than a linear head on the last token: it runs on each text as a whole.
 
-    Encoders, whose classifier sits behind a pooler, and classes that come with code of their own. They give rewards,
-    and are not trained here.
+    Examples are encoders, whose classifier follows a pooler, and classes with code of their own. They give rewards, and
+    are not trained here.
 
     Args:
-        model: what ``AutoModelForSequenceClassification`` opens.
-        name: what to call it in errors.
+        model: a model that ``AutoModelForSequenceClassification`` opened.
+        name: name of the model in errors.
 
     Attributes:
-        means: always None; such a model says nothing of held-out rewards.
+        means: always None; such a model has no statistics of held-out rewards.
         stds: as ``means``.
     """
 
@@ -245,7 +268,7 @@ class ClassifierScorer(nn.Module):
         self.means: list[float] | None = None
         self.stds: list[float] | None = None
         try:
-            # some classes read at the end of the text
+            # some classes take the hidden state at EOS
             eos = model.config.eos_token_id
             end = (eos,) if isinstance(eos, int) and eos != model.config.pad_token_id else ()
             probe = self.scores([((ids[0],), [(*ids[1:], *end)]) for ids in probe_rows(model.config)])
@@ -278,18 +301,21 @@ class ClassifierScorer(nn.Module):
     ) -> Tensor:
         """Rewards of responses, [responses, 1], without gradient.
 
-        Texts of one length make a batch, so that nothing is filled up and none depends on another.
+        A batch has texts of one length, so that there is no padding, and no text depends on another.
 
         Args:
             groups: prompts with their responses, as token ids.
-            tokens_per_batch: tokens of one forward pass.
-            types: token types of each text, in order, where the tokenizer gives them.
+            tokens_per_batch: maximum number of tokens per forward pass. Default: one text.
+            types: token types of each text, in order, for tokenizers that have them.
         """
-        texts = [(*prompt, *response) for prompt, responses in groups for response in responses]
+        texts: list[tuple[int, ...]] = []
+        for prompt, responses in groups:
+            texts.extend((*prompt, *response) for response in responses)
         device = next(self.model.parameters()).device
         found: dict[int, Tensor] = {}
         with evaluating(self.modules()):
-            for length in sorted({len(text) for text in texts}, reverse=True):
+            # longest first: if memory does not suffice, the first batch shows it
+            for length in sorted(set(map(len, texts)), reverse=True):
                 alike = [i for i, text in enumerate(texts) if len(text) == length]
                 # a decoder without a padding token takes one text at a time
                 rows = max(1, (tokens_per_batch or length) // length) if self.config.pad_token_id is not None else 1
@@ -335,15 +361,15 @@ def build_scorer(
     trust_remote_code: bool = False,
     meta: bool = False,
 ) -> Scorer:
-    """Build a reward model for training, in train mode; what is to be drawn is, from torch's global generator.
+    """Build a reward model for training, in train mode; new weights use torch's global generator.
 
     Args:
         checkpoint: as for `resolve_checkpoint`: a causal LM, a reward model, or an ensemble of the kind asked for. A
             ``lora`` ensemble takes backbone and heads of a ``linear`` one of its size.
-        ensemble: members; a single one when not given.
-        lora: train adapters and heads only. Of a ``lora`` ensemble: what each member's adapter is like.
+        ensemble: members. Default: a single one.
+        lora: train adapters and heads only. Of a ``lora`` ensemble: the settings of each member's adapter.
         dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``. Adapters are float32.
-        attn_implementation: attention of transformers, e.g. ``sdpa``; its own choice when not given.
+        attn_implementation: attention of transformers, e.g. ``sdpa``. Default: its own choice.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         trust_remote_code: run code that comes with the checkpoint.
         meta: leave the weights out: all tensors are on the meta device.
@@ -368,7 +394,7 @@ def build_scorer(
         )
     if kind == "independent" and lora is not None:
         raise ValueError("independent members are trained whole; leave model.lora out, or set model.ensemble.kind=lora")
-    options: dict[str, Any] = {
+    options: _LoadOptions = {
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "gradient_checkpointing": gradient_checkpointing,
@@ -382,6 +408,7 @@ def build_scorer(
     model = load_scorer(checkpoint, num_scores=size, new_head=saved is None, **options)
     if size > 1 and saved is None:
         _new_head(model)
+    # from here on the trunk is frozen under adapters
     if kind == "linear" and lora is None:
         return Scorer([model], kind).train()
     if kind == "lora" and saved is None:
@@ -401,13 +428,13 @@ def build_scorer(
 
 
 CONTINUATIONS = {("linear", "linear"), ("linear", "lora"), ("lora", "lora"), ("independent", "independent")}
-"""Kinds of ensembles that are trained further, and as what."""
+"""Kinds of ensembles that can be trained further: the kind in the checkpoint, and the kind of the run."""
 
 
 def open_scorer(
     path: str, *, dtype: str = "float32", trust_remote_code: bool = False, meta: bool = False
 ) -> Scorer | ClassifierScorer:
-    """Open a reward model: what `Scorer.save` wrote, or what ``AutoModelForSequenceClassification`` opens.
+    """Open a reward model: a folder of `Scorer.save`, or one for ``AutoModelForSequenceClassification``.
 
     Args:
         path: folder, or Hub id.
@@ -419,7 +446,7 @@ def open_scorer(
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if it holds no reward model: weights are missing or left over, or there is more than one label.
     """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "meta": meta}
+    options: _OpenOptions = {"dtype": dtype, "trust_remote_code": trust_remote_code, "meta": meta}
     saved = read_manifest(path)
     if saved is None:
         model = open_classifier(path, **options)
@@ -427,7 +454,7 @@ def open_scorer(
         if not meta and not reads_last_token(model):
             return ClassifierScorer(model, path)
         scorer = Scorer([model])
-        mean, std = (getattr(scorer.config, name, None) for name in ("reward_mean", "reward_std"))
+        mean, std = getattr(scorer.config, "reward_mean", None), getattr(scorer.config, "reward_std", None)
         scorer.means, scorer.stds = (None, None) if mean is None or std is None else ([mean], [std])
         return scorer
     if saved["kind"] == "linear":
@@ -438,11 +465,11 @@ def open_scorer(
     return scorer
 
 
-def read_manifest(path: str) -> dict[str, Any] | None:
-    """What a folder says about its members; None where there is only one.
+def read_manifest(path: str) -> Manifest | None:
+    """The `MANIFEST` of a folder; None where there is only one member.
 
     Raises:
-        ValueError: if the file cannot be read, or lacks what is needed to open the members.
+        ValueError: if the file cannot be read, or lacks kind or size.
     """
     source = resolve_checkpoint(path)
     manifest = Path(source) / MANIFEST
@@ -454,16 +481,17 @@ def read_manifest(path: str) -> dict[str, Any] | None:
             f"{manifest} does not say which members there are ({content}); it needs kind and size: take the whole "
             f"folder that the run wrote"
         )
-    return {"means": None, "stds": None, **content}
+    return cast(Manifest, {"means": None, "stds": None, **content})
 
 
-def _open_parts(folder: Path, saved: dict[str, Any], options: dict[str, Any]) -> Scorer:
+def _open_parts(folder: Path, saved: Manifest, options: _OpenOptions) -> Scorer:
     """Open a folder with members in several places."""
     if saved["kind"] == "independent":
         paths = [str(folder / "members" / str(i)) for i in range(saved["size"])]
         return Scorer([load_scorer(path, new_head=False, **options) for path in paths], "independent")
     model = load_scorer(str(folder / "backbone"), num_scores=saved["size"], new_head=False, **options)
-    if options.get("meta"):
+    # only the weights of the backbone are checked then
+    if options["meta"]:
         return Scorer([model], "lora")
     names = [adapter_name(member) for member in range(saved["size"])]
     folders = {name: folder / "adapters" / name for name in names}
@@ -473,13 +501,13 @@ def _open_parts(folder: Path, saved: dict[str, Any], options: dict[str, Any]) ->
 
 
 def _train_all_adapters(adapted: PeftModel) -> None:
-    """Let all adapters learn, and nothing else of the trunk: peft trains those that are in use."""
+    """Train all adapters, and no other weights of the trunk; peft would train only those in use."""
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
 
 def _new_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Draw the head anew: members that begin alike would stay alike."""
+    """Initialize the head again: members that are equal at the start would stay equal."""
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     nn.init.normal_(score_head(model, cast(int, model.config.num_labels)).weight, std=std)
     return model

@@ -2,15 +2,15 @@
 
 Rank zero alone reads weights, into its main memory; no device holds more than its shards and one tensor meanwhile.
 
-Decoding makes a different number of forward passes on each rank, and a sharded forward pass is a collective: outside
-`gathered` the ranks would wait for each other for ever.
+Decoding runs a different number of forward passes on each rank, and a sharded forward pass is a collective: outside of
+`gathered` the ranks would wait for each other forever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ from lightning_rlhf.runtime import distributed
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_gathered: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_gathered: WeakKeyDictionary[nn.Module, list[FSDPModule]] = WeakKeyDictionary()
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -60,24 +60,24 @@ def shard_scorer(model: PreTrainedModel, head: nn.Module, mesh: DeviceMesh) -> N
 def build_sharded(
     build: Callable[[bool], Model], cut: Callable[[Model, DeviceMesh], None], mesh: DeviceMesh, device: torch.device
 ) -> Model:
-    """Build a model that is nowhere whole but in the main memory of rank zero; every rank must call.
+    """Build a sharded model that is complete in the main memory of rank zero only; every rank must call.
 
     Args:
         build: makes the model; given True without its weights, on the meta device.
         cut: shards it in place, as `shard` does.
         mesh: the data-parallel processes.
-        device: where the shards of this rank go.
+        device: device of the shards of this rank.
 
     Raises:
         RankError: on the other ranks, if rank zero could not build it.
     """
-    with torch.random.fork_rng(devices=[]):  # nothing that is drawn here is kept
+    with torch.random.fork_rng(devices=[]):  # the random weights of this model are not used
         model = build(True)
     cut(model, mesh)
     tied = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
     model.to_empty(device=device)
     for unit in _units(model) if tied else []:
-        # each occurrence of a tied weight was made anew; FSDP ties what it puts back in place
+        # `to_empty` has made a new tensor for each occurrence of a tied weight; FSDP ties them again on unsharding
         unit.unshard()
         unit.reshard()
     fill(model, lambda: build(False))
@@ -85,7 +85,7 @@ def build_sharded(
 
 
 def fill(model: Model, build: Callable[[], Model]) -> None:
-    """Give a sharded model the weights and buffers of a whole one that rank zero alone builds; every rank must call.
+    """Copy weights and buffers into a sharded model from one that rank zero alone builds; every rank must call.
 
     Args:
         model: the sharded model, on its device.
@@ -99,7 +99,7 @@ def fill(model: Model, build: Callable[[], Model]) -> None:
     state = built[0].state_dict() if built else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=options)
-    # those that no state_dict has, such as the frequencies of rotary embeddings
+    # also buffers outside of the state_dict, such as the frequencies of rotary embeddings
     buffers = dict(built[0].named_buffers()) if built else {}
     for name, buffer in model.named_buffers():
         if built:
@@ -109,12 +109,12 @@ def fill(model: Model, build: Callable[[], Model]) -> None:
 
 @contextmanager
 def gathered(model: nn.Module, *more: nn.Module) -> Iterator[None]:
-    """Hold sharded models on every rank whole for a while, so that forward passes are no collectives; may nest.
+    """Hold sharded models whole on every rank for a while, so that forward passes are no collectives; may nest.
 
-    Entering and leaving are collectives: all ranks must do both. Does nothing to what is not sharded.
+    Entering and leaving are collectives: all ranks must do both. Models that are not sharded stay as they are.
 
     Args:
-        model: what has them inside, the same object wherever it nests: the LightningModule.
+        model: the LightningModule with the models inside; the same object in nested calls.
         more: models beside it.
     """
     units = _units(model, *more)
@@ -135,7 +135,7 @@ def scattered(model: nn.Module) -> Iterator[None]:
     """Give back to every rank its shards alone, for a while within `gathered`, so that they can be changed.
 
     Args:
-        model: the first argument of `gathered`; nothing is done outside of it.
+        model: the first argument of `gathered`; outside of it this context does nothing.
     """
     units = _gathered.get(model, [])
     _reshard(units)
@@ -145,11 +145,14 @@ def scattered(model: nn.Module) -> Iterator[None]:
         _unshard(units)
 
 
-def _units(*models: nn.Module) -> list[Any]:
-    return [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+def _units(*models: nn.Module) -> list[FSDPModule]:
+    units: list[FSDPModule] = []
+    for model in models:
+        units.extend(module for module in model.modules() if isinstance(module, FSDPModule))
+    return units
 
 
-def _unshard(units: list[Any]) -> None:
+def _unshard(units: list[FSDPModule]) -> None:
     # validation runs in inference mode, and FSDP keeps the buffers that it makes here for training
     with torch.inference_mode(False), torch.no_grad():
         for unit in units:
@@ -157,7 +160,7 @@ def _unshard(units: list[Any]) -> None:
             unit.set_reshard_after_forward(False, recurse=False)
 
 
-def _reshard(units: list[Any]) -> None:
+def _reshard(units: list[FSDPModule]) -> None:
     for unit in units:
         unit.reshard()
         unit.set_reshard_after_forward(True, recurse=False)
@@ -168,5 +171,4 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     if not _units(model):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return state
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

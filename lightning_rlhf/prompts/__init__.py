@@ -1,7 +1,7 @@
-"""Where prompts, and recorded pairs of completions, come from.
+"""Sources of prompts, and of recorded pairs of completions.
 
 A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
-rows into `Prompt`, the noun that samplers and labelers see. `DatasetPrompts` reads TRL's row formats from files,
+rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files,
 folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts,
 `LedgerPrompts` the pairs of another run, and `BuiltinPrompts` needs no data at all. `text_prompts` makes prompts of
 rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on

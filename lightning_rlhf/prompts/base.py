@@ -1,4 +1,4 @@
-"""What a prompt source promises."""
+"""Interface of a prompt source."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightning_rlhf.types import PromptRow
 
 
 class AbstractPromptSource(KeepsArguments, ABC):
-    """Says which prompts to train on, and which recorded completions come with them.
+    """Gives the prompts to train on, with recorded completions if there are any.
 
-    Subclass it, implement `load`, and name your class by its path: ``--data.prompts=my_file.MyPrompts``. A source knows
-    no tokenizer; `tokenize_rows` turns what it returns into token ids.
+    Subclass it, implement `load`, and name your class by its path: ``--data.prompts=my_file.MyPrompts``. A source has
+    no tokenizer; `tokenize_rows` turns its rows into token ids.
     """
 
     @cached_property
     def report(self) -> Counter[str]:
-        """How many rows the last `load` left out, by reason; empty when it kept them all.
+        """Number of rows that the last `load` left out, by reason; empty if it kept all.
 
-        An own source writes ``self.report["reason"] += 1`` for every row it leaves out.
+        A source of your own writes ``self.report["reason"] += 1`` for every row it leaves out.
         """
         return Counter()
 

@@ -39,7 +39,7 @@ class DatasetCompletions(AbstractPromptSource):
 
     Rows with an empty completion are left out and counted; any other row that cannot be used raises an error which
     names it. Columns that are not listed here are ignored. Preference rows are read with ``completion_column=chosen``,
-    and completions of a teacher are what ``lightning-rlhf sample`` and ``export`` write.
+    and completions of a teacher come from ``lightning-rlhf sample`` and ``export``.
 
     Args:
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
@@ -93,10 +93,12 @@ class DatasetCompletions(AbstractPromptSource):
             return self._conversation(row, source)
         if row.get(self.prompt_column) is None:
             raise field_error(source, self.prompt_column, "is missing", "add it, or set prompt_column")
+        # the unpaired format of KTO: a bad completion must not be imitated
         if isinstance(row.get("label"), bool):
             problem = f"says whether the completion is a good one, got {describe(row['label'])}"
             raise field_error(source, "label", problem, "keep the good rows and drop the column")
         prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column, self.ignored_fields)
+        # a text prompt beside messages is the user's turn (so in many data sets on the Hub)
         if isinstance(prompt, str) and isinstance(completion, list):
             prompt = ({"role": "user", "content": prompt},)
         answer = parse_answer(completion, prompt, source, self.completion_column, self.ignored_fields)
@@ -132,14 +134,14 @@ class DatasetCompletions(AbstractPromptSource):
             raise field_error(source, self.completion_column, problem, "add one, or set completion_column")
         messages = parse_messages(row[self.messages_column], source, self.messages_column, self.ignored_fields)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            problem = "does not end with the assistant's answer to something"
+            problem = "does not end with the assistant's answer"
             raise field_error(source, self.messages_column, problem, "add the answer, or drop the row")
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         rows = []
         for i in places if self.turns == "all" else places[-1:]:
             if i == 0:
                 self.report[UNPROMPTED] += 1
-            elif messages[i - 1]["role"] == "assistant":
+            elif messages[i - 1]["role"] == "assistant":  # its prompt would end with the assistant's turn
                 self.report[UNANSWERABLE] += 1
             else:
                 rows.append(self._row(row, source, messages[:i], messages[i]))

@@ -15,7 +15,8 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.files import Row, describe, read_rows
@@ -41,7 +42,7 @@ EMPTY = "empty completion"
 class DatasetPrompts(AbstractPromptSource):
     """Prompts, with recorded pairs where there are any, from a file, a folder or the Hugging Face Hub.
 
-    Rows whose completions are identical or empty say nothing about preferences: they are left out and counted. Any
+    Rows whose completions are identical or empty hold no preference: they are left out and counted. Any
     other row that cannot be used raises an error which names it. Columns that are not listed here are ignored.
 
     Args:
@@ -89,7 +90,10 @@ class DatasetPrompts(AbstractPromptSource):
         """
         self.report.clear()
         rows = read_rows(self.path, self.split, self.limit)
-        take_pairs = self._takes_pairs(list(dict.fromkeys(name for _, row in rows for name in row)))
+        columns: dict[str, None] = {}  # ordered
+        for _, row in rows:
+            columns |= dict.fromkeys(row)
+        take_pairs = self._takes_pairs(list(columns))
         kept = []
         for source, row in rows:
             parsed = self._parse(row, source, take_pairs)
@@ -103,7 +107,7 @@ class DatasetPrompts(AbstractPromptSource):
         return rows_of_part(kept, self.part, self.heldout_share)
 
     def _takes_pairs(self, columns: list[str]) -> bool:
-        """Decide from the columns of all rows whether to read pairs, and check that what is needed is there."""
+        """Decide from the columns of all rows whether to read pairs, and check that all needed columns exist."""
         pair_columns = [self.chosen_column, self.rejected_column]
         has_pairs = all(name in columns for name in pair_columns)
         take_pairs = self.kind == "preference" or (self.kind == "auto" and has_pairs)
@@ -137,28 +141,28 @@ class DatasetPrompts(AbstractPromptSource):
             prompt = self._implicit_prompt(chosen, rejected, source)
 
         conversational = not isinstance(prompt, str)
-        columns: dict[str, Any] = {
-            "text": None if conversational else prompt,
-            "messages": prompt if conversational else None,
-            "template_options": parse_template_options(row, source, conversational, self.ignored_fields),
-        }
+        parsed = PromptRow(
+            source,
+            text=prompt if isinstance(prompt, str) else None,
+            messages=None if isinstance(prompt, str) else prompt,
+            template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+        )
         if not take_pairs:
-            return PromptRow(source, **columns)
+            return parsed
         answers = tuple(
             parse_answer(value, prompt, source, name, self.ignored_fields)
             for name, value in ((self.chosen_column, chosen), (self.rejected_column, rejected))
         )
         first, second = map(turn_text, answers)
         weight = parse_number(row, "weight", source, math.inf, default=1.0)
-        return PromptRow(
-            source,
-            **columns,
+        return replace(
+            parsed,
             pair=RecordedPair(first, second, parse_probability(row, source), weight),
             answers=() if all(map(holds_text_alone, answers)) else answers,
             finish_reasons=parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected")),
         )
 
-    def _implicit_prompt(self, chosen: Any, rejected: Any, source: str) -> tuple[Message, ...]:
+    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> tuple[Message, ...]:
         """Find the messages with which both conversations begin."""
         if isinstance(chosen, str) or isinstance(rejected, str):
             hh = any(isinstance(value, str) and "\n\nHuman:" in value for value in (chosen, rejected))
@@ -181,7 +185,7 @@ class DatasetPrompts(AbstractPromptSource):
 
 
 def unusable_pair(pair: RecordedPair | None) -> str | None:
-    """Say why a recorded pair cannot teach anything; None if it can, or if there is none."""
+    """Reason why a recorded pair holds no preference; None if it does, or if there is no pair."""
     if pair is None:
         return None
     if not pair.chosen.strip() or not pair.rejected.strip():

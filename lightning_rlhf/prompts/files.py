@@ -1,6 +1,6 @@
 """Raw rows, as dictionaries, of local JSONL, JSON and Parquet files, of folders, and of data sets on the Hub.
 
-Every row comes with its origin, ``"file.jsonl row 12"``, so that whoever finds a mistake in it can say where it is.
+Every row comes with its origin, ``"file.jsonl row 12"``, for error messages.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Any]
+"""Columns of a data row, of any type."""
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
@@ -32,9 +33,9 @@ def read_rows(path: str, split: str = "train", limit: int | None = None) -> list
 
     Args:
         path: local file (.jsonl, .json, each also .gz, or .parquet), local folder, or Hub id such as
-            ``"trl-lib/ultrafeedback_binarized"``; what exists locally wins.
+            ``"trl-lib/ultrafeedback_binarized"``; a local file or folder takes precedence.
         split: split of a folder or Hub data set; a single file has none.
-        limit: rows to read at most, >= 1; None reads all.
+        limit: maximum number of rows, >= 1. Default: all.
 
     Raises:
         ValueError: if there is no such data, if it cannot be read, or if it has no rows.
@@ -58,7 +59,7 @@ def read_rows(path: str, split: str = "train", limit: int | None = None) -> list
 
 
 def _is_hub_id(path: str) -> bool:
-    # `file.jsonl` has the form of an id as well, but then a missing file is the likelier mistake
+    # `file.jsonl` looks like an id as well, but a missing file is the more likely mistake
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not path.lower().endswith(SUFFIXES)
 
 
@@ -93,34 +94,35 @@ def _lines(local: Path, path: str) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def _json_line_values(lines: Iterator[tuple[int, bytes]], path: str) -> Iterator[tuple[int, Any]]:
+def _json_line_values(lines: Iterator[tuple[int, bytes]], path: str) -> Iterator[tuple[int, object]]:
     """Parse one value per line; blank lines are no rows, but they count, so that row 12 is line 12."""
     for number, line in lines:
         if line.strip():
             yield number, _parse_json(line, f"{path} row {number}", "write one JSON object per line, in UTF-8")
 
 
-def _json_values(local: Path, path: str) -> Iterator[tuple[int, Any]]:
+def _json_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
     """Parse a JSON list of rows, or JSON lines under the name .json, as many data sets on the Hub have them."""
     lines = list(_lines(local, path))
     first = next((line for _, line in lines if line.strip()), b"")
     if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         whole = b"".join(line for _, line in lines)
-        yield from enumerate(_parse_json(whole, path, "write a list of objects, in UTF-8"), start=1)
+        values = cast(list[object], _parse_json(whole, path, "write a list of objects, in UTF-8"))
+        yield from enumerate(values, start=1)
     else:
         yield from _json_line_values(iter(lines), path)
 
 
-def _parse_json(data: bytes, where: str, remedy: str) -> Any:
+def _parse_json(data: bytes, where: str, remedy: str) -> object:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return cast(object, json.loads(data.decode("utf-8-sig")))
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deeply to be read: {remedy}") from error
     except ValueError as error:  # bad JSON, bad UTF-8, or an integer of thousands of digits
         raise ValueError(f"{where}: not valid JSON ({error}): {remedy}") from error
 
 
-def _parquet_values(local: Path, path: str) -> Iterator[tuple[int, Any]]:
+def _parquet_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
     # takes a second to import, and JSONL does without it
     import pyarrow
     import pyarrow.parquet
@@ -131,7 +133,7 @@ def _parquet_values(local: Path, path: str) -> Iterator[tuple[int, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield number, {name: _without_filling(cell) for name, cell in value.items()}
+                    yield number, {name: _without_nulls(cell) for name, cell in value.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error}): write it again") from error
 
@@ -159,20 +161,20 @@ def _dataset_rows(local: Path, path: str, split: str) -> Iterator[tuple[str, Row
         )
         raise ValueError(f"{path}: cannot read split {split!r} of this {kind} ({cause}): {remedy}") from error
     for number, row in enumerate(loaded, start=1):
-        yield f"{path}[{split}] row {number}", {name: _without_filling(cell) for name, cell in row.items()}
+        yield f"{path}[{split}] row {number}", {name: _without_nulls(cell) for name, cell in row.items()}
 
 
-def _without_filling(value: Any) -> Any:
-    """A cell without the nulls that Arrow writes for fields that only other rows have."""
+def _without_nulls(value: object) -> object:
+    """A cell without the nulls that Arrow adds for fields of other rows."""
     if isinstance(value, list):
-        return [_without_filling(item) for item in value]
+        return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
-        return {name: _without_filling(item) for name, item in value.items() if item is not None}
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return value
 
 
 def describe(value: object) -> str:
-    """Say what a wrong value is, shortly: ``"7 (int)"``, or ``"null"``."""
+    """Describe a wrong value briefly: ``"7 (int)"``, or ``"null"``."""
     if value is None:
         return "null"
     return f"{_SHORT.repr(value)} ({type(value).__name__})"

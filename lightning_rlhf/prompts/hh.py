@@ -23,7 +23,7 @@ class HHPrompts(AbstractPromptSource):
     A row has ``chosen`` and ``rejected``, each a transcript ``"\n\nHuman: ...\n\nAssistant: ..."``. All turns but the
     last become the prompt. ``probability`` or ``label``, and ``weight``, are read as `DatasetPrompts` reads them.
     Transcripts that break the format are left out and counted in `report` by reason; a row whose fields are missing or
-    no text raises an error. A turn that quotes ``"\n\nHuman:"`` cannot be told from two.
+    no text raises an error. A turn that quotes ``"\n\nHuman:"`` is split in two.
 
     Args:
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "Anthropic/hh-rlhf".
@@ -71,7 +71,7 @@ class HHPrompts(AbstractPromptSource):
 
 
 def parse_pair(row: Row, source: str) -> PromptRow | str:
-    """Parse the two transcripts of a row, or say why it cannot be used."""
+    """Parse the two transcripts of a row; a text is the reason why it cannot be used."""
     for field in ("chosen", "rejected"):
         if field not in row:
             raise field_error(source, field, f"is missing among {sorted(row)}", "HHPrompts needs chosen and rejected")
@@ -91,6 +91,7 @@ def parse_pair(row: Row, source: str) -> PromptRow | str:
 
 def split_turns(transcript: str) -> list[Message]:
     """Split a transcript into turns, without white space around each; text before the first mark is a system turn."""
+    # [text before, name, content, name, content, ...]
     before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
     turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
     for name, content in zip(parts[::2], parts[1::2], strict=True):
@@ -99,7 +100,7 @@ def split_turns(transcript: str) -> list[Message]:
 
 
 def find_problem(turns: list[Message]) -> str | None:
-    """Say what breaks the format: Human first, then in turns, Assistant last, and nobody silent before that."""
+    """Reason why turns break the format, or None: Human first, alternating, Assistant last, no empty turn before."""
     roles = [turn["role"] for turn in turns]
     if roles[:1] != ["user"]:
         return "does not begin with Human"

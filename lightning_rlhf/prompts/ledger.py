@@ -17,8 +17,7 @@ class LedgerPrompts(AbstractPromptSource):
 
     Args:
         path: path of the ledger.
-        labels: take labelled pairs only, and their labels with them; false takes all pairs, in an order that says
-            nothing about which is better.
+        labels: take labelled pairs only, with their labels; false takes all pairs, in arbitrary order within a pair.
         limit: take only the first pairs, >= 1; null takes all.
     """
 
@@ -35,6 +34,7 @@ class LedgerPrompts(AbstractPromptSource):
         """
         self.report.clear()
         rows: list[PromptRow] = []
+        # a snapshot, since the run may still write
         with PreferenceStore(self.path, read_only=True) as store, store.snapshot():
             for round_, position, comparison, label in store.walk():
                 if self.limit is not None and len(rows) >= self.limit:

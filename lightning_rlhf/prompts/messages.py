@@ -1,14 +1,13 @@
-"""Messages of data rows: what is read of them, and how they are written where no chat template is involved.
+"""Messages of data rows: parsing, and their text where no chat template is involved.
 
-A message keeps all fields that hold something, so that the chat template gets them; `lightning_rlhf.prompts.tokenize`
-checks that it writes them.
+A message keeps all non-empty fields, and the chat template gets them; `lightning_rlhf.prompts.tokenize` checks that it
+writes them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Any
 
 from lightning_rlhf.prompts.files import Row, describe
 from lightning_rlhf.types import FinishReason, Message
@@ -18,22 +17,23 @@ ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipytho
 TOOLS = "tools"
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns of rows that are about more than text."""
+"""Columns of rows with more than text."""
 
 RESERVED = ("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message")
-"""Names that a row may not give to the chat template: the library does."""
+"""Arguments of the chat template that the library sets, so that a row may not."""
 
 
 def field_error(source: str, field: str, problem: str, remedy: str) -> ValueError:
-    """Build the error for a malformed field: where, what, and what to do."""
+    """Build the error for a malformed field: place, problem and remedy."""
     return ValueError(f"{source}: field {field!r} {problem}: {remedy}")
 
 
-def parse_text(value: Any, source: str, field: str) -> str:
+def parse_text(value: object, source: str, field: str) -> str:
     """Check that a value is text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise field_error(source, field, f"must be text, got {describe(value)}", "write a string")
     try:
+        # JSON can hold half of a surrogate pair, which no tokenizer or ledger takes
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         problem = f"holds half of a surrogate pair at character {error.start}"
@@ -41,8 +41,8 @@ def parse_text(value: Any, source: str, field: str) -> str:
     return value
 
 
-def parse_messages(value: Any, source: str, field: str, ignored: Collection[str] = ()) -> tuple[Message, ...]:
-    """Check a list of messages, keeping every field that holds something.
+def parse_messages(value: object, source: str, field: str, ignored: Collection[str] = ()) -> tuple[Message, ...]:
+    """Check a list of messages, keeping all non-empty fields.
 
     Args:
         value: the list.
@@ -51,7 +51,7 @@ def parse_messages(value: Any, source: str, field: str, ignored: Collection[str]
         ignored: fields of messages to leave out.
 
     Raises:
-        ValueError: naming row, field and message, for what is no message.
+        ValueError: if an entry is no message, naming row, field and number.
     """
     if not isinstance(value, list) or not value:
         problem = f"must be text or a list of messages, got {describe(value)}"
@@ -59,7 +59,7 @@ def parse_messages(value: Any, source: str, field: str, ignored: Collection[str]
     return tuple(_parse_message(message, number, source, field, ignored) for number, message in enumerate(value))
 
 
-def _parse_message(message: Any, number: int, source: str, field: str, ignored: Collection[str]) -> Message:
+def _parse_message(message: object, number: int, source: str, field: str, ignored: Collection[str]) -> Message:
     place = f"{field}[{number}]"
     remedy = 'write {"role": "user", "content": "..."}'
     if not isinstance(message, dict) or "role" not in message:
@@ -72,6 +72,7 @@ def _parse_message(message: Any, number: int, source: str, field: str, ignored: 
         raise field_error(source, field, problem, f"use one of {', '.join(ROLES)}")
     named = {key: kept for key, kept in message.items() if key not in ("role", "content") and key not in ignored}
     others = {key: kept for key, kept in named.items() if kept is not None and kept not in ("", [], {})}
+    # an assistant's turn with tool calls may have no content
     content = message.get("content")
     if content is None and not others:
         problem = f"has no role and content in message {number + 1}, got {describe(message)}"
@@ -85,7 +86,7 @@ def _parse_message(message: Any, number: int, source: str, field: str, ignored: 
     return {"role": role, "content": content, **others}
 
 
-def _joined_parts(parts: list[Any], source: str, field: str) -> str:
+def _joined_parts(parts: list[object], source: str, field: str) -> str:
     """Text of a content that is a list of parts."""
     texts = []
     for number, part in enumerate(parts):
@@ -96,8 +97,8 @@ def _joined_parts(parts: list[Any], source: str, field: str) -> str:
     return "".join(texts)
 
 
-def _check_json(value: Any, source: str, field: str) -> None:
-    """Check that a value is what JSON can hold, as a ledger keeps it."""
+def _check_json(value: object, source: str, field: str) -> None:
+    """Check that a value can be written as JSON, since ledgers do."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
@@ -105,7 +106,7 @@ def _check_json(value: Any, source: str, field: str) -> None:
         raise field_error(source, field, problem, "write text, numbers, lists and objects") from error
 
 
-def parse_prompt(value: Any, source: str, field: str, ignored: Collection[str] = ()) -> str | tuple[Message, ...]:
+def parse_prompt(value: object, source: str, field: str, ignored: Collection[str] = ()) -> str | tuple[Message, ...]:
     """Check a prompt, plain or conversational."""
     if isinstance(value, str):
         return parse_text(value, source, field)
@@ -113,7 +114,7 @@ def parse_prompt(value: Any, source: str, field: str, ignored: Collection[str] =
 
 
 def without_final_answer(messages: tuple[Message, ...], source: str, field: str) -> tuple[Message, ...]:
-    """Check that a conversation waits for the assistant to speak."""
+    """Check that the next turn of a conversation is the assistant's."""
     if messages[-1]["role"] == "assistant":
         problem = "has a prompt that ends with the assistant's turn"
         raise field_error(source, field, problem, "end the prompt with the user's turn; completions hold the answers")
@@ -121,12 +122,13 @@ def without_final_answer(messages: tuple[Message, ...], source: str, field: str)
 
 
 def parse_answer(
-    value: Any, prompt: str | tuple[Message, ...], source: str, field: str, ignored: Collection[str] = ()
+    value: object, prompt: str | tuple[Message, ...], source: str, field: str, ignored: Collection[str] = ()
 ) -> Message:
     """Check a completion: text, or the assistant's message, with or without the prompt's messages before it."""
     if isinstance(value, str):
         return {"role": "assistant", "content": parse_text(value, source, field)}
     messages = parse_messages(value, source, field, ignored)
+    # TRL allows whole conversations as completions
     if messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if [message["role"] for message in messages] != ["assistant"]:
@@ -136,15 +138,15 @@ def parse_answer(
     return messages[0]
 
 
-def parse_completion(value: Any, prompt: str | tuple[Message, ...], source: str, field: str) -> str:
+def parse_completion(value: object, prompt: str | tuple[Message, ...], source: str, field: str) -> str:
     """Text of a completion; see `parse_answer`."""
     return turn_text(parse_answer(value, prompt, source, field))
 
 
 def parse_template_options(
     row: Row, source: str, conversational: bool, ignored: Collection[str] = ()
-) -> dict[str, Any]:
-    """What a row gives to the chat template beside its messages: ``tools`` and ``chat_template_kwargs``.
+) -> dict[str, object]:
+    """Arguments of the chat template that a row gives beside its messages: ``tools`` and ``chat_template_kwargs``.
 
     Both are objects, or JSON in a string.
 
@@ -160,19 +162,20 @@ def parse_template_options(
     for name in NO_TEXT:
         if name not in ignored and row.get(name) not in (None, "", [], {}):
             raise field_error(source, name, "cannot be read: models here read text", "drop it, or set ignored_fields")
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for name, kind in ((TOOLS, list), (TEMPLATE_OPTIONS, dict)):
         value = row.get(name)
         if name in ignored or value in (None, "", [], {}):
             continue
+        # Arrow has one type per column, so that data sets store objects as JSON
         if isinstance(value, str):
             try:
                 value = json.loads(value)
             except ValueError as error:
                 raise field_error(source, name, f"is no JSON ({error})", "write it as JSON") from error
         if not isinstance(value, kind):
-            what = "a list of tools" if kind is list else "an object"
-            raise field_error(source, name, f"must be {what}, got {describe(value)}", "correct it, or drop it")
+            expected = "a list of tools" if kind is list else "an object"
+            raise field_error(source, name, f"must be {expected}, got {describe(value)}", "correct it, or drop it")
         if not conversational:
             problem = "is for the chat template, and the prompt is plain text"
             raise field_error(source, name, problem, "write the prompt as messages, or set ignored_fields")
@@ -187,13 +190,13 @@ def parse_template_options(
 
 
 def parse_finish_reasons(row: Row, names: tuple[str, ...]) -> tuple[FinishReason, ...]:
-    """Why the recorded completions of a row ended, by columns; empty if none was cut off by a token limit."""
+    """Finish reasons of the recorded completions of a row; empty if none was cut off by a token limit."""
     found: tuple[FinishReason, ...] = tuple("length" if row.get(name) == "length" else "eos" for name in names)
     return found if "length" in found else ()
 
 
 def holds_text_alone(message: Message) -> bool:
-    """Whether a message is nothing but a role and text."""
+    """Whether a message has a role and text, and no other field."""
     return isinstance(message["content"], str) and len(message) == 2
 
 

@@ -1,4 +1,4 @@
-"""Splitting one file into rows to train on and rows held out, by what the rows hold rather than by where they stand."""
+"""Splitting one file into rows to train on and held-out rows, by their content rather than by their position."""
 
 from __future__ import annotations
 
@@ -44,5 +44,6 @@ def is_heldout(row: PromptRow, share: float) -> bool:
         share: share of the first messages that are held out, in (0, 1).
     """
     first = turn_text(row.messages[0]) if row.messages is not None else row.text
+    # the same on every machine, unlike hash()
     digest = hashlib.sha256((first or "").encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share

@@ -1,23 +1,25 @@
-"""How a chat template writes the assistant's turn: what comes before the answer, what ends it, and what follows."""
+"""How a chat template writes the assistant's turn: the tokens before the answer, at its end, and behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.types import Message
 
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """Token ids around an answer; all empty where the template tells nothing.
+    """Token ids around an answer; all empty if there is no template, or it fits no simple conversation.
 
     Args:
-        opening: what is written when the assistant is asked to speak (``add_generation_prompt``), e.g.
+        opening: the generation prompt (``add_generation_prompt``), e.g.
             ``<|im_start|>assistant\\n``; empty where an answer follows the user's turn at once.
         end: the token that ends the assistant's turn, e.g. ``<|im_end|>``; None where no special token does.
-        closing: what is written behind it, e.g. a newline.
+        closing: tokens behind it, e.g. a newline.
         writes_bos: whether the template writes BOS.
     """
 
@@ -27,21 +29,22 @@ class TurnFormat:
     writes_bos: bool = False
 
     def asks(self, ids: Sequence[int]) -> bool:
-        """Whether a prompt ends as the template ends one."""
+        """Whether a prompt ends with the generation prompt."""
         length = len(self.opening)
         return length > 0 and tuple(ids[-length:]) == self.opening
 
     def closed(self, prompt: Sequence[int], answer: tuple[int, ...]) -> tuple[int, ...]:
-        """An answer with what the template writes behind it: where it ends with the turn, and the prompt is a chat."""
+        """An answer with the tokens behind it, if it ends with the turn and the prompt is a chat."""
         ended = self.end is not None and answer[-1:] == (self.end,)
         return answer + self.closing if ended and self.asks(prompt) else answer
 
 
 PROBE = "Elbe"
+"""Answer that is rendered to find its end; a word that no template contains."""
 
 
 def turn_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> TurnFormat:
-    """Find out how a chat template writes the assistant's turn, by letting it write one.
+    """Find out how a chat template writes the assistant's turn, by rendering one.
 
     Args:
         tokenizer: the tokenizer.
@@ -49,18 +52,21 @@ def turn_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = 
     """
     if not (chat_template or tokenizer.chat_template):
         return TurnFormat()
-    question: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
+    question: list[Message] = [{"role": "user", "content": "a"}]
 
-    def written(messages: list[dict[str, Any]], **options: Any) -> str:
-        text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
+    def written(messages: list[Message], add_generation_prompt: bool = False) -> str:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
         assert isinstance(text, str)
         return text
 
     try:
         bare, asked = written(question), written(question, add_generation_prompt=True)
         answered = written([*question, {"role": "assistant", "content": PROBE}])
-    except Exception:  # whatever a template raises that expects other conversations
+    except Exception:  # a template is a program: one that expects other conversations may raise anything
         return TurnFormat()
+    # the generation prompt is the difference of the two
     bare_ids, asked_ids = _encode(tokenizer, bare), _encode(tokenizer, asked)
     bos = tokenizer.bos_token_id
     opening = asked_ids[shared_length(bare_ids, asked_ids) :]
@@ -70,13 +76,13 @@ def turn_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = 
     answered_ids = _encode(tokenizer, answered)
     if end is None or end not in answered_ids:
         return TurnFormat(opening, writes_bos=writes_bos)
-    # the user's turn may end with the same token, and nothing behind the answer does
+    # the last one, since the user's turn may end with the same token
     last = len(answered_ids) - 1 - answered_ids[::-1].index(end)
     return TurnFormat(opening, end, answered_ids[last + 1 :], writes_bos)
 
 
-def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """With how many equal ids, or characters, two sequences begin."""
+def shared_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Length of the common prefix of two sequences of ids or characters."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

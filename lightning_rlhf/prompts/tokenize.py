@@ -1,34 +1,34 @@
 """Rows of text to prompts of token ids, with the recorded completions of each.
 
-The rules, the same for every tokenizer:
+The rules are the same for every tokenizer:
 
 - A plain prompt gets the special tokens that the tokenizer puts in front (BOS), never those it puts behind, and never a
-  BOS that it has already. A plain prompt that ends as the chat template asks the assistant to speak was rendered
-  beforehand: it gets BOS only if the template writes one.
+  second BOS. A plain prompt that ends with the generation prompt of the chat template was rendered beforehand: it gets
+  BOS only if the template writes one.
 - A conversational prompt is rendered with the chat template; the template writes BOS, so the tokenizer adds none.
-- Prompt and completion are tokenised as one text, and the completion is what follows the prompt's own ids. Where a
-  token would span the border, the prompt keeps the ids that a policy sees when it is asked, and the completion is
-  tokenised so that both together still read as the text.
-- A completion ends where a drawn one would: with the token that the chat template ends the assistant's turn with, or
-  EOS, unless the token limit cut it. What a template writes behind it is left out.
-- Answers are written by the chat template. Where it would leave a part of one out, such as the reasoning, the answer
-  follows the prompt to the letter, as it would if it were drawn.
-- Fields of messages that the template does not write are errors, or named in the counts where they only say what
-  belongs together (``tool_call_id``).
+- Prompt and completion are tokenised as one text, and the completion is the part behind the prompt's own ids. Where a
+  token would span the border, the prompt keeps the ids that the policy sees in generation, and the completion is
+  tokenised so that both together still decode to the text.
+- A completion ends as a sampled one does: with the end-of-turn token of the chat template, or EOS, unless the token
+  limit cut it. Text of the template behind that token is left out.
+- Answers are written by the chat template. Where it would leave a part out, such as the reasoning, the answer follows
+  the prompt verbatim, as a sampled one would.
+- Fields of messages that the template does not write are errors. Those that only link messages (``tool_call_id``) are
+  counted instead.
 
-Known: text inside a turn that looks like a special token (``"<|im_end|>"``) becomes that token, as it does with
-``apply_chat_template`` everywhere; clean prompts from untrusted sources beforehand. And templates that write today's
-date make prompts change from day to day; give such a tokenizer a template without a date.
+Known limits: text inside a turn that looks like a special token (``"<|im_end|>"``) becomes that token, as everywhere
+with ``apply_chat_template``; clean prompts from untrusted sources first. Templates that write today's date change
+prompts from day to day; give such a tokenizer a template without a date.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypeAlias, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ from lightning_rlhf.types import FinishReason, Message, Prompt, PromptRow, Respo
 
 
 CHAT_TEMPLATES = {
-    # the transcript format of HH-RLHF, for models that were never taught a chat format
+    # the transcript format of HH-RLHF, for models without a chat format
     "human_assistant": (
         "{{ bos_token or '' }}"
         "{% for message in messages %}"
@@ -51,7 +51,10 @@ CHAT_TEMPLATES = {
         "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
     ),
 }
-"""Chat templates that can be given by name."""
+"""Chat templates with a name."""
+
+Options: TypeAlias = Mapping[str, object]
+"""Options of a chat template beside the messages, e.g. ``tools``."""
 
 LONG_PROMPT = "long prompts dropped"
 TRUNCATED_PROMPT = "long prompts truncated"
@@ -63,13 +66,13 @@ PAST_REASONING = "reasoning of earlier turns, which the chat template leaves out
 IGNORED_LINK = "message fields that the chat template leaves out: "
 
 LINKS = ("tool_call_id", "id", "index")
-"""Fields that only say what belongs together; templates may leave them out."""
+"""Fields that only link messages; templates may leave them out."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields with what the assistant thought; templates may leave them out of earlier turns."""
+"""Fields with the reasoning of the assistant; templates may leave them out of earlier turns."""
 
 TEXTS_AT_ONCE = 1024
-"""Texts that the tokenizer gets in one call."""
+"""Number of texts per call of the tokenizer."""
 
 
 def tokenize_rows(
@@ -83,24 +86,24 @@ def tokenize_rows(
     chat_template: str | None = None,
     end_ids: Collection[int] = (),
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """Turn rows into tokenised prompts, and count what was dropped or truncated.
+    """Turn rows into tokenised prompts, and count dropped and truncated rows.
 
-    ``Prompt.index`` is the position of the row in ``rows``, so that it does not depend on what is dropped.
+    ``Prompt.index`` is the position of the row in ``rows``, so that it does not depend on dropped rows.
 
     Args:
-        rows: what a prompt source loaded.
+        rows: rows of a prompt source.
         tokenizer: tokenizer of the policy.
         max_prompt_tokens: longest prompt in tokens, template included, >= 1.
         max_response_tokens: longest recorded completion in tokens, EOS included, >= 1; longer ones lose their end.
-        on_long_prompt: what to do with longer prompts: "error"; "drop", counted; or "truncate", counted, which cuts
-            the beginning except BOS.
+        on_long_prompt: treatment of longer prompts: "error"; "drop", counted; or "truncate", counted, which cuts the
+            beginning except BOS.
         system_prompt: system message for conversations that have none.
         chat_template: Jinja chat template to use instead of the tokenizer's own, or the name "human_assistant".
         end_ids: token ids at which generation stops, beside EOS and the template's end of turn.
 
     Raises:
         ValueError: if a prompt is empty, or too long (and ``on_long_prompt`` is "error"), if there are conversations
-            and no chat template, if the template does not fit or leaves something out, or if no row is left.
+            and no chat template, if the template does not fit or leaves a part out, or if no row is left.
     """
     if max_prompt_tokens < 1 or max_response_tokens < 1:
         raise ValueError(f"limits must be at least 1 token; got {max_prompt_tokens=} and {max_response_tokens=}")
@@ -108,56 +111,19 @@ def tokenize_rows(
         raise ValueError(f"on_long_prompt must be 'error', 'drop' or 'truncate'; got {on_long_prompt!r}")
     counts: Counter[str] = Counter()
     renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
-    written = [renderer.write(row) for row in rows]
-    drafts = []
-    encoded = encode_all(tokenizer, [one.text for one in written])
-    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True)):
-        ids = renderer.with_front(bare, conversational=one.messages is not None)
-        if not ids:
-            problem = "is empty, and the tokenizer puts no token in front of it"
-            raise field_error(row.source, "prompt", problem, "write a prompt, or drop the row")
-        if len(ids) > max_prompt_tokens and on_long_prompt == "error":
-            raise ValueError(
-                f"{row.source}: prompt has {len(ids)} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
-                f"max_prompt_tokens, or set on_long_prompt to 'drop' or to 'truncate'"
-            )
-        if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
-            counts[LONG_PROMPT] += 1
-        else:
-            prompt = Prompt(
-                index, ids, one.text, one.messages, recorded=row.pair, template_options=row.template_options
-            )
-            drafts.append((prompt, bare, one))
-
-    prompts = []
+    drafts = _drafts(rows, renderer, max_prompt_tokens, on_long_prompt, counts)
+    prompts: list[Prompt] = []
     completions = _completions(drafts, tokenizer)
-    for prompt, bare, one in drafts:
-        row = rows[prompt.index]
-        answers = [next(completions) for _ in one.rests]
-        if not all(one.rests):
-            counts[EMPTY] += 1
+    for draft in drafts:
+        answers = [next(completions) for _ in draft.written.rests]
+        recorded = _recorded(draft, answers, renderer, end_ids, max_response_tokens, counts)
+        if recorded is None:
             continue
-        recorded = []
-        for k, (ids, text) in enumerate(zip(answers, one.answers, strict=True)):
-            reason = row.finish_reasons[k] if row.finish_reasons else "eos"
-            chat = one.messages is not None or renderer.format.asks(bare)
-            ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
-            counts[ENDED_INSIDE] += inside
-            recorded.append(_response(tokenizer, ended, max_response_tokens, reason, None if inside else text))
-        if any(len(set(response.ids) - {*renderer.ends(end_ids)}) == 0 for response in recorded):  # nothing but EOS
-            counts[EMPTY] += 1
-            continue
+        prompt = draft.prompt
         if len(recorded) == 2:
-            if recorded[0].ids == recorded[1].ids:  # they differ in what was cut off, or in white space that is trimmed
-                counts[IDENTICAL] += 1
-                continue
             prompt = replace(prompt, pair=(recorded[0], recorded[1]))
         elif recorded:
             prompt = replace(prompt, completion=recorded[0])
-        counts[TRUNCATED_COMPLETION] += sum(
-            len(response.ids) == max_response_tokens and response.finish_reason == "length" for response in recorded
-        )
-
         if len(prompt.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
             ids, text = renderer.truncated(prompt.ids, prompt.text, max_prompt_tokens)
@@ -172,6 +138,85 @@ def tokenize_rows(
     return prompts, dict(counts)
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """A prompt whose recorded completions are not tokenised yet.
+
+    Args:
+        row: the data row.
+        prompt: the prompt, not truncated.
+        bare: token ids of the prompt's text, without special tokens in front.
+        written: the row as text.
+    """
+
+    row: PromptRow
+    prompt: Prompt
+    bare: tuple[int, ...]
+    written: _Written
+
+
+def _drafts(
+    rows: Sequence[PromptRow],
+    renderer: _Renderer,
+    max_prompt_tokens: int,
+    on_long_prompt: Literal["error", "drop", "truncate"],
+    counts: Counter[str],
+) -> list[_Draft]:
+    """Tokenise the prompts; long ones are errors, or dropped and counted, or kept to be truncated later."""
+    written = [renderer.write(row) for row in rows]
+    encoded = encode_all(renderer.tokenizer, [one.text for one in written])
+    drafts: list[_Draft] = []
+    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True)):
+        ids = renderer.with_front(bare, conversational=one.messages is not None)
+        if not ids:
+            problem = "is empty, and the tokenizer puts no token in front of it"
+            raise field_error(row.source, "prompt", problem, "write a prompt, or drop the row")
+        if len(ids) > max_prompt_tokens and on_long_prompt == "error":
+            raise ValueError(
+                f"{row.source}: prompt has {len(ids)} tokens, and max_prompt_tokens is {max_prompt_tokens}: raise "
+                f"max_prompt_tokens, or set on_long_prompt to 'drop' or to 'truncate'"
+            )
+        if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
+            counts[LONG_PROMPT] += 1
+            continue
+        prompt = Prompt(index, ids, one.text, one.messages, recorded=row.pair, template_options=row.template_options)
+        drafts.append(_Draft(row, prompt, bare, one))
+    return drafts
+
+
+def _recorded(
+    draft: _Draft,
+    answers: Sequence[tuple[int, ...]],
+    renderer: _Renderer,
+    end_ids: Collection[int],
+    max_response_tokens: int,
+    counts: Counter[str],
+) -> list[Response] | None:
+    """The recorded completions of a row as responses; None, counted, if one is empty or two are the same."""
+    row, written = draft.row, draft.written
+    if not all(written.rests):
+        counts[EMPTY] += 1
+        return None
+    recorded: list[Response] = []
+    for number, (ids, text) in enumerate(zip(answers, written.answers, strict=True)):
+        chat = written.messages is not None or renderer.format.asks(draft.bare)
+        reason = row.finish_reasons[number] if row.finish_reasons else "eos"
+        ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
+        counts[ENDED_INSIDE] += inside
+        recorded.append(_response(renderer.tokenizer, ended, max_response_tokens, reason, None if inside else text))
+    ends = set(renderer.ends(end_ids))
+    if any(ends.issuperset(response.ids) for response in recorded):  # nothing but EOS
+        counts[EMPTY] += 1
+        return None
+    # they differed in the part beyond the limit, or in white space that is trimmed
+    if len(recorded) == 2 and recorded[0].ids == recorded[1].ids:
+        counts[IDENTICAL] += 1
+        return None
+    for response in recorded:
+        counts[TRUNCATED_COMPLETION] += len(response.ids) == max_response_tokens and response.finish_reason == "length"
+    return recorded
+
+
 Reading = Literal["template", "end_of_sequence"]
 
 
@@ -183,17 +228,17 @@ def encode_answers(
     chat_template: str | None = None,
     reading: Reading = "template",
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Token ids of prompts and answers under another tokenizer than the one they were made with, from their texts.
+    """Token ids of prompts and answers under another tokenizer, from their texts.
 
-    Of a conversation they are, together, the ids that ``apply_chat_template`` gives for it, to the last one; only an
-    answer that was cut off has no end. A plain prompt and its answer are one text that ends with EOS.
+    A conversation gets exactly the ids of ``apply_chat_template``; only an answer that was cut off has no end. A plain
+    prompt and its answer are one text that ends with EOS.
 
     Args:
         prompts: the prompt of each answer.
         responses: the answers.
         tokenizer: the other tokenizer.
         chat_template: Jinja chat template to use instead of the tokenizer's own, or the name "human_assistant".
-        reading: ``end_of_sequence`` ends answers with EOS in place of what the template writes behind a turn, as this
+        reading: ``end_of_sequence`` ends answers with EOS in place of the text of the template behind a turn, as this
             library did before it read reward models at the end of the template.
     """
     renderer = _Renderer(tokenizer, None, CHAT_TEMPLATES.get(chat_template or "", chat_template), None)
@@ -234,8 +279,8 @@ class _Written:
     Args:
         text: the prompt.
         messages: the conversation behind it.
-        rests: what follows the prompt, one per recorded completion; empty for a blank one.
-        answers: the completions to the letter; None where one is known by its ids alone.
+        rests: text behind the prompt, one per recorded completion; empty for a blank one.
+        answers: the completions verbatim; None for a message with more than text.
     """
 
     text: str
@@ -251,7 +296,7 @@ class _Renderer:
         tokenizer: the tokenizer.
         system_prompt: system message for conversations that have none.
         template: chat template in place of the tokenizer's own.
-        counts: gets what is worth a word; without it, what a template leaves out is a warning rather than an error.
+        counts: receives the counts. Without it, a part that the template leaves out is a warning instead of an error.
     """
 
     def __init__(
@@ -270,7 +315,7 @@ class _Renderer:
 
     @cached_property
     def format(self) -> TurnFormat:
-        """How the template writes the assistant's turn."""
+        """Format of the assistant's turn in the template."""
         return turn_format(self.tokenizer, self.template)
 
     def write(self, row: PromptRow) -> _Written:
@@ -298,8 +343,8 @@ class _Renderer:
             )
         return ({"role": "system", "content": self.system_prompt}, *row.messages)
 
-    def render(self, messages: Sequence[Message], options: dict[str, Any], source: str) -> str:
-        """Write a conversation as text; up to where the assistant speaks, unless the assistant has spoken last."""
+    def render(self, messages: Sequence[Message], options: Options, source: str) -> str:
+        """Write a conversation as text; with the generation prompt, unless the last turn is the assistant's."""
         if self.template is None and not self.tokenizer.chat_template:
             raise ValueError(
                 f"{source}: the prompt is a conversation, and the tokenizer has no chat template: set chat_template to "
@@ -308,7 +353,7 @@ class _Renderer:
         silent = [{**m, "content": ""} if m["content"] is None else m for m in messages]
         if silent == list(messages):
             return self._applied(messages, options, source)
-        # some templates tell "no text" from an empty one, others write the word None
+        # some templates distinguish "no text" from an empty text, others write the word None
         as_empty = self._applied(silent, options, source)
         try:
             as_null = self._applied(messages, options, source)
@@ -316,16 +361,18 @@ class _Renderer:
             return as_empty
         return as_empty if as_null.count("None") > as_empty.count("None") else as_null
 
-    def _applied(self, messages: Sequence[Message], options: dict[str, Any], source: str) -> str:
+    def _applied(self, messages: Sequence[Message], options: Options, source: str) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
+            # its options are those of the template
+            apply = cast(Callable[..., object], self.tokenizer.apply_chat_template)
+            text = apply(
                 list(messages),
                 chat_template=self.template,
                 add_generation_prompt=messages[-1]["role"] != "assistant",
                 tokenize=False,
                 **options,
             )
-        # a template is a program: it fails as programs do over fields that it does not expect
+        # a template is a program: fields that it does not expect may raise any of these
         except (TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{source}: the chat template refuses the conversation ({error}): change the turns of the row, or set "
@@ -334,17 +381,15 @@ class _Renderer:
         assert isinstance(text, str)
         return text
 
-    def check(
-        self, messages: Sequence[Message], options: dict[str, Any], text: str, source: str, first: int = 0
-    ) -> None:
-        """Check that a template has written what it got, from message ``first`` on.
+    def check(self, messages: Sequence[Message], options: Options, text: str, source: str, first: int = 0) -> None:
+        """Check that a template has written all parts of the messages, from message ``first`` on.
 
         Raises:
-            ValueError: naming the row and what is left out.
+            ValueError: naming the row and the missing part.
         """
         for number, message in enumerate(messages[first:], start=first):
             content = message["content"]
-            # most templates write a text as it is; where not, it is left out if another one makes no difference
+            # most templates write a text as it is; else it is left out if another text makes no difference
             if (
                 content
                 and content.strip() not in text
@@ -362,17 +407,15 @@ class _Renderer:
                 if self.render(messages, fewer, source) == text:
                     self._leaves_out(source, f"{name!r}, which the row gives to the chat template")
 
-    def _check_field(
-        self, messages: Sequence[Message], number: int, name: str, options: dict[str, Any], source: str
-    ) -> None:
-        """Say that a field of a message is not written, unless templates leave it out by convention."""
+    def _check_field(self, messages: Sequence[Message], number: int, name: str, options: Options, source: str) -> None:
+        """Report that a field of a message is not written, unless templates leave it out by convention."""
         role = messages[number]["role"]
         if name in LINKS or (name == "name" and role in ("tool", "function", "ipython")):
             if self.counts is not None:
                 self.counts[f"{IGNORED_LINK}{name}"] += 1
             return
         if name in REASONING and number < len(messages) - 1:
-            # templates of reasoning models write what was thought in the last turn alone
+            # templates of reasoning models write the reasoning of the last turn only
             last = messages[: number + 1]
             if not self._same(last, number, {name: None}, options, self.render(last, options, source)):
                 if self.counts is not None:
@@ -380,9 +423,7 @@ class _Renderer:
                 return
         self._leaves_out(source, f"field {name!r} of message {number + 1}, by {role!r}")
 
-    def _same(
-        self, messages: Sequence[Message], number: int, change: dict[str, Any], options: dict[str, Any], text: str
-    ) -> bool:
+    def _same(self, messages: Sequence[Message], number: int, change: Options, options: Options, text: str) -> bool:
         """Whether a change in one message makes no difference to the template; a None leaves the field out."""
         changed = {name: value for name, value in {**messages[number], **change}.items() if value is not None}
         changed.setdefault("content", None)
@@ -391,12 +432,13 @@ class _Renderer:
         except ValueError:
             return False
 
-    def _leaves_out(self, source: str, what: str) -> None:
-        problem = f"{source}: the chat template does not write {what}"
+    def _leaves_out(self, source: str, part: str) -> None:
+        problem = f"{source}: the chat template does not write {part}"
         if self.counts is None:
-            if self._unwritten != what:
+            # one warning for a column, not one per row
+            if self._unwritten != part:
                 warnings.warn(f"{problem}; it is lost on the model that reads this", stacklevel=4)
-            self._unwritten = what
+            self._unwritten = part
             return
         raise ValueError(
             f"{problem}: set chat_template to one that does, drop it from the data, or name it in ignored_fields"
@@ -406,9 +448,14 @@ class _Renderer:
         return self.template or str(self.tokenizer.chat_template)
 
     def _rests(
-        self, messages: tuple[Message, ...], options: dict[str, Any], text: str, answers: Sequence[Message], source: str
+        self,
+        messages: tuple[Message, ...],
+        options: Options,
+        text: str,
+        answers: Sequence[Message],
+        source: str,
     ) -> tuple[str, list[str]]:
-        """What follows the prompt, up to the end of the turn or further; and the prompt that it follows."""
+        """The prompt, and the text of each answer behind it, up to the end of the turn or further."""
         wholes = [self.render((*messages, answer), options, source) for answer in answers]
         for answer, whole in zip(answers, wholes, strict=True):
             if not holds_text_alone(answer):
@@ -419,7 +466,7 @@ class _Renderer:
                 self._trimmed(rest) if _holds(rest, answer) else self._to_the_letter(answer)
                 for rest, answer in zip(rests, answers, strict=True)
             ]
-        # answered, the prompt lacks what the template asks with, such as the opening of a thought
+        # in a conversation with an answer, the template omits a part of the generation prompt, e.g. "<think>"
         start = self._without_opening(messages, options, text, source)
         opening = text[len(start) :]
         if not all(whole.startswith(start) for whole in wholes):
@@ -434,8 +481,9 @@ class _Renderer:
             for whole, answer, kept in zip(wholes, answers, held, strict=True)
         ]
 
-    def _without_opening(self, messages: tuple[Message, ...], options: dict[str, Any], text: str, source: str) -> str:
-        """The prompt up to where an answer begins, whatever it is."""
+    def _without_opening(self, messages: tuple[Message, ...], options: Options, text: str, source: str) -> str:
+        """The part of the prompt that the template writes before every answer."""
+        # the common prefix of two different answers
         written = [self.render((*messages, {"role": "assistant", "content": c}), options, source) for c in ("a", "b")]
         start = written[0][: shared_length(*written)]
         if not start or not text.startswith(start):
@@ -453,7 +501,7 @@ class _Renderer:
         return rest.rstrip() if self.format.end is None else rest
 
     def _to_the_letter(self, answer: Message, opening: str = "") -> str:
-        """An answer as it would be drawn, with the end of the turn; an opening that the prompt has is not repeated."""
+        """An answer as it would be sampled, with the end of the turn; without an opening that the prompt has."""
         if self.counts is not None:
             self.counts[TO_THE_LETTER] += 1
         text = str(answer["content"])
@@ -463,7 +511,7 @@ class _Renderer:
         return text if end is None else text + str(self.tokenizer.convert_ids_to_tokens(end))
 
     def with_front(self, bare: tuple[int, ...], *, conversational: bool) -> tuple[int, ...]:
-        """Ids of a prompt with the special tokens in front; BOS once, whatever the text begins with."""
+        """Ids of a prompt with the special tokens in front, and one BOS even if the text begins with BOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         has_front = bool(bare) and (bare[0] == bos or bare[: len(self.leading)] == self.leading)
         rendered = not conversational and self.format.asks(bare) and not self.format.writes_bos
@@ -484,13 +532,13 @@ class _Renderer:
 
         Args:
             ids: ids of the completion.
-            end_ids: what ends one, beside EOS and the template's end of turn.
+            end_ids: token ids that end one, beside EOS and the template's end of turn.
             chat: whether the prompt is a conversation, whose turns end as the template ends them.
             reason: ``length`` leaves the end out.
-            source: where the row came from.
+            source: origin of the row.
 
         Returns:
-            The ids, and whether text is lost behind the end.
+            The ids, and whether text behind the end is lost.
         """
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
@@ -523,7 +571,7 @@ class _Renderer:
         Args:
             ids: ids of the prompt.
             text: its text.
-            length: how many to keep at most; some less, where the text would be tokenised otherwise.
+            length: maximum number of ids; fewer where the text would be tokenised differently.
         """
         kept = truncate_left(ids, length, self.tokenizer.bos_token_id, self.leading)
         head = front_length(kept, self.tokenizer.bos_token_id, self.leading)
@@ -539,11 +587,11 @@ class _Renderer:
         return kept, decode(self.tokenizer, tail)
 
     def _places(self, text: str) -> list[int]:
-        """Where the tokens of a text begin in it; nothing where the tokenizer does not know."""
+        """Character offsets of the tokens of a text; empty for tokenizers without offsets."""
         if not self.tokenizer.is_fast:
             return []
-        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [start for start, _ in encoded["offset_mapping"]]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [start for start, _ in cast(list[tuple[int, int]], encoded["offset_mapping"])]
 
 
 _SYSTEM = ("system", "developer")
@@ -554,7 +602,7 @@ PLACEHOLDER = "Elbe"
 
 
 def _holds(written: str, answer: Message) -> bool:
-    """Whether a template has written all of an answer; white space does not matter."""
+    """Whether a template has written the whole answer; white space does not count."""
     content = answer["content"]
     if not content or content.strip() in written:
         return True
@@ -572,12 +620,12 @@ def _answers(row: PromptRow) -> tuple[Message, ...]:
     return tuple({"role": "assistant", "content": text} for text in texts)
 
 
-def _completions(
-    drafts: Sequence[tuple[Prompt, tuple[int, ...], _Written]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, ...]]:
+def _completions(drafts: Sequence[_Draft], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
     """Token ids of the recorded completions of the rows, in order, chosen before rejected."""
-    # whole texts are long: no more of them at once than the tokenizer gets
-    flat = [(bare, one.text, rest) for _, bare, one in drafts for rest in one.rests]
+    flat: list[tuple[tuple[int, ...], str, str]] = []
+    for draft in drafts:
+        flat.extend((draft.bare, draft.written.text, rest) for rest in draft.written.rests)
+    # in portions, since prompt and completion together are long
     for start in range(0, len(flat), TEXTS_AT_ONCE):
         part = flat[start : start + TEXTS_AT_ONCE]
         wholes = encode_all(tokenizer, [text + rest for _, text, rest in part])
@@ -596,7 +644,7 @@ def _after(
     found = [whole[len(bare) :] if whole[: len(bare)] == bare else None for bare, whole, _ in cases]
     open_ = [place for place, ids in enumerate(found) if ids is None]
     if open_:
-        # a token spans the border: the rest is tokenised behind something neutral, until both parts read as the whole
+        # a token spans the border: tokenise the rest behind a neutral context, until both parts decode to the whole
         specials = [token for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token) if token]
         alone = encode_all(tokenizer, [cases[place][2] for place in open_])
         for context in ("", *specials, "\n", ":", "0"):
@@ -615,47 +663,47 @@ def _after(
                 else:
                     left.append(place)
             open_ = left
-        for place in open_:  # a tokenizer that does not give a text back: nothing tells the ways apart
+        for place in open_:  # the tokenizer does not decode to the text, so that no way is better than another
             (found[place],) = encode_all(tokenizer, [cases[place][2]])
     return [ids or () for ids in found]
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of texts, without special tokens that a text does not spell out.
+    """Token ids of texts, without added special tokens.
 
-    Texts go to the tokenizer in lists, over which fast tokenizers use all cores.
+    Texts go to the tokenizer in lists, since fast tokenizers then use all cores.
     """
     ids: list[tuple[int, ...]] = []
-    # in portions: what a fast tokenizer returns beside the ids (offsets, strings) takes 100 bytes per token and more
+    # in portions: a fast tokenizer also returns offsets and strings, which take 100 bytes per token and more
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        # verbose=False: no warning about texts longer than the model's context, for lengths are checked here
+        # verbose=False: no warning about texts longer than the context window, since lengths are checked here
         encoding = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False, verbose=False)
         ids.extend(map(tuple, encoding["input_ids"]))
     return ids
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
-    """Text of token ids, with all white space that they stand for."""
+    """Text of token ids, with all white space."""
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Find the special tokens that a tokenizer puts in front of a text, BOS as a rule."""
+    """Special tokens that a tokenizer puts in front of a text, usually BOS."""
     for probe in ("a", "the", "1"):
         (body,) = encode_all(tokenizer, [probe])
         whole = tuple(tokenizer(probe)["input_ids"])
         for start in range(len(whole) - len(body) + 1):
             if body and whole[start : start + len(body)] == body:
                 return whole[:start]
-    # a tokenizer that knows none of the probes: what it adds to nothing, less EOS
+    # the tokenizer knows none of the probes: the special tokens of an empty text, without EOS
     added = tuple(tokenizer("")["input_ids"])
     return added[:1] if added[:1] == (tokenizer.bos_token_id,) else ()
 
 
 def front_length(ids: tuple[int, ...], bos_id: int | None, leading: tuple[int, ...]) -> int:
-    """With how many ids that a tokenizer puts in front a prompt begins."""
+    """Number of special tokens in front of a prompt."""
     if leading and ids[: len(leading)] == leading:
         return len(leading)
     return int(ids[:1] == (bos_id,))
@@ -664,13 +712,13 @@ def front_length(ids: tuple[int, ...], bos_id: int | None, leading: tuple[int, .
 def truncate_left(
     ids: tuple[int, ...], length: int, bos_id: int | None, leading: tuple[int, ...] = ()
 ) -> tuple[int, ...]:
-    """Keep the last ``length`` ids; BOS, or what the tokenizer puts in front, stays there, and there is one BOS.
+    """Keep the last ``length`` ids, with the special tokens in front and one BOS.
 
     Args:
         ids: ids of a prompt.
-        length: how many to keep.
+        length: number of ids to keep.
         bos_id: BOS.
-        leading: what the tokenizer puts in front.
+        leading: special tokens that the tokenizer puts in front.
     """
     head = front_length(ids, bos_id, leading)
     if length <= head:
@@ -693,9 +741,9 @@ def _response(
     Args:
         tokenizer: the tokenizer.
         ids: ids, with the end.
-        max_tokens: how many to keep.
-        reason: why the row says that the completion ended.
-        written: text of the row; None where the ids alone tell the text.
+        max_tokens: maximum number of ids.
+        reason: finish reason in the row.
+        written: text of the row; None to decode the ids.
     """
     kept = ids[:max_tokens]
     text = decode(tokenizer, kept, skip_special_tokens=True)
@@ -704,6 +752,6 @@ def _response(
         text = written if written is not None and end not in written else text
         return Response(kept, text, reason, source="dataset")
     if written is not None and written.lstrip().startswith(text.lstrip()):
-        # decoded alone, some tokenizers lose the space in front
+        # some tokenizers drop the leading space
         text = written[: len(written) - len(written.lstrip())] + text.lstrip()
     return Response(kept, text, "length", source="dataset")

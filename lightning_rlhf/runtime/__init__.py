@@ -1,1 +1,1 @@
-"""What a run needs from the machine: processes, checkpoints, signals, precision. Import the modules one by one."""
+"""Services of a run: processes, checkpoints, signals, precision. Import the modules one by one."""

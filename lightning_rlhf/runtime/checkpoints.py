@@ -1,7 +1,6 @@
-"""The checkpoints of a run folder: written whole or not at all, checked before they are continued from.
+"""The checkpoints of a run folder: written completely or not at all, and checked before a run continues from them.
 
-`RunCheckpoint` writes them, `StopOnSignal` writes one when the run is asked to end, `checked` reads what the command
-line is about to continue from, and `continued_settings` what it was trained with.
+`RunCheckpoint` writes them, `StopOnSignal` writes one when the run is asked to end, and `checked` refuses damaged ones.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lightning_rlhf.runtime.sharded_checkpoints import META, shard_damage
 
 
 KEPT = 2
-"""Checkpoints that stay: the newest, and the one before it in case that the newest turns out damaged."""
+"""Number of checkpoints that are kept: the newest, and the one before in case the newest is damaged."""
 PARTIAL = ".partial"
 """Ending of the name of a checkpoint that is being written."""
 REMEDIES = {
@@ -53,19 +52,19 @@ REMEDIES = {
 class RunCheckpoint(ModelCheckpoint):
     """Keeps the two newest checkpoints, and ``last.ckpt``, a link to the newest.
 
-    A checkpoint has its name only when it is complete, and ``last.ckpt`` is moved to it afterwards, in one step: a run
-    that is killed while it writes continues from the checkpoint before. Lightning's own callback would write each
-    checkpoint twice.
+    A checkpoint gets its name when it is complete, and ``last.ckpt`` is then moved to it, in one step: a run that is
+    killed while it writes continues from the checkpoint before. Lightning's own callback would write each checkpoint
+    twice.
 
-    Others may keep checkpoints of their own beside it: a `ModelCheckpoint` that would write into this folder, as one
-    without ``dirpath`` does in a run without loggers, writes into its sub-folder ``user``.
+    A `ModelCheckpoint` of the user that would write into this folder, as one without ``dirpath`` does in a run without
+    loggers, writes into its sub-folder ``user``.
 
     Args:
-        folder: where they lie.
-        every_n_epochs: epochs between them, >= 1.
-        every_n_steps: optimizer steps between them besides, >= 1; none when not given.
-        every_n_minutes: minutes after which one is written besides, > 0; none when not given. One that falls due at the
-            last step of an epoch is written when the epoch is over.
+        folder: folder of the checkpoints.
+        every_n_epochs: epochs between checkpoints, >= 1.
+        every_n_steps: optimizer steps between additional checkpoints, >= 1. Default: none.
+        every_n_minutes: minutes between additional checkpoints, > 0. Default: none. One that is due at the last step of
+            an epoch is written after the epoch.
 
     Raises:
         ValueError: if an interval is out of range.
@@ -90,7 +89,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_last="link",
             every_n_epochs=every_n_epochs,
             save_on_train_epoch_end=True,
-            # a run that goes on from its first checkpoint would write last-v1.ckpt beside a last.ckpt that stays
+            # a run that continues from its first checkpoint would else write last-v1.ckpt beside an old last.ckpt
             enable_version_counter=False,
         )
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
@@ -113,7 +112,7 @@ class RunCheckpoint(ModelCheckpoint):
             if other is self or not isinstance(other, ModelCheckpoint):
                 continue
             folder = other.dirpath
-            if folder is None and not trainer.loggers:  # what Lightning is about to choose
+            if folder is None and not trainer.loggers:  # the default of Lightning
                 folder = os.path.join(trainer.default_root_dir, "checkpoints")
             if folder is not None and Path(folder).resolve() == own:
                 other.dirpath = str(own / "user")
@@ -132,12 +131,12 @@ class RunCheckpoint(ModelCheckpoint):
         return Path(self.best_model_path)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note where this start begins."""
+        """Record the step at which this start begins."""
         super().on_train_start(trainer, pl_module)
         self._began_at = trainer.global_step
         self._saved_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Write a checkpoint within an epoch if one is due."""
         if not trainer.is_last_batch:
             self._save_if_due(trainer)
@@ -169,7 +168,7 @@ class RunCheckpoint(ModelCheckpoint):
         partial = path.with_name(f".{path.name}{PARTIAL}")
         with explained(path):
             if trainer.is_global_zero:
-                for left in path.parent.glob(f".*{PARTIAL}"):  # by a run that was killed while it wrote
+                for left in path.parent.glob(f".*{PARTIAL}"):  # of a run that was killed while it wrote
                     _remove(left)
             trainer.strategy.barrier()
             try:
@@ -184,7 +183,7 @@ class RunCheckpoint(ModelCheckpoint):
                             str(partial),
                         )
                     aside = path.with_name(f".{path.name}.before{PARTIAL}")
-                    if path.is_dir():  # shards of the same step, from before the run went on from an older checkpoint
+                    if path.is_dir():  # shards of the same step, if the run has continued from an older checkpoint
                         os.replace(path, aside)
                     os.replace(partial, path)
                     _remove(aside)
@@ -195,7 +194,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
-            # as Lightning does, but once the file has its name
+            # as Lightning does, but after the file has its name
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
 
@@ -205,7 +204,7 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.remove_checkpoint(path)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Leave Lightning's choice, the checkpoint before, where it is."""
+        """Keep the checkpoint before, which Lightning would remove."""
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
@@ -225,14 +224,14 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class NotedSignals(_SignalConnector):
-    """Lightning's signal handling, but signals are only noted while a run trains or draws.
+    """Lightning's signal handling, but signals are only recorded while a run trains or samples.
 
-    Lightning's own handlers run collectives wherever a signal finds a rank, and wait for ranks that are elsewhere; its
-    handler of SIGINT ends all without a checkpoint.
+    Lightning's own handlers run collectives as soon as a signal arrives, and wait for ranks that are elsewhere; its
+    handler of SIGINT ends the run without a checkpoint.
     """
 
     def register_signal_handlers(self) -> None:
-        """Register Lightning's handlers, and ours in place of some; `teardown` takes them away."""
+        """Register Lightning's handlers, and ours in place of some; `teardown` removes them."""
         super().register_signal_handlers()
         if self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.PREDICTING):
             preemption.listen(requeue_signal(self.trainer))
@@ -241,9 +240,9 @@ class NotedSignals(_SignalConnector):
 
 
 class ExplicitCheckpoints(_CheckpointConnector):
-    """Lightning's choice of a checkpoint, but a run that names none begins afresh.
+    """Lightning's choice of a checkpoint, but a run that names none starts from the beginning.
 
-    Lightning looks through the folders of all callbacks for the newest file where one is an `OnExceptionCheckpoint`.
+    Lightning would search the folders of all callbacks for the newest file if one is an `OnExceptionCheckpoint`.
     """
 
     def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
@@ -254,7 +253,7 @@ class ExplicitCheckpoints(_CheckpointConnector):
 
 
 def requeue_signal(trainer: L.Trainer) -> int | None:
-    """The signal by which SLURM says that it will queue the job again; None where it does not."""
+    """The signal of SLURM before it requeues the job; None without auto-requeue."""
     environment = trainer._accelerator_connector.cluster_environment
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue or os.name != "posix":
         return None
@@ -262,45 +261,45 @@ def requeue_signal(trainer: L.Trainer) -> int | None:
 
 
 class StopOnSignal(L.Callback):
-    """Ends the run in good order when it is asked to: a checkpoint, a line that says so, and an exit status.
+    """Ends the run cleanly on a signal: a checkpoint, a message, and an exit status.
 
     SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it, with status 143, 130 and 129; the signal of SLURM's auto-requeue also
-    queues the job again. It acts after the training step that is going on, the validation of an epoch that ends with it
-    included, or the chunk of a round that is being drawn or labelled; what is drawn and labelled so far is in the
-    ledger. Put it last among the callbacks. With `RLHFTrainer` or Lightning's own Trainer.
+    queues the job again. It acts after the current training step, with the validation of an epoch that ends with it, or
+    after the current chunk of a round that is being sampled or labelled; earlier chunks are in the ledger. Put it last
+    among the callbacks. It works with `RLHFTrainer` and with Lightning's own Trainer.
 
     Args:
-        save: writes the checkpoint and returns its path; None where the run keeps none.
+        save: writes the checkpoint and returns its path; None if the run keeps none.
     """
 
     def __init__(self, save: Callable[[L.Trainer], Path] | None) -> None:
         self.save = save
-        self._drawing = False
+        self._sampling = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note signals, where the Trainer does not yet; it puts back what it found there."""
+        """Record signals, if the Trainer does not yet; the Trainer restores the earlier handlers."""
         if not preemption.listens():
             preemption.listen(requeue_signal(trainer))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that the round is drawn."""
-        self._drawing = False
+        """Record that the sampling of the round is over."""
+        self._sampling = False
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """End the run here if some rank was asked to; at the end of an epoch, once that is over."""
         if not trainer.is_last_batch:
             self._end_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the run here if some rank was asked to; what follows is the next round."""
+        """End the run here if some rank was asked to, before the next round."""
         self._end_if_asked(trainer)
-        self._drawing = True
+        self._sampling = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Keep what was learnt before the round that was being drawn."""
+        """Save the weights from before the round that was being sampled."""
         if not isinstance(exception, preemption.Stopped) or self._told:
             return
-        if self._drawing:
+        if self._sampling:
             self._end(trainer, exception.signal)
         else:
             self._tell(trainer, exception.signal, "; the same command goes on from there")
@@ -339,11 +338,11 @@ def history(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it can be read to its end.
+    """Describe the damage of a checkpoint; None if it can be read completely.
 
     Args:
         checkpoint: a file, or a folder of shards.
-        rank: which of the processes reads; of shards each reads a part.
+        rank: number of this process; of shards each process reads a part.
         world: number of processes that read.
     """
     if not checkpoint.exists():
@@ -363,7 +362,7 @@ def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
 
     Args:
         checkpoint: a file, or a folder of shards.
-        rank: which of the processes reads; of shards each reads a part.
+        rank: number of this process; of shards each process reads a part.
         world: number of processes that read.
 
     Raises:
@@ -386,9 +385,9 @@ def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
 
 
 def meta(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds; its tensors are mapped, not read.
+    """Content of a checkpoint; its tensors are mapped, not read.
 
-    Only plain data and tensors are ever unpickled.
+    Only plain data and tensors are unpickled.
     """
     if checkpoint.is_dir():
         found = torch.load(checkpoint / META, map_location="cpu", weights_only=True)
@@ -423,13 +422,13 @@ def explained(path: Path) -> Iterator[None]:
         message = f"{error.strerror}: {REMEDIES[error.errno]}{kept}"
         raise type(error)(error.errno, message, str(path)) from error
     except CheckpointException as error:
-        # what ranks found while they wrote shards: no Exception, and the same on all of them
+        # the errors of all ranks that wrote shards: no Exception, and the same on all ranks
         failures = [failure for failure, _ in error.failures.values()]
         found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
         with explained(path):
             raise found from error
     except RuntimeError as error:
-        # torch's own writer, of sharded checkpoints, says no more than this
+        # the writer of torch raises nothing more specific
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise OSError(
@@ -449,7 +448,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file or folder on the disk before the link points to it."""
+    """Write a file or folder to the disk before the link points to it."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)

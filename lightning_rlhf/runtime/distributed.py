@@ -1,4 +1,4 @@
-"""The few collectives on plain Python objects that rounds need; without a process group they do nothing.
+"""Collectives on Python objects, for rounds; without a process group they do nothing.
 
 They run in a process group of their own: on the CPU, and without a time limit, because ranks wait here while rank zero
 asks a judge, which may take hours. An error of one rank is raised on all, so that none waits for one that is gone.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,11 @@ from lightning_rlhf.runtime.preemption import Stopped
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=365)
-"""How long a rank waits for another one. A process that dies closes its connections, which ends the wait at once."""
+"""Time limit of a collective. A process that dies closes its connections, which ends the wait at once."""
 
 
 class RankError(RuntimeError):
-    """What stopped another rank, and with it this one."""
+    """The error that stopped another rank, and with it this one."""
 
 
 def world_size() -> int:
@@ -47,11 +47,12 @@ def interleave(draw: Callable[[], list[T]]) -> list[T]:
     """
     if world_size() == 1:
         return draw()
-    outcomes: list[Any] = [None] * world_size()
+    outcomes: list[_Outcome] = [("value", None)] * world_size()
     mine = _outcome(draw)
     dist.all_gather_object(outcomes, _sendable(mine), group=_group())
     _raise_first(outcomes, mine)
-    shards: list[list[T]] = [value for _, value in outcomes]
+    shards = [cast(list[T], value) for _, value in outcomes]
+    # item i of rank r is item i * world_size + r of the whole
     result: list[T] = []
     for i in range(max(map(len, shards))):
         result.extend(shard[i] for shard in shards if i < len(shard))
@@ -59,10 +60,10 @@ def interleave(draw: Callable[[], list[T]]) -> list[T]:
 
 
 def from_rank_zero(compute: Callable[[], T]) -> T:
-    """Run something on rank zero and give every rank its result; the others wait as long as it takes.
+    """Run a function on rank zero and give every rank its result; the others wait as long as it takes.
 
     Args:
-        compute: what rank zero runs; not called elsewhere.
+        compute: called on rank zero only.
 
     Raises:
         RankError: on the other ranks, if it raised on rank zero, where the error itself is raised.
@@ -70,11 +71,10 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
     if world_size() == 1:
         return compute()
     mine = _outcome(compute) if rank() == 0 else None
-    box: list[Any] = [None if mine is None else _sendable(mine)]
+    box: list[_Outcome] = [("value", None) if mine is None else _sendable(mine)]
     dist.broadcast_object_list(box, src=0, group=_group())
     _raise_first(box, mine)
-    value: T = box[0][1]
-    return value
+    return cast(T, box[0][1])
 
 
 def any_rank(flag: bool) -> bool:
@@ -94,18 +94,17 @@ def largest(number: int) -> int:
 def leave() -> None:
     """End the process groups, where there are any, before the interpreter ends; Lightning does it for NCCL.
 
-    Threads of gloo that still run then abort the process now and then, and a launcher takes a run that went well for
-    one that failed.
+    Threads of gloo that still run may abort the process, and a launcher then takes a finished run for a failed one.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-# what a rank found: a value; or why there is none, with the error itself where it was raised
-_Outcome = tuple[str, Any]
+_Outcome: TypeAlias = tuple[Literal["value", "stopped", "error"], object]
+"""Result of a rank: a value, or the error; other ranks get the number of the signal or the text of the error."""
 
 
-def _outcome(compute: Callable[[], Any]) -> _Outcome:
+def _outcome(compute: Callable[[], object]) -> _Outcome:
     try:
         return "value", compute()
     except Stopped as stopped:
@@ -116,29 +115,30 @@ def _outcome(compute: Callable[[], Any]) -> _Outcome:
 
 def _sendable(outcome: _Outcome) -> _Outcome:
     kind, value = outcome
-    if kind == "stopped":
+    if isinstance(value, Stopped) and kind == "stopped":
         return kind, value.signal
+    # not the error itself, which may not pickle
     return outcome if kind == "value" else (kind, f"{type(value).__name__}: {value}")
 
 
-def _raise_first(outcomes: list[Any], mine: _Outcome | None) -> None:
-    """Raise what stopped a rank: its own error where there is one."""
+def _raise_first(outcomes: list[_Outcome], mine: _Outcome | None) -> None:
+    """Raise the error of this rank, else that of the first rank that has one."""
     if mine is not None and mine[0] != "value":
-        raise mine[1]
+        raise cast(BaseException, mine[1])
     for number, (kind, value) in enumerate(outcomes):
         if kind == "stopped":
-            raise Stopped(value)
+            raise Stopped(cast(int, value))
         if kind == "error":
             raise RankError(f"process {number} of {world_size()} stopped with {value}")
 
 
-_own: tuple[Any, Any] | None = None
+_own: tuple[object, dist.ProcessGroup] | None = None
 
 
-def _group() -> Any:
+def _group() -> dist.ProcessGroup:
     """The process group of this module; every rank makes it at its first collective here."""
     global _own
     world = dist.group.WORLD
     if _own is None or _own[0] is not world:
-        _own = (world, dist.new_group(backend="gloo", timeout=PATIENCE))
+        _own = (world, cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)))
     return _own[1]

@@ -1,7 +1,7 @@
-"""What tells one run from another, as plain data: its settings, and the content of the files that they name.
+"""The fingerprint of a run, as plain data: its settings, and the content of the files that they name.
 
-A class counts by its name, wherever it lives and however it was spelt; a folder of a model by its content, wherever it
-lies. `lightning_rlhf.ledger.same_run` compares runs, `lightning_rlhf.ledger.store` keeps what is compared.
+A class counts by its name, in whatever module it is; a folder of a model counts by its content, wherever it lies.
+`lightning_rlhf.ledger.same_run` compares fingerprints, and `lightning_rlhf.ledger.store` keeps them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from types import CellType
+from typing import Any, Protocol, Self, TypeAlias, cast, overload
 
 import torch
 
@@ -31,7 +33,7 @@ FREE_OF_SERVERS = {
     # by their names of version 0.1
     *("concurrency", "timeout", "retries", "max_wait", "price_in", "price_out"),
 }
-"""Settings of a `JudgeServer` that may change within a run: where, how and at what price a model is asked."""
+"""Settings of a `JudgeServer` that may change within a run: address, requests and prices."""
 
 FREE_OF_MODELS = {"device", "scoring_batch_tokens", "tokens_per_batch"}
 """Settings of labelers, rewards and samplers that say where and how fast they compute."""
@@ -47,11 +49,23 @@ _CONTENT = re.compile(r"(.*?) (?:\[content )?([0-9a-f]{16})\]?", re.DOTALL)
 _DEPTH = 12
 
 
-class KeepsArguments:
-    """Base of what a run is made of: an object remembers the arguments that it was made with."""
+Settings: TypeAlias = dict[str, Any]
+"""A tree of plain data: ``class_path`` and ``init_args`` of the parts of a run, as in a config."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make the object and note its arguments, defaults included."""
+
+class _Array(Protocol):
+    """An array of numpy, or of a library with the same interface."""
+
+    shape: tuple[int, ...]
+
+    def item(self) -> object: ...
+
+
+class KeepsArguments:
+    """Base class of the parts of a run: an object remembers its constructor arguments."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Make the object and record its arguments, defaults included."""
         made = super().__new__(cls)
         made.note_arguments(*args, **kwargs)
         return made
@@ -66,9 +80,9 @@ class KeepsArguments:
         self.__dict__["_arguments"] = _named(bound)
 
 
-def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+def _named(bound: inspect.BoundArguments) -> dict[str, object]:
     """Arguments by name, without the object itself."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, value in list(bound.arguments.items())[1:]:
         if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             found |= value
@@ -77,22 +91,22 @@ def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
     return found
 
 
-def run_settings(module: Any, datamodule: Any) -> dict[str, Any]:
-    """Settings of a run that was put together in Python, as the command line has them.
+def run_settings(module: object, datamodule: object) -> Settings:
+    """Settings of a run that was set up in Python, in the form of the command line.
 
     Args:
         module: the LightningModule.
         datamodule: the DataModule.
     """
-    model = described(module)
+    model = cast(Settings, described(module))
     if hasattr(module, "described_optimizer"):
         # callables make them; what they make is the same whether a partial, a lambda or a config gave it
-        model["init_args"] = {**model["init_args"], **described(module.described_optimizer())}
-    return decisive({"model": model, "data": described(datamodule)}, module, datamodule)
+        model["init_args"] = {**model["init_args"], **cast(Settings, described(module.described_optimizer()))}
+    return decisive({"model": model, "data": cast(Settings, described(datamodule))}, module, datamodule)
 
 
-def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[str, Any]:
-    """The settings that decide what is drawn, labelled and learnt; the classes name those that do not.
+def decisive(settings: Mapping[str, Settings], module: object, datamodule: object) -> Settings:
+    """The settings that decide the responses, labels and weights of a run; the classes name the others.
 
     Args:
         settings: ``model`` and ``data``, each ``class_path`` and ``init_args``; others stay as they are.
@@ -108,13 +122,12 @@ def decisive(settings: Mapping[str, Any], module: Any, datamodule: Any) -> dict[
         if hasattr(part, "resolved_settings"):
             arguments = with_paths(arguments, part.resolved_settings())
         kept[name] = {**settings[name], "init_args": without_paths(arguments, free)}
-    found: dict[str, Any] = with_contents(comparable(kept))
-    return found
+    return cast(Settings, with_contents(comparable(kept)))
 
 
-def without_paths(arguments: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+def without_paths(arguments: Mapping[str, object], paths: Iterable[str]) -> Settings:
     """Arguments without those at some paths; a dot leads into a group, as in ``options.layout``."""
-    kept = dict(arguments)
+    kept: Settings = dict(arguments)
     for path in paths:
         group, _, leaf = path.partition(".")
         if not leaf:
@@ -141,7 +154,7 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Those are the devices of judges and rewards, and the number of rows decoded at once.
     """
-    kept = renamed_config(dict(settings))
+    kept: Settings = renamed_config(dict(settings))
     if isinstance(kept.get("data"), dict):
         kept["data"] = without(kept["data"], FREE_OF_SERVERS | FREE_OF_MODELS)
         decoding = kept["data"].get("init_args", {}).get("decoding")
@@ -150,24 +163,32 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def without(value: Any, names: set[str] | frozenset[str]) -> Any:
+def without(settings: Mapping[str, object], names: Collection[str]) -> Settings:
     """A tree of plain data without the branches of some names."""
+    return {name: _without(inner, names) for name, inner in settings.items() if name not in names}
+
+
+def _without(value: object, names: Collection[str]) -> object:
     if isinstance(value, dict):
-        return {name: without(inner, names) for name, inner in value.items() if name not in names}
-    return [without(inner, names) for inner in value] if isinstance(value, list) else value
+        return without(value, names)
+    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 
-def described(value: Any, depth: int = 0) -> Any:
+@overload
+def described(value: Mapping[str, object], depth: int = 0) -> Settings: ...
+@overload
+def described(value: object, depth: int = 0) -> object: ...
+def described(value: object, depth: int = 0) -> object:
     """An object as plain data that is the same in every process: class and arguments, as in a config.
 
-    What an object has learnt since it was made is left out. Tensors and torch modules count by their content.
+    State that an object has collected since is left out. Tensors and torch modules count by their content.
 
     Args:
-        value: anything that a constructor may be given.
-        depth: how deep in the tree it stands; beyond `_DEPTH` a class counts alone.
+        value: any argument of a constructor.
+        depth: depth in the tree; beyond `_DEPTH` only the class counts.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value.value if isinstance(value, Enum) else value
@@ -190,7 +211,8 @@ def described(value: Any, depth: int = 0) -> Any:
     if isinstance(value, torch.Tensor):
         return {"tensor": list(value.shape), "digest": _digest(_tensor_bytes(value))}
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
-        return value.item() if getattr(value, "shape", None) == () else described(torch.as_tensor(value))
+        array = cast(_Array, value)
+        return array.item() if getattr(array, "shape", None) == () else described(torch.as_tensor(array))
     if isinstance(value, functools.partial):
         return {"function": described([value.func, value.args, value.keywords], depth + 1)}
     if inspect.isroutine(value):
@@ -198,25 +220,25 @@ def described(value: Any, depth: int = 0) -> Any:
     return _described_object(value, depth)
 
 
-def _described_object(value: Any, depth: int) -> dict[str, Any]:
+def _described_object(value: object, depth: int) -> Settings:
     arguments = value.__dict__.get("_arguments") if hasattr(value, "__dict__") else None
     if arguments is None:
         arguments = _attributes_of_arguments(value)
     found = {}
     for name, argument in arguments.items():
         now = vars(value).get(name) if hasattr(value, "__dict__") else None
-        # what was set after it was made
+        # a plain attribute may have been set after the object was made
         plain = isinstance(now, bool | int | float | str) and isinstance(argument, bool | int | float | str)
         found[name] = described(now if plain else argument, depth + 1)
-    tree: dict[str, Any] = {"class_path": _class_path(type(value)), "init_args": found}
+    tree: Settings = {"class_path": _class_path(type(value)), "init_args": found}
     if isinstance(value, torch.nn.Module) and not isinstance(value, KeepsArguments):
         pieces = (name.encode() + _tensor_bytes(tensor) for name, tensor in sorted(value.state_dict().items()))
         tree["weights"] = _digest(*pieces)
     return tree
 
 
-def _attributes_of_arguments(value: Any) -> dict[str, Any]:
-    """What an object that keeps no arguments still shows of them: attributes of the same name."""
+def _attributes_of_arguments(value: object) -> Settings:
+    """Arguments of an object that keeps none, as far as it has attributes of the same names."""
     try:
         names = list(inspect.signature(type(value).__init__).parameters)[1:]
     except (TypeError, ValueError):
@@ -225,19 +247,21 @@ def _attributes_of_arguments(value: Any) -> dict[str, Any]:
     return {name: held.get(name, held.get(f"_{name}")) for name in names if name in held or f"_{name}" in held}
 
 
-def _described_function(function: Any, depth: int) -> dict[str, Any]:
-    """A function by its name, its code without comments, and what it took from around it."""
+def _described_function(function: object, depth: int) -> Settings:
+    """A function by its name, its code without comments, and the variables of its closure."""
     inner = getattr(function, "__func__", function)
-    tree: dict[str, Any] = {"function": getattr(inner, "__qualname__", str(inner)), "code": code_digest(inner)}
+    tree: Settings = {"function": getattr(inner, "__qualname__", str(inner)), "code": code_digest(inner)}
     cells = getattr(inner, "__closure__", None) or ()
     if cells:
         tree["closure"] = [described(_cell_value(cell), depth + 1) for cell in cells]
-    if getattr(function, "__self__", None) is not None and not inspect.ismodule(function.__self__):
-        tree["self"] = described(function.__self__, depth + 1)
+    owner = getattr(function, "__self__", None)
+    # the owner of a function in C is its module
+    if owner is not None and not inspect.ismodule(owner):
+        tree["self"] = described(owner, depth + 1)
     return tree
 
 
-def code_digest(code: Any) -> str | None:
+def code_digest(code: object) -> str | None:
     """Digest of the source of a function or class, in which comments and layout do not count; None without a source.
 
     A lambda counts by its bytecode: its source is a line that may hold several.
@@ -245,7 +269,7 @@ def code_digest(code: Any) -> str | None:
     compiled = getattr(code, "__code__", None)
     try:
         if getattr(code, "__name__", "") != "<lambda>":
-            return _digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(code)))).encode())
+            return _digest(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(cast(type, code))))).encode())
     except (OSError, TypeError, SyntaxError, ValueError):
         pass
     if compiled is None:
@@ -253,18 +277,18 @@ def code_digest(code: Any) -> str | None:
     return _digest(compiled.co_code, repr((compiled.co_consts, compiled.co_names)).encode())
 
 
-def code_of_plugins(*objects: Any) -> dict[str, str]:
-    """Digests of the code of a user's own classes, by class path, and of plain values that it took from around it.
+def code_of_plugins(*objects: object) -> dict[str, str]:
+    """Digests of the code of a user's own classes, by class path, with the plain values in their closures.
 
     Args:
-        objects: what a run is made of; their arguments are looked through, too.
+        objects: parts of a run; their arguments are searched, too.
     """
     found: dict[str, str] = {}
     _collect_code(list(objects), found, 0)
     return found
 
 
-def _collect_code(value: Any, found: dict[str, str], depth: int) -> None:
+def _collect_code(value: object, found: dict[str, str], depth: int) -> None:
     if depth > _DEPTH:
         return
     if isinstance(value, Mapping):
@@ -278,18 +302,19 @@ def _collect_code(value: Any, found: dict[str, str], depth: int) -> None:
     kind = type(value)
     if not kind.__module__.startswith("lightning_rlhf."):
         methods = [member for member in vars(kind).values() if inspect.isfunction(member)]
-        cells = [cell for method in methods for cell in method.__closure__ or ()]
-        values = [_cell_value(cell) for cell in cells]
+        values: list[object] = []
+        for method in methods:
+            values.extend(map(_cell_value, method.__closure__ or ()))
         outer = [repr(value) for value in values if isinstance(value, bool | int | float | str)]
         code = code_digest(kind) or "".join(str(code_digest(method)) for method in methods)
         found[_class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
     _collect_code(value.__dict__.get("_arguments", {}), found, depth + 1)
 
 
-def _cell_value(cell: Any) -> Any:
+def _cell_value(cell: CellType) -> object:
     try:
-        return cell.cell_contents
-    except ValueError:  # nothing is in it yet
+        return cast(object, cell.cell_contents)
+    except ValueError:  # the variable is not assigned yet
         return None
 
 
@@ -313,7 +338,7 @@ def _digest(*parts: bytes) -> str:
 # -- content ----------------------------------------------------------------------------------------------------------
 
 
-def with_contents(value: Any) -> Any:
+def with_contents(value: object) -> object:
     """Settings in which folders of models, and files that are read, are named with a digest of their content.
 
     Rows have digests of their own (`lightning_rlhf.ledger.same_run`): the settings of prompt sources stay as they are.
@@ -346,9 +371,9 @@ def content_digest(name: str) -> str | None:
             files = {path.name: path} if path.name.lower().endswith(FILE_SUFFIXES) and path.is_file() else {}
         # a file alone counts without its name
         parts = [(relative.encode() if path.is_dir() else b"", _file_digest(file)) for relative, file in files.items()]
-    except (OSError, RuntimeError):  # no path, no home folder, or nothing that may be read
+    except (OSError, RuntimeError):  # no valid path, no home folder, or not readable
         return None
-    return _digest(*(part for pair in parts for part in pair)) if parts else None
+    return _digest(*itertools.chain.from_iterable(parts)) if parts else None
 
 
 def _model_files(folder: Path) -> dict[str, Path]:
@@ -356,14 +381,15 @@ def _model_files(folder: Path) -> dict[str, Path]:
     marks = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
     if not any(next(folder.glob(mark), None) for mark in marks):
         return {}
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in MODEL_SUFFIXES and file.is_file())
-    named = {str(file.relative_to(folder)): file for file in files}
-    return {
-        name: named[name]
-        for name in sorted(named)
-        if not any(part.startswith((".", "checkpoint-")) for part in Path(name).parts)
-        and Path(name).name not in ("trainer_state.json", "training_args.bin")
-    }
+    named: dict[str, Path] = {}
+    for file in folder.rglob("*"):
+        relative = file.relative_to(folder)
+        # the Trainer of transformers leaves checkpoints and its own state beside the model
+        is_other = file.name in ("trainer_state.json", "training_args.bin")
+        is_other |= any(part.startswith((".", "checkpoint-")) for part in relative.parts)
+        if file.suffix.lower() in MODEL_SUFFIXES and not is_other and file.is_file():
+            named[str(relative)] = file
+    return {name: named[name] for name in sorted(named)}
 
 
 def _file_digest(file: Path) -> bytes:
@@ -382,32 +408,33 @@ def _file_digest(file: Path) -> bytes:
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+def differences(then: Mapping[str, object], now: Mapping[str, object], where: str) -> list[str]:
     """One line per setting that differs between two trees of plain data, with both values.
 
     Classes are compared by the last part of their path; folders and files by their content where it is known.
 
     Args:
-        then: what is stored.
-        now: what is asked for.
-        where: says in a line where the stored value lies.
+        then: stored settings.
+        now: settings of this run.
+        where: location of the stored settings, in words.
     """
     old, new = dict(_flatten(then)), dict(_flatten(now))
     keys = [key for key in {**old, **new} if key not in old or key not in new or not _same(key, old[key], new[key])]
     return [_line(key, old, new, where) for key in sorted(keys)]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
             yield from _flatten({str(i): inner for i, inner in enumerate(value)}, f"{prefix}{key}.")
-        elif value != {} or key not in ("init_args", "dict_kwargs"):  # a class without arguments may leave them out
+        # a class without arguments may leave them out
+        elif value != {} or key not in ("init_args", "dict_kwargs"):
             yield f"{prefix}{key}", value
 
 
-def _same(key: str, old: Any, new: Any) -> bool:
+def _same(key: str, old: object, new: object) -> bool:
     if old == new:
         return True
     if not isinstance(old, str) or not isinstance(new, str):
@@ -424,39 +451,46 @@ def _split(text: str) -> tuple[str, str | None]:
     return (text, None) if found is None else (found[1], found[2])
 
 
-def _line(key: str, old: dict[str, Any], new: dict[str, Any], where: str) -> str:
-    if isinstance(old.get(key), str) and isinstance(new.get(key), str):
-        (old_name, old_content), (new_name, new_content) = _split(old[key]), _split(new[key])
+def _line(key: str, old: dict[str, object], new: dict[str, object], where: str) -> str:
+    before, after = old.get(key), new.get(key)
+    if isinstance(before, str) and isinstance(after, str):
+        (old_name, old_content), (new_name, new_content) = _split(before), _split(after)
         if old_content and new_content and old_name == new_name:
             return f"  {key}: the content of {new_name} has changed"
         return f"  {key}: {old_name!r} {where}, {new_name!r} now"
     return f"  {key}: {_shown(old, key)} {where}, {_shown(new, key)} now"
 
 
-def _shown(flat: dict[str, Any], key: str) -> str:
+def _shown(flat: dict[str, object], key: str) -> str:
     return repr(flat[key]) if key in flat else "(absent)"
 
 
-def without_new_defaults(then: Any, now: Any, kind: Any = None) -> tuple[Any, list[str]]:
+def without_new_defaults(then: Mapping[str, object], now: Mapping[str, object]) -> tuple[Settings, list[str]]:
     """Settings without those that a newer version has added and that are at their defaults, and the names of these.
 
     Args:
-        then: what an earlier version has stored.
-        now: what is asked for, a tree of ``class_path`` and ``init_args``.
-        kind: class or dataclass whose arguments ``now`` holds, where that is known.
+        then: settings that an earlier version has stored.
+        now: settings of this run, a tree of ``class_path`` and ``init_args``.
     """
+    kept, names = _without_new_defaults(then, now, None)
+    return cast(Settings, kept), names
+
+
+def _without_new_defaults(then: object, now: object, kind: type | None) -> tuple[object, list[str]]:
+    """See `without_new_defaults`; ``kind`` is the class whose arguments ``now`` holds, where that is known."""
     if not isinstance(then, dict) or not isinstance(now, dict):
         return now, []
     if isinstance(now.get("class_path"), str):
         kind = _imported(now["class_path"])
-        inner, names = without_new_defaults(then.get("init_args", {}), now.get("init_args", {}), kind)
+        inner, names = _without_new_defaults(then.get("init_args", {}), now.get("init_args", {}), kind)
         return {**now, "init_args": inner}, names
-    kept, left_out = {}, []
+    kept: dict[str, object] = {}
+    left_out: list[str] = []
     for name, value in now.items():
         if name not in then and kind is not None and _default(kind, name) == (True, value):
             left_out.append(name)
             continue
-        kept[name], inner_names = without_new_defaults(then.get(name), value, _dataclass_of(kind, name))
+        kept[name], inner_names = _without_new_defaults(then.get(name), value, _dataclass_of(kind, name))
         left_out += [f"{name}.{inner}" for inner in inner_names]
     return kept, left_out
 
@@ -470,7 +504,7 @@ def _imported(path: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def _default(kind: type, name: str) -> tuple[bool, Any]:
+def _default(kind: type, name: str) -> tuple[bool, object]:
     """Whether an argument has a default, and the default as plain data."""
     parameter = _parameters(kind).get(name)
     if parameter is None or parameter.default is inspect.Parameter.empty:

@@ -1,7 +1,7 @@
-"""Figures of training steps, added up where they are computed and fetched only when they are logged.
+"""Metrics of training steps, summed on their device and fetched only when they are logged.
 
-Fetching a number from a GPU waits for everything queued there, and adding it up over ranks is a collective: neither is
-done in a step that logs nothing.
+Fetching a number from a GPU waits for all queued kernels, and a sum over ranks is a collective: a step without logging
+does neither.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 
 class RunningSums:
-    """Sums of named figures over the steps since they were last taken."""
+    """Sums of named metrics over the steps since the last `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add the figures of a step, scalars; waits for nothing."""
+        """Add the metrics of a step, scalars, without waiting for the device."""
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take(self, trainer: Trainer) -> dict[str, float]:
-        """Add up over ranks, in one reduction, and start again from nothing; every rank must call this."""
+        """Sum over ranks, in one reduction, and reset; every rank must call."""
         sums, self._sums = self._sums, {}
         device = trainer.strategy.root_device
         total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in sums.values()])
@@ -37,7 +37,7 @@ class RunningSums:
 
 
 def logs_now(trainer: Trainer) -> bool:
-    """Whether Lightning logs the figures of the running training step, by ``log_every_n_steps``; equal on all ranks."""
+    """Whether Lightning logs the metrics of the current training step, by ``log_every_n_steps``; equal on all ranks."""
     # not its own should_update_logs, which ``trainer.should_stop`` also turns on: ranks may learn of that one by one
     steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
     every = 1 if trainer.fast_dev_run else trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Checks of what users plug in: objects that were not built, returns of the wrong kind, errors of constructors."""
+"""Checks of plug-ins: objects that were not built, return values of the wrong type, errors of constructors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jsonargparse import Namespace
 from jsonargparse import __file__ as _jsonargparse
@@ -15,24 +15,24 @@ from jsonargparse import __file__ as _jsonargparse
 T = TypeVar("T")
 
 CLASS_PATH = re.compile(r"([A-Za-z_]\w*\.)+_*[A-Z]\w*")
-"""How a class is named, so that no file name is imported."""
+"""Form of a class path, so that no file name is imported."""
 
 ANYTHING = re.compile(r"((\w+\.)?Optional\[)?(\w+\.)?(Any|object)\]?( *\| *None)?")
-"""Annotations that say nothing."""
+"""Annotations that allow any type."""
 
 
 def check_plugin(seat: str, value: object, kind: type) -> None:
-    """Check that an argument is an object of the kind that its place needs, when a run is set up.
+    """Check the type of a plug-in when a run is set up.
 
-    An object that has the methods of the kind will do.
+    An object with the methods of the type is accepted as well.
 
     Args:
-        seat: the argument, as in ``data.labeler``.
-        value: what was given.
-        kind: abstract base class of what belongs there.
+        seat: name of the argument, e.g. ``data.labeler``.
+        value: its value.
+        kind: the abstract base class that it needs.
 
     Raises:
-        TypeError: naming the argument, what it got and the remedy.
+        TypeError: naming the argument, its value and the remedy.
     """
     needed = sorted(getattr(kind, "__abstractmethods__", ()))
     if isinstance(value, kind) or (not isinstance(value, type) and all(callable(_of(value, name)) for name in needed)):
@@ -49,8 +49,8 @@ def check_plugin(seat: str, value: object, kind: type) -> None:
     raise TypeError(f"{seat} must be an {kind.__name__}; got {_shown(value)}: {remedy}")
 
 
-def _of(value: object, name: str) -> Any:
-    # of the class, since that is where Python looks for __call__
+def _of(value: object, name: str) -> object:
+    # Python looks __call__ up in the class
     return getattr(value if not name.startswith("__") else type(value), name, None)
 
 
@@ -63,19 +63,19 @@ def _shown(value: object) -> str:
 
 
 def returned(plugin: object, method: str, made: object, count: int, kind: type[T], what: str) -> list[T]:
-    """Check what a plug-in returned: a list of objects of one kind, one for each that it was given.
+    """Check the result of a plug-in: a list of objects of one class, one for each input.
 
     Args:
-        plugin: who returned it.
-        method: name of the method.
-        made: what came back.
-        count: how many there must be.
-        kind: class of each.
-        what: for what, in words, e.g. ``comparisons``.
+        plugin: the plug-in.
+        method: name of its method.
+        made: the result.
+        count: number of inputs.
+        kind: class of the entries.
+        what: the inputs in words, e.g. ``comparisons``.
 
     Raises:
-        TypeError: if it is no list, or holds something else.
-        ValueError: if there are more or fewer.
+        TypeError: if the result is no list, or holds objects of another class.
+        ValueError: if it has more or fewer entries.
     """
     name = f"{type(plugin).__name__}.{method}"
     expected = f"return a list with a {kind.__name__} per {what.removesuffix('s')}, in order"
@@ -94,20 +94,20 @@ def returned(plugin: object, method: str, made: object, count: int, kind: type[T
 
 
 SEATS = ("samplers", "labelers", "rewards", "losses", "advantages", "prompts")
-"""Packages whose classes may be named without them."""
+"""Packages whose classes have short names."""
 
 
 # ---- objects that were not built ---------------------------------------------------------------------------------
 
 
-def check_built(config: Any, path: str = "") -> None:
-    """Look through a configuration for descriptions of objects that nothing will build.
+def check_built(config: object, path: str = "") -> None:
+    """Search a configuration for descriptions of objects that would not be built.
 
-    A class is built where the argument that it is given to has a type; an argument without one gets the description.
+    jsonargparse builds an object only for an argument with a type; an argument without one gets the description.
 
     Args:
-        config: the configuration, before anything is built.
-        path: where it stands in the whole one.
+        config: the configuration, before any object is built.
+        path: its path in the whole configuration.
 
     Raises:
         TypeError: naming the class, the argument and the remedy.
@@ -125,8 +125,8 @@ def check_built(config: Any, path: str = "") -> None:
                 )
 
 
-def _classes(config: Any, path: str) -> Iterator[tuple[str, type, Mapping[str, Any]]]:
-    """Classes of a configuration with their arguments, from the outside to the inside."""
+def _classes(config: object, path: str) -> Iterator[tuple[str, type, Mapping[str, object]]]:
+    """Classes of a configuration with their arguments, outer ones first."""
     if isinstance(config, list | tuple):
         for number, item in enumerate(config):
             yield from _classes(item, f"{path}[{number}]")
@@ -153,13 +153,13 @@ def _imported(name: str) -> type | None:
         return None
     try:
         found = getattr(__import__(module, fromlist=[attribute]), attribute, None)
-    except Exception:  # what is wrong with a user's module is told where it is built
+    except Exception:  # an error in a user's module is reported when the object is built
         return None
     return found if isinstance(found, type) else None
 
 
 def _typed(cls: type, name: str) -> bool:
-    """Whether an argument of a constructor has a type that says more than "anything"."""
+    """Whether an argument of a constructor has a type other than `Any` or `object`."""
     for base in cls.__mro__:
         made = vars(base).get("__init__")
         if made is None:
@@ -168,17 +168,17 @@ def _typed(cls: type, name: str) -> bool:
         if name in parameters:
             return not ANYTHING.fullmatch(_spelt(parameters[name].annotation))
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            return True  # of a dataclass, or of something whose signature is made otherwise
+            return True  # a dataclass, or a signature that is made at run time
     return True
 
 
-def _spelt(annotation: Any) -> str:
+def _spelt(annotation: object) -> str:
     if annotation is inspect.Parameter.empty:
         return "Any"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _described(value: Any) -> str | None:
+def _described(value: object) -> str | None:
     """Class path of an object that is described somewhere in a value; None if there is none."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(_described, value)), None)
@@ -209,13 +209,14 @@ def _kind_of(name: str) -> str:
 # ---- errors of constructors --------------------------------------------------------------------------------------
 
 
-def constructor_error(error: BaseException, config: Any) -> str | None:
-    """What a constructor said, and where, in place of a dump of the whole configuration; None if that is not there.
+def constructor_error(error: BaseException, config: object) -> str | None:
+    """Message of the constructor that failed, and its place, instead of a dump of the configuration; None if unknown.
 
     Args:
-        error: what came out when the configuration was built.
+        error: the error of building the configuration.
         config: the configuration.
     """
+    # down the chain of causes to the first error that is not of jsonargparse
     root = error
     while _wrapped(root):
         if root.__cause__ is None:
@@ -224,23 +225,24 @@ def constructor_error(error: BaseException, config: Any) -> str | None:
     if root is error:
         return None
     place = _raised_in(root)
-    said = str(root)
+    message = str(root)
     kind = "" if isinstance(root, ValueError) else f"{type(root).__name__}: "
     if place is None:
-        return f"{kind}{said}"
+        return f"{kind}{message}"
     cls, where = place
     paths = [path for path, found, _ in _classes(config, "") if issubclass(found, cls)]
     at = f" at {paths[0]}" if paths else ""
-    return f"{kind}{said}\n(from the constructor of {cls.__module__}.{cls.__qualname__}{at}; {where})"
+    return f"{kind}{message}\n(from the constructor of {cls.__module__}.{cls.__qualname__}{at}; {where})"
 
 
 def _wrapped(error: BaseException) -> bool:
-    """Whether an error is one of jsonargparse, which repeats the whole value around what happened."""
+    """Whether an error is of jsonargparse, which repeats the whole value around the cause."""
     return re.search(r"Namespace\(|Given value type:|Problem with given class_path", str(error)) is not None
 
 
 def _raised_in(error: BaseException) -> tuple[type, str] | None:
     """The class whose constructor raised an error, and file and line of that."""
+    # the innermost __init__ of the traceback
     trace, found = error.__traceback__, None
     while trace is not None:
         code, own = trace.tb_frame.f_code, trace.tb_frame.f_locals.get("self")

@@ -1,7 +1,7 @@
-"""Precision of a run: ``auto``, which the command line resolves when the Trainer is built, and what cannot work.
+"""Precision of a run: ``auto``, which is resolved when the Trainer is built, and checks of unusable combinations.
 
-``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights keep the type that
-``model.options.dtype`` gives them, and the log-softmax is taken in float32 in either case.
+``auto`` is bfloat16 where the device multiplies it fast, float32 elsewhere. Weights have the type
+``model.options.dtype``, and the log-softmax is computed in float32 in either case.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def choose_precision(device_type: str, instructions: str | None) -> tuple[AutoPrecision, str]:
-    """Choose the precision of a Trainer, and say why.
+    """Choose the precision of a Trainer, with the reason.
 
     Args:
         device_type: ``cpu``, ``cuda``, ``mps`` or ``tpu``.
-        instructions: what multiplies bfloat16 fast there, as `bf16_instructions` finds it; None if nothing does.
+        instructions: result of `bf16_instructions`; None if there are none.
     """
     device = {"cpu": "CPU", "cuda": "GPU"}.get(device_type, device_type.upper())
     if instructions is not None:
@@ -50,7 +50,7 @@ def check_precision(precision: str, plugin: str = "") -> None:
         plugin: class of the Trainer's precision plugin.
 
     Raises:
-        ValueError: naming what to set.
+        ValueError: naming the remedy.
     """
     remedies = {
         "bf16-true": "for weights in bfloat16 set model.options.dtype=bfloat16 with trainer.precision=32-true or "
@@ -78,7 +78,7 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
         trained_whole: whether weights of that type are trained, not adapters alone, which are float32.
 
     Raises:
-        ValueError: naming what to set.
+        ValueError: naming the remedy.
     """
     if dtype != "float16" or (precision == "16-mixed" and not trained_whole):
         return
@@ -91,7 +91,7 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
 
 
 def bf16_instructions(device_type: str) -> str | None:
-    """Find what multiplies bfloat16 fast on this machine; None if nothing does, or it cannot be told."""
+    """Instructions, or the GPU, that multiply bfloat16 fast on this machine; None if unknown or absent."""
     if device_type == "cuda":
         # without emulation: older GPUs compute it, but slowly
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -106,15 +106,20 @@ def cpu_capabilities(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """Names of the instruction sets of this CPU.
 
     Args:
-        cpuinfo: where Linux lists them, for torch versions that do not.
+        cpuinfo: list of Linux, for torch versions without one.
     """
     ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.6, the oldest that we run on, lacks it
     if ask is not None:
         return {name for name, value in ask().items() if value is True}
     if not cpuinfo.exists():
         return set()
-    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-    return {flag for name, _, flags in lines if name.strip() in ("flags", "Features") for flag in flags.split()}
+    found: set[str] = set()
+    for line in cpuinfo.read_text().splitlines():
+        name, _, flags = line.partition(":")
+        # "flags" on x86, "Features" on ARM
+        if name.strip() in ("flags", "Features"):
+            found.update(flags.split())
+    return found
 
 
 def device_type_of(accelerator: str | Accelerator) -> str:
@@ -127,6 +132,6 @@ def device_type_of(accelerator: str | Accelerator) -> str:
     if accelerator in ("auto", "gpu"):
         if MPSAccelerator.is_available():
             return "mps"
-        # nothing found for "gpu": the Trainer will say so
+        # without a GPU, "gpu" is an error of the Trainer
         return "cuda" if accelerator == "gpu" or CUDAAccelerator.is_available() else "cpu"
     return accelerator

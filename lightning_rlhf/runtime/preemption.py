@@ -1,11 +1,11 @@
-"""Ending a run when it is asked to: a signal is noted, and acted on where nothing is half done.
+"""Ending a run on a signal, which is recorded first and acted on between steps or chunks.
 
 Cluster schedulers send SIGTERM, and SIGKILL some seconds later; people press Ctrl-C (SIGINT) or close the terminal
-(SIGHUP); SLURM sends a signal of its own before it queues a job again. Rounds look at the note between chunks, training
-between steps; `lightning_rlhf.runtime.checkpoints.StopOnSignal` writes the checkpoint. And ending a run with its
-launcher.
+(SIGHUP); SLURM sends a signal of its own before it queues a job again. Rounds check for a signal between chunks,
+training between steps; `lightning_rlhf.runtime.checkpoints.StopOnSignal` writes the checkpoint. `end_with_parent` ends
+a rank with its launcher.
 
-Imports nothing that takes time.
+This module imports only the standard library, so that it is fast to import.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from types import FrameType
 
 
 STATUS = 128 + signal.SIGTERM
-"""Exit status of a run that SIGTERM asked to end; what a shell reports of a process that it ended."""
+"""Exit status of a run that SIGTERM ended, as shells report it."""
 
 FORWARDED = 2.0
-"""Seconds within which a second SIGINT of a rank is the first one, passed on by its launcher."""
+"""Seconds within which a second SIGINT of a rank is the first one, forwarded by its launcher."""
 
 _asked_by = 0
 _asked_at = 0.0
 
 
 class Stopped(SystemExit):
-    """The run was asked to end, and does; the exit status is 128 and the number of the signal.
+    """The run ends because of a signal; the exit status is 128 plus the number of the signal.
 
     Args:
-        number: the signal; the one that was noted, or SIGTERM, when not given.
+        number: the signal. Default: the recorded one, else SIGTERM.
     """
 
     def __init__(self, number: int | None = None) -> None:
@@ -46,7 +46,7 @@ class Stopped(SystemExit):
 
 
 def listen(requeue: int | None = None) -> None:
-    """Note signals from now on, in place of whoever listened before; only a main thread can.
+    """Record signals from now on, in place of earlier handlers; only the main thread can.
 
     A second SIGINT ends the process at once.
 
@@ -59,7 +59,7 @@ def listen(requeue: int | None = None) -> None:
         return
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note)
-    # nohup has it ignored, and means that
+    # nohup ignores SIGHUP on purpose
     hang_up = getattr(signal, "SIGHUP", None)
     if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
         signal.signal(hang_up, _note)
@@ -68,12 +68,12 @@ def listen(requeue: int | None = None) -> None:
 
 
 def listens() -> bool:
-    """Whether signals are noted."""
+    """Whether signals are recorded."""
     return signal.getsignal(signal.SIGTERM) is _note
 
 
 def end_at_once_on_interrupt() -> None:
-    """Let SIGINT end the run where it is, with its own exit status: nothing would be saved."""
+    """Let SIGINT end the run at once, with its own exit status, since there is nothing to save."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _end)
 
@@ -89,7 +89,7 @@ def asked_by() -> int:
 
 
 def name_of(number: int) -> str:
-    """What people call a signal."""
+    """Name of a signal for messages."""
     name = signal.Signals(number).name
     return f"Ctrl-C ({name})" if number == signal.SIGINT else name
 
@@ -108,7 +108,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     del frame
     global _asked_by, _asked_at
     if number == signal.SIGINT and not is_worker():
-        # by the system from now on: a process that waits inside a library runs no handler
+        # the default handler from now on: a process that waits inside a library runs no Python handler
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _say("stopping after the step, or the chunk of a round, that is going on; Ctrl-C again ends the run at once\n")
     elif number == signal.SIGINT and _asked_by == number and time.monotonic() - _asked_at > FORWARDED:
@@ -123,13 +123,13 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    """Write to standard error from a signal handler, where `print` may be in the middle of something."""
+    """Write to standard error from a signal handler, which may have interrupted a `print`."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}".encode())
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Run a command to its end and return its status, as `subprocess` gives it; signals to end are passed on to it.
+    """Run a command to its end and return its status, as `subprocess` does; signals are forwarded to it.
 
     The child is in a process group of its own, so that one Ctrl-C reaches it once.
     """
@@ -150,7 +150,7 @@ def run_child(command: Sequence[str]) -> int:
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         child = subprocess.Popen(command, process_group=0 if os.name == "posix" and main else None)
-        if early:
+        if early:  # a signal arrived before the child existed
             child.send_signal(early)
         return child.wait()
     finally:
@@ -159,9 +159,10 @@ def run_child(command: Sequence[str]) -> int:
 
 
 def requeue_job() -> str:
-    """Queue the SLURM job of this process again, and say so."""
+    """Queue the SLURM job of this process again, and return a message about it."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    # the number goes to a command line
     if not re.fullmatch(r"[0-9_]+", job):
         return f"the job was not queued again: its number is {job!r}"
     try:
@@ -172,9 +173,9 @@ def requeue_job() -> str:
 
 
 def end_with_parent() -> None:
-    """Let the system kill this process when the one that started it dies; Linux alone has a way.
+    """Let the system kill this process when its parent dies; only on Linux.
 
-    A launcher that is killed leaves its ranks behind otherwise, which hold the ledger and the GPUs.
+    Otherwise the ranks of a killed launcher stay alive, and hold the ledger and the GPUs.
     """
     if sys.platform == "linux":
         parent = os.getppid()

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, cast
 
 
-def forget_finished_epoch(checkpoint: dict[str, Any]) -> None:
-    """Mend, before it is restored, a Lightning checkpoint that was saved when the batches of an epoch were done.
+class _Progress(TypedDict):
+    """Counts of epochs, or of batches, in a checkpoint of Lightning."""
 
-    Lightning 2.6 takes up such an epoch once more: it asks for its loader again, with ``max_steps`` it runs an empty
+    total: dict[str, int]
+    current: dict[str, int]
+    is_last_batch: bool
+
+
+_FitLoop = TypedDict(
+    "_FitLoop",
+    {
+        "epoch_progress": _Progress,
+        "epoch_loop.batch_progress": _Progress,
+        "epoch_loop.state_dict": dict[str, int],
+        "state_dict": dict[str, object],
+    },
+)
+
+
+class _Loops(TypedDict):
+    fit_loop: _FitLoop
+
+
+def forget_finished_epoch(checkpoint: dict[str, object]) -> None:
+    """Repair a Lightning checkpoint that was saved when the batches of an epoch were done, before it is restored.
+
+    Lightning 2.6 starts such an epoch once more: it asks for its loader again, with ``max_steps`` it runs an empty
     epoch and counts it, and it compares the batches done with the length of the *next* epoch, so that it skips as many
     batches of a next round that is longer. From then on it counts fewer epochs started than processed, and so would
     later checkpoints. Here such a checkpoint becomes one of the epoch's end.
     """
     if "loops" not in checkpoint:  # saved with weights only
         return
-    fit_loop = checkpoint["loops"]["fit_loop"]
+    fit_loop = cast(_Loops, checkpoint["loops"])["fit_loop"]
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     if epochs["total"]["processed"] != epochs["total"]["started"]:
         if not batches["is_last_batch"]:  # saved in the middle of the epoch

@@ -1,4 +1,4 @@
-"""A run folder says what made it: ``run.json`` holds settings, versions, commit, command and hashes of the data."""
+"""The record of a run, ``run.json``: settings, versions, commit, command and hashes of the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import lightning as L
 
@@ -32,18 +32,18 @@ KEPT_STARTS = 32
 
 
 class RunRecord(L.Callback):
-    """Writes ``run.json`` when training starts, and has the checkpoints remember the settings.
+    """Writes ``run.json`` when training starts, and puts the fingerprint into checkpoints.
 
     A start that continues the run is appended to ``starts``, which keeps the first and the newest `KEPT_STARTS`. Rank
     zero writes.
 
     Args:
         folder: the run folder.
-        settings: what is configured, as plain data.
-        fingerprint: those settings that decide what is drawn, labelled and learnt.
+        settings: all settings, as plain data.
+        fingerprint: the settings that decide the results; see `lightning_rlhf.runtime.fingerprint`.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object], fingerprint: Mapping[str, object]) -> None:
         self.folder, self.settings, self.fingerprint = folder, settings, fingerprint
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -51,23 +51,24 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero:
             write_record(self.folder, self.settings, trainer.world_size, trainer.ckpt_path)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, str]:
         """The fingerprint, as JSON."""
         return {"fingerprint": json.dumps(self.fingerprint)}
 
 
-def check_settings(checkpoint: Mapping[str, Any], path: Path, now: Mapping[str, Any]) -> None:
+def check_settings(checkpoint: Mapping[str, object], path: Path, now: Mapping[str, object]) -> None:
     """Refuse to continue from a checkpoint that was trained with other settings.
 
     Args:
-        checkpoint: what it holds.
-        path: where it lies, for the message.
+        checkpoint: content of the checkpoint.
+        path: its path, for the message.
         now: fingerprint of the run that would continue.
 
     Raises:
         ValueError: naming every setting that differs, with both values.
     """
-    stored = checkpoint.get("callbacks", {}).get(RunRecord.__qualname__, {}).get("fingerprint")
+    callbacks = cast(Mapping[str, Mapping[str, str]], checkpoint.get("callbacks", {}))
+    stored = callbacks.get(RunRecord.__qualname__, {}).get("fingerprint")
     if stored is None:
         return
     old, new = comparable(json.loads(stored)), json.loads(json.dumps(dict(now)))
@@ -85,7 +86,7 @@ def check_settings(checkpoint: Mapping[str, Any], path: Path, now: Mapping[str, 
         )
 
 
-def write_record(folder: Path, settings: Mapping[str, Any], processes: int, continued_from: Any) -> Path:
+def write_record(folder: Path, settings: Mapping[str, object], processes: int, continued_from: object) -> Path:
     """Write or extend ``run.json``, and return it."""
     path = folder / "run.json"
     start = {
@@ -108,6 +109,7 @@ def write_record(folder: Path, settings: Mapping[str, Any], processes: int, cont
         starts = [starts[0], *starts[-KEPT_STARTS:]]
     record = {"starts": starts, **({"starts_left_out": left_out} if left_out else {})}
     text = without_secrets(json.dumps(record, indent=1, default=str, ensure_ascii=False))
+    # atomic: a killed process leaves the old file
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(text + "\n", encoding="utf-8")
     os.replace(fresh, path)
@@ -125,7 +127,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit(folder: Path) -> dict[str, Any] | None:
+def commit(folder: Path) -> dict[str, str | bool] | None:
     """Git commit of a folder, and whether files that git knows were changed since; None outside of a repository."""
 
     def git(*arguments: str) -> str:
@@ -141,7 +143,7 @@ def commit(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def named_files(settings: Any) -> Iterator[Path]:
+def named_files(settings: object) -> Iterator[Path]:
     """Files that settings name, each once; folders of models give their files."""
     seen: set[Path] = set()
     for text in _strings(settings):
@@ -152,12 +154,12 @@ def named_files(settings: Any) -> Iterator[Path]:
                 if file.is_file() and file not in seen:
                     seen.add(file)
                     yield file
-        except OSError:  # a text that is no path
+        except OSError:  # the text is no path
             continue
 
 
-def hashed(file: Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file; of a very large one the beginning and the end only, which is said."""
+def hashed(file: Path) -> dict[str, str | int]:
+    """Name, size and SHA-256 of a file; of a very large one, of the beginning and the end only."""
     size = file.stat().st_size
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -184,9 +186,9 @@ def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> 
     return text
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
-        # a longer one is a text; a NUL is in no path
+        # a longer string is no path, and no path holds a NUL
         if 0 < len(value) < 4096 and "\0" not in value and "\n" not in value:
             yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a run needs from its Trainer, however that was made: callbacks that are added, and settings that are refused."""
+"""Requirements of a run on its Trainer: callbacks that are added, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def essential_callbacks(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Look at settings of a Trainer that would waste what rounds cost.
+    """Check for settings of a Trainer that would waste the cost of rounds.
 
     Raises:
         ValueError: if a callback would train on rounds only to throw the result away.
@@ -24,14 +24,15 @@ def check_trainer(trainer: L.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateFinder | BatchSizeFinder):
             raise ValueError(
-                f"{type(callback).__name__} would draw and label rounds for steps that it takes back: take it out, and "
+                f"{type(callback).__name__} would sample and label rounds for steps that it undoes: take it out, and "
                 f"set model.optimizer.lr, or data.batching.max_tokens_per_micro_batch to what fits into memory"
             )
+    # debug modes cut rounds on purpose
     limit = trainer.limit_train_batches
     if trainer.fast_dev_run or trainer.overfit_batches or limit is None:  # type: ignore[attr-defined]
         return
     if isinstance(limit, int) or limit < 1:
         rank_zero_info(
-            f"trainer.limit_train_batches={limit}: what is drawn and labelled beyond these batches of a round is not "
-            f"trained on; a smaller data.rounds.prompts_per_round costs less"
+            f"trainer.limit_train_batches={limit}: pairs that are sampled and labelled beyond these batches of a "
+            f"round are not used; a smaller data.rounds.prompts_per_round costs less"
         )

@@ -1,8 +1,8 @@
-"""A sharded checkpoint, a folder, read to its end before torch loads it.
+"""Checks of a sharded checkpoint, a folder, before torch loads it.
 
-FSDP2 writes one: ``meta.pt`` with plain data, a file of tensors per rank, and ``.metadata``, a pickle which says what
-lies where. torch would run whatever that pickle names, and the pickles of the optimizer's settings among the tensors;
-here they may hold plain data only, and all checksums must hold.
+FSDP2 writes ``meta.pt`` with plain data, a file of tensors per rank, and ``.metadata``, a pickled index of the tensors.
+torch would run any code that this pickle names, or the pickles of the optimizer's settings among the tensors. Here they
+may hold plain data only, and all checksums must hold.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 
 META = "meta.pt"
-"""What a sharded checkpoint holds beside its shards; written last."""
+"""Plain data of a sharded checkpoint, beside its shards; written last."""
 INDEX = ".metadata"
-"""What says where in the shards the tensors lie."""
+"""Index of the tensors in the shards."""
 
 
 def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with a sharded checkpoint, in words; None if it can be read to its end.
+    """Describe the damage of a sharded checkpoint; None if it can be read completely.
 
     Args:
         folder: the checkpoint.
-        rank: which of the processes reads; each reads its share of the tensors.
+        rank: number of this process; each reads its share of the tensors.
         world: number of processes that read.
 
     Raises:
@@ -43,8 +42,10 @@ def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
         index = read_index(folder / INDEX)
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
         return f"its index cannot be read ({error})"
+    # the files hold a zip archive per tensor, whose CRC tells whether it is what was written
     for entry, place in list((index.storage_data or {}).items())[rank::world]:
         shard = folder / place.relative_path
+        # a path out of the folder is no file of this checkpoint
         if Path(place.relative_path).name != place.relative_path or not shard.is_file():
             return f"its file {place.relative_path} is missing"
         with shard.open("rb") as file:
@@ -67,10 +68,10 @@ def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
 
 
 def read_index(path: Path) -> Metadata:
-    """Read what says where the tensors lie; nothing but plain data is unpickled.
+    """Read the index of the tensors; only plain data is unpickled.
 
     Raises:
-        pickle.UnpicklingError: if there is anything else in it.
+        pickle.UnpicklingError: if it holds anything else.
     """
     with path.open("rb") as file:
         found = _PlainUnpickler(file).load()
@@ -82,7 +83,7 @@ def read_index(path: Path) -> Metadata:
 class _PlainUnpickler(pickle.Unpickler):
     """Knows the classes of an index, and no others."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """Find a class of an index."""
         known = (
             (module == "torch.distributed.checkpoint.metadata" and name in _OF_INDEX)

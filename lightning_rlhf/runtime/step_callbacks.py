@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
 
@@ -15,7 +13,7 @@ class SeedDropout(L.Callback):
     """Seeds dropout by the optimizer step and the rank, so that a resumed run continues as if it had not stopped."""
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Seed torch's global generator, from which dropout samples its masks."""
         del pl_module, batch, batch_idx
@@ -27,7 +25,9 @@ class SeedDropout(L.Callback):
 class RepairFinishedEpoch(L.Callback):
     """Repairs checkpoints that were saved at the end of an epoch before Lightning restores its loops from them."""
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, object]
+    ) -> None:
         """Repair the checkpoint in memory; see `forget_finished_epoch`."""
         del trainer, pl_module
         forget_finished_epoch(checkpoint)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def convert_llama2c(model: bytes, tokenizer: bytes, folder: Path) -> None:
         raise ValueError(
             f"the tokenizer has {len(pieces)} pieces, the model {config.vocab_size}; use the model's tokenizer"
         )
-    make: Any = PreTrainedTokenizerFast
+    make = cast(Callable[..., PreTrainedTokenizerFast], PreTrainedTokenizerFast)
     fast = make(
         tokenizer_object=piece_tokenizer(pieces),
         bos_token="<s>",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def build_policy(folder: Path, steps: int = 600) -> None:
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.post_processor = TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
-    make: Any = PreTrainedTokenizerFast
+    make = cast(Callable[..., PreTrainedTokenizerFast], PreTrainedTokenizerFast)
     tokenizer = make(tokenizer_object=backend, eos_token="<end>", pad_token="<end>", bos_token="<start>")
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
@@ -94,7 +95,7 @@ def build_policy(folder: Path, steps: int = 600) -> None:
         menus, length = corpus_menus(prompts[chosen], generator)
         ids = torch.cat([prompts[chosen], torch.where(menus >= 0, menus + offset, 0)], 1)
         logits = model(input_ids=ids[:, :-1]).logits[:, prompts.shape[1] - 1 :]
-        # dishes and the end behind them are learnt, what fills the row is not
+        # the loss counts the dishes and the end behind them, and no padding
         counts = torch.arange(logits.shape[1])[None] <= length[:, None]
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, prompts.shape[1] :], reduction="none")[counts].mean()
         optimizer.zero_grad()
@@ -105,18 +106,19 @@ def build_policy(folder: Path, steps: int = 600) -> None:
 
 
 def corpus_menus(prompts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the corpus' menus for prompts: dishes 0, 1, ..., and -1 behind the end; and how many dishes each has.
+    """Sample menus of the corpus: dishes 0, 1, ..., with -1 behind the end; and the number of dishes of each.
 
-    The first dish depends on the day, each later one on the dish before it, and menus have 3 to 6 dishes. Guests do not
-    matter: what they like is for preferences to teach.
+    The first dish depends on the day, each later one on the dish before it, and menus have 3 to 6 dishes. They do not
+    depend on the guest: his taste is left to preferences.
 
     Args:
         prompts: token ids of prompts; shape [rows, 4].
-        generator: draws the dishes.
+        generator: random stream of the dishes.
     """
-    laws = Key((VERSION, _CHAIN)).generator()
-    first = (1.2 * torch.randn(len(DAYS), len(DISHES), generator=laws)).softmax(-1)
-    follows = (1.2 * torch.randn(len(DISHES), len(DISHES), generator=laws)).softmax(-1)
+    # the transition probabilities are random once, the same for all menus
+    chain = Key((VERSION, _CHAIN)).generator()
+    first = (1.2 * torch.randn(len(DAYS), len(DISHES), generator=chain)).softmax(-1)
+    follows = (1.2 * torch.randn(len(DISHES), len(DISHES), generator=chain)).softmax(-1)
     dishes = torch.multinomial(first[prompts[:, 2] - 10], 1, generator=generator)
     menu = [dishes]
     for _ in range(MOST_DISHES - 1):

