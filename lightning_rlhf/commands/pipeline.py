@@ -187,7 +187,7 @@ class Pipeline:
         return result
 
     def _run(self, stage: Stage, number: str) -> None:
-        digest = self._digest(stage, stage.arguments)
+        digest = self._digest(stage)
         marker = stage.folder / DONE
         # done: by its digest, not by its name
         if marker.exists():
@@ -216,13 +216,13 @@ class Pipeline:
         held = {"digest": digest, "arguments": stage.arguments, "seconds": seconds, "finished": time.time()}
         write_whole(marker, json.dumps(held, indent=2) + "\n")
 
-    def _digest(self, stage: Stage, arguments: list[str]) -> str:
+    def _digest(self, stage: Stage, arguments: list[str] | None = None) -> str:
         """Digest of everything a stage depends on: its arguments, its config files, and the runs that it builds on."""
         files = {c: Path(c).read_text(encoding="utf-8") for c in stage.configs if Path(c).is_file()}
         # the end of the earlier stage, not its settings: a run that is repeated has other weights
         markers = [self._stage_named(name).folder / DONE for name in stage.needs]
         runs = [json.loads(marker.read_text(encoding="utf-8"))["finished"] for marker in markers]
-        return hashlib.sha256(json.dumps([arguments, files, runs]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([arguments or stage.arguments, files, runs]).encode()).hexdigest()
 
     def _stage_named(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)

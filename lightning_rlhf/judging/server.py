@@ -494,7 +494,8 @@ class Session:
             return Fault("truncated" if error.cut else "invalid", str(error), again=True)
         if request.get("logprobs") and not completion.refusal:
             if completion.places is None:
-                return Fault("invalid", NO_LOGPROBS, fatal=not server.gives_logprobs)
+                # one odd reply must not end a run that this endpoint has served before
+                return Fault("invalid", NO_LOGPROBS, fatal=not (server.gives_logprobs or server.worked_before))
             server.gives_logprobs = True
         return _Answer(body, completion)
 

@@ -16,7 +16,7 @@ from lightning_rlhf.cli import main
 from lightning_rlhf.commands.pipeline import Pipeline
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHORT: dict[str, Any] = {
     "trainer.max_epochs": 1,
     "trainer.check_val_every_n_epoch": 1,
