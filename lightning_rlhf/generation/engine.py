@@ -151,7 +151,8 @@ class DecodeEngine(AbstractEngine):
         active: list[Row] = []
         # prompts are prefilled together: a few at a time would waste the forward pass
         refill_from = max(1, self.rows // REFILL)
-        with self._all_lanes({name for row in waiting for name in row.names}) as by_name:
+        prompts = [len(request.prompt.ids) for request in requests]
+        with self._all_lanes({name for row in waiting for name in row.names}, prompts) as by_name:
             every = list(dict.fromkeys(by_name.values()))
             while waiting or active:
                 if waiting and (not active or self.rows - len(active) >= min(refill_from, len(waiting))):
@@ -179,23 +180,24 @@ class DecodeEngine(AbstractEngine):
                         lanes.advance()
 
     @contextmanager
-    def _all_lanes(self, names: set[Name]) -> Iterator[dict[Name, AbstractLanes]]:
+    def _all_lanes(self, names: set[Name], prompts: Sequence[int]) -> Iterator[dict[Name, AbstractLanes]]:
         """Lanes of the models that are needed: one batch for both where an adapter is all they differ by."""
-        budget, compiled = self.tokens_per_batch, self.decoding.compile
+        budget, compiled, limit = self.tokens_per_batch, self.decoding.compile, self.decoding.max_new_tokens
         with ExitStack() as stack:
             one_batch = isinstance(self.reference, AdapterOffReference) and self.reference.gates_rows and not compiled
             if len(names) == 2 and one_batch:
                 assert isinstance(self.reference, AdapterOffReference)
-                kind = lanes_for(self.policy)
+                kind = lanes_for(self.policy, prompts, limit)
                 both = kind(self._use_policy, stack.enter_context(self.reference.row_gate()), budget)
                 yield {"policy": both, "reference": both}
                 return
             found: dict[Name, AbstractLanes] = {}
             if "policy" in names:
-                found["policy"] = lanes_for(self.policy)(self._use_policy, None, budget, compiled)
+                kind = lanes_for(self.policy, prompts, limit)
+                found["policy"] = kind(self._use_policy, None, budget, compiled)
             if "reference" in names:
                 with self._use_reference() as model:
-                    kind = lanes_for(model)
+                    kind = lanes_for(model, prompts, limit)
                 found["reference"] = kind(self._use_reference, None, budget, compiled)
             yield found
 

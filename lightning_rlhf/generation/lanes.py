@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch._dynamo
@@ -31,6 +31,7 @@ from lightning_rlhf.models.logprobs import (
     masks_by_layer,
 )
 from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.models.rotary import changes_while_decoding, rotary_window
 
 
 Name = Literal["policy", "reference"]
@@ -161,7 +162,11 @@ class SlotLanes(AbstractLanes):
                 self.cache = SlotCache(base_model(model).config.get_text_config().num_hidden_layers)
             self.cache.prefilling()
             self._open_gate([name for _, name in place], device)
-            logits = last_logits(model, ids.to(device), last, past_key_values=self.cache, use_cache=True)
+            inputs: dict[str, Tensor] = {}
+            if rotary_window(base_model(model)) is not None:
+                columns = torch.arange(ids.shape[1], device=device).expand(len(prompts), -1)
+                inputs["position_ids"] = columns.masked_fill(columns > last[:, None], 0)
+            logits = last_logits(model, ids.to(device), last, past_key_values=self.cache, use_cache=True, **inputs)
         first = len(self.lanes)
         sources = torch.tensor([place[lane.prompt, lane.name] for lane in lanes], device=device)
         self.lanes += lanes
@@ -260,9 +265,25 @@ def _compiled(device_type: str) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], torch.compile(decoding_step, dynamic=False, mode=mode))
 
 
-def lanes_for(model: PreTrainedModel) -> type[AbstractLanes]:
-    """Kind of lanes that a model computes exactly; found out on its first use, by comparison with plain forwards."""
+def lanes_for(model: PreTrainedModel, prompts: Sequence[int] = (), new_tokens: int = 0) -> type[AbstractLanes]:
+    """Kind of lanes that a model computes exactly; found out on its first use, by comparison with plain forwards.
+
+    Args:
+        model: the model.
+        prompts: tokens of each prompt.
+        new_tokens: tokens that are drawn at most.
+    """
     base = base_model(model)
+    if changes_while_decoding(base, prompts, new_tokens):
+        if base not in _WARNED:
+            _WARNED.add(base)
+            warnings.warn(
+                f"{type(base).__name__} decodes without a cache, every token from the start: its rotary embeddings "
+                f"depend on the length of a text beyond {rotary_window(base)} tokens. Lower data.max_prompt_tokens and "
+                f"data.decoding.max_new_tokens to stay within them",
+                stacklevel=2,
+            )
+        return RecomputedLanes
     circumstances = (base.config._attn_implementation, embedding(base).dtype, embedding(base).device.type)
     known = _KINDS.get(base)
     if known is None or known[0] != circumstances:
@@ -276,6 +297,8 @@ def lanes_for(model: PreTrainedModel) -> type[AbstractLanes]:
         known = _KINDS[base] = (circumstances, SlotLanes if obstacle is None else RecomputedLanes)
     return known[1]
 
+
+_WARNED: WeakSet[PreTrainedModel] = WeakSet()
 
 _KINDS: WeakKeyDictionary[PreTrainedModel, tuple[object, type[AbstractLanes]]] = WeakKeyDictionary()
 

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf import ranks
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.engine import with_logps
+from lightning_rlhf.models.logprobs import base_model
 from lightning_rlhf.models.reference import AbstractReference
+from lightning_rlhf.models.rotary import rotary_window
 from lightning_rlhf.models.save import save_policy
 from lightning_rlhf.types import FinishReason, Prompt, Response
 
@@ -65,6 +67,12 @@ class VLLMEngine(AbstractEngine):
     ) -> None:
         if ranks.world_size() > 1:
             raise ValueError("VLLMEngine serves one process; use the built-in DecodeEngine with several")
+        window = rotary_window(base_model(policy))
+        if window is not None:
+            raise ValueError(
+                f"{type(base_model(policy)).__name__} turns texts beyond {window} tokens otherwise than shorter ones, "
+                f"and vLLM decides by the longest that it allows; use the built-in DecodeEngine (model.use_vllm=false)"
+            )
         self._vllm = _import_vllm()
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
         self.beta, self.decoding, self.eos_ids = beta, decoding, frozenset(eos_ids)

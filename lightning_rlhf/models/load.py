@@ -6,12 +6,13 @@ ordinary float32 folder in a cache; everything else in the library sees folders 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +20,10 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +34,19 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.models.cache import cached, file_digest
+from lightning_rlhf.models.checks import (
+    HEADS,
+    check_class,
+    check_files,
+    check_keys,
+    check_no_pointer,
+    check_not_quantised,
+    check_vocabulary,
+    default_of,
+    read_json,
+    tensors_of,
+)
+from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.save import refuse_tied_targets, save_policy
 
 
@@ -98,7 +114,8 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
 
     Raises:
         FileNotFoundError: if there is no such file, folder or installed package, or the folder holds no model.
-        ValueError: if the name is none of these.
+        ValueError: if a file is a git-lfs pointer, cut off, or not what its name says; or an adapter cannot be merged
+            to what peft computes.
     """
     if policy.startswith("world:"):
         # imported here: worlds are made of models
@@ -111,10 +128,15 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"policy {policy!r}: no such file")
+        check_no_pointer(path)
         return _converted_gguf(path)
     if path.is_dir():
+        check_files(path)
         if (path / "adapter_config.json").exists():
-            return _merged_adapter(path, trust_remote_code)
+            # imported here: adapters are put on models that this module opens
+            from lightning_rlhf.models.adapters import merged_adapter
+
+            return merged_adapter(path, trust_remote_code)
         if not (path / "config.json").exists():
             raise FileNotFoundError(
                 f"policy folder {policy!r} has neither config.json nor adapter_config.json; "
@@ -131,7 +153,7 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
 
 
 def load_tokenizer(
-    policy: str, chat_template: str | None = None, trust_remote_code: bool = False
+    policy: str, chat_template: str | None = None, trust_remote_code: bool = False, *, ends_texts: bool = True
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a policy, without the model.
 
@@ -139,21 +161,26 @@ def load_tokenizer(
         policy: as for `resolve_checkpoint`.
         chat_template: Jinja chat template, or the path of a file that holds one; replaces the tokenizer's own.
         trust_remote_code: run code that comes with the checkpoint.
+        ends_texts: whether an end-of-sequence token is needed; encoders that only read have none.
 
     Raises:
-        ValueError: if the tokenizer has no end-of-sequence token.
+        ValueError: if the tokenizer has no end-of-sequence token, or one that is not in its vocabulary; or if it has
+            tokens beyond the model's embedding.
     """
-    tokenizer = _open_tokenizer(policy, trust_remote_code)
+    tokenizer = open_tokenizer(policy, trust_remote_code)
+    config = _config_of(policy, trust_remote_code)
+    if config is not None:
+        check_vocabulary(tokenizer, config, _rows_before_loading(policy, config), policy)
     if chat_template is not None:
         if "{" not in chat_template and not Path(chat_template).is_file():
             raise FileNotFoundError(f"chat_template {chat_template!r} is neither a Jinja template nor a file")
         tokenizer.chat_template = chat_template if "{" in chat_template else Path(chat_template).read_text()
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and ends_texts:
         raise ValueError(
             f"the tokenizer of {policy!r} has no end-of-sequence token, so no response would ever end; "
             f"set eos_token in its tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         # transformers wants one to build batches; masks come from lengths, never from this id
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -188,7 +215,7 @@ def load_policy(
         FileNotFoundError: if there is no such policy, or a Hub id is neither cached nor reachable.
         ValueError: if the checkpoint is no causal LM, holds no safetensors, or LoRA names layers the model lacks.
     """
-    model = _open_model(policy, dtype, attn_implementation, trust_remote_code, meta=meta)
+    model = open_model(policy, dtype, attn_implementation, trust_remote_code, meta=meta)
     if gradient_checkpointing:
         # reentrant checkpoints lose the gradient where the inputs of a block need none, as under LoRA
         enable: Any = model.gradient_checkpointing_enable
@@ -232,8 +259,9 @@ def load_scorer(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     meta: bool = False,
+    new_head: bool = True,
 ) -> PreTrainedModel:
-    """Load a model with a linear head on the hidden state of a token, in train mode.
+    """Load a decoder with a linear head on the hidden state of a token, in train mode.
 
     Args:
         checkpoint: as for `resolve_checkpoint`: a reward model, or a causal LM, which gets a head that is drawn from
@@ -245,18 +273,93 @@ def load_scorer(
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         trust_remote_code: run code that comes with the checkpoint.
         meta: leave the weights out: all tensors are on the meta device.
+        new_head: whether a causal LM gets a new head; False takes finished reward models only.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or a Hub id is neither cached nor reachable.
-        ValueError: if the checkpoint has another number of labels than one asked for, or lacks weights other than the
-            head's.
+        ValueError: if the checkpoint has another number of labels than one asked for, lacks weights other than the head
+            of a causal LM, has weights without a place, or computes something else than a linear function of the last
+            token's hidden state.
     """
-    model = _open_model(checkpoint, dtype, attn_implementation, trust_remote_code, num_scores=num_scores, meta=meta)
+    model = open_classifier(
+        checkpoint,
+        num_scores=num_scores,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        meta=meta,
+        new_head=new_head,
+    )
     if gradient_checkpointing:
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     score_head(model, num_scores)
+    # without weights there is nothing to compare; where models are sharded, rank zero loads them too, and compares
+    if not meta and not reads_last_token(model, num_scores):
+        raise ValueError(
+            f"{checkpoint!r} is a {type(model).__name__}, whose score is no linear function of the last token's hidden "
+            f"state (an encoder, or a head of several layers): RewardModelReward takes it as a reward, but here it "
+            f"cannot be trained; use a decoder, such as a causal LM"
+        )
     return cast(PreTrainedModel, model.train())
+
+
+def open_classifier(
+    checkpoint: str,
+    *,
+    num_scores: int = 1,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    meta: bool = False,
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """Open what ``AutoModelForSequenceClassification`` opens, whatever its head is; arguments as in `load_scorer`."""
+    return open_model(
+        checkpoint,
+        dtype,
+        attn_implementation,
+        trust_remote_code,
+        num_scores=num_scores,
+        meta=meta,
+        new_head=new_head,
+    )
+
+
+def reads_last_token(model: PreTrainedModel, num_scores: int = 1) -> bool:
+    """Whether the scores of a classifier are its linear head on the last token's hidden state, on two short texts."""
+    try:
+        head = score_head(model, num_scores)
+    except ValueError:
+        return False
+    rows = probe_rows(model.config)
+    with evaluating(model.modules()):
+        for row in rows:
+            ids = torch.tensor([row], device=head.weight.device)
+            whole = model(input_ids=ids).logits
+            try:
+                ours = head(cast(Any, model).base_model(input_ids=ids).last_hidden_state[:, -1])
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                # a trunk without hidden states of this width: the class does something of its own in between
+                return False
+            if whole.shape != ours.shape or not nearly_equal(whole, ours):
+                return False
+    return True
+
+
+def probe_rows(config: PreTrainedConfig) -> list[list[int]]:
+    """Two short texts of tokens that are neither padding nor the end: classifiers look for both."""
+    text = config.get_text_config()
+    avoided = {getattr(text, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    size = int(getattr(text, "vocab_size", 0))
+    ids = [id_ for id_ in (j * 31 % size for j in range(1, 60)) if id_ not in avoided] or [0]
+    return [(ids * 9)[:9], (ids * 9)[4:9]]
+
+
+def nearly_equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two results differ by rounding alone."""
+    scale = max(1.0, right.abs().max().item())
+    return bool((left.double() - right.double()).abs().max().item() <= 3 * torch.finfo(right.dtype).eps ** 0.5 * scale)
 
 
 def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
@@ -276,10 +379,24 @@ def score_head(model: PreTrainedModel, num_scores: int = 1) -> nn.Linear:
 
 
 def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's, and those of the model's generation config."""
+    """Token ids that end a response: the tokenizer's, and those of the model's generation config.
+
+    Raises:
+        ValueError: if there is none, or one that the model cannot write.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
     found = tuple(dict.fromkeys(int(cast(int, i)) for i in ids if i is not None))
+    rows = embedding_rows(model)
+    config = cast(PreTrainedConfig, model.config)
+    # a small model often keeps the id of its family's first one, which it can never write
+    found = tuple(i for i in found if rows is None or i < rows or i != default_of(config, "eos_token_id"))
+    beyond = [i for i in found if rows is not None and not 0 <= i < rows]
+    if beyond:
+        raise ValueError(
+            f"end-of-sequence id {beyond[0]} lies outside of the {rows} rows of the model's embedding; correct "
+            f"eos_token_id in generation_config.json and config.json, or eos_token in tokenizer_config.json"
+        )
     if not found:
         raise ValueError(
             "neither the tokenizer nor the generation config names an end-of-sequence token; set eos_token"
@@ -301,16 +418,24 @@ def context_window(model_or_config: PreTrainedModel | PeftModel | PreTrainedConf
 SCORE_HEADS = ("score", "classifier")
 """What transformers calls the head of a sequence classifier."""
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""How the names of embeddings end."""
 
-def _open_model(
+
+def open_model(
     policy: str,
     dtype: str,
     attn_implementation: str | None,
     trust_remote_code: bool,
     num_scores: int | None = None,
     meta: bool = False,
+    new_head: bool = False,
+    replaced: Iterable[str] = (),
 ) -> PreTrainedModel:
-    """Load a causal LM, or a scorer, with weights from safetensors; all of them, but for the head of a scorer."""
+    """Load a causal LM, or a classifier, with weights from safetensors; all of them, but for those of a new head.
+
+    ``replaced`` are weights that the caller loads from elsewhere.
+    """
     scorer = num_scores is not None
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
@@ -320,13 +445,16 @@ def _open_model(
             f"policy folder {policy!r} holds no .safetensors file; pickled weights can run code when opened: "
             f"save the model again with save_pretrained"
         )
+    # of a merged adapter, not of its base
+    config = _config_of(str(source), trust_remote_code)
+    if config is not None:
+        check_not_quantised(config, source, policy)
+        check_class(config, policy, trust_remote_code)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if meta:
         options["device_map"] = "meta"
     if scorer:
         options["num_labels"] = num_scores
-        # a head of another size is left out; anything else that is, is found below
-        options["ignore_mismatched_sizes"] = num_scores != 1
     from_pretrained: Any = (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM).from_pretrained
     try:
         model, report = from_pretrained(
@@ -335,35 +463,159 @@ def _open_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            # reported, and refused below
+            ignore_mismatched_sizes=True,
             **options,
         )
     except OSError as error:
         raise _not_found(policy, source, error) from error
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"transformers cannot open {policy!r}: {error}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"policy {policy!r} is an adapter on the Hub; download it and name the local folder")
-    absent = {*report["missing_keys"], *(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])}
-    missing = sorted(k for k in absent if not (scorer and k.partition(".")[0] in SCORE_HEADS))
-    if missing:
-        raise ValueError(
-            f"policy {policy!r} lacks {len(missing)} weights of a causal LM, e.g. {missing[0]!r}, which would be "
-            f"random; its architectures are {model.config.architectures}: name a causal LM"
-        )
+    named: str | None = config.architectures[0] if config is not None and config.architectures else None
+    speaks = named is None or (named.endswith(_LANGUAGE_MODELS) and not named.endswith("RewardModel"))
+    # a reward model whose head is missing, or has another form: a new one would forget what it learnt
+    learnt = not speaks or any(key.partition(".")[0] in HEADS for key in report["unexpected_keys"])
+    mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    replaced = set(replaced)
+    from_language_model = scorer and speaks and (new_head or any(_in_head(key) for key in replaced))
+
+    def may_lack(key: str) -> bool:
+        new = num_scores != 1 if key in mismatched else not learnt
+        return key in replaced or (new_head and _in_head(key) and new)
+
+    check_keys(
+        report,
+        model,
+        policy,
+        kind="a reward model" if scorer and not from_language_model else "a causal LM",
+        may_lack=may_lack,
+        may_hold=functools.partial(_language_head, config=model.config) if from_language_model else lambda keys: set(),
+    )
+    # without weights there is nothing to compare
+    if not meta and named is not None and named != type(model).__name__ and not from_language_model:
+        _check_named_class(named, model, source, policy, _DTYPES[dtype])
+    embedding: Any = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        # torch gives this row no gradient, and where padding and EOS are one token no model learns to end; padding is
+        # left out here by lengths, never by its id
+        embedding.padding_idx = None
     return cast(PreTrainedModel, model)
 
 
-def _open_tokenizer(policy: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+_LANGUAGE_MODELS = ("LM", "LMHeadModel", "LMHead", "ConditionalGeneration", "Model")
+"""How names of classes without a score end."""
+
+
+def _in_head(key: str) -> bool:
+    return key.partition(".")[0] in SCORE_HEADS
+
+
+def _language_head(keys: Iterable[str], config: PreTrainedConfig) -> set[str]:
+    """Which of some weights belong to the causal LM of a family, whose head a reward model has no use for."""
+    keys = set(keys)
+    if not keys:
+        return keys
+    try:
+        with torch.device("meta"):
+            from_config: Any = AutoModelForCausalLM.from_config
+            model: Any = from_config(config)
+    except (KeyError, ValueError):
+        return set()
+    return keys & set(model.state_dict())
+
+
+def _check_named_class(named: str, model: PreTrainedModel, source: Path | str, policy: str, dtype: torch.dtype) -> None:
+    """Compare a model with the class that its checkpoint names, on two short texts.
+
+    Raises:
+        ValueError: if that class computes something else, or cannot be opened.
+    """
+    kind = getattr(transformers, named, None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        return  # code of its own, which has been opened already
+    remedy = f"correct architectures in its config.json, or name a checkpoint of a {type(model).__name__}"
+    with torch.random.fork_rng(devices=[]):
+        try:
+            other = kind.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{policy!r} is a {named} (architectures in its config.json) and does not open as one "
+                f"({error}); {remedy}"
+            ) from error
+    with evaluating([*model.modules(), *other.modules()]):
+        for row in probe_rows(model.config):
+            ids = torch.tensor([row])
+            ours, theirs = model(input_ids=ids).logits, getattr(other(input_ids=ids), "logits", None)
+            if theirs is None:
+                return  # a trunk without a head: its weights are all there, or `check_keys` would have said so
+            if ours.shape != theirs.shape or not nearly_equal(ours, theirs):
+                raise ValueError(
+                    f"{policy!r} is a {named} (architectures in its config.json), and computes other numbers as a "
+                    f"{type(model).__name__}, which it would be used as; {remedy}"
+                )
+
+
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int | None:
+    """Rows of the embedding; None where there is no table."""
+    embedding: Any = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _config_of(policy: str, trust_remote_code: bool) -> PreTrainedConfig | None:
+    """Configuration of a checkpoint, an adapter's base included; None where there is none to be read."""
+    path = Path(policy).expanduser()
+    if (path / "adapter_config.json").exists():
+        try:
+            return _config_of(base_name(path / "adapter_config.json"), trust_remote_code)
+        except FileNotFoundError:
+            return None  # opening the adapter has an error for it
+    source = resolve_checkpoint(policy, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError:
+        return None  # an unknown Hub id: what opens the model has an error for it
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"transformers cannot open the config.json of {policy!r}: {error}") from error
+    return cast(PreTrainedConfig, config)
+
+
+def _rows_before_loading(policy: str, config: PreTrainedConfig) -> int | None:
+    """Rows of the embedding of a checkpoint, without opening the model: of an adapter that has its own, those."""
+    path = Path(policy).expanduser()
+    if (path / "adapter_config.json").exists():
+        file = path / "adapter_model.safetensors"
+        shapes = {key: shape for key, (_, shape) in tensors_of(file).items()} if file.is_file() else {}
+        own = [shape[0] for key, shape in shapes.items() if key.replace(".base_layer.", ".").endswith(EMBEDDINGS)]
+        if own:
+            return int(own[0])
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
+def open_tokenizer(policy: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Open a tokenizer as it is, unchecked."""
     adapter = Path(policy).expanduser() / "adapter_config.json"
     if adapter.exists():
         # merging takes the whole model; the tokenizer lies beside the adapter or with the base
         if not (adapter.parent / "tokenizer_config.json").exists():
-            return _open_tokenizer(_base_name(adapter), trust_remote_code)
+            return open_tokenizer(base_name(adapter), trust_remote_code)
         source: Path | str = adapter.parent
     else:
         source = resolve_checkpoint(policy)
+    if isinstance(source, Path):
+        check_files(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise _not_found(policy, source, error) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"transformers cannot open the tokenizer of {policy!r}: {error}; put the files that "
+            f"tokenizer.save_pretrained writes into its folder"
+        ) from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -436,46 +688,24 @@ def _converted_gguf(file: Path) -> Path:
         options = {}
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        model, report = from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, **options
+        )
+        check_keys(report, model, str(file), kind="a causal LM")
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
-    return cached(file.stem, _key(file_digest(file)), convert)
+    return cached(file.stem, digest_of(file_digest(file)), convert)
 
 
-def _merged_adapter(folder: Path, trust_remote_code: bool) -> Path:
-    """The safetensors folder made from a peft adapter and its base."""
-    base = _base_name(folder / "adapter_config.json")
-    try:
-        source = resolve_checkpoint(base, trust_remote_code=trust_remote_code)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the base model of the adapter in {str(folder)!r} cannot be found; "
-            f"correct base_model_name_or_path in its adapter_config.json: {error}"
-        ) from error
-    # the base counts as well: by content if it is a folder, by name if it is on the Hub
-    parts = [
-        *sorted(folder.glob("adapter_*")),
-        *(sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []),
-    ]
-    key = _key(str(source), *map(file_digest, parts))
-
-    def merge(target: Path) -> None:
-        model = PeftModel.from_pretrained(_open_model(base, "float32", None, trust_remote_code), str(folder))
-        merged = cast(Any, model).merge_and_unload(safe_merge=True)
-        merged.save_pretrained(target)
-        _open_tokenizer(str(folder), trust_remote_code).save_pretrained(target)
-
-    return cached(folder.resolve().name, key, merge)
-
-
-def _key(*parts: str) -> str:
+def digest_of(*parts: str) -> str:
     """Digest of what a converted folder depends on: its sources and the converter."""
     return hashlib.sha256("|".join((f"converter {CONVERTER}", *parts)).encode()).hexdigest()
 
 
-def _base_name(adapter_config: Path) -> str:
-    base = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
+def base_name(adapter_config: Path) -> str:
+    base = read_json(adapter_config).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter_config} names no base model; set its base_model_name_or_path")
     return str(base)

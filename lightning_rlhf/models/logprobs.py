@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from lightning_rlhf.models.attention import attending_in_segments, segments
 from lightning_rlhf.models.head import LogitRule, TokenScores, score_tokens
 from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.models.rotary import depends_on_length, rotary_window
 from lightning_rlhf.models.shared_prefix import (
     Group,
     PackedResponses,
@@ -126,6 +127,8 @@ def packed_scores(
     if packed.spans and checkpoints_layers(base):
         raise ValueError("gradient checkpointing recomputes layers outside of the packed layout; use 'shared' with it")
     obstacle = support.packed if packed.spans else support.shared
+    if packed.shares_prompt and depends_on_length(base, int(packed.position_ids.max()) + 1):
+        obstacle = "its rotary embeddings depend on the length of a text, which is above their window"
     if packed.shares_prompt and obstacle is not None:
         raise ValueError(
             f"{_name(base)} cannot share a prompt between responses: {obstacle}; pack with layout='padded'"
@@ -143,6 +146,8 @@ def packed_scores(
 def choose_layout(model: nn.Module, groups: Sequence[Group]) -> RowLayout:
     """Choose the fastest layout that a model computes exactly."""
     base, support = base_model(model), _support(model)
+    if depends_on_length(base, max(len(prompt) + len(r) for prompt, responses in groups for r in responses)):
+        return "padded"
     if computes_packed_rows(model):
         return "packed"
     if support.shared is not None and any(len(responses) > 1 for _, responses in groups):
@@ -248,6 +253,9 @@ def attending(base: PreTrainedModel, packed: PackedResponses) -> AbstractContext
 
 def model_inputs(base: PreTrainedModel, packed: PackedResponses) -> dict[str, Any]:
     """Arguments of a forward pass over a packed batch."""
+    if not packed.shares_prompt and rotary_window(base) is not None:
+        # each row's own length
+        return {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     if not packed.shares_prompt:
         # nothing sees the filling at the right of a causal row, so that no mask is needed and the fast kernels apply
         return {"input_ids": packed.input_ids}
@@ -286,8 +294,10 @@ def checkpoints_layers(base: PreTrainedModel) -> bool:
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
-def computes_packed_rows(model: nn.Module) -> bool:
-    """Whether a model computes rows of several texts exactly, by `attending_in_segments`."""
+def computes_packed_rows(model: nn.Module, longest: int = 0) -> bool:
+    """Whether a model computes rows of several texts, of ``longest`` tokens at most, by `attending_in_segments`."""
+    if depends_on_length(base_model(model), longest):
+        return False
     return _support(model).packed is None and not checkpoints_layers(base_model(model))
 
 
@@ -343,6 +353,7 @@ def _support(model: nn.Module) -> _Support:
     weight = embedding(base)
     circumstances = (base.config._attn_implementation, weight.dtype, weight.device.type)
     known = _SUPPORT.get(base)
+    rotary_window(base)
     if known is None or known[0] != circumstances:
         known = _SUPPORT[base] = (circumstances, _probe(model, weight.dtype, weight.device.type))
     return known[1]

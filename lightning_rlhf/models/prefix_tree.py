@@ -23,6 +23,7 @@ from lightning_rlhf.models.logprobs import (
     masks_by_layer,
 )
 from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.models.rotary import rotary_window
 
 
 WORTH_SHARING = 16
@@ -124,7 +125,8 @@ def next_token_logps(
     wanted = torch.tensor(list(targets), dtype=torch.long)
     found = torch.zeros(len(texts), len(targets))
     with evaluating(model.modules()):
-        tree, head = computes_packed_rows(model), head_on_chosen_positions(model)
+        tree = computes_packed_rows(model, max(map(len, texts), default=0))
+        head = head_on_chosen_positions(model)
         compute = _last_logits_in_tree if tree else _last_logits_in_rows
         for batch in split_texts(texts, tokens_per_batch) if tree else _rows(texts, tokens_per_batch):
             logits = compute(model, head, [texts[i] for i in batch])
@@ -150,7 +152,11 @@ def _last_logits_in_rows(model: nn.Module, head: nn.Module | None, texts: Sequen
     # nothing sees the filling at the right of a causal row
     ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=device)
     ends = torch.tensor([row * length + len(text) - 1 for row, text in enumerate(texts)], device=device)
-    return logits_at(model, head, ends, input_ids=ids, use_cache=False)
+    inputs = {"input_ids": ids}
+    if rotary_window(base_model(model)) is not None:
+        rows = [[*range(len(text)), *[0] * (length - len(text))] for text in texts]
+        inputs["position_ids"] = torch.tensor(rows, device=device)
+    return logits_at(model, head, ends, **inputs, use_cache=False)
 
 
 def _rows(texts: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:

@@ -21,8 +21,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.load import LoRA, load_scorer, lora_config, resolve_checkpoint, score_head
+from lightning_rlhf.models.adapters import fit_adapters
+from lightning_rlhf.models.checks import read_json
+from lightning_rlhf.models.load import (
+    LoRA,
+    context_window,
+    load_scorer,
+    lora_config,
+    open_classifier,
+    probe_rows,
+    reads_last_token,
+    resolve_checkpoint,
+    score_head,
+)
 from lightning_rlhf.models.logprobs import Layout
+from lightning_rlhf.models.modes import evaluating
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
 from lightning_rlhf.models.scores import head_outputs
 from lightning_rlhf.models.sharding import shard_scorer
@@ -208,6 +221,92 @@ class Scorer(nn.Module):
             layer._active_adapter = [adapter_name(member)]
 
 
+class ClassifierScorer(nn.Module):
+    """A reward model that is more than a linear head on the last token: each text goes through its class as a whole.
+
+    Encoders, whose classifier sits behind a pooler, and classes that come with code of their own. They give rewards,
+    and are not trained here.
+
+    Args:
+        model: what ``AutoModelForSequenceClassification`` opens.
+        name: what to call it in errors.
+
+    Attributes:
+        means: always None; such a model says nothing of held-out rewards.
+        stds: as ``means``.
+    """
+
+    size = 1
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.means: list[float] | None = None
+        self.stds: list[float] | None = None
+        try:
+            # some classes read at the end of the text
+            eos = model.config.eos_token_id
+            end = (eos,) if isinstance(eos, int) and eos != model.config.pad_token_id else ()
+            probe = self.scores([((ids[0],), [(*ids[1:], *end)]) for ids in probe_rows(model.config)])
+            shape = tuple(probe.shape)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name!r} is a {type(model).__name__}, which scores no texts ({error}); {_USE}"
+            ) from error
+        if shape != (2, 1):
+            raise ValueError(f"{name!r} is a {type(model).__name__} whose scores have shape {shape}; {_USE}")
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the model."""
+        return self.model.config
+
+    @property
+    def window(self) -> int | None:
+        """Longest text in tokens; None where the model sets no limit."""
+        window = context_window(self.config)
+        positions = [
+            m for n, m in self.model.named_modules() if n.endswith("position_embeddings") and hasattr(m, "weight")
+        ]
+        # families after RoBERTa count positions from behind the padding token's id
+        offsets = [1 + m.padding_idx for m in positions if getattr(m, "padding_idx", None) is not None]
+        return window if window is None else window - max(offsets, default=0)
+
+    def scores(
+        self, groups: Sequence[Group], *, tokens_per_batch: int | None = None, types: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        """Rewards of responses, [responses, 1], without gradient.
+
+        Texts of one length make a batch, so that nothing is filled up and none depends on another.
+
+        Args:
+            groups: prompts with their responses, as token ids.
+            tokens_per_batch: tokens of one forward pass.
+            types: token types of each text, in order, where the tokenizer gives them.
+        """
+        texts = [(*prompt, *response) for prompt, responses in groups for response in responses]
+        device = next(self.model.parameters()).device
+        found: dict[int, Tensor] = {}
+        with evaluating(self.modules()):
+            for length in sorted({len(text) for text in texts}, reverse=True):
+                alike = [i for i, text in enumerate(texts) if len(text) == length]
+                # a decoder without a padding token takes one text at a time
+                rows = max(1, (tokens_per_batch or length) // length) if self.config.pad_token_id is not None else 1
+                for start in range(0, len(alike), rows):
+                    part = alike[start : start + rows]
+                    inputs = {"input_ids": torch.tensor([texts[i] for i in part], device=device)}
+                    if types:
+                        inputs["token_type_ids"] = torch.tensor([list(types[i]) for i in part], device=device)
+                    found |= dict(zip(part, self.model(**inputs).logits, strict=True))
+        return torch.stack([found[i] for i in range(len(texts))]) if texts else torch.zeros(0, 1)
+
+
+_USE = (
+    "use a reward model that AutoModelForSequenceClassification opens with num_labels=1, and that gives each text one "
+    "number"
+)
+
+
 class _Row:
     """One row of a head."""
 
@@ -279,7 +378,7 @@ def build_scorer(
         return _open_parts(Path(checkpoint).expanduser(), saved, options).train()
     if kind == "independent":
         return Scorer([_new_head(load_scorer(checkpoint, **options)) for _ in range(size)], kind).train()
-    model = load_scorer(checkpoint, num_scores=size, **options)
+    model = load_scorer(checkpoint, num_scores=size, new_head=saved is None, **options)
     if size > 1 and saved is None:
         _new_head(model)
     if kind == "linear" and lora is None:
@@ -304,27 +403,34 @@ CONTINUATIONS = {("linear", "linear"), ("linear", "lora"), ("lora", "lora"), ("i
 """Kinds of ensembles that are trained further, and as what."""
 
 
-def open_scorer(path: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> Scorer:
-    """Open a reward model that `Scorer.save` wrote, or any decoder with a scalar head.
+def open_scorer(
+    path: str, *, dtype: str = "float32", trust_remote_code: bool = False, meta: bool = False
+) -> Scorer | ClassifierScorer:
+    """Open a reward model: what `Scorer.save` wrote, or what ``AutoModelForSequenceClassification`` opens.
 
     Args:
         path: folder, or Hub id.
         dtype: floating-point type of the weights: ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run code that comes with the checkpoint.
+        meta: leave the weights out, to check that they are all there.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it holds no reward model.
+        ValueError: if it holds no reward model: weights are missing or left over, or there is more than one label.
     """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "meta": meta}
     saved = read_manifest(path)
     if saved is None:
-        scorer = Scorer([load_scorer(path, **options)])
+        model = open_classifier(path, **options)
+        # without weights there is nothing to compare
+        if not meta and not reads_last_token(model):
+            return ClassifierScorer(model, path)
+        scorer = Scorer([model])
         mean, std = (getattr(scorer.config, name, None) for name in ("reward_mean", "reward_std"))
         scorer.means, scorer.stds = (None, None) if mean is None or std is None else ([mean], [std])
         return scorer
     if saved["kind"] == "linear":
-        scorer = Scorer([load_scorer(path, num_scores=saved["size"], **options)])
+        scorer = Scorer([load_scorer(path, num_scores=saved["size"], new_head=False, **options)])
     else:
         scorer = _open_parts(Path(path).expanduser(), saved, options)
     scorer.means, scorer.stds = saved["means"], saved["stds"]
@@ -332,23 +438,45 @@ def open_scorer(path: str, *, dtype: str = "float32", trust_remote_code: bool = 
 
 
 def read_manifest(path: str) -> dict[str, Any] | None:
-    """What a folder says about its members; None where there is only one."""
+    """What a folder says about its members; None where there is only one.
+
+    Raises:
+        ValueError: if the file cannot be read, or lacks what is needed to open the members.
+    """
     source = resolve_checkpoint(path)
     manifest = Path(source) / MANIFEST
-    return cast(dict[str, Any], json.loads(manifest.read_text(encoding="utf-8"))) if manifest.is_file() else None
+    if not manifest.is_file():
+        return None
+    content = read_json(manifest)
+    if content.get("kind") not in get_args(Kind) or not isinstance(content.get("size"), int):
+        raise ValueError(
+            f"{manifest} does not say which members there are ({content}); it needs kind and size: take the whole "
+            f"folder that the run wrote"
+        )
+    return {"means": None, "stds": None, **content}
+
+
+def read_statistics(path: str) -> tuple[int, list[float] | None]:
+    """Members of a folder, and the deviations of their rewards on held-out data, without the weights."""
+    saved = read_manifest(path)
+    if saved is not None:
+        return int(saved["size"]), cast("list[float] | None", saved["stds"])
+    config = Path(resolve_checkpoint(path)) / "config.json"
+    std = read_json(config).get("reward_std") if config.is_file() else None
+    return 1, None if std is None else [float(std)]
 
 
 def _open_parts(folder: Path, saved: dict[str, Any], options: dict[str, Any]) -> Scorer:
     """Open a folder with members in several places."""
     if saved["kind"] == "independent":
-        members = [load_scorer(str(folder / "members" / str(i)), **options) for i in range(saved["size"])]
-        return Scorer(members, "independent")
-    model = load_scorer(str(folder / "backbone"), num_scores=saved["size"], **options)
+        paths = [str(folder / "members" / str(i)) for i in range(saved["size"])]
+        return Scorer([load_scorer(path, new_head=False, **options) for path in paths], "independent")
+    model = load_scorer(str(folder / "backbone"), num_scores=saved["size"], new_head=False, **options)
+    if options.get("meta"):
+        return Scorer([model], "lora")
     names = [adapter_name(member) for member in range(saved["size"])]
-    adapters = folder / "adapters"
-    adapted = PeftModel.from_pretrained(model.base_model, str(adapters / names[0]), names[0], is_trainable=True)
-    for name in names[1:]:
-        adapted.load_adapter(str(adapters / name), name, is_trainable=True)
+    folders = {name: folder / "adapters" / name for name in names}
+    adapted = fit_adapters(model.base_model, folders, str(folder / "backbone"), trained=True)
     _train_all_adapters(adapted)
     return Scorer([model], "lora", adapted)
 

@@ -26,6 +26,7 @@ from lightning_rlhf.models.logprobs import (
     takes_no_mask,
 )
 from lightning_rlhf.models.modes import evaluating
+from lightning_rlhf.models.rotary import depends_on_length
 from lightning_rlhf.models.shared_prefix import Group, PackedResponses, RowLayout, pack, split_by_tokens
 
 
@@ -108,6 +109,8 @@ def _batches(
     if not groups:
         return
     layouts = _layouts(trunk)
+    if depends_on_length(base_model(trunk), max(len(p) + len(r) for p, responses in groups for r in responses)):
+        layouts = frozenset({"padded"})
     if layout == "auto":
         rows: RowLayout = "padded"
         if "packed" in layouts:

@@ -17,7 +17,7 @@ from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
-from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, load_tokenizer
+from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, load_tokenizer, open_tokenizer
 from lightning_rlhf.models.logprobs import Layout
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
@@ -118,7 +118,9 @@ class RewardModule(AbstractPreferenceModule):
         if self.scorer is not None:
             return
         if self.policy_name is not None:
-            check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
+            # first whether it is of the family at all, then whether it can be used
+            check_same_tokenizer(self.tokenizer, open_tokenizer(self.policy_name), self.policy_name)
+            load_tokenizer(self.policy_name)
         self.scorer = self.placed(self._open_scorer, Scorer.shard)
 
     def _open_scorer(self, meta: bool = False) -> Scorer:
