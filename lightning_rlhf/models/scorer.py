@@ -484,6 +484,16 @@ def read_manifest(path: str) -> Manifest | None:
     return cast(Manifest, {"means": None, "stds": None, **content})
 
 
+def read_statistics(path: str) -> tuple[int, list[float] | None]:
+    """Number of members of a folder, and the stds of their rewards on held-out data, without the weights."""
+    saved = read_manifest(path)
+    if saved is not None:
+        return int(saved["size"]), saved["stds"]
+    config = Path(resolve_checkpoint(path)) / "config.json"
+    std = read_json(config).get("reward_std") if config.is_file() else None
+    return 1, None if std is None else [float(std)]
+
+
 def _open_parts(folder: Path, saved: Manifest, options: _OpenOptions) -> Scorer:
     """Open a folder with members in several places."""
     if saved["kind"] == "independent":

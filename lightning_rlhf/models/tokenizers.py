@@ -28,7 +28,7 @@ def load_tokenizer(
         ValueError: if the tokenizer has no end-of-sequence token, or one that is not in its vocabulary; or if it has
             tokens beyond the model's embedding.
     """
-    tokenizer = _tokenizer_of(policy, trust_remote_code)
+    tokenizer = unchecked_tokenizer(policy, trust_remote_code)
     config = _config_of(policy, trust_remote_code)
     if config is not None:
         check_vocabulary(tokenizer, config, _rows_before_loading(policy, config), policy)
@@ -48,12 +48,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def _tokenizer_of(policy: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def unchecked_tokenizer(policy: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Open a tokenizer as it is, without comparing it with the model."""
     adapter = Path(policy).expanduser() / "adapter_config.json"
     if adapter.exists():
         # not resolved, since merging loads the whole model; the tokenizer lies beside the adapter or with the base
         if not (adapter.parent / "tokenizer_config.json").exists():
-            return _tokenizer_of(base_name(adapter), trust_remote_code)
+            return unchecked_tokenizer(base_name(adapter), trust_remote_code)
         return open_tokenizer(adapter.parent, policy, trust_remote_code)
     return open_tokenizer(resolve_checkpoint(policy), policy, trust_remote_code)
 

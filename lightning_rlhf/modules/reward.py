@@ -28,6 +28,7 @@ from lightning_rlhf.models.options import DEFAULT_OPTIONS, LoadArguments, ModelO
 from lightning_rlhf.models.reference import AbstractReference, FrozenCopyReference
 from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.models.sharding import full_state_dict
+from lightning_rlhf.models.tokenizers import unchecked_tokenizer
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
@@ -132,7 +133,9 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         if self.scorer is not None:
             return
         if self.policy_name is not None:
-            check_same_tokenizer(self.tokenizer, load_tokenizer(self.policy_name), self.policy_name)
+            # first whether it is of the same family at all, then whether it can be used
+            check_same_tokenizer(self.tokenizer, unchecked_tokenizer(self.policy_name), self.policy_name)
+            load_tokenizer(self.policy_name)
         self.scorer = self.placed(self._open_scorer, Scorer.shard)
 
     def _open_scorer(self, meta: bool = False) -> Scorer:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
-from lightning_rlhf.models.scorer import ClassifierScorer, Scorer, open_scorer
+from lightning_rlhf.models.scorer import ClassifierScorer, Scorer, open_scorer, read_statistics
 from lightning_rlhf.prompts.tokenize import (
     CHAT_TEMPLATES,
     Reading,
@@ -88,6 +88,7 @@ class RewardModelReward(AbstractReward):
         self._loaded: tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase] | None = None
         # fails now, not after a policy is loaded, on a folder that is no reward model
         if isinstance(resolve_checkpoint(path, trust_remote_code=trust_remote_code), Path):
+            self._check_statistics(*read_statistics(path))
             scorer = open_scorer(path, trust_remote_code=trust_remote_code, meta=True)
             if is_plain_decoder(scorer):
                 load_tokenizer(path, trust_remote_code=trust_remote_code, ends_texts=False)
@@ -170,27 +171,33 @@ class RewardModelReward(AbstractReward):
             std, members = scale * disagreement(members), scale * members + shift
         return RewardOutput(mean, std, members) if scorer.size > 1 else RewardOutput(mean)
 
+    def _check_statistics(self, size: int, stds: Sequence[float] | None) -> bool:
+        """Whether the stds of the members are known and positive; some settings need them.
+
+        Raises:
+            ValueError: naming the setting that this folder does not support.
+        """
+        # with a single member the rule would have no effect
+        if self.combine != "mean" and size == 1:
+            raise ValueError(
+                f"combine={self.combine} needs an ensemble, and {self.path} holds a single reward model: train one "
+                f"with model.ensemble, or leave combine out"
+            )
+        known = stds is not None and min(stds) > 0
+        # statistics of single members cannot be guessed
+        if not known and (self.normalize or self.combine != "mean"):
+            raise ValueError(
+                f"normalize and combine={self.combine} need mean and std of the rewards on held-out data, which "
+                f"RewardModule stores in {self.path} after a validation; got stds {stds}: train with data.heldout"
+            )
+        return known
+
     def _load(self) -> tuple[Scorer | ClassifierScorer, PreTrainedTokenizerBase]:
         # at first use: a run that reads its rewards from the ledger loads nothing
         if self._loaded is None:
             scorer = open_scorer(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
             scorer.requires_grad_(False)
-            # the rule would do nothing, without a word
-            if self.combine != "mean" and scorer.size == 1:
-                raise ValueError(
-                    f"combine={self.combine} needs an ensemble, and {self.path} holds a single reward model: train one "
-                    f"with model.ensemble, or leave combine out"
-                )
-            known = scorer.stds is not None and min(scorer.stds) > 0
-            # statistics of single members cannot be guessed
-            if not known and (self.normalize or self.combine != "mean"):
-                raise ValueError(
-                    f"normalize and combine={self.combine} need the mean and deviation of the rewards on held-out "
-                    f"data, which RewardModule keeps in {self.path} when it has validated; got deviations "
-                    f"{scorer.stds}: train with data.heldout"
-                )
-            # zero deviations cannot standardise
-            if not known:
+            if not self._check_statistics(scorer.size, scorer.stds):
                 scorer.means = scorer.stds = None
             template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)
             tokenizer = load_tokenizer(
