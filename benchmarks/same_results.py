@@ -35,7 +35,12 @@ ROUNDS = [
     "--data.decoding.rows=8",
     "--trainer.max_epochs=2",
 ]
+KL = ["--model.kl_placement=loss_k3", "--model.objective=penalty"]
 RATE = ["--model.learning_rate=1e-3", "--model.warmup_steps=2"]
+
+
+SAMPLES = {"comparisons": "a_ids, b_ids, a_policy_logps", "rollouts": "response_ids, response_policy_logps"}
+"""Tables of the ledger, and the columns that are compared."""
 
 
 def runs(policy: str, reward: str, rows: str, completions: str) -> dict[str, list[str]]:
@@ -49,6 +54,8 @@ def runs(policy: str, reward: str, rows: str, completions: str) -> dict[str, lis
         "--data.prompts_per_batch=4",
         f"--model.policy={policy}",
         "--data.heldout.limit=4",
+        f"--data.reward.path={reward}",
+        "--data.responses_per_prompt=2",
         *template,
     ]
     return {
@@ -60,11 +67,11 @@ def runs(policy: str, reward: str, rows: str, completions: str) -> dict[str, lis
         "dpo_offline": ["dpo_offline", *recorded, f"--model.policy={policy}", "--trainer.max_epochs=2"],
         "reward_model": ["reward_model", *recorded, f"--model.backbone={policy}", "--model.margin=0.5"],
         "reward_ensemble": ["reward_ensemble", *recorded, f"--model.backbone={policy}"],
-        "sft": ["sft", *RATE, f"--model.policy={policy}", f"--data.prompts.path={completions}", "--data.rows_per_batch=2"],
-        "rlhf": ["rlhf", *rollouts, f"--data.reward.path={reward}", "--data.responses_per_prompt=2"],
-        "grpo": ["rlhf", *rollouts, f"--data.reward.path={reward}", "--data.responses_per_prompt=2", "--model.advantage=GRPO", "--model.clip=0.2", "--model.kl_placement=loss_k3", "--model.objective=penalty"],
+        "sft": ["sft", *RATE, f"--model.policy={policy}", f"--data.prompts.path={completions}"],
+        "rlhf": ["rlhf", *rollouts],
+        "grpo": ["rlhf", *rollouts, "--model.advantage=GRPO", "--model.clip=0.2", *KL],
         "worlds/menu": ["worlds/menu", "--trainer.max_epochs=3"],
-    }  # fmt: skip
+    }
 
 
 def make_inputs(folder: Path) -> tuple[str, str, str, str]:
@@ -108,7 +115,7 @@ def results(checkout: Path, arguments: list[str], folder: Path) -> tuple[dict[st
     pairs: list[object] = []
     if (folder / "ledger.sqlite").exists():
         with sqlite3.connect(folder / "ledger.sqlite") as db:
-            for table, columns in (("comparisons", "a_ids, b_ids, a_policy_logps"), ("rollouts", "response_ids, response_policy_logps")):  # fmt: skip
+            for table, columns in SAMPLES.items():
                 if db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
                     pairs += db.execute(f"SELECT {columns} FROM {table}").fetchall()
     return weights, pairs
@@ -134,8 +141,9 @@ def main() -> None:
             )
             same = old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
             largest = max((old[key] - new[key]).abs().max().item() for key in old.keys() & new.keys())
-            said = "equal" if same else f"DIFFERENT, by up to {largest:.2g}"
-            print(f"{name:16} weights {said}; {len(new_pairs)} samples {'equal' if old_pairs == new_pairs else 'DIFFERENT'}", flush=True)  # fmt: skip
+            weights = "equal" if same else f"DIFFERENT, by up to {largest:.2g}"
+            samples = "equal" if old_pairs == new_pairs else "DIFFERENT"
+            print(f"{name:16} weights {weights}; {len(new_pairs)} samples {samples}", flush=True)
             differ += not same or old_pairs != new_pairs
     sys.exit(bool(differ))
 

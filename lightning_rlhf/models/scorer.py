@@ -491,7 +491,7 @@ def read_statistics(path: str) -> tuple[int, list[float] | None]:
         return int(saved["size"]), saved["stds"]
     config = Path(resolve_checkpoint(path)) / "config.json"
     std = read_json(config).get("reward_std") if config.is_file() else None
-    return 1, None if std is None else [float(std)]
+    return 1, [float(std)] if isinstance(std, int | float) else None
 
 
 def _open_parts(folder: Path, saved: Manifest, options: _OpenOptions) -> Scorer:
