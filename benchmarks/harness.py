@@ -383,15 +383,14 @@ def tokenized(rows: Sequence[PromptRow], tokenizer: Any) -> list[Prompt]:
 def ids_in_order(model: Path, data: str, count: int) -> list[dict[str, list[int]]]:
     """Token ids of the pairs in the order in which `PreferenceDataModule` with seed 0 trains on them."""
     from lightning_rlhf.batching.steps import epoch_order
-    from lightning_rlhf.datamodules.base import _ORDER, _PROMPTS
     from lightning_rlhf.models.load import load_tokenizer
-    from lightning_rlhf.randomness import Key
+    from lightning_rlhf.randomness import Key, Stream
 
     tokenizer = load_tokenizer(str(model))
     prompts = tokenized(Rows(data, count, tokenizer).load(), tokenizer)
     if len(prompts) < count:
         raise SystemExit(f"{data} has {len(prompts)} usable rows, and {count} are needed: fewer --steps")
-    drawn, trained = epoch_order(count, Key((0, _PROMPTS, 0))), epoch_order(count, Key((0, _ORDER, 0)))
+    drawn, trained = epoch_order(count, Key((0, Stream.PROMPTS, 0))), epoch_order(count, Key((0, Stream.ORDER, 0)))
     ordered = [prompts[drawn[place]] for place in trained]
     return [
         {"prompt_ids": list(p.ids), "chosen_ids": list(p.pair[0].ids), "rejected_ids": list(p.pair[1].ids)}

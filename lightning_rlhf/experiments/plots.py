@@ -18,6 +18,7 @@ from lightning_rlhf.experiments.statistics import Array, j_grid
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lightning_rlhf.experiments.claims import JudgedClaim
@@ -61,7 +62,7 @@ def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
 def frontier_figure(grid: Grid, title: str) -> Figure:
     """Make the figure of `plot_frontiers` without saving it."""
 
-    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
+    def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels, kl = mean_path(curves, "kl")
         _, reward = mean_path(curves, "reward")
         axes.plot(kl, reward, color=style.colour, linestyle=style.line, linewidth=1.0, alpha=0.45, zorder=1)
@@ -72,7 +73,7 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
         axes.scatter(kl[shown], reward[shown], s=20, alpha=shade, linewidth=0, zorder=2, **look)
         axes.scatter(kl[-1:], reward[-1:], s=60, edgecolor="black", linewidth=0.8, zorder=3, **look)
 
-    def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
+    def crop(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
         if all(curve.points[0].kl > 1e-3 for curve in chain.from_iterable(arms.values())):
             return
         # the way from the reference is long and about the same for all: the panel shows the last nine tenths
@@ -107,7 +108,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
     ease = {setting: seed_effects(arms) for setting, arms in grid.items()}
     bands = max(map(len, grid.values())) <= MANY
 
-    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
+    def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels, j = j_grid(curves)
         effects = ease[curves[0].setting]
         j = j - np.array([[effects[curve.seed]] for curve in curves])
@@ -119,7 +120,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
             half = shared_noise(len(grid[curves[0].setting])) * half_width(j)
             axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
 
-    def crop(axes: Any, arms: Mapping[str, Sequence[Curve]]) -> None:
+    def crop(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
         # the first third of the climb is steep and the same for all arms: leave it out of the axis
         grids = [j_grid(curves)[1].mean(0) for curves in arms.values()]
         top = max(float(j.max()) for j in grids)
@@ -146,7 +147,7 @@ def alignment_figure(grid: Grid, title: str) -> Figure:
     """Make the figure of `plot_alignment` without saving it."""
     kept = restricted(grid, misaligned)
 
-    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
+    def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
         cosines = np.array([[point.population_cosine for point in curve.points] for curve in curves], dtype=float)
         axes.plot(labels, 1 - np.median(cosines, 0), color=style.colour, linestyle=style.line, linewidth=1.6)
@@ -184,7 +185,7 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
     """Make the figure of `plot_agreement` without saving it."""
     kept = restricted(grid, lambda curves: all(curve.last.agreement is not None for curve in curves))
 
-    def draw(axes: Any, curves: Sequence[Curve], style: Style) -> None:
+    def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels, share = mean_path(curves, "agreement")
         values = [[point.agreement for point in curve.points] for curve in curves]
         axes.axhline(50.0, color="0.6", linewidth=1.0, linestyle=":", zorder=0)
@@ -251,10 +252,10 @@ def claims_figure(claims: Sequence[JudgedClaim], title: str) -> Figure:
 def panels(
     grid: Grid,
     title: str,
-    draw: Callable[[Any, Sequence[Curve], Style], None],
+    draw: Callable[[Axes, Sequence[Curve], Style], None],
     x_label: str,
     y_label: str,
-    finish: Callable[[Any, Mapping[str, Sequence[Curve]]], None] | None = None,
+    finish: Callable[[Axes, Mapping[str, Sequence[Curve]]], None] | None = None,
     places: Mapping[str, int] | None = None,
 ) -> Figure:
     """A panel per setting, a style per arm, one legend below all; many arms, not all in each panel, get legends there.
