@@ -141,7 +141,7 @@ def test_what_is_random_in_train_mode_for_another_reason_is_refused(tmp_path: Pa
 
     with pytest.raises(ValueError, match=r"other log-probabilities in training than in decoding.*disable_dropout=fal"):
         trainer(tmp_path).fit(Noisy(str(gpt2)), datamodule=pairs())
-    trainer(tmp_path / "kept").fit(Noisy(str(gpt2), disable_dropout=False), datamodule=pairs())
+    trainer(tmp_path / "kept").fit(Noisy(str(gpt2), options=ModelOptions(disable_dropout=False)), datamodule=pairs())
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward_model", "value_model"])
