@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ from lightning_rlhf.modules.base import AbstractStepModule
 from lightning_rlhf.modules.policy_gradient import PolicyLoss
 from lightning_rlhf.prompts import BuiltinPrompts
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.rewards import LexiconReward
+from lightning_rlhf.rewards import AbstractReward, LexiconReward, RewardOutput
 from lightning_rlhf.samplers import OfflineSampler
-from lightning_rlhf.types import PromptRow, RecordedPair
+from lightning_rlhf.types import Prompt, PromptRow, RecordedPair, Response
 
 
 class Pairs(AbstractPromptSource):
@@ -110,7 +111,8 @@ def test_the_first_loss_of_dpo_is_ln_2_unless_dropout_is_kept(tmp_path: Path, gp
         trainer(tmp_path / str(kept), seen).fit(policy, datamodule=pairs())
         first.append(seen.outputs[0]["loss"].item())
     assert first[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert abs(first[1] - math.log(2)) > 1e-3
+    # ten times what rounding may leave: a tiny model with dropout 0.1 is off by a few 1e-4
+    assert abs(first[1] - math.log(2)) > 1e-4
 
 
 def test_no_ratio_is_clipped_before_the_policy_moves(tmp_path: Path, gpt2: Path) -> None:
@@ -144,6 +146,13 @@ def test_what_is_random_in_train_mode_for_another_reason_is_refused(tmp_path: Pa
     trainer(tmp_path / "kept").fit(Noisy(str(gpt2), options=ModelOptions(disable_dropout=False)), datamodule=pairs())
 
 
+class Parity(AbstractReward):
+    """1 where the first token id is odd: rewards of gibberish that differ, so that values have something to learn."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        return RewardOutput(torch.tensor([float(response.ids[0] % 2) for response in responses]))
+
+
 @pytest.mark.parametrize("kind", ["dpo", "reward_model", "value_model"])
 def test_training_in_bfloat16_moves_as_float32_does(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
     def fitted(dtype: str) -> tuple[AbstractStepModule, L.Trainer, list[float]]:
@@ -163,7 +172,7 @@ def test_training_in_bfloat16_moves_as_float32_does(tmp_path: Path, tiny_policy:
             module = PolicyGradientModule(str(tiny_policy), GAE(), lora=LoRA(r=2), **options)
             data = RolloutDataModule(
                 BuiltinPrompts("train", limit=4),
-                LexiconReward(),
+                Parity(),
                 rounds=RoundOptions(prompts_per_round=4),
                 prompts_per_batch=2,
                 decoding=Decoding(max_new_tokens=5, rows=4),
