@@ -96,9 +96,9 @@ def test_python_takes_old_names_with_a_warning(kind: Callable[..., Any]) -> None
     names = [name for name in CLASSES[kind] if name not in ("margin", "center_coefficient") or kind is RewardModule]
     names = [name for name in names if kind is not RewardModule or not RENAMED["model"][name].startswith("loss.clip")]
     for name in names:
+        # a target is refused for the convex objective
+        needed = {"objective": "penalty"} if name == "kl_target" else {}
         with pytest.warns(DeprecationWarning, match=f"{name}=.*since version 0.2"):
-            # a target is refused for the convex objective
-            needed = {"objective": "penalty"} if name == "kl_target" else {}
             module = kind("nowhere", **{name: VALUES[name]}, **needed)
         group, leaf = RENAMED["model"][name].split(".")
         if group == "optimizer":
