@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_rlhf.models.cache import cached, digest_of, file_digest
 from lightning_rlhf.models.checks import LoadingReport, check_keys
+from lightning_rlhf.models.pretrained import embedding_rows
 
 
 def packaged_gguf(package: str) -> Path:
@@ -56,5 +58,27 @@ def converted_gguf(file: Path) -> Path:
         check_keys(report, model, str(file), kind="a causal LM")
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        rows = embedding_rows(model)
+        if rows is not None:
+            drop_tokens_beyond(folder, rows)
 
     return cached(file.stem, digest_of(file_digest(file)), convert)
+
+
+def drop_tokens_beyond(folder: Path, rows: int) -> None:
+    """Drop the special tokens of a tokenizer that have no row in the embedding.
+
+    transformers adds the special tokens of a family, such as ``<|endoftext|>``, to the tokenizer of a GGUF file that
+    has none of that name.
+
+    Args:
+        folder: folder of the tokenizer; its ``tokenizer.json`` is changed in place.
+        rows: rows of the embedding.
+    """
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    added = content.get("added_tokens") or []
+    kept = [token for token in added if token["id"] < rows]
+    if len(kept) < len(added):
+        content["added_tokens"] = kept
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

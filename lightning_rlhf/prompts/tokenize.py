@@ -580,6 +580,8 @@ class _Renderer:
         for start in range(min(len(tail), _ATTEMPTS)):
             candidate, length = front + tail[start:], len(tail) - start
             texts = [text[places[-length] :]] if length <= len(places) else []
+            # SentencePiece tokenizers put a space in front of a text themselves
+            texts += [end[1:] for end in texts if end.startswith(" ")]
             for end in (*texts, decode(self.tokenizer, tail[start:]), decode(self.tokenizer, candidate)):
                 (bare,) = encode_all(self.tokenizer, [end])
                 if self.with_front(bare, conversational=False) == candidate:
