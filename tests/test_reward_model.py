@@ -229,7 +229,7 @@ def test_the_bonus_for_diversity_makes_adapters_read_more_directions(tmp_path: P
         module = RewardModule(
             str(tiny_policy), ensemble, LoRA(r=2), optimizer=partial(AdamW, lr=1e-2, weight_decay=0.0)
         )
-        trainer(tmp_path, max_epochs=5).fit(module, datamodule=data(tmp_path / str(diversity)))
+        trainer(tmp_path / str(diversity), max_epochs=5).fit(module, datamodule=data(tmp_path / str(diversity)))
         ratios.append(module._diversity().item())
     assert ratios[0] < ratios[1] <= 2.0  # 2 is the most that 2 x 2 directions allow
 
@@ -334,7 +334,7 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
     late = accuracies.values[-150:]
     assert sum(late) / len(late) > 0.75
     # the policy stays what it was, and out of the checkpoints
-    policy = module._drawn_from[0] if module._drawn_from else None
+    policy = module._sampled_from[0] if module._sampled_from else None
     before = AutoModelForCausalLM.from_pretrained(moved_policy)
     assert policy is not None
     for p, q in zip(policy.parameters(), before.parameters(), strict=True):

@@ -121,7 +121,7 @@ def test_supervised_runs_are_compared_too(folder: Path, tiny_policy: Path) -> No
         )
 
     sft("--trainer.max_epochs=1", "--model.optimizer.lr=1e-4")
-    with pytest.raises(ValueError, match=r"learning_rate: 0\.0001 in the checkpoint, 0\.001 now"):
+    with pytest.raises(ValueError, match=r"optimizer.init_args.lr: 0\.0001 in the checkpoint, 0\.001 now"):
         sft("--trainer.max_epochs=2", "--model.optimizer.lr=1e-3")
 
 

@@ -41,7 +41,7 @@ def test_memory_stays_flat_over_rounds_and_the_folder_describes_the_run(runs: An
     assert max(used[40:]) - max(used[10:20]) < 8 * 2**20
     (start,) = json.loads((runs.folder / "run" / "run.json").read_text())["starts"]
     assert "--trainer.max_epochs=60" in start["command"]
-    assert start["config"]["data"]["init_args"]["prompts_per_round"] == 4
+    assert start["config"]["data"]["init_args"]["rounds"]["prompts_per_round"] == 4
     assert start["git"]["lightning_rlhf"] is None or len(start["git"]["lightning_rlhf"]["commit"]) == 40
     weights = [entry for entry in start["data"] if entry["path"].endswith(".safetensors")]
     assert len(weights) == 1

@@ -19,7 +19,7 @@ SCRIPT = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from lightning_rlhf import ranks, stopping
+from lightning_rlhf.runtime import distributed, preemption
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=2))
 rank, case = dist.get_rank(), sys.argv[1]
@@ -35,20 +35,20 @@ try:
         def judge():
             time.sleep(5)
             return {"label": 0.5}
-        say(ranks.from_rank_zero(judge))
-        say(ranks.interleave(lambda: [rank, rank + 2]))
-        say(ranks.any_rank(rank == 1))
+        say(distributed.from_rank_zero(judge))
+        say(distributed.interleave(lambda: [rank, rank + 2]))
+        say(distributed.any_rank(rank == 1))
     elif case == "rank_zero":
-        ranks.from_rank_zero(lambda: fail(ConnectionError("judge is gone")))
+        distributed.from_rank_zero(lambda: fail(ConnectionError("judge is gone")))
     elif case == "other":
-        ranks.interleave(lambda: [1] if rank == 0 else fail(MemoryError("no room")))
+        distributed.interleave(lambda: [1] if rank == 0 else fail(MemoryError("no room")))
     elif case == "stopped":
-        ranks.from_rank_zero(lambda: fail(stopping.Stopped()))
-except stopping.Stopped as error:
+        distributed.from_rank_zero(lambda: fail(preemption.Stopped()))
+except preemption.Stopped as error:
     say(f"stopped with {error.code}")
 except Exception as error:
     say(f"{type(error).__name__}: {error}")
-ranks.leave()
+distributed.leave()
 """
 
 

@@ -123,7 +123,7 @@ def test_unsuitable_optimizers_are_refused() -> None:
     refuse_half_weights([adamw(start(torch.float32)), MasterWeights(adamw(start(torch.bfloat16)))], "Mine")
     with pytest.raises(ValueError, match=r"of Mine gives a SGD on weights in bfloat16.*MasterWeights\(optimizer\)"):
         refuse_half_weights([SGD(start(torch.bfloat16), lr=1.0)], "Mine")
-    with pytest.raises(ValueError, match=r"float16, whose small gradients are 0; set model\.dtype=bfloat16"):
+    with pytest.raises(ValueError, match=r"float16, whose small gradients are 0; set model\.options\.dtype=bfloat16"):
         refuse_half_weights([MasterWeights(adamw(start(torch.float16)))], "Mine")
     used = adamw(start(torch.bfloat16))
     give_gradients([p for group in used.param_groups for p in group["params"]], 0)
