@@ -76,10 +76,12 @@ class RewardAgreement(HeldOutCallback):
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Report on a validation epoch."""
+        # in the order of the keys, as `rows`: entry i of both is the same answer
         scored = self._scored.gather()
         # pairs are formed within a prompt, so prompts are numbered
         places = {text: place for place, text in enumerate(dict.fromkeys(row.prompt for row in rows))}
         truth, scores = (torch.tensor([row.reward for row in each], dtype=torch.float64) for each in (rows, scored))
+        # (1 + mean of sign(r_i - r_j) sign(s_i - s_j)) / 2 over pairs of a prompt; r held-out, s training
         agreement, pairs = pair_agreement(truth, scores, torch.tensor([places[row.prompt] for row in rows]))
         mean, _ = mean_with_error(scores)
         log_known(pl_module, {"val/agreement": agreement if pairs else None, "val/training_reward": mean})

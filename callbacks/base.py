@@ -72,5 +72,6 @@ class HeldOutCallback(Callback, ABC):
             return
         rows = self._held_out.gather()
         self._held_out.reset()
+        # all ranks hold the same rows, so that either all or none report, and collectives do not hang
         if rows:
             self.on_held_out(trainer, pl_module, rows)

@@ -74,9 +74,11 @@ def cell(value: str | float | None) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3f}"
+    # "&" first: the other two replacements contain one
     for character, written in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
         value = value.replace(character, written)
     value = "".join(f"\\{character}" if character in "\\|`*_[]" else character for character in value)
+    # a line break would end the row of the table
     return "<br>".join(value.splitlines())
 
 

@@ -30,6 +30,7 @@ def is_last_epoch(trainer: Trainer) -> bool:
     """Whether the epoch that begins is the last; every rank must ask."""
     if trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0):
         return True
+    # optimizer steps of this epoch; the last one may accumulate fewer batches
     steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     if trainer.max_steps != -1 and trainer.global_step + steps >= trainer.max_steps:
         return True

@@ -42,6 +42,7 @@ class FrontierPlot(HeldOutCallback):
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Add the point of this validation, and write table and figure."""
         means = summarise(rows)
+        # J = E[r] - beta KL(pi || pi_ref)
         j = means.j(beta_of(pl_module))
         if means.reward is None or means.kl is None or j is None:
             return

@@ -47,6 +47,7 @@ def round_kl(round_: Round) -> float | None:
     for preference in round_.preferences:
         for response in (preference.comparison.a, preference.comparison.b):
             known = response.policy_logps is not None and response.reference_logps is not None
+            # the mean log ratio of responses of another source does not estimate this KL
             if response.source == "policy" and known:
                 ratios.append(response.log_ratio())
     return sum(ratios) / len(ratios) if ratios else None

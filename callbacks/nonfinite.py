@@ -54,7 +54,9 @@ class NonFiniteGuard(Callback):
         for group in optimizer.param_groups:
             gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
         loss_finite = torch.isfinite(metrics["loss"])
+        # both checks as one number: the device is waited for once
         finite = bool(loss_finite & all_finite(gradients))
+        # one rank alone must not drop the step: its weights would part from those of the others
         if not distributed.any_rank(not finite):
             self._in_a_row = 0
             return
@@ -66,6 +68,7 @@ class NonFiniteGuard(Callback):
         if scaled and self._in_a_row < self.most_in_a_row and not distributed.any_rank(not bool(loss_finite)):
             return  # the scaler drops the step, and lowers its scale
         names = [] if self._batch is None else list(self._batch.names)
+        # the rank with the bad item may be another one
         found = distributed.interleave(lambda: offenders(names, metrics))
         suspects = found or distributed.interleave(lambda: names)
         message = (
@@ -104,6 +107,7 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     """
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     local = [tensor for tensor in local if tensor.numel()]  # fewer rows than ranks leave some with nothing
+    # max |x| is NaN or infinite if and only if some x is
     norms = list(torch._foreach_norm(local, float("inf"))) if local else []
     if not norms:
         return torch.tensor(True)

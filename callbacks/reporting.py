@@ -32,6 +32,7 @@ def preference_source(trainer: Trainer) -> PreferenceSource:
 
 def root(trainer: Trainer) -> Path:
     """The folder of the run, made if need be; under ``fast_dev_run`` one that is gone with the Trainer."""
+    # a trial must not replace the files of a real run
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         if trainer not in _TRIALS:
             _TRIALS[trainer] = tempfile.TemporaryDirectory(prefix="fast_dev_run-")

@@ -69,6 +69,8 @@ class RewardMonitor(HeldOutCallback):
 def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, Tensor | float]:
     """Sums over the pairs of a training step by the names they are logged under, and ``"pairs"``, their number."""
     chosen, rejected, label = outputs["chosen_rewards"], outputs["rejected_rewards"], outputs["label"]
+    # implicit reward of a response: beta (log pi(y|x) - log pi_ref(y|x))
+    # sums and a number of pairs: in the mean over ranks, one with more pairs must weigh more
     return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),

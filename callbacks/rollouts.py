@@ -53,6 +53,7 @@ class RolloutMonitor(Callback):
         """Log the metrics of the round."""
         round_ = rollout_round(trainer)
         metrics = round_metrics(round_.groups, round_.rewards)
+        # a metric that a round does not have is NaN, and is left out
         log_known(pl_module, {f"rollout/{k}": None if math.isnan(v) else v for k, v in metrics.items()})
 
 

@@ -69,6 +69,7 @@ class Summary(HeldOutCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the result."""
+        # a second fit with this object goes on counting from here
         self._seconds_before, self._started = self._seconds(), None
         source = preference_source(trainer)
         passes = source.passes_per_pair
@@ -167,6 +168,7 @@ def measured(value: float, error: float | None, sign: str = "") -> str:
 
 def rounded(value: float, sign: str = "-") -> str:
     """Two decimals, and never a zero with a minus."""
+    # -0.0 + 0.0 = 0.0
     return f"{round(value, 2) + 0.0:{sign}.2f}"
 
 

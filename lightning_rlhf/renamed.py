@@ -167,6 +167,7 @@ def renamed_arguments(
         classes: names of the classes that configs give, by path without ``init_args``, such as ``data.labeler``.
         command: the command, where its settings are not those of a Trainer.
     """
+    # the command line comes after configs: a class that it names replaces theirs
     known = {**(classes or {}), **_classes_in(args)}
     renamed = args
     if not command:
@@ -202,6 +203,7 @@ def _renamed_of_class(arg: str, classes: Mapping[str, str], note: Callable[[str]
     outer, _, argument = place.rpartition(".")
     owner = classes.get(place) or CLASS_OF_ARGUMENT.get((classes.get(outer, ""), argument), "")
     if name == SWITCHES.get(owner) and value.lower() in ("=true", "=false"):
+        # the group that replaced the switch: {} has its defaults, null switches it off
         return f"--{prefix}{name}={'{}' if value.lower() == '=true' else 'null'}"
     new = RENAMED_OF_CLASS.get(owner, {}).get(name)
     if new is None:
@@ -298,12 +300,14 @@ def _with_renamed_classes(value: Any, note: Callable[[str], None]) -> Any:
     path = result.get("class_path")
     if not isinstance(path, str):
         return result
+    # `result` is a copy, inner objects included: the caller keeps its settings
     result["class_path"] = renamed_class(path)
     arguments, owner = result.get("init_args"), result["class_path"].rpartition(".")[2]
     if not isinstance(arguments, dict):
         return result
     for name, argument in arguments.items():
         inner = CLASS_OF_ARGUMENT.get((owner, name))
+        # without a class path the type of the argument says the class
         if inner is not None and isinstance(argument, dict) and "class_path" not in argument:
             arguments[name] = _renamed_of(inner, argument, note)
     if owner in RENAMED_OF_CLASS:
@@ -317,19 +321,20 @@ def _renamed_of(owner: str, arguments: Mapping[str, Any], note: Callable[[str], 
     result: dict[str, Any] = {}
     for name, value in arguments.items():
         if name == switch and isinstance(value, bool):
+            # old names before the switch may have filled the group
             result[name] = {**(result.get(name) or {})} if value else None
             continue
         if name not in names:
             held = result.get(name)
             result[name] = _merged(held, value) if isinstance(held, dict) else value
             continue
-        note(f"{owner}.{name} is {owner}.{names[name]} since version 0.2")
         group, _, leaf = names[name].partition(".")
-        if not leaf:
-            result[group] = value
-        elif arguments.get(group) is not False:
-            # a group that is switched off has no settings
-            result[group] = {**(result.get(group) or {}), leaf: value}
+        if group == switch and arguments.get(group) in (None, False):
+            # version 0.1 read these settings only where the group was switched on; to pass them on would switch it on
+            note(f"{owner}.{name} has no effect without {owner}.{group}; since version 0.2 it is {names[name]}")
+            continue
+        note(f"{owner}.{name} is {owner}.{names[name]} since version 0.2")
+        result[group] = {**(result.get(group) or {}), leaf: value} if leaf else value
     return result
 
 
@@ -350,6 +355,7 @@ def _renamed_fields(
         held = result.get(group)
         target: dict[str, Any] = dict(held) if isinstance(held, dict) else {}
         if group in CLASS_PATHS:
+            # a class path that is given beside old names comes last, and wins
             target = {"class_path": CLASS_PATHS[group], "init_args": {}, **target}
             target["init_args"] = {**target["init_args"], leaf: value}
         else:
@@ -376,6 +382,7 @@ def adopt_old_selection(sampler: type[Any]) -> None:
         f"{sampler.__name__}.worth_labels is select_for_labeling of AbstractSelectiveSampler since version 0.2, and "
         f"label_share is label_fraction",
         DeprecationWarning,
+        # the class statement of the user: this function, __init_subclass__, then that line
         stacklevel=3,
     )
     sampler.select_for_labeling = sampler.worth_labels
@@ -428,12 +435,14 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
         # the groups of this class: dataclasses, and callables or dataclasses with a builder
         known = {name for name, parameter in parameters.items() if name in builders or is_dataclass(parameter.default)}
 
+        # wraps keeps the signature, which the command line and the fingerprint read
         @functools.wraps(init)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
             groups: dict[str, dict[str, Any]] = {}
             given = dict(kwargs)
             for name in [n for n in kwargs if n in old_names and n not in parameters]:
                 group, _, leaf = old_names[name].partition(".")
+                # the name is one of another class of the section: the constructor refuses it
                 if group not in (known if leaf else parameters):
                     continue
                 value = kwargs.pop(name)
@@ -465,6 +474,7 @@ def accepts_old_names(section: str, **builders: Callable[..., Any]) -> Callable[
             for group, values in groups.items():
                 held = kwargs.get(group, parameters[group].default)
                 if is_dataclass(held) and not isinstance(held, type):
+                    # a copy: the default of a signature is shared by all objects
                     kwargs[group] = replace(held, **values)
                 else:
                     kwargs[group] = functools.partial(builders[group], **values)

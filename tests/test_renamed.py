@@ -140,3 +140,19 @@ def test_settings_that_version_0_1_stored_compare_equal() -> None:
     assert differences(comparable(then), kept, "stored") == [
         "  model.init_args.optimizer.init_args.lr: 5e-07 stored, 1e-06 now"
     ]
+
+
+def test_settings_of_a_group_that_was_off_do_not_switch_it_on() -> None:
+    notes: list[str] = []
+
+    def translated(**arguments: Any) -> Any:
+        labeler = {"class_path": "LLMLabeler", "init_args": {"model": "judge", **arguments}}
+        data = {"class_path": "PreferenceDataModule", "init_args": {"labeler": labeler}}
+        return renamed_config({"data": data}, notes.append)["data"]["init_args"]["labeler"]["init_args"]
+
+    assert translated(samples=8) == {"model": "judge"}
+    assert any("LLMLabeler.samples has no effect without LLMLabeler.chain_of_thought" in note for note in notes)
+    assert translated(samples=8, chain_of_thought=False)["chain_of_thought"] is None
+    for arguments in ({"samples": 8, "chain_of_thought": True}, {"chain_of_thought": True, "samples": 8}):
+        assert translated(**arguments)["chain_of_thought"] == {"samples": 8}
+    assert translated(samples=8, chain_of_thought={})["chain_of_thought"] == {"samples": 8}

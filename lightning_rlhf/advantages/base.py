@@ -35,6 +35,7 @@ class Episodes:
 
     def totals(self) -> Tensor:
         """Return of each whole response; [responses]."""
+        # R_i = sum_t rho_{i,t}; the padding adds 0
         return self.rewards.sum(1)
 
 

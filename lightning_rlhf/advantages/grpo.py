@@ -33,4 +33,5 @@ class GRPO(AbstractAdvantage):
     def __call__(self, episodes: Episodes) -> Tensor:
         # A_t = (R_i - mean_group R) / (std_group R + epsilon) for every token t of response i
         advantages = group_relative(episodes.totals(), episodes.groups, self.divide_by_std, self.epsilon)
+        # [responses, 1] * [responses, tokens]: the padding gets 0
         return advantages[:, None] * token_mask(episodes.lengths, episodes.rewards.shape[1])

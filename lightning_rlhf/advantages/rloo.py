@@ -19,4 +19,5 @@ class RLOO(AbstractAdvantage):
     def __call__(self, episodes: Episodes) -> Tensor:
         # A_t = R_i - 1/(k-1) sum_{j != i} R_j for every token t of response i
         advantages = leave_one_out(episodes.totals(), episodes.groups)
+        # [responses, 1] * [responses, tokens]: the padding gets 0
         return advantages[:, None] * token_mask(episodes.lengths, episodes.rewards.shape[1])

@@ -119,15 +119,20 @@ class PreferenceBatch:
             raise ValueError(
                 f"micro_batches {self.micro_batches} must be positive and add up to the {len(self)} pairs of the batch"
             )
+        # padding pairs come last: pairs last_counted, ..., len(self) - 1
         parts, start, last_counted = [], 0, len(self) - self.num_padding
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         for end in accumulate(self.micro_batches):
+            # one entry per pair in every list and tensor: [start, end) is the micro-batch
             mine: dict[str, Any] = {name: v[start:end] for name, v in values.items() if isinstance(v, (list, Tensor))}
             num_padding = min(max(end - last_counted, 0), end - start)
+            # each part divides by the count of the whole step: their gradients add up to that of the step
             part = replace(
                 self, **mine, micro_batches=None, num_padding=num_padding, num_global=self.num_global or last_counted
             )
             # taken from the whole batch: computing them for a part may wait for the device
+            # only True carries over: a part may be complete where the batch is not; vars() holds the cache
+            # of cached_property, which a frozen dataclass cannot set as attributes
             vars(part).update({name: True for name in ("has_reference", "has_sampling") if getattr(self, name)})
             parts.append(part)
             start = end
@@ -138,6 +143,7 @@ class PreferenceBatch:
         single = torch.device(device).type == "mps"
 
         def move(tensor: Tensor) -> Tensor:
+            # None keeps the type: flags stay bool
             return tensor.to(
                 device, torch.float32 if single and tensor.is_floating_point() else None, non_blocking=True
             )
@@ -219,9 +225,11 @@ class ResponseBatch:
                 f"micro_batches {self.micro_batches} must be positive and add up to the {len(self)} prompts of the "
                 f"batch"
             )
+        # prompts [start, end) own the columns [first, last) of numbers [5, tokens]
         parts, start, first, last_counted = [], 0, 0, len(self) - self.num_padding
         for size in self.micro_batches:
             end = start + size
+            # last = first + sum_{i,k} |y_ik| over the responses k of the prompts i of the micro-batch
             last = first + sum(map(len, chain.from_iterable(self.responses[start:end])))
             parts.append(
                 replace(
@@ -251,4 +259,5 @@ class ResponseBatch:
 
 
 def _all_known(*logps: Tensor) -> bool:
+    # stacked, so that bool() waits for the device once and not once per tensor
     return not bool(torch.stack(logps).isnan().any())

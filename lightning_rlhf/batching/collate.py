@@ -24,6 +24,7 @@ def collate_rollouts(groups: Sequence[RolloutGroup], mean_length: float, max_len
         mean_length: mean tokens of a response of the optimizer step, over all ranks.
         max_length: token limit of the responses.
     """
+    # [5, tokens]: log pi, log pi_ref, advantage, V, target of V; response after response
     rows: list[list[float]] = [[] for _ in range(5)]
     for group in groups:
         for rollout in group.rollouts:
@@ -60,6 +61,7 @@ def collate_completions(prompts: Sequence[Prompt], mean_length: float, max_lengt
         prompts=[prompt.ids for prompt in prompts],
         names=[_where(prompt) for prompt in prompts],
         responses=[(ids,) for ids in completions],
+        # [0, tokens]: recorded completions have no numbers, but `split` cuts the columns of tokens
         numbers=torch.zeros(0, sum(map(len, completions)), dtype=torch.float64),
         weight=torch.ones(len(prompts), dtype=torch.float64),
         mean_length=mean_length,
@@ -89,6 +91,7 @@ def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
         prompts.append(comparison.prompt.ids)
         chosen.append(_checked(comparison.a if first else comparison.b, number, comparison.prompt))
         rejected.append(_checked(comparison.b if first else comparison.a, number, comparison.prompt))
+        # P(chosen preferred) = max(p, 1 - p) with p = P(a preferred)
         labels.append(label.probability if first else 1.0 - label.probability)
     return PreferenceBatch(
         prompts=prompts,
@@ -125,6 +128,7 @@ def _where(prompt: Prompt) -> str:
 
 
 def _total(logps: Sequence[float] | None) -> float:
+    # log pi(y|x) = sum_t log pi(y_t | x, y_<t), NaN where it was not computed
     # fsum rounds once, so that the total does not depend on the order of summation
     return math.nan if logps is None else math.fsum(logps)
 

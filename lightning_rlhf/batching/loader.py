@@ -43,10 +43,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Iterate from the restored position."""
+        # cleared at once: later passes over this loader begin at the first batch
         skip, self.skip = self.skip, 0
         self.yielded = skip
         for i, batch in enumerate(super().__iter__()):
             if i >= skip:
+                # before the yield: a checkpoint that is saved after the step on this batch counts it
                 self.yielded = i + 1
                 yield batch
+        # a checkpoint between two epochs skips nothing
         self.yielded = 0

@@ -47,6 +47,7 @@ def group_by_length(order: list[int], lengths: Sequence[int], pairs_per_step: in
     A window is sorted by length, cut into steps, and its steps are shuffled. Pairs of an
     incomplete last step stay where they are, so that it holds no special lengths.
     """
+    # pairs of complete steps: floor(pairs / pairs_per_step) * pairs_per_step
     full = len(order) // pairs_per_step * pairs_per_step if window > 1 else 0
     grouped: list[int] = []
     for number, start in enumerate(range(0, full, window * pairs_per_step)):
@@ -82,15 +83,18 @@ def plan(
     """
     steps = []
     for start in range(0, len(order), pairs_per_step):
+        # ties by index: every rank must come to the same plan
         pairs = sorted(order[start : start + pairs_per_step], key=lambda i: (-lengths[i], i))
         shares = [_cut(share, lengths, max_tokens) for share in _deal(pairs, lengths, world)]
         shares = [_split(share, lengths, min_micro_batches) for share in shares]
+        # n = max_r n_r on every rank: the forward pass of a sharded model is a collective
         num_micro_batches = max(map(len, shares))
         mine = _split(shares[rank], lengths, num_micro_batches)
         num_padding = num_micro_batches - len(mine)
         # the shortest pair of the step, as padding
         mine += [[pairs[-1]]] * num_padding
         indices = list(chain.from_iterable(mine))
+        # L_r = sum_{i in r} w_i l_i / (pairs / world): the average over ranks is the mean over pairs
         steps.append(Step(indices, tuple(map(len, mine)), num_padding, len(pairs) / world, tuple(pairs)))
     return steps
 
@@ -100,6 +104,7 @@ def _deal(pairs: list[int], lengths: Sequence[int], world: int) -> list[list[int
     shares: list[list[int]] = [[] for _ in range(world)]
     tokens = [0] * world
     for index in pairs:
+        # rank = argmin_r tokens_r, where tokens_r = sum of the lengths of its pairs so far
         rank = tokens.index(min(tokens))
         shares[rank].append(index)
         tokens[rank] += lengths[index]
@@ -111,6 +116,7 @@ def _cut(pairs: list[int], lengths: Sequence[int], limit: int | None) -> list[li
     parts: list[list[int]] = []
     tokens = 0
     for index in pairs:
+        # sum of lengths <= limit; the first pair always fits, also one that is longer than the limit
         if not parts or (limit is not None and tokens + lengths[index] > limit):
             parts.append([])
             tokens = 0
@@ -127,6 +133,7 @@ def _split(parts: list[list[int]], lengths: Sequence[int], count: int) -> list[l
         return sum(lengths[index] for index in parts[place])
 
     while len(parts) < count and any(len(part) > 1 for part in parts):
+        # single pairs cannot be halved, even if they have the most tokens
         place = max((i for i, part in enumerate(parts) if len(part) > 1), key=tokens)
         part = parts[place]
         parts[place : place + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]

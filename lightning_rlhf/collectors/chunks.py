@@ -23,6 +23,7 @@ def chunks_without_repeats(
     Yields:
         The number of times that the prompts of the chunk came before in the round, and the positions.
     """
+    # counted over the whole round, not over the missing positions: a resumed round needs the same keys
     seen: Counter[int] = Counter()
     repeats = []
     for prompt in prompts:

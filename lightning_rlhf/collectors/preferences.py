@@ -105,8 +105,10 @@ class RoundCollector:
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
             bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
+            # every rank has the number, but only rank zero has paid
             result.labels_bought = bought if self.store is not None else 0
             result.labeling_seconds = time.perf_counter() - start
+        # from the ledger also if this process sampled the round: a resumed run trains on the same values
         result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._read(index))
         return result
 
@@ -134,7 +136,9 @@ class RoundCollector:
                 bar.update(len(positions))
 
     def _sample_chunk(self, prompts: Sequence[Prompt], engine: PolicyEngine | None, key: Key) -> list[Comparison]:
+        # between chunks: all earlier chunks are in the ledger and nothing is lost
         preemption.check()
+        # the last chunk may have fewer prompts than there are ranks
         made = self.sampler.sample(prompts, engine, key) if prompts else []  # type: ignore[arg-type]
         sampled = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
         return sampled if engine is None else with_reference_logps(sampled, engine, self.reference_cache)
@@ -166,6 +170,7 @@ class RoundCollector:
         key = self.key.fold(Stream.LABELING, index)
         rows = self._rows(index, num_prompts)
         to_label = self._to_label(rows)
+        # before the labeler is asked: a tie then counts as labeled and costs nothing
         self.store.add_ties(
             [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
         )
@@ -182,6 +187,7 @@ class RoundCollector:
                 for start in range(0, len(open_), chunk):
                     preemption.check()
                     part = open_[start : start + chunk]
+                    # the key folds the attempt, so that a random labeler does not repeat its failure
                     labels = labeled(
                         self.sampler, self.labeler, [comparison for _, comparison in part], key.fold(attempt)
                     )
@@ -189,6 +195,7 @@ class RoundCollector:
                     if attempt:
                         earlier = [self.store.history(id_) for id_, _ in part]
                         labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
+                    # chunk by chunk: a run that is killed has lost one chunk of paid labels at most
                     self.store.add_labels([id_ for id_, _ in part], labels)
                     bought += sum(label.status == "ok" for label in labels)
                     bar.update(len(part))
@@ -240,6 +247,7 @@ def labeled(
     """
     verdicts = getattr(sampler, "verdicts", None)
     labels: list[Label | None] = verdicts(comparisons) if verdicts is not None else [None] * len(comparisons)
+    # the labeler would be paid again for pairs that the sampler had judged while it sampled
     asked = [place for place, label in enumerate(labels) if label is None]
     if asked:
         made = labeler.label([comparisons[place] for place in asked], key)

@@ -22,6 +22,7 @@ def with_reference_logps(
         return list(comparisons)
     prompts: list[Prompt] = []
     responses: list[Response] = []
+    # responses: a_0, b_0, a_1, b_1, ...; [2 * comparisons]
     for comparison in comparisons:
         prompts += [comparison.prompt] * 2
         responses += [comparison.a, comparison.b]
@@ -41,11 +42,14 @@ def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) ->
     if engine is None:
         return list(preferences)
     version = engine.reference.version if engine.reference is not None else 0
+    # a pair without a version was scored by no reference of this run: it stays as it is
     stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
     if not stale:
         return list(preferences)
+    # without the old values, since only responses without reference log-probabilities are scored
     bare: list[Comparison] = []
     for c in [p.comparison for p in stale]:
         bare.append(replace(c, a=replace(c.a, reference_logps=None), b=replace(c.b, reference_logps=None)))
+    # by id: a preference holds dictionaries and has no hash
     fresh = {id(p): replace(p, comparison=c) for p, c in zip(stale, with_reference_logps(bare, engine), strict=True)}
     return [fresh.get(id(p), p) for p in preferences]

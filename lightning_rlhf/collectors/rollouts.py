@@ -101,9 +101,12 @@ class RolloutCollector:
             result.sampling_seconds = time.perf_counter() - start
             start = time.perf_counter()
             bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
+            # every rank has the number, but only rank zero has paid
             result.labels_bought = bought if self.table is not None else 0
             result.labeling_seconds = time.perf_counter() - start
+        # from the ledger also if this process sampled the round: a resumed run trains on the same values
         rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
+        # rows come by position, so that the rollouts of a place are adjacent
         for _, same in groupby(rows, key=lambda row: row[1]):
             result.groups.append([rollout for _, _, rollout in same])
         return result
@@ -130,8 +133,10 @@ class RolloutCollector:
         return self.table
 
     def _sample_chunk(self, prompts: Sequence[Prompt], generator: RolloutGenerator, key: Key) -> list[list[Rollout]]:
+        # between chunks: all earlier chunks are in the ledger and nothing is lost
         preemption.check()
         size = self.responses_per_prompt
+        # prompt after prompt, [prompts * responses_per_prompt]; each sample has random numbers of its own
         requests: list[Request] = []
         for prompt in prompts:
             requests.extend(Request(prompt, key.fold(prompt.index, sample)) for sample in range(size))
@@ -160,6 +165,7 @@ class RolloutCollector:
                 rollouts = [rollout for _, rollout in part]
                 output = checked_output(self.reward, [r.prompt for r in rollouts], [r.response for r in rollouts])
                 stds = [None] * len(part) if output.std is None else output.std.tolist()
+                # chunk by chunk: a run that is killed has lost one chunk of paid scores at most
                 self.table.add_scores([identity for identity, _ in part], output.mean.tolist(), stds)
                 bar.update(len(part))
         return len(missing)

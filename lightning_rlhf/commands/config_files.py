@@ -59,6 +59,7 @@ class NamedConfig(ActionConfigFile):
     ) -> None:
         """Merge one ``--config`` value into the configuration."""
         value = str(value)
+        # `nested_nulls` hands settings over as inline JSON, which names no file
         inline = "\n" in value or value.lstrip().startswith("{")
         if inline:
             super().__call__(parser, cfg, value, option_string)  # type: ignore[no-untyped-call]
@@ -105,6 +106,7 @@ class NamedConfig(ActionConfigFile):
 
 def config_of(command: str) -> type[NamedConfig]:
     """The action that reads configs of a command without a Trainer."""
+    # argparse builds the action from its class, so the command must be an attribute of the class
     return type("NamedConfig", (NamedConfig,), {"command": command})
 
 

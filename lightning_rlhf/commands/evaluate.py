@@ -196,6 +196,7 @@ class EvaluationRun:
             ValueError: if the prompts cannot be answered, or the run folder is of other prompts, policies or settings.
         """
         rows = self.source.load()
+        # the recorded label belongs to other responses than those of A and B
         prompts = [replace(prompt, pair=None, recorded=None) for prompt in text_prompts(rows)]
         # open all the while: two processes must not answer into one folder
         with PreferenceStore(self.run_dir / "ledger.sqlite") as store:
@@ -250,6 +251,7 @@ class EvaluationRun:
         if name in RECORDED or is_file_of_answers(name):
             return recorded_answers(name, rows, side)
         log = RowLog(self.run_dir / f"answers_{side.lower()}.jsonl")
+        # with equal keys, two copies of one policy would give equal answers to every prompt
         key = self.key.fold(Stream.ANSWERS, int(side == "B"))
         # the KL is reported of A alone
         reference = self.options.reference if side == "A" else None
@@ -263,6 +265,7 @@ class EvaluationRun:
         if self.options.reference is None:
             return {}
         rows = RowLog(self.run_dir / "answers_a.jsonl").read().values()
+        # KL(A || reference) ~ mean of log pi_A(y) - log pi_ref(y) over answers y of A
         return {"kl": _mean([row["log_ratio"] for row in rows])}
 
     def _scores(self, side: str, prompts: Sequence[Prompt], answers: Sequence[Response]) -> list[float]:
@@ -297,6 +300,7 @@ class EvaluationRun:
         # all pairs are in the ledger before the first verdict is asked for
         collector.sample(0, prompts, None, chunk=1024)
         collector.label(0, self.options.chunk)
+        # pairs without a verdict keep their last failed attempt, whose status tells why
         return [(c, label or store.history(id_)[-1]) for id_, c, label in store.comparisons(0)]
 
     def _alignment(self, settings: Mapping[str, object]) -> LabelReport:
@@ -415,6 +419,7 @@ def comparison_report(store: PreferenceStore, verdicts: Sequence[tuple[Compariso
     sides = [c if c.a.source == "A" else c.swap() for c, _ in decided]
     wins.update(
         torch.tensor([p for _, p in decided], dtype=torch.float64),
+        # without a verdict the list is empty, and its shape [0] must become [0, 2]
         torch.tensor([[len(c.a.text), len(c.b.text)] for c in sides]).view(-1, 2),
     )
     update(judge, verdicts)
@@ -442,12 +447,16 @@ def score_report(
     if harmless_above is not None:
         # the paper's reference is the policy before training: B
         reference = [len(answer.text) for answer in answers["B" if "B" in answers else "A"]]
+        # at least one character, since the ratio of lengths divides by it; for A alone there is no reference
         mean_length = max(sum(reference) / len(reference), 1.0) if len(scores) == 2 else None
         report["harmless"] = {}
         for side, values in scores.items():
             # at the mean length of the reference, because long answers offer more to object to
             metric = HarmlessRate(harmless_above, mean_length)
-            metric.update(torch.tensor(values), torch.tensor([len(answer.text) for answer in answers[side]]))
+            # float64: in float32 a score that equals the threshold could pass it
+            metric.update(
+                torch.tensor(values, dtype=torch.float64), torch.tensor([len(answer.text) for answer in answers[side]])
+            )
             report["harmless"][side] = {name: value.item() for name, value in metric.compute().items()}
     return report
 

@@ -234,6 +234,7 @@ def _write_rollouts(groups: list[tuple[int, list[Rollout]]], target: Path, kind:
 def _best(rollouts: list[Rollout]) -> list[Rollout]:
     """The most rewarded rollout, as a list; empty if none is scored."""
     scored = [rollout for rollout in rollouts if rollout.reward is not None]
+    # `or 0.0` is for mypy: every rollout in `scored` has a reward
     return [max(scored, key=lambda rollout: rollout.reward or 0.0)] if scored else []
 
 
@@ -288,6 +289,7 @@ def _write(rows: Iterable[Row], target: Path, kind: Format) -> int:
             os.fsync(file.fileno())  # else a power loss after the rename may leave an empty file
         partial.replace(target)
     finally:
+        # after an error; a complete file has its final name by then
         partial.unlink(missing_ok=True)
     return count
 
@@ -305,6 +307,7 @@ def _check_turns(rows: list[Row]) -> None:
     """Check that Parquet has a column for every field of the turns."""
     for row in rows:
         for name, value in row.items():
+            # fields of all turns of a conversation
             keys = set().union(*value) if isinstance(value, list) else set()
             # tool calls, for example, would be lost without a word
             if more := keys - {"role", "content"}:
@@ -318,6 +321,7 @@ def _write_parquet(rows: Iterable[Row], path: Path) -> int:
     rows = iter(rows)
     # the first rows tell the columns
     group = list(islice(rows, _ROW_GROUP))
+    # types by name, not by value: the first value of a column may be null
     schema = pa.schema(
         [(name, _TURNS if isinstance(v, list) else _TYPES.get(name, pa.string())) for name, v in group[0].items()]
     )

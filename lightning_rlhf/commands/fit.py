@@ -82,6 +82,7 @@ class RLHFTrainer(L.Trainer):
             rank_zero_info(f"precision: {precision}, {reason}")
         check_precision(str(precision))
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
+        # in place of the connectors that the constructor of Lightning has made
         self._signal_connector = NotedSignals(self)
         self._checkpoint_connector = ExplicitCheckpoints(self)
 
@@ -114,12 +115,15 @@ class RLHFCLI(LightningCLI):
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,
+            # a continued run finds the config of its first start, which Lightning would refuse to replace
             save_config_kwargs={"overwrite": True},
             trainer_class=RLHFTrainer,
+            # configs hold interpolations, such as ${model.init_args.policy}
             parser_kwargs={"parser_mode": "omegaconf+"},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
+            # the modules make their own optimizers
             auto_configure_optimizers=False,
         )
 
@@ -159,6 +163,7 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with old names of arguments; report a failed interpolation as an error of the command line."""
+        # old names and nulls are rewritten in texts; a dict or Namespace has none
         if args is None or isinstance(args, list):
             args = sys.argv[1:] if args is None else args
             args = nested_nulls(renamed_arguments(args, note_once, classes_in_configs(args)))
@@ -279,6 +284,7 @@ class RLHFCLI(LightningCLI):
             print(f"continuing from {last}; use another --run_dir to start afresh")
             self.config_init.fit.ckpt_path = str(last)
         continued = self.config_init.fit.ckpt_path
+        # no local path to check: Lightning resolves the name, or reads from remote storage
         if continued in LIGHTNINGS_CHECKPOINTS or "://" in str(continued):
             return
         if continued is not None:

@@ -163,6 +163,7 @@ class LabelRun:
             text += f"\nRows left out: {counted(report['left_out'])}.\n"
         write_whole(self.run_dir / "report.md", text)
         print(*lines, sep="\n", flush=True)
+        # `export_ledger` refuses a ledger without labels
         if self.out is not None and report["labelled"]:
             print(f"wrote {export_ledger(str(self.ledger), self.out, rows=self.rows)} rows to {self.out}", flush=True)
 
@@ -202,6 +203,7 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
     rows = store.comparisons(0)
     # page by page: texts of all pairs need not fit into memory
     for start in range(0, len(rows), PAGE):
+        # without a label the last failed attempt stands in: it still counts for position and mass
         update(metric, [(c, label or store.history(id_)[-1]) for id_, c, label in rows[start : start + PAGE]])
     figures = {name: value.item() for name, value in metric.compute().items()}
     return {
@@ -229,6 +231,7 @@ def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> 
     metric.update(
         torch.tensor([float("nan") if x.probability is None else x.probability for x in labels], dtype=torch.float64),
         torch.tensor([human_probability(c) for c in comparisons], dtype=torch.float64),
+        # if all pairs are free ties the list is empty, and its shape [0] must become [0, 2]
         torch.tensor([[len(c.a.text), len(c.b.text)] for c in comparisons]).view(-1, 2),
         *(_noted(labels, name) for name in ("first_forward", "first_reverse", "mass")),
     )

@@ -204,6 +204,7 @@ class Pipeline:
             return
         print(f"{stage.name} ({number}): lightning-rlhf {' '.join(stage.arguments)}", flush=True)
         stage.folder.mkdir(parents=True, exist_ok=True)
+        # not time.time(): a change of the clock must not change the duration
         start = time.monotonic()
         status = run_child([sys.executable, "-m", "lightning_rlhf", *stage.arguments])
         # stopped on request: the status says so to the shell
@@ -214,6 +215,7 @@ class Pipeline:
             raise SystemExit(f"stage {stage.name!r} ended with status {status}; the same command goes on from there")
         seconds = time.monotonic() - start
         held = {"digest": digest, "arguments": stage.arguments, "seconds": seconds, "finished": time.time()}
+        # written last: only a stage that ended with status 0 counts as done
         write_whole(marker, json.dumps(held, indent=2) + "\n")
 
     def _digest(self, stage: Stage, arguments: list[str] | None = None) -> str:
@@ -230,6 +232,7 @@ class Pipeline:
     def _stage(self, row: Mapping[str, object], path: str, number: int, names: Mapping[str, object]) -> Stage:
         where = f"stages[{number}]"
         name = row.get("name")
+        # "report" is the folder of the evaluations, "folder" the variable of the own folder of a stage
         if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name in {*names, "report", "folder"}:
             raise ValueError(f"{path}: {where}.name must be a new word of letters, digits and _; got {name!r}")
         command = row.get("command", row.get("verb", "fit"))
@@ -248,6 +251,7 @@ class Pipeline:
         settings = {key: _resolved(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
         mentioned = set(_REFERENCE.findall(json.dumps(options)))
         # a stage that is run again makes later ones stale
+        # only earlier stages are in self.stages here, so that needs cannot form a cycle
         needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
         return Stage(name, str(command), tuple(configs), settings, folder, needs)
 
@@ -347,4 +351,5 @@ def _resolved(value: object, names: Mapping[str, object], where: str) -> object:
 
 def _written(value: object) -> str:
     """A setting as the command line takes it."""
+    # JSON is YAML, as which the command line reads values
     return value if isinstance(value, str) else json.dumps(value)

@@ -47,6 +47,7 @@ class Shape:
     @property
     def matrices(self) -> int:
         """Parameters of the matrices of all layers."""
+        # q, o: hidden x heads head_dim; k, v: hidden x kv_heads head_dim; then gate, up and down
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -54,11 +55,13 @@ class Shape:
     def parameters(self) -> int:
         """All parameters."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        # two norms per layer and a last one, each of width hidden
         return self.matrices + embeddings + self.hidden * (2 * self.layers + 1)
 
     def adapters(self, rank: int) -> int:
         """Parameters of LoRA adapters on all matrices of the layers."""
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        # a matrix [out, in] has an adapter of rank (in + out) parameters: q, o; k, v; gate, up, down
         sides = 2 * (self.hidden + heads) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * sides
 
@@ -68,6 +71,7 @@ class Shape:
         # norms keep their input and its normalised form, attention its inputs before and after rotation and its
         # output, the network gate, up, silu(gate) and their product
         layer = 6 * self.hidden + 3 * heads + 4 * kv + 4 * self.intermediate
+        # with checkpointing: the input of every layer, and all activations of the layer that is recomputed
         return self.layers * self.hidden + layer if checkpointing else self.layers * layer
 
 
@@ -156,6 +160,7 @@ def estimate(
         # with LoRA it is the model itself
         "reference": 0.0 if lora is not None else whole / shards,
     }
+    # a pass holds one pair at least: the prompt once, and two responses
     passes = max(load.tokens_per_pass, load.prompt + 2 * load.response)
     buckets = trained * trained_bytes if strategy == "ddp" and gpus > 1 else 0
     # sharded layers are gathered one by one, two at a time
@@ -170,6 +175,7 @@ def estimate(
         "gathered layers and logits": gathered + TILE_BYTES,
     }
     length = load.prompt + load.response
+    # bytes of keys and values per token
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * weight_bytes
     decoding = {
         **kept,
@@ -179,6 +185,7 @@ def estimate(
         "logits": 3.0 * 4 * load.rows * shape.vocabulary,
     }
     speed = device.tflops * 1e12 * gpus
+    # FLOPs per token: one multiplication and one addition per parameter
     forward = 2.0 * shape.matrices
     attention = 2.0 * shape.layers * shape.heads * shape.head_dim * length  # half of the square, twice over
     head = 2.0 * shape.hidden * shape.vocabulary
@@ -186,6 +193,7 @@ def estimate(
     once = positions * (forward + attention) + sampled * head
     steps = load.response * ceil(2 * load.pairs / (load.rows * gpus))
     rows = min(load.rows, ceil(2 * load.pairs / gpus))
+    # a step is bound by reading all weights, or by the arithmetic of its rows
     per_step = max(whole / (device.bandwidth * 1e9), rows * (forward + head) / (device.tflops * 1e12))
     seconds = {
         # PILAF: three forward passes per two responses
@@ -219,6 +227,7 @@ def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
             config.hidden_size,
             config.intermediate_size,
             heads,
+            # without grouped queries, every head has its own keys and values
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             config.vocab_size,

@@ -31,4 +31,5 @@ FREE_OF_COMMANDS = {
 def _plain(value: object) -> Any:
     if hasattr(value, "as_dict"):
         value = value.as_dict()
+    # through JSON, so that it equals the stored settings: tuples become lists, paths texts
     return json.loads(json.dumps(value, default=str))

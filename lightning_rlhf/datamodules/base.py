@@ -130,6 +130,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
                 "--data.heldout=DatasetPrompts --data.heldout.path=heldout.jsonl"
             )
         tokenizer = module_of(self.trainer, StepModule, type(self).__name__).tokenizer
+        # token ids belong to one tokenizer: another module needs the rows tokenized again
         if not self._prompts or self._tokenizer is not tokenizer:
             self._tokenizer = tokenizer
             self._prompts = self._load(self.prompt_source, "training")
@@ -148,6 +149,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             ValueError: if a run would go on with other rows.
         """
         rows: RowDigest | None = state_dict.get("rows")
+        # only a fit goes on with the rows of the checkpoint; validation may use others
         if rows is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         lines = row_differences(rows, self._rows, self._prompts, self._named_source(), "in the checkpoint")
@@ -199,6 +201,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         """Serve the items of this epoch; a second call does not sample again."""
         epoch = self.trainer.current_epoch
         items = self.items(epoch)
+        # every rank makes the same plan from the same items, and keeps its own share of each step
         world, rank = self.trainer.world_size, self.trainer.global_rank
         lengths = [self.length(item) for item in items]
         per_step = self.items_per_batch * self._accumulate
@@ -213,10 +216,12 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             self._max_tokens_per_micro_batch(),
             rank,
             world,
+            # accumulate_grad_batches=k runs at least k backward passes, so that it still saves memory
             min_micro_batches=self._accumulate,
         )
         return ResumableLoader(
             [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
+            # all steps on every rank: `plan` has already divided the items of a step among the ranks
             sampler=RankSampler(list(range(len(steps))), rank, world),
             collate_fn=self._collate,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
@@ -227,6 +232,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         if not self._heldout:
             return []
         world, rank = self.trainer.world_size, self.trainer.global_rank
+        # rows r, r + world, r + 2 world, ...; no row is repeated to give every rank as many,
+        # since it would count twice in the mean over the rows
         indices = list(range(rank, len(self._heldout), world))
         sampler = RankSampler(indices, rank, world)
         return DataLoader(self._heldout, batch_size=self.decoding.rows, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
@@ -234,11 +241,13 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the numbers of a training batch; prompts are plain data and stay."""
         del dataloader_idx
+        # Lightning also passes the lists of prompts of validation here
         return batch.to(device) if isinstance(batch, StepBatch) else batch
 
     def teardown(self, stage: str) -> None:
         """Give the accumulation back to the Trainer."""
         if stage == "fit":
+            # a second fit with this Trainer takes over the same number again
             self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
 
     def _collate(self, items: list[tuple[list[Item], Step]]) -> StepBatch:
@@ -250,6 +259,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         rows = source.load()
         window = module.context_window
         limit = self.prompt_options.max_prompt_tokens
+        # prompt and response share the context window: max_prompt_tokens = window - max_new_tokens
         if limit is None:
             limit = window - self.decoding.max_new_tokens if window is not None else 1_000_000
             if limit < 1:
@@ -291,6 +301,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
 
     def _take_over_accumulation(self) -> None:
         """Serve the items of all accumulated batches as one: only then can the loss be the mean over them."""
+        # it would change trainer.accumulate_grad_batches in the middle of the run
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):
                 raise ValueError(

@@ -55,6 +55,7 @@ class CompletionDataModule(AbstractStepDataModule[Prompt]):
         super().__init__(
             prompts=prompts,
             heldout=heldout,
+            # nothing is sampled: the base class reads the token limit of responses from the decoding options
             decoding=Decoding(max_new_tokens=max_completion_tokens),
             items_per_batch=rows_per_batch,
             batching=batching,
@@ -87,8 +88,10 @@ class CompletionDataModule(AbstractStepDataModule[Prompt]):
 
     def collate(self, items: Sequence[Prompt], step: Step) -> ResponseBatch:
         """Make a batch of rows."""
+        # mean_length = sum_i |y_i| / n over the step on all ranks, not over the share of this rank
         lengths = [completion_length(self._prompts[i]) for i in step.everyone]
         batch = collate_completions(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)
+        # padding rows have weight 0; [-num_padding:] would be the whole batch where there are none
         batch.weight[len(batch) - step.num_padding :] = 0.0
         return replace(
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding

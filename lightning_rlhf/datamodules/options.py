@@ -54,6 +54,7 @@ class PreferenceRoundOptions(RoundOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # "last" and "all" are no numbers; 1 passes the check
         replay = self.replay if isinstance(self.replay, int) else 1
         at_least_one(rounds__label_attempts=self.label_attempts, rounds__replay=replay)
 
@@ -99,5 +100,6 @@ class PromptOptions:
         at_least_one(prompt_options__max_prompt_tokens=self.max_prompt_tokens)
 
 
+# frozen, so that all DataModules can share them as default arguments
 DEFAULT_ROUNDS, DEFAULT_PREFERENCE_ROUNDS = RoundOptions(), PreferenceRoundOptions()
 DEFAULT_BATCHING, DEFAULT_PROMPTS = BatchOptions(), PromptOptions()

@@ -96,6 +96,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
+        # a copy: `observe` may change the lists and tensors of the state in place
         self._initial_sampler = copy.deepcopy(sampler.state_dict())
 
     @property
@@ -128,6 +129,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def collate(self, items: Sequence[Preference], step: Step) -> PreferenceBatch:
         """Make a batch of pairs."""
         batch = collate_preferences(items)
+        # padding pairs have weight 0; [-num_padding:] would be the whole batch where there are none
         batch.weight[len(batch) - step.num_padding :] = 0.0
         return replace(
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
@@ -136,11 +138,13 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def forget_rounds(self) -> None:
         """Forget all rounds, and reset the sampler to its initial state."""
         self.round, self._rounds = None, {}
+        # copied again: the sampler may keep the state and change it, and the next fit needs it once more
         self.sampler.load_state_dict(copy.deepcopy(self._initial_sampler))
 
     def buffer(self, due: int) -> list[Preference]:
         """Preferences of the rounds that are trained on now, oldest first."""
         kept = self.replay if isinstance(self.replay, int) else {"last": 1, "all": due + 1}[self.replay]
+        # rounds due - kept + 1, ..., due, from round 0 on; a resumed run reads them from the ledger
         first = max(due - kept + 1, 0)
         for index in range(first, due + 1):
             if index not in self._rounds:
@@ -151,6 +155,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         return [preference for preferences in self._rounds.values() for preference in preferences]
 
     def _collect(self, index: int) -> None:
+        # first of all: it may move the reference, from which responses are sampled and scored
         self._module().start_round(index)
         result = self._collector().collect(index, self._round_prompts(index), self._engine(), self._chunk())
         self._rounds[index] = result.preferences
@@ -174,6 +179,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
+        # first, since it raises for another run: the sampler then keeps its state
         super().load_state_dict(state_dict)
         self.sampler.load_state_dict(state_dict["sampler"])
 

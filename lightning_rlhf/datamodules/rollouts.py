@@ -127,6 +127,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         # number, mean and sum of squared deviations of all rewards so far
         self._moments = torch.zeros(3, dtype=torch.float64)
         self._groups: list[RolloutGroup] = []
+        # a copy: `observe` may change the lists and tensors of the state in place
         self._initial_reward = copy.deepcopy(reward.state_dict())
 
     @property
@@ -140,8 +141,10 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
 
     def collate(self, items: Sequence[RolloutGroup], step: Step) -> ResponseBatch:
         """Make a batch of prompts with their responses."""
+        # mean_length = sum_{i,k} |y_ik| / n over the step on all ranks, not over the share of this rank
         lengths = [len(r.response.ids) for i in step.everyone for r in self._groups[i].rollouts]
         batch = collate_rollouts(items, sum(lengths) / len(lengths), self.decoding.max_new_tokens)
+        # padding prompts have weight 0; [-num_padding:] would be the whole batch where there are none
         batch.weight[len(batch) - step.num_padding :] = 0.0
         return replace(
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
@@ -155,6 +158,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
 
     def buffer(self, due: int) -> list[RolloutGroup]:
         """Prompts of the round that is due, with their rollouts and advantages."""
+        # all epochs of a round train on the same rewards and advantages
         if self.round is None or self.round.index != due:
             module = self._module()
             self.round = self._collect(due)
@@ -179,6 +183,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
+        # first, since it raises for another run: moments and reward then stay as they are
         super().load_state_dict(state_dict)
         self._moments = torch.tensor(state_dict["moments"], dtype=torch.float64)
         self.reward.load_state_dict(state_dict["reward"])
@@ -192,6 +197,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         generator, prompts = module.rollout_generator(self.decoding), self._round_prompts(index)
         result = self._collector().collect(index, prompts, generator, self._chunk())
         scores = result.scores()
+        # a round that a resumed run reads again is in the restored moments already
         fresh = index >= self._observed
         # all ranks hold all scores, so that they learn the same
         if fresh:
@@ -208,9 +214,11 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         """Rewards of training: normalized by mean and std over all rounds so far, minus the missing-EOS penalty."""
         # (r - mean) / std - penalty * [response was cut off]
         count, mean, deviations = self._moments.tolist()
+        # std = sqrt(sum_i (r_i - mean)^2 / (n - 1)); max(): a single reward would divide by 0
         std = (deviations / max(count - 1, 1)) ** 0.5
         if self.shaping.normalize_rewards == "mean_std":
             rewards = rewards - mean
+        # equal rewards have std 0 and are not divided
         if self.shaping.normalize_rewards != "none" and std > 0:
             rewards = rewards / std
         cut = torch.tensor([rollout.response.finish_reason == "length" for rollout in rollouts])

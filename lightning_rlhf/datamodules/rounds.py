@@ -119,6 +119,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             self._observed = 0
             self.forget_rounds()
         if stage in ("fit", "predict"):
+            # one process writes the ledger; an error on it is raised on all ranks
             distributed.from_rank_zero(self._open_ledger)
 
     @property
@@ -166,6 +167,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         """Close the ledger."""
         super().teardown(stage)
         if stage == "fit" and self.trainer.global_step > 0:
+            # `_open_ledger` warns if a later fit takes these weights into a ledger that began with others
             vars(self.trainer.lightning_module)[_TRAINED] = True
         if stage in ("fit", "predict"):
             self._close_ledger()
@@ -188,6 +190,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         """
         super().load_state_dict(state_dict)
         is_trial = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        # only rank zero has a store; the scratch ledger of a trial has an id of its own
         if self._store is not None and state_dict["run_id"] != self._store.run_id and not is_trial:
             raise ValueError(
                 f"the checkpoint belongs to ledger {state_dict['run_id']}, but {self.ledger} is "
@@ -213,6 +216,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
             note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
         except BaseException:
+            # else the ledger would stay locked, and a corrected fit in this process could not open it
             self._close_ledger()
             raise
 
@@ -227,6 +231,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def _is_over(self, epoch: int) -> bool:
         """Whether the run has ended before this epoch; Lightning asks for a loader even then."""
         steps_over = self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
+        # None and -1 set no limit
         return steps_over or (self.trainer.max_epochs not in (None, -1) and epoch >= (self.trainer.max_epochs or 0))
 
     def _all_closed(self, due: int) -> bool:
@@ -238,6 +243,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def _due_round(self, epoch: int) -> int:
         """Round that an epoch trains on; for a run that has ended, the last one."""
         if self._is_over(epoch):
+            # this epoch is not trained: it takes the round of the one before
             epoch = max(epoch - 1, 0)
         # round = floor(epoch / epochs_per_round)
         due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
@@ -270,8 +276,10 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             left = self.label_budget - self._labels_before(index)
             # prompts that the rest of the budget pays for; the epsilon: an exact quotient must not round down
             size = max(0, min(size, int(left // self.labels_per_prompt / self.label_fraction + 1e-9)))
+        # place p of the stream is row order_k[p mod N] of pass k = floor(p / N) over the N rows
         orders: dict[int, list[int]] = {}
         prompts = []
+        # start = index * full size, also after a round that was cut: the number alone decides the prompts
         start = index * (self.prompts_per_round or total)
         for position in range(start, start + size):
             passed, place = divmod(position, total)
@@ -292,6 +300,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     @contextmanager
     def _progress(self, description: str, total: int) -> Iterator[Bar]:
         bar = self.trainer.progress_bar_callback
+        # no bar on other ranks, nor where the progress bar of the Trainer is off
         disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
         with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
             yield progress

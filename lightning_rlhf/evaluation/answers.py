@@ -177,8 +177,10 @@ class ResponseGenerator:
         source = resolve_checkpoint(checkpoint, trust_remote_code=self.options.trust_remote_code)
         window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.options.trust_remote_code))
         prompts, _ = tokenize_rows(
+            # recorded answers need no tokens: the policy answers anew
             [replace(row, pair=None, answers=(), finish_reasons=()) for row in rows],
             tokenizer,
+            # prompt + response <= window
             max_prompt_tokens=1_000_000 if window is None else window - self.decoding.max_new_tokens,
             max_response_tokens=self.decoding.max_new_tokens,
             on_long_prompt=self.options.on_long_prompt,
@@ -188,11 +190,13 @@ class ResponseGenerator:
             model,
             None if self.reference is None else FrozenCopyReference(self._load(self.reference)),
             tokenizer,
+            # only samplers read beta, and requests without a mix sample the policy itself
             beta=1.0,
             decoding=self.decoding,
             eos_ids=end_of_sequence_ids(model, tokenizer),
         )
         with progress(f"{checkpoint}: answering", len(missing)) as bar, torch.inference_mode():
+            # several batches per chunk: finished rows make room for more; a stop loses one chunk at most
             for part in in_chunks(missing, 4 * self.decoding.rows):
                 # a key per prompt, so that chunks do not change the samples
                 requests = [Request(prompts[i], self.key.fold(i)) for i in part]
@@ -286,6 +290,14 @@ def identified(settings: object) -> object:
         return {name: identified(value) for name, value in settings.items()}
     if isinstance(settings, list):
         return [identified(value) for value in settings]
-    if isinstance(settings, str) and any(Path(settings).expanduser().glob("*.safetensors")):
-        return identity(settings)
-    return settings
+    return identity(settings) if isinstance(settings, str) and _is_folder_of_weights(settings) else settings
+
+
+def _is_folder_of_weights(setting: str) -> bool:
+    """Whether a setting is the path of a local model; most strings, such as templates and preambles, are no path."""
+    try:
+        # an empty string would be the working folder
+        return bool(setting) and any(Path(setting).expanduser().glob("*.safetensors"))
+    # too long for a path, a null byte, or the home folder of nobody
+    except (OSError, RuntimeError, ValueError):
+        return False

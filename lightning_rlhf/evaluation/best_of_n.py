@@ -24,8 +24,10 @@ def best_of_n_gold(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
         n: responses to choose from, from 1 to N.
     """
     proxy, gold = _checked(proxy, gold, n)
+    # below[p, i, j]: the proxy prefers response i to j; [prompts, N, N]
     below = proxy[:, None, :] < proxy[:, :, None]
     equal = proxy[:, None, :] == proxy[:, :, None]
+    # equal - 1: each response also equals itself
     return (_chance_of_choice(below.sum(2), equal.sum(2) - 1, proxy.shape[1], n) * gold).sum(1)
 
 
@@ -55,6 +57,7 @@ def _chance_of_choice(below: Tensor, equal: Tensor, total: int, n: int) -> Tenso
     ``sum_m C(below, n - 1 - m) C(equal, m) / (m + 1) / C(total, n)``.
     """
     chance = torch.zeros(below.shape, dtype=torch.float64, device=below.device)
+    # in logarithms: a quotient of large binomials, of which each alone may overflow
     whole = _log_choose(torch.tensor(total, device=below.device), n)
     for m in range(min(n - 1, int(equal.max())) + 1):
         chance += (_log_choose(below, n - 1 - m) + _log_choose(equal, m) - whole).exp() / (m + 1)
@@ -64,6 +67,7 @@ def _chance_of_choice(below: Tensor, equal: Tensor, total: int, n: int) -> Tenso
 def _log_choose(n: Tensor, k: int) -> Tensor:
     """Logarithm of the number of ways to choose k of n; -inf if there are not so many."""
     n = n.double()
+    # log C(n, k) = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
     ways = torch.lgamma(n + 1) - torch.lgamma(n.new_tensor(k + 1.0)) - torch.lgamma((n - k).clamp_min(0) + 1)
     return ways.masked_fill(n < k, -torch.inf)
 
@@ -130,6 +134,7 @@ class BestOfN(Metric):
         nan = self.moments.new_tensor(float("nan"))
         for name, (count, mean, deviations) in zip(self.names, self.moments, strict=True):
             found[name] = mean if count > 0 else nan
+            # stderr = s / sqrt(n) with s^2 = sum of squared deviations / (n - 1)
             found[f"{name}_stderr"] = (deviations / (count - 1) / count).sqrt() if count > 1 else nan
         return {**found, "prompts": self.moments[0, 0]}
 

@@ -29,6 +29,7 @@ def calibration_bins(probability: Tensor, label: Tensor) -> Tensor:
     probability, label = probability.double(), label.double()
     agrees = reward_accuracy(probability - 0.5, label)
     confidence = torch.maximum(probability, 1 - probability)
+    # bin = floor((confidence - 1/2) 2 NUM_BINS); a confidence of 1 belongs to the last one
     # an edge such as 0.6 belongs to the bin above, also where rounding, of float32 too, puts it just below
     place = ((confidence - 0.5) * 2 * NUM_BINS + 1e-5).long().clamp_max(NUM_BINS - 1)
     columns = torch.stack([torch.ones_like(agrees), confidence, agrees], 1)

@@ -49,9 +49,11 @@ def evaluation_figure(rates: Sequence[Bar], scores: Sequence[Bar], title: str) -
     rates = [Bar(bar.name, *(100 * number for number in bar[1:])) for bar in rates if not math.isnan(bar.value)]
     parts = [part for part in (rates, list(scores)) if part]
     heights = [0.7 + 0.42 * len(part) for part in parts]
+    # not pyplot, which keeps every figure alive and may need a display
     figure = Figure(figsize=(7.2, 1.0 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(max(len(parts), 1), 1, squeeze=False, height_ratios=heights or [1])[:, 0]
+    # strict=False: a figure without parts still has one empty panel
     for axes, part in zip(panels, parts, strict=False):
         _draw(axes, part)
         if part is rates:
@@ -71,6 +73,7 @@ def evaluation_figure(rates: Sequence[Bar], scores: Sequence[Bar], title: str) -
 def _draw(axes: Any, bars: Sequence[Bar]) -> None:
     for place, bar in enumerate(bars):
         known = not (math.isnan(bar.low) or math.isnan(bar.high))
+        # matplotlib refuses negative error bars, which rounding could produce
         error = [[max(bar.value - bar.low, 0.0)], [max(bar.high - bar.value, 0.0)]] if known else None
         axes.errorbar(bar.value, place, xerr=error, fmt="o", color="tab:purple", ecolor="0.55", capsize=3, markersize=6)
         interval = f" [{bar.low:.3g}, {bar.high:.3g}]" if known else ""
@@ -87,6 +90,7 @@ def _draw(axes: Any, bars: Sequence[Bar]) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
+    # upside down, so that the first bar is at the top
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.grid(axis="x", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

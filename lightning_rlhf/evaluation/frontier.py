@@ -36,6 +36,7 @@ COLUMNS = tuple(field.name for field in fields(FrontierPoint))
 
 def write_frontier(points: Sequence[FrontierPoint], path: Path) -> None:
     """Write a frontier as CSV, one row per point, columns named as in `FrontierPoint`; unknown values stay empty."""
+    # newline="": the csv module writes its own line ends, which text mode would double on Windows
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -67,6 +68,7 @@ def read_frontier(path: Path) -> list[FrontierPoint]:
                         j=float(row["j"]),
                     )
                 )
+            # TypeError: a row that is too short reads as None in its last columns
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} row {number}: expected numbers in every column; got {row}") from error
         return points

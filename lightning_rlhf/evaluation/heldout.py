@@ -88,10 +88,12 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
     values = [None] * len(responses) if rewards is None else rewards.tolist()
     rows = []
     for prompt, response, reward in zip(prompts, responses, values, strict=True):
+        # rows of all ranks are merged by key: a prompt that comes again must not replace its first row
         occurrence = seen[loader, prompt.index]
         seen[loader, prompt.index] += 1
         kl1, kl3 = None, None
         if response.policy_logps is not None and response.reference_logps is not None:
+            # in float64: a log-ratio is a small difference, and is summed over many tokens
             policy = torch.tensor(response.policy_logps, dtype=torch.float64)
             reference = torch.tensor(response.reference_logps, dtype=torch.float64)
             # with r = log pi - log pi_ref per token: k1 = sum r, k3 = sum (exp(-r) - 1 + r)
@@ -116,6 +118,7 @@ def summarise(rows: Sequence[HeldOutRow]) -> HeldOutMeans:
     rewards = [row.reward for row in rows if row.reward is not None]
     k1s = [row.k1 for row in rows if row.k1 is not None]
     k3s = [row.k3 for row in rows if row.k3 is not None]
+    # k1_per_token = sum k1 / sum tokens, over the rows with log-probabilities alone
     tokens = sum(row.num_tokens for row in rows if row.k1 is not None)
     reward, reward_stderr = optional_mean(rewards)
     kl, kl_stderr = optional_mean(k1s)

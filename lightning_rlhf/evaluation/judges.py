@@ -99,9 +99,11 @@ class JudgeMetrics(Metric):
         # of pairs that were judged in both orders
         position = same_position(forward, reverse)[~(forward + reverse).isnan()]
         ordered = ~(probability + human + forward + reverse).isnan()
+        # with b shown first, the first label names b: 1/2 - P(first label) > 0 where a is named
         by_label = [reward_accuracy(named[ordered], human[ordered]) for named in (forward - 0.5, 0.5 - reverse)]
         masses = mass[~mass.isnan()]
         ones = torch.ones_like
+        # not in place: a metric may be reset and updated in and out of inference mode
         self.sums = self.sums + torch.stack(
             [
                 decided.double().sum(),
@@ -118,6 +120,7 @@ class JudgeMetrics(Metric):
                 (masses < LOW_MASS).double().sum(),
                 ordered.double().sum(),
                 sum(by_label, torch.zeros_like(human[ordered])).sum() / 2,
+                # polarity > 0 where labels name the preferred response, < 0 where they name the worse one
                 ((probability - 0.5) * (forward - reverse))[ordered].sum(),
             ]
         )

@@ -24,7 +24,9 @@ def merge_moments(moments: Tensor) -> Tensor:
     """
     counts, means, deviations = moments.unbind(dim=-1)
     count = counts.sum()
+    # clamp: the mean of no numbers is 0, as NaN would spoil every later merge
     mean = (counts * means).sum() / count.clamp(min=1.0)
+    # M2 = sum_g M2_g + sum_g n_g (mean_g - mean)^2
     return torch.stack([count, mean, deviations.sum() + (counts * (means - mean).square()).sum()])
 
 
@@ -53,12 +55,14 @@ class MeanWithError(Metric):
         """Mean and standard error; two float64 scalars."""
         count, mean, deviations = self.moments.unbind()
         nan = torch.full_like(mean, float("nan"))
+        # stderr = s / sqrt(n) with s^2 = M2 / (n - 1)
         error = torch.where(count > 1, (deviations / (count - 1).clamp(min=1.0) / count.clamp(min=1.0)).sqrt(), nan)
         return torch.where(count > 0, mean, nan), error
 
 
 def mean_with_error(values: Tensor) -> tuple[float, float]:
     """Mean and standard error of numbers that every process already holds; see `MeanWithError`."""
+    # every process holds all numbers: pooled, each would count once per process
     metric = MeanWithError(sync_on_compute=False)
     metric.update(values)
     mean, error = metric.compute()

@@ -70,6 +70,7 @@ class PairMetrics(Metric):
         agrees = reward_accuracy(difference, labels)
         # P(a preferred) = sigma(r(a) - r(b))
         probability = difference.sigmoid()
+        # -label log P - (1 - label) log(1 - P), from the logit: log P stays finite where P rounds to 0 or 1
         nll = torch.nn.functional.binary_cross_entropy_with_logits(difference, labels, reduction="none")
         columns = (torch.ones_like(labels), agrees, reward_accuracy(longer, labels), (probability - labels) ** 2, nll)
         # not in place: a metric may be reset and updated in and out of inference mode
@@ -77,7 +78,9 @@ class PairMetrics(Metric):
 
         self.bins = self.bins + calibration_bins(probability, labels)
         borders = torch.tensor(MARGINS, dtype=torch.float64, device=device)
+        # columns: number of pairs, and how many are right; [pairs, 2]
         counted = torch.stack([torch.ones_like(agrees), agrees], 1)
+        # right=True: a border belongs to the class above it
         self.margins = self.margins.index_add(0, torch.bucketize(difference.abs(), borders, right=True), counted)
         ratio = lengths.amax(1) / lengths.amin(1)
         borders = torch.tensor(LENGTH_RATIOS, dtype=torch.float64, device=device)

@@ -66,6 +66,7 @@ def frontier_figure(points: Sequence[FrontierPoint], title: str = "Reward-KL fro
         c=steps,
         cmap="viridis",
         vmin=0,
+        # at least 1: a run with step 0 alone would have an empty color range
         vmax=max(*steps, 1),
         s=42,
         edgecolor="white",
@@ -74,6 +75,7 @@ def frontier_figure(points: Sequence[FrontierPoint], title: str = "Reward-KL fro
     )
     figure.colorbar(dots, ax=axes, label="optimizer step", pad=0.02, ticks=MaxNLocator(integer=True))
     # The ends are told apart by shape and named outside the axes, where no path can run through their names.
+    # one point alone is marked as the start
     ends = [("start", "s", points[0]), ("end", "*", points[-1])][: len(points)]
     for name, marker, point in ends:
         axes.plot(

@@ -30,6 +30,7 @@ def wilson_interval(successes: float, count: float, z: float = Z95) -> tuple[flo
     if count <= 0:
         return math.nan, math.nan
     share = successes / count
+    # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
@@ -46,7 +47,9 @@ def two_sided_binomial_p(successes: int, count: int) -> float:
         return math.nan
     fewer = min(successes, count - successes)
     terms = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
+    # p = 2 sum_{k <= fewer} C(n, k) / 2^n, in logarithms, since C(n, k) overflows for large n
     tail = torch.tensor(terms, dtype=torch.float64).logsumexp(0).item() - count * math.log(2)
+    # at fewer = n / 2 both tails hold the middle term, and their sum is over 1
     return min(1.0, 2 * math.exp(tail))
 
 
@@ -73,10 +76,12 @@ def length_controlled_rate(wins: Tensor, ratios: Tensor) -> tuple[float, float, 
     rate = wins.mean().item()
     varies = bool((x != x[0]).any())
     if not varies or rate in (0.0, 1.0):
+        # no fit: a constant ratio leaves the slope open, and equal verdicts send the intercept to infinity
         known = rate if varies or x[0] == 0 else math.nan
         return (known, *(wilson_interval(wins.sum().item(), len(wins)) if known == known else (math.nan, math.nan)))
     # far ratios would make the steps ill-conditioned; the intercept, at ratio 1, does not depend on the unit
     x = x / x.abs().max()
+    # P(win) = sigma(w_0 + w_1 x), x ~ ratio - 1, so that the rate at equal lengths is sigma(w_0)
     features = torch.stack([torch.ones_like(x), x], 1)
     penalty = torch.tensor([0.0, RIDGE], dtype=torch.float64)
     weights = torch.zeros(2, dtype=torch.float64)
@@ -88,16 +93,19 @@ def length_controlled_rate(wins: Tensor, ratios: Tensor) -> tuple[float, float, 
     hessian = torch.eye(2, dtype=torch.float64)
     for _ in range(200):
         p = (features @ weights).sigmoid()
+        # Newton step: gradient X^T (p - y) + R w, Hessian X^T diag(p (1 - p)) X + R
         gradient = features.T @ (p - wins) + penalty * weights
         hessian = features.T @ ((p * (1 - p))[:, None] * features) + torch.diag(penalty)
         # where every verdict is sure, curvature vanishes in rounding
         step = torch.linalg.solve(hessian + 1e-12 * torch.eye(2, dtype=torch.float64), gradient)
         scale, before = 1.0, loss(weights)
+        # a full step may overshoot where the verdicts are nearly separable; halve it until the loss falls
         while loss(weights - scale * step) > before and scale > 1e-10:
             scale /= 2
         weights = weights - scale * step
         if step.abs().max() * scale < 1e-10:
             break
+    # interval: sigma(w_0 +- z se) with se^2 = (H^-1)_00; pinv, as the Hessian may be singular in rounding
     error = torch.linalg.pinv(hessian)[0, 0].clamp_min(0).sqrt()
     bounds = torch.stack([weights[0], weights[0] - Z95 * error, weights[0] + Z95 * error]).sigmoid().tolist()
     return bounds[0], bounds[1], bounds[2]

@@ -14,6 +14,7 @@ Metrics = Mapping[str, float]
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there in full or not at all."""
+    # the pid keeps processes that write the same file apart
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -16,6 +16,7 @@ from lightning_rlhf.types import Rollout
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:
     """Share of the n-grams of a response that came before in it, in [0, 1); 0 for responses shorter than n + 1."""
+    # 1 - distinct n-grams / n-grams
     count = len(ids) - n + 1
     return 1.0 - len({tuple(ids[i : i + n]) for i in range(count)}) / count if count > 1 else 0.0
 
@@ -48,6 +49,7 @@ def round_metrics(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) 
         "reward_stderr": error,
         "reward_std": rewards.std().item() if len(rollouts) > 1 else math.nan,
         "earned": sum(earned) / len(earned),
+        # sums over the tokens of all responses, divided by the number of responses: nats per response
         "kl/k1": k1(policy, reference).sum().item() / len(rollouts),
         "kl/k3": k3(policy, reference).sum().item() / len(rollouts),
         "length": lengths.mean().item(),
@@ -56,6 +58,7 @@ def round_metrics(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) 
         "nats_per_token": -policy.mean().item(),
         "length_reward_correlation": correlation(lengths, rewards),
     }
+    # `earned` is flat: the rewards of a group are at [start, start + len(group))
     start, flat = 0, 0
     for group in groups:
         flat += len(group) > 1 and len(set(earned[start : start + len(group)])) == 1
@@ -70,5 +73,6 @@ def round_metrics(groups: Sequence[Sequence[Rollout]], earned: Sequence[float]) 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson correlation; NaN where either does not vary."""
     x, y = x - x.mean(), y - y.mean()
+    # r = x . y / (|x| |y|) of the centered values
     scale = (x.square().sum() * y.square().sum()).sqrt().item()
     return (x @ y).item() / scale if scale > 0 else math.nan

@@ -40,6 +40,7 @@ class TableMetric(Metric):
         """The columns of all rows, [rows] each, float64 on the CPU; sorted by the first column, then the next."""
         # while processes are in step the state is one tensor
         table = dim_zero_cat([self._no_rows(), *self.rows] if isinstance(self.rows, list) else self.rows).cpu()
+        # stable sorts from the last column to the first: lexicographic order of the rows
         for column in reversed(range(self.width)):
             table = table[torch.sort(table[:, column], stable=True).indices]
         return list(table.unbind(1))
@@ -80,12 +81,14 @@ class WinRate(TableMetric):
             probability: P(A preferred) in [0, 1], [pairs].
             lengths: lengths of A and B, in any one unit, [pairs, 2]; an empty response counts as one unit.
         """
+        # an empty B would make the ratio infinite
         lengths = lengths.double().clamp_min(1.0)
         self.add_rows(probability, lengths[:, 0] / lengths[:, 1])
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics, over all pairs of all processes."""
         probability, ratios = self.sorted_rows()
+        # 1 where P(A) > 1/2, 1/2 on ties, 0 elsewhere; [pairs]
         wins = (torch.sign(probability - 0.5) + 1) / 2
         low, high = wilson_interval(wins.sum().item(), len(wins))
         controlled = length_controlled_rate(wins, ratios)

@@ -75,6 +75,7 @@ def judge_claims(grid: Grid, claims: Sequence[Claim]) -> list[JudgedClaim]:
         if unknown or not claim.metrics:
             raise ValueError(f"claim {claim.text!r}: metrics are some of {', '.join(BETTER)}; got {claim.metrics}")
         arms = grid.get(claim.setting, {})
+        # a comparison that ended early may lack whole arms
         if claim.better not in arms or claim.worse not in arms:
             continue
         differences = {

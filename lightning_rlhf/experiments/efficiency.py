@@ -39,8 +39,11 @@ def student_quantile(freedom: int) -> float:
         freedom: degrees of freedom, >= 1.
     """
     angle = np.linspace(0.0, math.pi / 2, 200_001)
+    # with t = sqrt(n) tan(a) the density of t becomes proportional to cos(a)^(n - 1)
     density = np.cos(angle) ** (freedom - 1)
+    # trapezoid rule; the width of its steps cancels in mass / mass[-1]
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    # half of the probability lies at t > 0: P(0 < T < t) = 0.95 / 2
     return math.sqrt(freedom) * math.tan(float(np.interp(LEVEL / 2, mass / mass[-1] / 2, angle)))
 
 
@@ -54,10 +57,13 @@ def isotonic(values: Array) -> Array:
         values: curves; shape [..., points].
     """
     points = values.shape[-1]
+    # sums[k] = x_0 + ... + x_(k-1); [..., points + 1]
     sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
     fit = np.full(values.shape, -math.inf)
     for first in range(points):
+        # mean(first..k) = (sums[k + 1] - sums[first]) / (k + 1 - first), k >= first; [..., points - first]
         means = (sums[..., first + 1 :] - sums[..., first : first + 1]) / np.arange(1, points - first + 1)
+        # min over k >= j, as a running minimum from the end
         lowest = np.minimum.accumulate(means[..., ::-1], axis=-1)[..., ::-1]
         fit[..., first:] = np.maximum(fit[..., first:], lowest)
     return fit
@@ -76,8 +82,10 @@ def first_reach(labels: Array, curves: Array, target: Array) -> Array:
     reached = curves >= (target - slack)[..., None]
     first = reached.argmax(-1)
     before = np.maximum(first - 1, 0)
+    # the curve before and where it reaches the target; both [...]
     low, high = (np.take_along_axis(curves, place[..., None], -1)[..., 0] for place in (before, first))
     with np.errstate(divide="ignore", invalid="ignore"):
+        # labels = l_0 + (target - low) / (high - low) (l_1 - l_0); l_1 where high = low
         part = np.where(high > low, np.clip((target - low) / (high - low), 0.0, 1.0), 1.0)
     found = labels[before] + part * (labels[first] - labels[before])
     return np.where(reached.any(-1), found, math.inf)
@@ -98,6 +106,7 @@ def seed_weights(seeds: int, resamples: int, generator: np.random.Generator) -> 
     noise = generator.standard_normal((resamples, seeds))
     noise -= noise.mean(1, keepdims=True)
     scale = np.sqrt(generator.chisquare(seeds - 1, size=(resamples, 1)) / (seeds - 1))
+    # w = 1 / n + (z - mean(z)) / (sqrt(chi^2 / (n - 1)) sqrt(n (n - 1)))
     return 1 / seeds + noise / (scale * math.sqrt(seeds * (seeds - 1)))
 
 
@@ -147,6 +156,7 @@ def share_of_labels(
     generator = np.random.default_rng(seed)
     weights = seed_weights(seeds, resamples, generator)
     other_weights = weights if paired else seed_weights(others, resamples, generator)
+    # weights [resamples, seeds] times J [seeds, points]: mean curves [resamples, points]
     shares, upper = ratio(arm, baseline, weights @ arm.j, other_weights @ baseline.j, gain)
     # order statistics, since shares may be infinite; a share that is not known is compatible with anything
     outside = math.floor((1 - LEVEL) / 2 * resamples)
@@ -179,7 +189,9 @@ def ratio(arm: Arm, baseline: Arm, means: Array, base_means: Array, gain: float)
     target = fit[:, 0] + gain * rise
     ours = first_reach(arm.labels, isotonic(means), target)
     theirs = first_reach(baseline.labels, fit, target)
+    # a running maximum is nondecreasing, as first_reach needs it, and reaches the target when the mean does
     touched = first_reach(baseline.labels, np.maximum.accumulate(base_means, axis=-1), target)
+    # relative to J: a rise within rounding is none
     flat = rise <= 1e-9 * np.abs(base_means).max(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         share, upper = ours / theirs, np.maximum(ours / touched, ours / theirs)
@@ -194,12 +206,15 @@ def not_told_apart(arm: Arm, baseline: Arm, paired: bool) -> float:
     """
     ends = baseline.j[:, -1]
     if paired:
+        # std of the differences over sqrt(n), at each evaluation; [points]
         error = (arm.j - ends[:, None]).std(0, ddof=1) / math.sqrt(len(ends))
     else:
+        # independent runs: sqrt(var_a / n_a + var_b / n_b); [points]
         error = np.sqrt(arm.j.var(0, ddof=1) / len(arm.j) + ends.var(ddof=1) / len(ends))
     # of two numbers of runs the smaller one: never too sure
     quantile = student_quantile(min(len(arm.j), len(ends)) - 1)
     bound = arm.j.mean(0) - ends.mean() + quantile * error
+    # the test no longer shows the arm below where the bound first reaches 0
     touched = np.maximum.accumulate(bound)
     found = float(first_reach(arm.labels, touched, np.zeros(())))
     return found if math.isfinite(found) else math.nextafter(float(arm.labels[-1]), math.inf)

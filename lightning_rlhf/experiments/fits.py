@@ -77,6 +77,7 @@ class FitExperiment(AbstractExperiment):
                     )
                 for arm in self.arms:
                     identity = {"setting": name, "arm": arm, "seed": seed, "args": self._arm_args(name, arm)}
+                    # arms continue from the start, so that its arguments decide their results, too
                     if setting.start is not None:
                         identity["start"] = self._start_args(name)
                     after = () if setting.start is None else (start,)
@@ -85,8 +86,6 @@ class FitExperiment(AbstractExperiment):
 
     def run(self, job: Job, root: Path) -> list[Curve]:
         """Run ``fit``, which continues an interrupted run, and read its results."""
-        # imported here: the command line names this class, too
-
         hush()
         folder, seed = root / job.name, job.identity["seed"]
         start = [f"--model.start={root / name / 'model'}" for name in job.after]
@@ -109,6 +108,7 @@ class FitExperiment(AbstractExperiment):
     def _arm_args(self, setting: str, arm: str) -> list[str]:
         own = self.settings[setting]
         budget = ["--trainer.callbacks+=LabelBudget", f"--trainer.callbacks.labels={own.labels or self.labels}"]
+        # the budget comes last: `callbacks.labels` is an argument of the callback that was appended last
         return [*self._common(), *own.args, *self.arms[arm], *budget]
 
 

@@ -81,6 +81,7 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
         for figure, limit in (("kl", axes.set_xlim), ("reward", axes.set_ylim)):
             paths = [mean_path(curves, figure)[1] for curves in arms.values()]
             values = np.concatenate([path[kept] for path, kept in zip(paths, late, strict=True)])
+            # limits that are equal would give an axis without extent
             room = max(float(np.ptp(values)), 1e-9)
             limit(values.min() - 0.08 * room, values.max() + 0.08 * room)
 
@@ -111,6 +112,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
     def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels, j = j_grid(curves)
         effects = ease[curves[0].setting]
+        # [runs, points] - [runs, 1]
         j = j - np.array([[effects[curve.seed]] for curve in curves])
         mean = j.mean(0)
         axes.plot(labels, mean, color=style.colour, linestyle=style.line, linewidth=1.6, zorder=3)
@@ -149,6 +151,7 @@ def alignment_figure(grid: Grid, title: str) -> Figure:
 
     def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
+        # [runs, points]
         cosines = np.array([[point.population_cosine for point in curve.points] for curve in curves], dtype=float)
         axes.plot(labels, 1 - np.median(cosines, 0), color=style.colour, linestyle=style.line, linewidth=1.6)
         axes.set_yscale("log")
@@ -192,6 +195,7 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
         axes.plot(
             labels, 100 * share, color=style.colour, linestyle=style.line, linewidth=1.6, marker="o", markersize=3
         )
+        # runs that were evaluated at other labels form no array, and get no band
         if len(values) > 1 and len({len(row) for row in values}) == 1 and len(values[0]) == len(labels):
             spread = 100 * np.array(values, dtype=float)
             half = half_width(spread)
@@ -228,6 +232,7 @@ def claims_figure(claims: Sequence[JudgedClaim], title: str) -> Figure:
     for axes, metric, group in zip(every, metrics, groups, strict=True):
         for row, claim in enumerate(group):
             found, colour = claim.differences[metric], VERDICT_COLOURS.get(claim.verdict, "0.6")
+            # NaN, unequal to itself, with a single seed: there is no interval to plot
             if found.low == found.low:
                 axes.plot([found.low, found.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
             axes.plot([found.value], [row], "o", color=colour, markersize=6)
@@ -342,17 +347,20 @@ def seed_effects(arms: Mapping[str, Sequence[Curve]]) -> dict[int, float]:
         for curve in curves:
             ends.setdefault(curve.seed, []).append(curve.last.j)
     means = {seed: sum(values) / len(values) for seed, values in ends.items()}
+    # effect of seed s: mean over arms of J_(arm, s), minus its mean over seeds
     overall = sum(means.values()) / len(means)
     return {seed: mean - overall for seed, mean in means.items()}
 
 
 def shared_noise(arms: int) -> float:
     """Factor by which intervals are too narrow once the mean over arms is taken out of each seed; 1 for one arm."""
+    # the arm is 1 / a of the mean taken out, which leaves (a - 1) / a of the variance of its own noise
     return (arms / (arms - 1)) ** 0.5 if arms > 1 else 1.0
 
 
 def half_width(values: Array) -> Array:
     """Half of Student's 95 % interval of the mean over runs; values have shape [runs, points], two runs at least."""
+    # t_(0.975, n - 1) s / sqrt(n)
     half: Array = student_quantile(len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
     return half
 

@@ -123,6 +123,8 @@ def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str]
                 theirs = mean_cosines(arms[baseline], name)
                 difference = mean_interval([value - theirs[seed] for seed, value in ours.items() if seed in theirs])
                 verdict = "reproduced" if difference.low > 0 else "contradicted" if difference.high < 0 else "not shown"
+                # one seed has no interval
+                verdict = "not measured" if math.isnan(difference.low) else verdict
                 means = [sum(cosines.values()) / len(cosines) for cosines in (ours, theirs)]
                 figures = f"cosine {means[0]:.3f} against {means[1]:.3f}, Δ {signed(difference, 4)}"
                 found.append(
@@ -154,6 +156,7 @@ def judged(differences: Mapping[str, Interval], decisive: str | None = None) -> 
     signs = {}
     for name, difference in differences.items():
         better = BETTER[name]
+        # for KL lower is better: the difference changes its sign, and its bounds change places
         low, high = sorted((better * difference.low, better * difference.high))
         signs[name] = 1 if low > 0 else -1 if high < 0 else 0
     if all(sign == 1 for sign in signs.values()):
@@ -218,6 +221,7 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     header += ["reward ranks as the oracle"] if ranked else []
     header += ["cosine with ∇J, batch / expected", "sd of r_θ"] if cosines else []
     rows = []
+    # BETTER turns the sign of KL, so that the largest is the best
     best = {name: max(arms, key=lambda arm: BETTER[name] * arms[arm][name].value) for name, _ in FIGURES}
     for arm, found in arms.items():
         row = [arm]
@@ -241,6 +245,7 @@ def cost_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     rows = []
     for arm in arms:
         found = [setting[arm] for setting in figures.values() if arm in setting]
+        # NaN in a setting whose runs do not count them
         passes = [f["passes"] for f in found if not math.isnan(f["passes"])]
         seconds = [f["seconds"] for f in found if not math.isnan(f["seconds"])]
         rows.append(

@@ -87,6 +87,7 @@ class CompareRun:
         del settings
         self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
+            # two comparisons in one folder would do the same cells twice, at the same time
             with FileLock(self.run_dir / "compare.lock", timeout=0):
                 failed = self._work()
                 return self._report(failed)
@@ -120,6 +121,7 @@ class CompareRun:
         started, end = time.monotonic(), None if self.minutes is None else time.monotonic() + 60 * self.minutes
         running: dict[str, Any] = {}
         failed: list[str] = []
+        # set before the fork server starts: libraries read these variables when they are loaded
         with one_thread():
             context = multiprocessing.get_context("forkserver")
             # imported once: cells are forked from a process that has loaded torch and the rest
@@ -135,6 +137,7 @@ class CompareRun:
                         process.start()
                         running[job.name] = process
                     if not running:
+                        # nothing runs and nothing can start: the jobs left wait for one that failed
                         if not late:
                             failed += [job.name for job in todo]
                         break
@@ -213,12 +216,15 @@ def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
     folder = root / job.name
     set_aside(folder / "log.txt")
     with (folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log:
+        # descriptors, too: libraries in C and child processes do not write to sys.stdout
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
+        # LightningCLI warns of arguments in sys.argv beside those that it is called with
         sys.argv = ["lightning-rlhf"]
         try:
             write_cell(folder / "cell.json", experiment.run(job, root), job.identity)
+        # the command line ends with SystemExit where its arguments are wrong
         except BaseException:
             traceback.print_exc()
             log.flush()
@@ -253,6 +259,7 @@ def jsonable(value: Any) -> Any:
         return {name: jsonable(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(inner) for inner in value]
+    # JSON has neither infinity nor NaN
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return None
     return None if value != value else value

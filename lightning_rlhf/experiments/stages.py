@@ -135,8 +135,6 @@ class StagedExperiment(AbstractExperiment):
         if "arm" in job.identity:
             setting, arm = job.identity["setting"], job.identity["arm"]
             return [self._curve(setting, arm, self.settings[setting].arms[arm], seed, folders)]
-        # imported here: the command line names this class, too
-
         hush()
         known = {"seed": str(seed), **{name: str(folder) for name, folder in folders.items()}}
         args = [REFERENCE.sub(lambda found: known[found[1]], argument) for argument in job.identity["args"]]
@@ -145,6 +143,7 @@ class StagedExperiment(AbstractExperiment):
         try:
             RLHFCLI(["fit", *args, *seeds, "--trainer.enable_progress_bar=false"])
         finally:
+            # seconds of earlier starts that were interrupted
             before = float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
             write_whole(file, f"{before + time.perf_counter() - start:.1f}\n")
         return []
@@ -173,6 +172,7 @@ class StagedExperiment(AbstractExperiment):
                 raise ValueError(f"stages wait for each other: {' -> '.join((*above, name))}")
             for other in needs(self.stages[name]):
                 visit(other, (*above, name))
+            # after all that it builds on, which makes this the order of running
             if name not in order:
                 order.append(name)
 
@@ -194,6 +194,7 @@ class StagedExperiment(AbstractExperiment):
             # the later stage begins at the policy where the earlier one ended
             before = points.pop() if points else None
             step, labels = (before.step, before.labels) if before is not None else (0, 0)
+            # steps and labels of a later stage count on from the earlier one
             points += [replace(p, step=p.step + step, labels=p.labels + labels) for p in found]
         if made.until is not None:
             points = [point for point in points if point.labels <= made.until]

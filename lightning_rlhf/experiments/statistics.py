@@ -34,6 +34,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     numbers = np.asarray(values, dtype=np.float64)
     if len(numbers) < 2:
         return Interval(float(numbers.mean()) if len(numbers) else math.nan)
+    # mean +- t_(0.975, n - 1) s / sqrt(n)
     half = student_quantile(len(numbers) - 1) * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
     return Interval(float(numbers.mean()), float(numbers.mean()) - half, float(numbers.mean()) + half)
 
@@ -71,11 +72,16 @@ def mean_cosines(curves: Sequence[Curve], figure: str) -> dict[int, float]:
 
 def j_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
     """Labels of the evaluations, [points], and J at them, [runs, points]; evaluations that all runs have."""
-    common = set.intersection(*({point.labels for point in curve.points} for curve in curves))
-    labels = sorted(common)
+    runs = [_j_by_labels(curve) for curve in curves]
+    labels = sorted(set.intersection(*map(set, runs)))
+    return np.asarray(labels, dtype=np.float64), np.asarray([list(map(run.__getitem__, labels)) for run in runs])
+
+
+def _j_by_labels(curve: Curve) -> dict[int, float]:
+    """J of a run by the labels that it had bought, in their order."""
     # the last evaluation at a number of labels: a run may be validated again before it buys more
-    by_labels = [{point.labels: point.j for point in curve.points} for curve in curves]
-    return np.asarray(labels, dtype=np.float64), np.asarray([[found[n] for n in labels] for found in by_labels])
+    found = {point.labels: point.j for point in curve.points}
+    return dict(sorted(found.items()))
 
 
 def common_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
@@ -84,8 +90,8 @@ def common_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
     Runs that were evaluated at other labels are interpolated linearly, between the last first evaluation and the first
     last one of all runs.
     """
-    # the last evaluation at a number of labels: a run may be validated again before it buys more
-    runs = [dict(sorted({point.labels: point.j for point in curve.points}.items())) for curve in curves]
+    runs = [_j_by_labels(curve) for curve in curves]
+    # beyond its own labels np.interp would repeat the end of a run
     start, end = max(min(run) for run in runs), min(max(run) for run in runs)
     labels = np.asarray(sorted({n for run in runs for n in run if start <= n <= end}), dtype=np.float64)
     return labels, np.asarray([np.interp(labels, list(run), list(run.values())) for run in runs])
@@ -113,11 +119,11 @@ def label_share(
     """
     if resamples < 1 or not 0 < gain <= 1:
         raise ValueError(f"label_share expects resamples >= 1 and gain in (0, 1]; got {resamples} and {gain}")
-    ours, theirs = ({curve.seed: curve for curve in found} for found in (curves, baseline))
+    ours, theirs = {curve.seed: curve for curve in curves}, {curve.seed: curve for curve in baseline}
     common = [seed for seed in ours if seed in theirs]
     paired_seeds = len(common) > 1 or (len(common) == 1 and min(len(ours), len(theirs)) == 1)
     if paired_seeds:
-        ours, theirs = ({seed: found[seed] for seed in common} for found in (ours, theirs))
+        ours, theirs = {seed: ours[seed] for seed in common}, {seed: theirs[seed] for seed in common}
     if not ours or not theirs:
         return Interval(math.nan)
     arm, other = (Arm(*common_grid(list(found.values()))) for found in (ours, theirs))

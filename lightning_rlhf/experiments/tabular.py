@@ -91,6 +91,7 @@ class TabularExperiment(AbstractExperiment):
         del root
         setting, arm = self.settings[job.identity["setting"]], ARMS[job.identity["arm"]]()
         seeds = list(range(self.seeds))
+        # all seeds are one batch of tensors, with a world per seed
         world = TabularWorld.draw(seeds, beta=setting.beta, spread=setting.spread, misfit=setting.misfit)
         trace = run_setting(world, arm, seeds, setting)
         return [
@@ -128,6 +129,7 @@ def run_setting(world: TabularWorld, arm: AbstractArm, seeds: list[int], setting
         steps=steps,
         pairs=setting.pairs,
         learning_rate=setting.learning_rate,
+        # about 32 evaluations per run
         evaluate_every=max(1, steps // 32),
         start=start,
     )

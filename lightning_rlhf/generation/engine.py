@@ -165,6 +165,7 @@ class DecodeEngine(AbstractEngine):
         refill_from = max(1, self.rows // REFILL)
         prompts = [len(request.prompt.ids) for request in requests]
         with self._all_lanes(names_of(waiting), prompts) as by_name:
+            # policy and reference may share one batch, which must not advance twice per step
             every = list(dict.fromkeys(by_name.values()))
             while waiting or active:
                 if waiting and (not active or self.rows - len(active) >= min(refill_from, len(waiting))):
@@ -182,6 +183,7 @@ class DecodeEngine(AbstractEngine):
                 for row, token in zip(active, tokens, strict=True):
                     row.ids.append(token)
                     row.done = token in self.eos_ids or len(row.ids) == limit
+                # a model that no active row runs has an empty batch, without logits to record
                 used = [lanes for lanes in every if lanes.lanes]
                 # log pi of the new tokens, from the logits that are already there
                 for lanes in used:
@@ -280,18 +282,23 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tenso
     if top_p < 1.0:
         ordered, index = probabilities.sort(-1, descending=True)
         # a token is outside if the more probable tokens alone reach top_p
+        # mass before token k = cumsum_k - p_k; it is 0 for the most probable token, which is thus always kept
         outside = ordered.cumsum(-1) - ordered >= top_p
+        # [rows, vocabulary], back from the sorted order to that of token ids
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
     # token = min {v: F(v) > u F(V)} with the cumulative sum F; in float64, since the rounding error of a float32 sum
     # over 100k tokens would bias the sample
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
+    # softmax of a row with NaN, of +inf, or of -inf alone is NaN, which the cumulative sum carries to its end
     if not bool(total.isfinite().all()):
         raise ValueError(
             "the logits to decode from are not finite; the policy may have diverged (lower the learning rate, or use "
             "bfloat16 instead of float16), or the tilt favors tokens that the reference forbids (lower the tilt)"
         )
+    # u F(V) instead of u: the probabilities that top-p keeps need no renormalization
     threshold = uniforms.to(cumulative.device)[:, None] * total
+    # right=True: F(v) > threshold, so that u = 0 cannot return a leading token of probability 0
     # clamp: with a threshold rounded up to the total, the search ends behind the last token
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_max(logits.size(-1) - 1)
 
@@ -316,6 +323,7 @@ def with_logps(
     """
     missing = [i for i, response in enumerate(responses) if getattr(response, name) is None]
     groups = []
+    # rows of equal adjacent prompts form one group (prompt ids, [response ids, ...])
     for ids, members in groupby(missing, key=lambda i: prompts[i].ids):
         groups.append((ids, [responses[i].ids for i in members]))
     with evaluating(model.modules()):
@@ -379,6 +387,7 @@ def pilaf_logits(active: Sequence[Row], by_name: dict[Name, AbstractLanes]) -> T
         active: rows of the batch.
         by_name: lanes of policy and reference, with the logits of their next tokens.
     """
+    # (row, model) -> place in its batch, found anew at each step, since `release` may reorder lanes
     index_of: dict[tuple[int, Name], int] = {}
     for lanes in set(by_name.values()):
         index_of |= {(id(lane.row), lane.name): i for i, lane in enumerate(lanes.lanes)}
@@ -391,6 +400,7 @@ def pilaf_logits(active: Sequence[Row], by_name: dict[Name, AbstractLanes]) -> T
             logits = by_name[own[0]].logits
             # no copy if the lanes are in the order of the rows
             return logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
+        # rows of both models: one [vocabulary] vector per row -> [rows, vocabulary]
         return torch.stack([by_name[n].logits[index_of[id(row), n]] for row, n in zip(active, own, strict=True)])
 
     if all(row.request.mix == 0 for row in active):

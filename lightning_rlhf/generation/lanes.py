@@ -128,6 +128,7 @@ class AbstractLanes(ABC):
         """Append the log-probability of each row's newest token, at temperature 1."""
         # log p(token) = logit - logsumexp(logits)
         tokens = torch.tensor([lane.row.ids[-1] for lane in self.lanes], device=self.logits.device)
+        # logits [lanes, vocabulary], tokens [lanes, 1] -> [lanes]
         logps = self.logits.gather(-1, tokens[:, None]).squeeze(-1) - self.logits.logsumexp(-1)
         for lane, logp in zip(self.lanes, logps.tolist(), strict=True):
             lane.row.logps[lane.name].append(logp)
@@ -184,6 +185,7 @@ class SlotLanes(AbstractLanes):
             self._open_gate([name for _, name in place], device)
             inputs: dict[str, Tensor] = {}
             if rotary_window(base_model(model)) is not None:
+                # rotary frequencies depend on the length of a row; padding at position 0 adds nothing to it
                 columns = torch.arange(ids.shape[1], device=device).expand(len(prompts), -1)
                 inputs["position_ids"] = columns.masked_fill(columns > last[:, None], 0)
             logits = last_logits(model, ids.to(device), last, past_key_values=self.cache, use_cache=True, **inputs)
@@ -191,8 +193,10 @@ class SlotLanes(AbstractLanes):
         # lanes of equal prompts copy the same row of the prefill
         sources = torch.tensor([place[lane.prompt, lane.name] for lane in lanes], device=device)
         self.lanes += lanes
+        # one position more than the longest prompt: the first decoding step writes there
         self.cache.reserve(len(self.lanes), ids.shape[1] + 1)
         self.cache.take(torch.arange(first, len(self.lanes), device=device), sources)
+        # [prompts, vocabulary] -> [new lanes, vocabulary]; self.logits is a placeholder before the first lane
         self.logits = torch.cat([self.logits, logits[sources]]) if first else logits[sources]
 
     def advance(self) -> None:
@@ -202,11 +206,14 @@ class SlotLanes(AbstractLanes):
         # few compiled shapes: pad the batch to a power of two with rows that write one token into unused slots
         padding = (1 << (len(lengths) - 1).bit_length()) - len(lengths) if self.compiled else 0
         self.cache.reserve(len(lengths) + padding, max(lengths))
+        # compiled steps attend to the whole capacity, whose few values keep the compiled shapes few; the mask
+        # hides the positions that a row has not written
         longest = self.cache.capacity if self.compiled else max(lengths)
         with self.use() as model:
             base = base_model(model)
             device = embedding(base).device
             ids = torch.tensor(tokens + [0] * padding, device=device)[:, None]
+            # position of the newest token = length - 1; rows of the padding have position 0
             positions = torch.tensor(lengths + [1] * padding, device=device) - 1
             self.cache.decoding(positions, longest)
             self._open_gate([lane.name for lane in self.lanes], device)
@@ -227,6 +234,7 @@ class SlotLanes(AbstractLanes):
         for gap, mover in zip(gaps, movers, strict=True):
             order[gap] = mover
         if movers:
+            # later positions of the movers are unwritten: copy these alone, not the whole capacity
             length = max(self.lanes[i].length for i in movers)
             device = self.logits.device
             self.cache.move(torch.tensor(gaps, device=device), torch.tensor(movers, device=device), length)
@@ -378,6 +386,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
                 kind.advance()
         return None
 
+    # the tolerance is that of the data type of the weights, so autocast must not compute in another one
     with evaluating(model.modules()), torch.autocast(weight.device.type, enabled=False):
         return reason_against(compare)
 
@@ -399,12 +408,14 @@ def last_logits(model: PreTrainedModel, ids: Tensor, last: Tensor, **options: ob
 def _masks(base: PreTrainedModel, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
     """Additive masks [rows, 1, 1, length] of one decoding step: a row attends to its past and itself."""
     dtype = embedding(base).dtype
+    # distance = position of the query - position of the key, [rows, length]
     distance = positions[:, None] - torch.arange(length, device=positions.device)
 
     def mask(window: int | None) -> Tensor:
         # visible: 0 <= distance < window
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         zeros = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+        # [rows, length] -> [rows, 1, 1, length], broadcast over heads and the one query of a step
         return zeros.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
 
     return masks_by_layer(base, mask)

@@ -50,6 +50,7 @@ class RolloutGenerator:
         """
         temperature = self.engine.decoding.temperature
         prompts = [request.prompt for request in requests]
+        # at other temperatures the reference is scored below; scores at temperature 1 would be wasted
         responses = self.engine.generate(requests, reference_logps=temperature == 1.0)
         if temperature != 1.0:
             # the engine reports log-probabilities at temperature 1: replace them by log softmax(h / T)

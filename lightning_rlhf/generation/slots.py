@@ -56,10 +56,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return self.fresh
         assert self.keys is not None and self.values is not None
         # keys[row, :, positions[row]] = new key; autocast may compute in another data type than the buffers
+        # key_states [rows, heads, 1, width] -> [rows, heads, width]
         rows = len(key_states)
         index = torch.arange(rows, device=key_states.device)
         self.keys[index, :, self.positions] = key_states[:, :, 0].to(self.keys.dtype)
         self.values[index, :, self.positions] = value_states[:, :, 0].to(self.values.dtype)
+        # views, no copies: [rows, heads, length, width]
         return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
 
     def take(self, slots: Tensor, sources: Tensor) -> None:
@@ -67,6 +69,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.fresh is not None and self.keys is not None and self.values is not None
         # padding of shorter prompts is copied, too; the next tokens of the slot overwrite it
         for buffer, fresh in zip((self.keys, self.values), self.fresh, strict=True):
+            # fresh [prompts, heads, tokens, width] -> [slots, heads, tokens, width]
             buffer[slots, :, : fresh.shape[2]] = fresh[sources].to(buffer.dtype)
         self.fresh = None
 
@@ -127,6 +130,7 @@ class SlotCache(Cache):
         if slots > self.slots or capacity > self.capacity:
             self.slots = max(slots, self.slots)
             # rounded up, so that reallocation and new compiled shapes are rare
+            # capacity = ceil(capacity / GROWTH) * GROWTH
             self.capacity = max(-(-capacity // GROWTH) * GROWTH, self.capacity)
             for layer in self._written():
                 layer.grow(self.slots, self.capacity)

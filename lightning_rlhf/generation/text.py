@@ -31,4 +31,6 @@ def drawn_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence
     before = list(prompt.ids[-CONTEXT:])
     known = str(tokenizer.decode(before, skip_special_tokens=True))
     both = str(tokenizer.decode(before + body, skip_special_tokens=True))
+    # a character of several byte tokens may begin in the prompt and end in the response: the decoded prompt
+    # is then no prefix of both
     return both[len(known) :] if known and both.startswith(known) else alone

@@ -113,6 +113,7 @@ class VLLMEngine(AbstractEngine):
         self._llm: LLM | None = None
         # `weight_sums` of the weights that vLLM has
         self._pushed: Tensor | None = None
+        # held by the engine: the folder is deleted when this object is collected
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_rlhf_vllm_")
         self._num_pushed = 0
 
@@ -160,6 +161,7 @@ class VLLMEngine(AbstractEngine):
         folder = Path(self._folder.name) / f"policy-{self._num_pushed}"
         save_policy(self.policy, self.tokenizer, folder)
         if self._llm is None:
+            # vLLM takes the name of the data type, "bfloat16" for torch.bfloat16
             dtype = str(self.policy.dtype).removeprefix("torch.")
             self._llm = self._vllm.LLM(model=str(folder), dtype=dtype, gpu_memory_utilization=self.gpu_share)
         else:
@@ -198,6 +200,7 @@ def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[
         # stop at these EOS ids only, not at those that vLLM reads from the checkpoint
         "ignore_eos": True,
         "stop_token_ids": sorted(eos_ids),
+        # `drawn_text` makes the text from the ids
         "detokenize": False,
     }
 
@@ -228,7 +231,9 @@ def response_from_completion(
 
 def weight_sums(policy: torch.nn.Module) -> Tensor:
     """Sum of each trained tensor, [tensors], float64 on the CPU: a checksum that changes with the weights."""
+    # frozen parameters do not change, so their sums would tell nothing
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    # in float64: a small update must not vanish in the rounding of a large sum
     sums = [parameter.detach().sum(dtype=torch.float64) for parameter in trained]
     return torch.stack(sums).cpu() if sums else torch.zeros(0)
 

@@ -191,6 +191,7 @@ class LocalJudge:
             tokens_per_batch=self.options.scoring_batch_tokens,
         )
         texts = [Prompt(i, self.prompt_ids(prompt), prompt.text) for i, prompt in enumerate(prompts)]
+        # as in `_cached`: the precision of the training run must not change the judge
         with torch.autocast(self.device.partition(":")[0], enabled=False):
             responses = engine.generate([Request(text, key) for text, key in zip(texts, keys, strict=True)])
         return [Written(response.text, cut=response.finish_reason == "length") for response in responses]
@@ -201,6 +202,7 @@ class LocalJudge:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _untrusted(self, text: str) -> Ids:
+        # a response that spells out a control token must not end the turn of the user
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return tuple(encoded["input_ids"])
 
@@ -249,15 +251,18 @@ class LocalJudge:
         if digest is None:
             return None
         folder = Path(value).expanduser() if value else cache_folder() / "judge_logps"
+        # the data type changes the rounding of log-probabilities: each has a file of its own
         return CacheFile(folder / f"{digest}-{self.options.dtype}.sqlite", "judge", VARIABLE)
 
 
 def _usable(value: bytes, count: int) -> bool:
     """Whether a row holds that many log-probabilities, and numbers."""
+    # float32, 4 bytes per label; NaN is left by a judge that overflowed
     return isinstance(value, bytes) and len(value) == 4 * count and not np.isnan(np.frombuffer(value, "<f4")).any()
 
 
 def _key(prefix: Ids, spelling: LabelSpelling) -> bytes:
+    # not hash(), which differs from process to process for strings
     digest = hashlib.blake2b(repr(spelling).encode(), digest_size=16)
     digest.update(np.asarray(prefix, "<i8").tobytes())
     return digest.digest()

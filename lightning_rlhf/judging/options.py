@@ -84,6 +84,7 @@ class RequestOptions:
     max_wait: float = 60.0
 
     def __post_init__(self) -> None:
+        # `not x > 0` also refuses NaN
         if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0 or not self.max_wait >= 0:
             raise ValueError(
                 f"requests.concurrency must be >= 1, requests.retries and requests.max_wait >= 0, requests.timeout "

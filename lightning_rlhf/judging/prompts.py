@@ -231,6 +231,7 @@ def _shown(task: Task, sample: Sample, max_chars: int | None) -> str:
     in_context = tuple(mark for mark in marks if mark not in _TURNS)
     lines = [f"{task.context} - {harmless(context_text(sample.context), in_context)}"]
     for number, candidate in enumerate(sample.candidates, start=1):
+        # before `harmless`, which removes the punctuation by which verdicts are found
         text = candidate.strip() if task.pair is None else without_verdicts(candidate, task.pair).strip()
         if max_chars is not None and len(text) > max_chars:
             text = f"{text[:max_chars]} {CUT}"

@@ -131,6 +131,7 @@ def parse_completion(body: str) -> Completion:
         raise UnreadableError(f"the reply has {len(body)} characters, more than the {MOST_CHARACTERS} that are read")
     try:
         raw = json.loads(body)
+    # deeply nested JSON raises RecursionError
     except (ValueError, RecursionError):
         cut = body.lstrip().startswith("{") and not body.rstrip().endswith("}")
         message = "the reply breaks off in the middle" if cut else f"the reply is no JSON: {body[:80]!r}"
@@ -241,6 +242,7 @@ def _places(logprobs: object, text: str) -> tuple[Place, ...] | None:
         return None
     if not isinstance(content, list):
         raise _wrong("logprobs.content", "a list or null", content)
+    # a text has tokens: a server that lists none of them gives no log-probabilities
     return None if text and not content else tuple(map(_place, content))
 
 
@@ -276,6 +278,7 @@ def _token(raw: object, field: str) -> tuple[str, float]:
     # a bool is an int, and NaN differs from itself
     if isinstance(logprob, bool) or not isinstance(logprob, int | float) or logprob != logprob or logprob > SLACK:
         raise _wrong(f"logprob in {field}", "a number of 0 at most", logprob)
+    # clamped to [-1000, 0]: rounding may exceed 0, and math.exp fails on a huge integer of JSON
     return _plain(token), math.exp(max(min(logprob, 0), -1000))
 
 
@@ -297,6 +300,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
     assert completion.places is not None
     places = completion.places
     folded = [label.casefold() for label in labels]
+    # labels that differ in case alone, such as "A" and "a", are compared as they are
     names = folded if len(set(folded)) == len(labels) else list(labels)
 
     def plain(text: str) -> str:
@@ -313,8 +317,10 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
             if written and text == plain(written):
                 continue  # an end of text that is spelt with nothing: `ended` holds it
             begins = any(name != text and name.startswith(text) for name in names)
+            # P(label ends here) = P(written) - sum of P(tokens that continue the number or word)
             if _continues(plain(written), token):
                 ended -= here
+            # followed only where the next token is known, or the judge stopped behind this one
             if begins and token == place.chosen and (number + 1 < len(places) or completion.stopped):
                 path = (written + token, here)
             elif begins and text:
@@ -324,6 +330,7 @@ def read_labels(completion: Completion, labels: Sequence[str], stem: str = "", p
         if plain(written) in found:
             found[plain(written)] += max(ended, 0.0)
         listed = {plain(written + token) for token in place.listed}
+        # "10" is listed as one token: the vocabulary does not write it as "1" and "0", so "1" is a label
         for text in [text for text in open_ if text in found]:
             if any(name != text and name.startswith(text) for name in listed & set(names)):
                 found[text] += open_.pop(text)

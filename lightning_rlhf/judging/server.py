@@ -382,6 +382,7 @@ class Session:
                 it, as by a model that thinks first, ``invalid`` otherwise.
             ServerError: if the endpoint cannot be used as it is set up.
         """
+        # a greedy text does not depend on the seed: with one, equal requests would differ in the journal
         random_fields = {"top_p": top_p, "seed": seed & 0x7FFFFFFF} if temperature > 0 else {}
         completion, usage = await self._send(
             self._request(prompt, prompt.answer, max_tokens=max_tokens, temperature=temperature, **random_fields)
@@ -419,6 +420,7 @@ class Session:
         # address and whole request, so that another model or temperature is another question
         name = _digest(self.server.base_url, request)
         if name not in self._asked:
+            # a task and not its result: an equal request that comes meanwhile joins the one in flight
             self._asked[name] = asyncio.create_task(self._answer(name, request))
         return await self._asked[name]
 
@@ -467,6 +469,7 @@ class Session:
         known = {"model": request["model"], "messages": request["messages"]}
         others = {field: value for field, value in request.items() if field not in known}
         try:
+            # limits the whole attempt; the timeout of the client starts again with every piece of the reply
             async with asyncio.timeout(server.requests.timeout):
                 raw = await self._create(**known, extra_body=others)
             content: bytes = raw.http_response.content
@@ -489,6 +492,7 @@ class Session:
             completion = parse_completion(body)
         except UnreadableError as error:
             if error.code is not None or error.error_code:
+                # a reported error without an HTTP status may be transient: another attempt is made
                 found = status_fault(error.code or 400, str(error), error.error_code, raw.headers, first=False)
                 return replace(found, again=found.again or (error.code is None and found.status == "invalid"))
             return Fault("truncated" if error.cut else "invalid", str(error), again=True)
@@ -544,15 +548,23 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
     A date is compared with the server's own clock where the reply has it: ours may be wrong.
     """
-    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after", "")
-    try:
-        seconds = float(milliseconds) / 1000 if milliseconds else float(value)
-    except ValueError:
+    milliseconds, value = _number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
+    seconds = _number(value) if milliseconds is None else milliseconds / 1000
+    if seconds is None:
         until, shown = _seconds_of(value), _seconds_of(headers.get("date", ""))
         if until is None:
             return None
         seconds = until - (now if shown is None else shown)
+    # a date in the past is no wait; NaN, which float() reads, differs from itself
     return max(seconds, 0.0) if seconds == seconds else None
+
+
+def _number(text: str) -> float | None:
+    """A number of a header; None if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _seconds_of(date: str) -> float | None:
@@ -619,6 +631,7 @@ def without_control_tokens(text: str) -> str:
 
 
 def _digest(*parts: object) -> bytes:
+    # sorted keys, so that the order of the fields does not change the name of a request
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).digest()
 
 
@@ -663,6 +676,7 @@ def _nothing_said(completion: Completion, usage: Usage) -> UnansweredError:
 def _run(coroutine: Coroutine[object, None, T]) -> T:
     """Run a coroutine to its end, in a notebook too, where a loop is running already."""
     try:
+        # asyncio.run fails inside a running loop: another thread has none
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)

@@ -198,6 +198,7 @@ def _pair(section: _Section) -> PairTask:
             context=part.take("context", str),
             first=part.take("first", str),
             second=part.take("second", str),
+            # YAML reads an unquoted 1 as a number
             label=str(part.take("label", (str, int))),
             rationale=part.take("rationale", str, ""),
         )
@@ -241,6 +242,7 @@ class _Section:
         # no default: the field is needed
         if value is ...:
             raise ValueError(f"{self.source}: {self.path}{name} is missing")
+        # a default need not be of the kind, such as None for a section that is absent
         if value is not default and not isinstance(value, kind):
             raise ValueError(f"{self.source}: {self.path}{name} has the wrong kind; got {value!r}")
         # YAML blocks end with a line feed that nobody meant; endings may end with a space that somebody did
@@ -248,6 +250,7 @@ class _Section:
 
     def strings(self, name: str, default: object) -> tuple[str, ...]:
         values = self.take(name, list, default)
+        # YAML reads an unquoted yes as true, whose text "True" would be another label; a bool is an int
         texts = [value for value in values if isinstance(value, str | int) and not isinstance(value, bool)]
         if not values or len(texts) < len(values) or not all(map(str, values)):
             raise ValueError(
@@ -303,6 +306,7 @@ class _Section:
         return task
 
     def finish(self) -> None:
+        # a misspelled optional field would silently keep its default
         unknown = sorted(set(map(str, self.raw)) - self.taken)
         if unknown:
             raise ValueError(

@@ -66,4 +66,5 @@ def spread(label_logps: Tensor, values: Sequence[float]) -> Tensor:
 def to_unit_range(value: Tensor, values: Sequence[float]) -> Tensor:
     """Affine map of the range of values to [-1, 1], [...]; of scores 1 to 10 it is (2 s - 11) / 9."""
     low, high = min(values), max(values)
+    # low -> -1, high -> 1
     return 2 * (value - low) / (high - low) - 1

@@ -33,6 +33,7 @@ def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:
     Args:
         prices: price of each part, by a name without spaces or colons that is the same when it is asked for again.
     """
+    # repr gives back the same float when it is read again
     parts = " ".join(f"{name}:{price!r}" for name, price in prices.items() if price)
     return {"cost_parts": parts} if parts else {}
 

@@ -43,6 +43,7 @@ class AbstractJudgeLabeler(AbstractLabeler):
     ) -> None:
         if shots < 0 or max_candidate_chars < 1:
             raise ValueError(f"shots must be >= 0 and max_candidate_chars >= 1; got {shots} and {max_candidate_chars}")
+        # 1 would refuse every answer; also refuses NaN
         if not 0 <= min_mass < 1:
             raise ValueError(f"min_mass must be in [0, 1); got {min_mass}")
         self.task = load_task(task)

@@ -97,6 +97,7 @@ class LLMLabeler(AbstractJudgeLabeler):
         prompts = [self.prompt(sample, text) for sample, text in zip(shown, rationales, strict=True)]
         # log P(label | prompt, rationale), in double precision for the sum over the two orders
         logps = self.judge.label_logps(prompts, self.task.asked_for_pairs().labels).double()
+        # [comparisons * orders * rationales, labels] -> [comparisons, orders, rationales, labels]
         logps = logps.view(len(fitting), 2, self.num_rationales, 2)
         too_long = {"fault": "the responses alone are too long for the judge"}
         labels = [Label(None, "truncated", self.cost, too_long)] * len(comparisons)
@@ -114,6 +115,7 @@ class LLMLabeler(AbstractJudgeLabeler):
         for comparison in comparisons:
             own = comparison_key(key, comparison)
             for order in range(2):
+                # own random numbers for each: samples of an order with equal ones would all be the same text
                 keys += [own.fold(order, number) for number in range(self.num_rationales)]
         return keys
 

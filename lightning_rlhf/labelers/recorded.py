@@ -45,4 +45,5 @@ def recorded_probability(comparison: Comparison) -> float:
             f"{comparison.prompt.index}; got {first!r} (branch {comparison.branch!r}). A recorded label is about the "
             f"recorded responses only: use the offline sampler with it, or another labeler with this sampler"
         )
+    # P(a preferred) = 1 - P(chosen preferred) where a is the rejected response
     return recorded.probability if first else 1.0 - recorded.probability

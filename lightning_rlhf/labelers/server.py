@@ -148,6 +148,7 @@ class ServerLabeler(AbstractJudgeLabeler):
 
     def _label(self, judged: Sequence[_Judgement]) -> Label:
         """Label of a comparison, from the judgements with a first and then those with b first."""
+        # `Usage` adds by the name of a reply: requests that are equal in both orders are paid for once
         usage = sum((each.usage for each in judged), Usage())
         prices = self.server.costs(usage)
         cost = sum(prices.values())

@@ -44,6 +44,7 @@ def get_value(db: sqlite3.Connection, key: str) -> Any:
     try:
         return None if row is None else json.loads(row[0])
     except (ValueError, TypeError) as error:
+        # without an error code of SQLite, so that `explained` reports a damaged ledger
         raise sqlite3.DatabaseError(f"the value of {key!r} is no JSON") from error
 
 
@@ -68,6 +69,8 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
     except OSError as error:
         message = f"cannot create the folder of the ledger ({error.strerror}); choose a run folder where you may write"
         raise type(error)(error.errno, message, str(path)) from error
+    # isolation_level None: the module would begin transactions by itself, and the store begins its own;
+    # check_same_thread False: threads share the connection, one at a time behind the mutex of the store
     return sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
 
 
@@ -106,6 +109,7 @@ def take_lease(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
         lease.close()
         if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
             raise
+        # a file without tables has nowhere to look up its writer
         holder = get_value(db, "writer") if check_is_ledger(db, path) else None
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         raise RuntimeError(
@@ -119,6 +123,7 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
     """Make every commit durable, create the tables of a new ledger, and sign as its writer."""
     # A comparison with log-probabilities takes kilobytes: pages of the default 4096 would stay half empty. synchronous:
     # EXTRA is FULL where the file system can do WAL, and as durable where SQLite has to stay with a rollback journal.
+    # before BEGIN and WAL: the page size is fixed by then, and foreign_keys is ignored in a transaction
     for pragma in ("page_size = 16384", "synchronous = EXTRA", "fullfsync = ON", "foreign_keys = ON"):
         db.execute(f"PRAGMA {pragma}")
     is_new = not check_is_ledger(db, path)  # asked again, because only now nobody else can create it
@@ -137,6 +142,7 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
         db.execute(f"PRAGMA user_version = {version}")
     set_value(db, "writer", {"pid": os.getpid(), "host": socket.gethostname()})
     db.execute("COMMIT")
+    # after COMMIT: SQLite does not change the journal mode within a transaction
     db.execute("PRAGMA journal_mode = WAL")
     if is_new and os.name == "posix":  # the name of the new file must survive a power loss, too
         folder = os.open(path.parent, os.O_RDONLY)
@@ -167,6 +173,7 @@ def explained(path: Path) -> Iterator[None]:
         raise ValueError(f"ledger {path} is damaged: its schema is no text; restore a copy") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is the primary one
+        # a missing table or column is SQLITE_ERROR; a ProgrammingError is a wrong call, not a damaged file
         if code in (0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT) and not isinstance(error, sqlite3.ProgrammingError):
             raise ValueError(f"ledger {path} is damaged ({error}); restore a copy") from error
         if code == sqlite3.SQLITE_NOTADB:

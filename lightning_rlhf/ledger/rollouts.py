@@ -87,6 +87,7 @@ class RolloutTable:
             ValueError: if a rollout has a score already: it would have been bought twice.
         """
         now = time.time()
+        # before the transaction: a reward that is not finite leaves no trace
         rows = [score_row(*values, now) for values in zip(ids, rewards, stds, strict=True)]
         with self.store.writing() as db:
             # inside the transaction, so that all scores are added or none
@@ -101,7 +102,9 @@ class RolloutTable:
     def rollouts(self, round: int) -> list[tuple[int, int, Rollout]]:
         """The rollouts of a round with their ids and positions, by position and sample."""
         with self.store.reading() as db:
+            # a read-only store does not upgrade the file, and version 1 has no table of rollouts
             rows = db.execute(SELECT_ROLLOUTS, (round,)).fetchall() if schema_version(db) >= 2 else []
+        # by row number: the responses to a prompt share one decoded prompt
         prompts: dict[int, Prompt] = {}
         with readable(self.store.path, f"round {round}"):
             return [decode_rollout(row, prompts) for row in rows]

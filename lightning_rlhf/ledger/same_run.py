@@ -61,6 +61,7 @@ def digest_of_rows(prompts: Sequence[Prompt]) -> RowDigest:
     for prompt in prompts:
         digest = hashlib.blake2b(digest_size=16)
         for part in _parts(prompt):
+            # the length first: without it ("ab", "c") and ("a", "bc") would have one digest
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         whole.update(digest.digest())
@@ -88,6 +89,7 @@ def _response(response: Response) -> Iterator[bytes]:
 
 def _content(ids: Sequence[int], text: str) -> Iterator[bytes]:
     yield array("q", ids).tobytes()
+    # a text may hold lone surrogates, which strict UTF-8 refuses to encode
     yield text.encode("utf-8", "surrogatepass")
 
 
@@ -106,6 +108,7 @@ def row_differences(then: RowDigest, now: RowDigest, prompts: Sequence[Prompt], 
     line = f"  {source}: other rows; {then['count']} {where}, {now['count']} now"
     if "each" in then and "each" in now:
         old, new = _short_digests(then["each"]), _short_digests(now["each"])
+        # only the rows that both have; appended rows are named below
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
         if changed:
             line += f", {len(changed)} changed in place, first {_named(prompts[changed[0]], changed[0])}"
@@ -145,6 +148,7 @@ def check_same_run(
     Raises:
         ValueError: naming every setting that differs, with both values, and the first row.
     """
+    # as it reads back from the ledger: JSON turns tuples into lists, and keys into strings
     now: Settings = json.loads(json.dumps(dict(settings)))
     rows = digest_of_rows(prompts)
     stored = store.fingerprint()
@@ -161,11 +165,13 @@ def check_same_run(
             old, new = without_arguments(old, "labeler", "reward"), without_arguments(new, "labeler", "reward")
         if stored_rows is not None:
             lines = row_differences(stored_rows, rows, prompts, source, "in the ledger")
+            # the rows themselves were compared: their file may have moved
             old, new = without_arguments(old, "prompts"), without_arguments(new, "prompts")
         else:
             lines = prompt_differences(store, prompts, source)
         lines = [*differences(old, new, "in the ledger"), *lines]
         if restores_weights:
+            # the checkpoint replaces weights of models in memory before they are used
             lines = [line for line in lines if ".weights: " not in line]
         if lines:
             raise ValueError(
@@ -191,6 +197,7 @@ def check_same_settings(store: PreferenceStore, settings: Mapping[str, object], 
     Raises:
         ValueError: naming every setting that differs, with both values.
     """
+    # as it reads back from the ledger, see `check_same_run`
     now: Settings = json.loads(json.dumps(with_contents(dict(settings))))
     stored = store.fingerprint()
     if stored is not None:
@@ -226,6 +233,7 @@ def prompt_differences(store: PreferenceStore, prompts: Sequence[Prompt], source
     now = {prompt.index: prompt for prompt in prompts}
     for held in store.prompts():
         found = now.get(held.index)
+        # a ledger keeps no completions
         if found is None or replace(found, completion=None) != held:
             text = None if found is None else found.text[-60:]
             return [
@@ -250,6 +258,7 @@ def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
             f"holds stay as they were sampled and labelled"
         )
     if {**before, **code} != before:
+        # stored also after a warning, so that one change of the code warns once
         store.set_values({CODE: {**before, **code}})
 
 

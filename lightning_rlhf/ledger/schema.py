@@ -35,6 +35,7 @@ _TYPES["index"] = "INTEGER"
 
 
 def _declare(columns: list[str]) -> str:
+    # the last word of a name decides the type: a_policy_logps is a BLOB, response_text is TEXT
     return ", ".join(f"{name} {_TYPES.get(name.split('_')[-1], 'TEXT')}" for name in columns)
 
 
@@ -66,6 +67,7 @@ SCHEMA = [
     "status TEXT NOT NULL, probability REAL, cost REAL NOT NULL, meta TEXT NOT NULL, time REAL NOT NULL, "
     "CHECK ((status = 'ok') = (probability IS NOT NULL)))",
     "CREATE INDEX attempts_of_comparison ON attempts (comparison)",
+    # the database itself refuses a second paid label of a comparison
     "CREATE UNIQUE INDEX one_label_per_comparison ON attempts (comparison) WHERE status = 'ok'",
     "CREATE TRIGGER attempts_are_never_changed BEFORE UPDATE ON attempts BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER attempts_are_never_deleted BEFORE DELETE ON attempts BEGIN SELECT RAISE(ABORT, 'append-only'); END",
@@ -136,6 +138,7 @@ def score_row(rollout: int, reward: float, std: float | None, time: float) -> tu
 def decode_rollout(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[int, int, Rollout]:
     """Read a row of `SELECT_ROLLOUTS`: id, position, rollout; ``prompts`` as in `decode`."""
     # in the order of SELECT_ROLLOUTS
+    # id, position, temperature, values, response [4:10], prompt id, prompt [11:-2], reward, std
     identity, position, prompt = cast(tuple[int, int, int], (row[0], row[1], row[10]))
     temperature, reward, std = cast(tuple[float, float | None, float | None], (row[2], row[-2], row[-1]))
     if prompt not in prompts:
@@ -149,12 +152,14 @@ def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:
     where = f"prompt {prompt.index}"
     chosen, rejected = prompt.pair or (None, None)
     turns: object = prompt.messages
+    # `to_prompt` knows turns with options by the dictionary, and plain turns by the list
     if prompt.template_options:
         turns = {"turns": prompt.messages, "template_options": prompt.template_options}
     messages = None if prompt.messages is None else json.dumps(turns)
     recorded = None if prompt.recorded is None else json.dumps(asdict(prompt.recorded))
     row: tuple[Cell, ...] = (prompt.index, _pack(prompt.ids, "i"), _text(prompt.text, where), messages, recorded)
     row += (*_response_row(chosen, where), *_response_row(rejected, where))
+    # UNIQUE (prompt_index, hash): an index on all columns would store every prompt twice
     digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
     found = db.execute("SELECT id FROM prompts WHERE prompt_index = ? AND hash = ?", (prompt.index, digest)).fetchone()
     if found is not None:
@@ -172,6 +177,7 @@ def decode(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[int, int,
         prompts: prompts decoded so far, by row number; extended, so that a prompt that occurs often is decoded once.
     """
     # in the order of SELECT_COMPARISONS
+    # position, id, branch to meta [2:6], a [6:12], b [12:18], prompt id, prompt [19:-4], label, tie
     position, identity, prompt = cast(tuple[int, int, int], (row[0], row[1], row[18]))
     branch, weight, passes, meta = row[2:6]
     probability, cost, label_meta = cast(tuple[float | None, float, str], row[-4:-1])
@@ -251,10 +257,12 @@ def _floats(blob: object) -> tuple[float, ...] | None:
 
 
 def _unpack(blob: bytes, kind: str) -> tuple[int, ...]:
+    # a blob that is cut in the middle of a number fails here with struct.error
     return struct.unpack(f"<{len(blob) // struct.calcsize('<' + kind)}{kind}", blob)
 
 
 def _finite(value: float, name: str) -> float:
+    # SQLite stores NaN as NULL, which would read back as a missing number
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be a finite number")
     return float(value)
@@ -271,6 +279,7 @@ def _meta(meta: Mapping[str, object], where: str) -> str:
 
 
 def _text(text: str, where: str) -> str:
+    # sqlite3 encodes text as UTF-8 and would refuse a lone surrogate without naming the row
     try:
         text.encode()
     except UnicodeEncodeError as error:

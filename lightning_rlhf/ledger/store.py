@@ -71,6 +71,7 @@ class PreferenceStore:
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
         self.path = Path(path)
         self.read_only = read_only
+        # re-entrant: `snapshot` holds it while the same thread reads
         self._mutex = threading.RLock()
         self._pid = os.getpid()
         self._lease: sqlite3.Connection | None = None
@@ -78,6 +79,7 @@ class PreferenceStore:
         with explained(self.path):
             self._connection = connect(self.path, read_only)
             try:
+                # before the lock, so that a file of another program gets no .lock beside it
                 is_ledger = check_is_ledger(self._connection, self.path)
                 if not read_only:
                     self._lease = take_lease(self._connection, self.path)
@@ -86,6 +88,7 @@ class PreferenceStore:
                     raise ValueError(f"{self.path} is empty, not a ledger; pass the ledger of a run that has started")
                 self.run_id: str = get_value(self._connection, "run_id")
             except BaseException:
+                # also on KeyboardInterrupt: the right to write must not stay taken
                 self.close()
                 raise
 
@@ -94,6 +97,7 @@ class PreferenceStore:
         if self._pid != os.getpid():
             return  # a forked child must not touch what its parent has open
         with self._mutex:
+            # the lease last: the next writer begins when this one has closed the file
             for connection in (self._connection, self._lease):
                 if connection is not None:
                     connection.close()
@@ -169,6 +173,7 @@ class PreferenceStore:
         if stored is None:
             self.set_fingerprint(d)
             return
+        # JSON turns tuples into lists, as in the stored settings
         lines = differences(stored, json.loads(json.dumps(dict(d))), "in the ledger")
         if lines:
             raise ValueError(
@@ -228,6 +233,7 @@ class PreferenceStore:
                 ids.append(identity)
                 if position not in stored:
                     inserts.append((identity, round, position, prompt, *row))
+            # a closed round refuses new pairs only: stored ones may come again after a restart
             if inserts and db.execute("SELECT 1 FROM rounds WHERE round = ?", (round,)).fetchone():
                 raise ValueError(f"round {round} of {self.path} is closed; add new comparisons to a later round")
             db.executemany(INSERT_COMPARISON, inserts)
@@ -248,6 +254,7 @@ class PreferenceStore:
         if len(ids) != len(labels):
             raise ValueError(f"got {len(labels)} labels for {len(ids)} comparisons; pass one per comparison, in order")
         now = time.time()
+        # before the transaction: a malformed label leaves no trace
         rows = [attempt_row(identity, label, now) for identity, label in zip(ids, labels, strict=True)]
         with self.writing() as db:
             for identity, label, row in zip(ids, labels, rows, strict=True):
@@ -307,6 +314,7 @@ class PreferenceStore:
     def prompts(self) -> Iterator[Prompt]:
         """The prompts of all comparisons and rollouts, each once, in arbitrary order."""
         with self.reading() as db:
+            # all rows at once: a suspended generator must not hold the mutex
             rows = db.execute(f"SELECT {', '.join(PROMPT_COLUMNS)} FROM prompts").fetchall()
         with readable(self.path, "the table of prompts"):
             yield from map(to_prompt, rows)
@@ -319,6 +327,7 @@ class PreferenceStore:
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
         """The comparisons of a round in order of position, each with its id and its label, None if it has none yet."""
+        # positions > -1, and LIMIT -1 is no limit
         return [row[1:] for row in self._page(round, -1, -1)]
 
     def positions(self, round: int) -> list[int]:
@@ -375,6 +384,7 @@ class PreferenceStore:
         for round in rounds:
             # pages of rows, so that a large ledger does not fill the memory
             position = -1
+            # the inner loop leaves position at the last row of the page, behind which the next page begins
             while page := self._page(round, position, PAGE):
                 for position, _, comparison, label in page:
                     yield round, position, comparison, label
@@ -385,6 +395,7 @@ class PreferenceStore:
         if not self.read_only:
             raise RuntimeError(f"ledger {self.path} is open for writing; take snapshots with read_only=True")
         with self.reading() as db:
+            # a deferred transaction: the first read fixes the state
             db.execute("BEGIN")
             try:
                 yield
@@ -419,6 +430,7 @@ class PreferenceStore:
             stored = db.execute("SELECT info FROM rounds WHERE round = ?", (round,)).fetchone()
             if stored is None:
                 db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (round, text, time.time()))
+            # as values: the order of the keys does not count
             elif json.loads(stored[0]) != json.loads(text):
                 raise ValueError(f"round {round} of {self.path} was closed before with {stored[0]}; got {text}")
 
@@ -437,6 +449,7 @@ class PreferenceStore:
         """Number of labels with status ``"ok"`` in rounds before round ``before``."""
         with self.reading() as db:
             query = (
+                # from the attempts, since the table of totals does not tell rounds apart
                 "SELECT COUNT(*) FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
                 "WHERE c.round < ?"
             )

@@ -75,6 +75,7 @@ def segment_attention(
             then chooses another layout.
     """
     spans: Sequence[Span] | None = getattr(attention_mask, "spans", None)
+    # these are not applied below: the attention of such a model would be wrong without them
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
     if spans is None or unknown:
         raise ValueError(f"segment attention cannot run this layer: {unknown or 'the segments did not reach it'}")
@@ -86,6 +87,7 @@ def segment_attention(
         # query i attends to keys 0 .. prompt + i: causal, aligned at the lower right corner
         rows, columns = q.shape[2], k.shape[2]
         mask: Tensor | None = None
+        # a window of at least all keys hides none of them: no dense mask is needed
         if window is not None and columns > window:
             mask = _window(rows, columns, window, q.device)
         elif prompt and q.is_cuda:
@@ -101,6 +103,7 @@ def segment_attention(
     if nodes:
         return torch.cat(_along_branches(nodes, query, key, value, attend), 1), None
     # the first response runs in one causal piece with its prompt
+    # lengths of the pieces: [prompt + r1, r2, ..., rk] per group
     lengths: list[int] = []
     for prompt, (first, *others) in spans:
         lengths += [prompt + first, *others]
@@ -148,6 +151,7 @@ def attending_in_segments(base: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = NAME
         yield
     finally:
+        # also after an error: a probe catches it and goes on with other layouts
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
 

@@ -220,6 +220,7 @@ def _forward(
     if mode == "gathered":
         with before_head(head, choose):
             return _plain_scores(run(), packed.targets, temperature, statistics)
+    # a subclass may compute something else than W h + b, which `score_tokens` computes from the weights
     if type(head) is not nn.Linear:
         raise ValueError(f"its head is a {type(head).__name__}")
 
@@ -251,6 +252,7 @@ def _plain_scores(logits: Tensor, targets: Tensor, temperature: float, statistic
     logps = -F.cross_entropy(logits, targets, reduction="none")
     if not statistics:
         return TokenScores(logps)
+    # metrics without a gradient: autograd would keep the softmax, [tokens, vocabulary], for the backward pass
     with torch.no_grad():
         # H = -sum_v p_v log p_v
         entropy: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
@@ -358,6 +360,7 @@ def logits_at(model: nn.Module, head: nn.Module | None, places: Tensor, **inputs
     """
 
     def choose(hidden: Tensor) -> Tensor:
+        # [rows, length, width] -> [1, places, width]
         return hidden.flatten(0, 1).index_select(0, places)[None]
 
     if head is None:
@@ -411,7 +414,10 @@ def _probe(model: nn.Module) -> _Support:
     weight = embedding(base)
     groups = probe_groups(base.config.get_text_config().vocab_size)
     padded = pack(groups, "padded")
+    # three tiles, so that the probe compares the fused head across tiles, too
     tile = len(padded.targets) // 3
+    # dropout would make two equal computations differ; under autocast the tolerance, which is that of the
+    # data type of the weights, would be too small
     with evaluating(model.modules()), torch.autocast(weight.device.type, enabled=False):
         rows: list[PackedResponses] = []
         for prompt, responses in groups:
@@ -434,6 +440,7 @@ def _probe(model: nn.Module) -> _Support:
             return reason_against(lambda: compare(packed, mode, expected))
 
         gathered = obstacle(padded, "gathered", full) if _head(base) is not None else "it names no head"
+        # the fused head runs on gathered positions: where gathering fails, it fails for the same reason
         fused = gathered or obstacle(padded, "fused", full)
         reason = cannot_share(base)
         mode: HeadMode = "gathered" if gathered is None else "full"

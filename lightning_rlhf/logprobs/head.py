@@ -144,6 +144,7 @@ class _Scores(torch.autograd.Function):
         statistics: bool,
         grad: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # needs_input_grad is set under no_grad as well
         need_hidden, need_weight, need_bias = (grad and need for need in ctx.needs_input_grad[:3])
         frozen = need_hidden and not need_weight and not need_bias
         logps, log_sums, entropy, greedy, directions = [], [], [], [], []
@@ -165,11 +166,13 @@ class _Scores(torch.autograd.Function):
                 directions.append(delta.to(compute_dtype) @ weight.to(compute_dtype))
             else:
                 log_sums.append(log_sum)
+            # a single tile is kept for the backward pass; several would be the full logits in memory
             if grad and not frozen and len(hidden) <= tile:
                 kept = logits
         ctx.rule, ctx.tile, ctx.kept, ctx.frozen = rule, tile, kept, frozen
         if grad:
             ctx.compute_dtype = compute_dtype
+            # p = exp(z - logsumexp(z)) in the backward pass: with the saved logsumexp it needs no second one
             saved = [torch.cat(directions)] if frozen else [hidden, weight, bias, targets, torch.cat(log_sums)]
             ctx.save_for_backward(*saved)
         outputs = torch.cat(logps), _cat(entropy), _cat(greedy)
@@ -179,6 +182,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
+        # targets, rule, tile, statistics and grad have no gradient
         rest = (None,) * 5
         if ctx.frozen:
             (directions,) = ctx.saved_tensors

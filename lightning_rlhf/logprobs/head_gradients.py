@@ -128,6 +128,7 @@ def _token_features(hidden: Tensor, targets: Tensor, head: nn.Module, rule: Logi
         v: projection of the hidden states, [dim, width].
     """
     parts = []
+    # tokens whose logits, [tile, vocabulary], are in memory at a time
     tile = max(1, LOGITS_PER_TILE // u.shape[1])
     for states, tokens in zip(torch.split(hidden, tile), torch.split(targets, tile), strict=True):
         logits = rule.apply(head(states).float())

@@ -61,6 +61,7 @@ class PackedResponses:
     def owners(self) -> Tensor:
         """Index of the response that each token belongs to, [tokens]."""
         numbers = torch.arange(len(self.response_lengths), device=self.response_lengths.device)
+        # with output_size, a GPU need not report the sum of the lengths before the next operation
         return numbers.repeat_interleave(self.response_lengths, output_size=len(self.targets))
 
     def to(self, device: torch.device | str) -> PackedResponses:
@@ -156,6 +157,7 @@ def _in_one_row(groups: Sequence[Group]) -> PackedResponses:
         targets=torch.cat([row.targets for row in rows]),
         ends=torch.cat([row.ends + start for row, start in zip(rows, starts, strict=False)]),
         response_lengths=torch.cat([row.response_lengths for row in rows]),
+        # also where each group has one response: the groups share a row and need positions and a mask
         shares_prompt=True,
         spans=tuple((len(prompt), tuple(map(len, responses))) for prompt, responses in groups),
     )
@@ -181,6 +183,7 @@ def attention_mask(packed: PackedResponses, dtype: torch.dtype, window: int | No
     if window is not None:
         visible &= packed.position_ids[:, :, None] - packed.position_ids[:, None, :] < window
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    # [rows, length, length] -> [rows, 1, length, length], the same for all heads
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
@@ -225,6 +228,7 @@ def split_by_tokens(groups: Sequence[Group], tokens_per_batch: int, layout: RowL
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1; got {tokens_per_batch}")
     _check(groups)
+    # length of the longest row of a group, and number of its rows
     longest = [
         len(group[0]) + max(map(len, group[1])) if layout == "padded" else _row_length(group) for group in groups
     ]

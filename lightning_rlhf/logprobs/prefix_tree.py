@@ -164,6 +164,7 @@ def _last_logits_in_rows(model: nn.Module, head: nn.Module | None, texts: Sequen
     length = max(map(len, texts))
     # causal attention never sees padding on the right: no mask is needed
     ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=device)
+    # flat index into [rows * length] of the last token of each text
     ends = torch.tensor([row * length + len(text) - 1 for row, text in enumerate(texts)], device=device)
     inputs = {"input_ids": ids}
     if rotary_window(base_model(model)) is not None:

@@ -103,6 +103,7 @@ def response_values(
     for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
         # V(s_t) reads the hidden state at the token before t
         values = _at_least_float32(head(_states(trunk, packed, packed.predictors)))
+        # [tokens, 1] -> [tokens] -> one tensor per response
         pieces = iter(packed.split(values.view(-1)))
         for index in batch:
             by_group[index] = list(islice(pieces, len(groups[index][1])))
@@ -119,6 +120,7 @@ def _batches(
     # beyond the window, each length has rotary frequencies of its own
     if depends_on_length(base_model(trunk), longest_text(groups)):
         layouts = frozenset({"padded"})
+    # fastest first: no padding, then one computation per prompt, then one per response
     if layout == "auto":
         rows: RowLayout = "padded"
         if "packed" in layouts:
@@ -146,6 +148,7 @@ def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor) -> Tensor
     packed = packed.to(embedding(base).device)
     with attending(base, packed):
         hidden = trunk(**model_inputs(base, packed), use_cache=False).last_hidden_state
+    # [rows, length, width] -> [places, width]
     return cast(Tensor, hidden.flatten(0, 1).index_select(0, places.to(hidden.device)))
 
 
@@ -162,14 +165,18 @@ def _probe(trunk: nn.Module) -> frozenset[RowLayout]:
     base = base_model(trunk)
     weight = embedding(base)
     groups = probe_groups(base.config.get_text_config().vocab_size)
+    # "padded" needs no probe: causal attention never sees padding on the right
     found: set[RowLayout] = {"padded"}
     candidates: list[RowLayout] = []
     if cannot_share(base) is None:
+        # "shared" passes a dense mask, which not all attention kernels take
         candidates = ["packed"] if takes_no_mask(base) else ["packed", "shared"]
+    # dropout and the lower precision of autocast would make equal computations differ
     with evaluating(trunk.modules()), torch.autocast(weight.device.type, enabled=False):
         rows: list[PackedResponses] = []
         for prompt, responses in groups:
             rows.extend(pack([(prompt, [response])], "padded") for response in responses)
+        # the ground truth: each response in a forward pass of its own
         alone = torch.cat([_states(trunk, row, row.ends) for row in rows])
 
         def compare(layout: RowLayout) -> str | None:

@@ -108,10 +108,14 @@ def kl_loss(
             the tokens when this is not given.
     """
     if placement == "reward":
+        # the return and so the advantage holds it already
         return torch.zeros_like(logps)
     if placement == "loss_k3_ratio":
+        # rho has value 1 without log-probabilities at sampling, but still the gradient of log pi
         drawn = logps if sampling_logps is None else sampling_logps
+        # L_t = rho_t k3_t with rho_t = pi(a_t | x_t) / pi_sampling(a_t | x_t)
         return (logps - drawn.detach()).exp() * k3(logps, reference_logps.detach())
+    # L_t = log(pi / pi_ref)^2 / 2 or pi_ref / pi - 1 - log(pi_ref / pi)
     return (k2 if placement == "loss_k2" else k3)(logps, reference_logps.detach())
 
 
@@ -127,6 +131,7 @@ def response_weights(lengths: Tensor, aggregation: Aggregation, mean_length: flo
         max_length: token limit of a response.
     """
     # loss = mean_i w_i sum_t L_{i,t} with w_i = 1, 1/|y_i|, 1/mean |y| or 1/max_length
+    # lengths are integers, weights are not
     ones = torch.ones_like(lengths, dtype=torch.get_default_dtype())
     if aggregation == "sequence_mean":
         return ones / lengths

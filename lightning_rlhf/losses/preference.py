@@ -256,6 +256,7 @@ class XPOLoss(AbstractPreferenceLoss):
 
 
 def _checked_smoothing(label_smoothing: float, name: str) -> float:
+    # at 1/2 the label of cDPO is 1/2 for every pair, and robust DPO divides by 1 - 2 eps = 0
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"{name} expects a label_smoothing in [0, 0.5), the probability that a label is wrong; "

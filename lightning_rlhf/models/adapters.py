@@ -73,9 +73,11 @@ def merged_adapter(folder: Path, trust_remote_code: bool, resolve: Resolve) -> P
             model = open_adapter(folder, source, trust_remote_code)
             rows = [torch.tensor([row]) for row in probe_rows(cast(PreTrainedConfig, model.config))]
             with evaluating(model.modules()):
+                # before merging, which changes the layers in place
                 expected = [model(input_ids=row).logits for row in rows]
             try:
                 # W + (alpha / r) B A
+                # safe_merge raises ValueError where the sum is not finite
                 merged = cast(Callable[..., PreTrainedModel], model.merge_and_unload)(safe_merge=True)
             except (AttributeError, ValueError) as error:
                 raise ValueError(
@@ -96,6 +98,7 @@ def merged_adapter(folder: Path, trust_remote_code: bool, resolve: Resolve) -> P
                 f"changes an embedding that the base shares with its output head); merge it where it was trained, and "
                 f"name the folder of the whole model"
             )
+        # the adapter's own tokenizer first: it may have tokens that the base lacks
         with_tokenizer = folder if (folder / "tokenizer_config.json").exists() else source
         open_tokenizer(with_tokenizer, str(folder), trust_remote_code).save_pretrained(target)
 
@@ -160,6 +163,7 @@ def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, tr
                 f"peft cannot open the adapter in {str(folder)!r} over {base!r}: {error}; correct its "
                 f"adapter_config.json (base_model_name_or_path, modules_to_save), or save it again with save_pretrained"
             ) from error
+        # the report also lists weights of the base and of other adapters, which this file does not hold
         missing = [key for key in report.missing_keys if f".{name}." in f"{key}."]
         unexpected = [key for key in report.unexpected_keys if not _is_second_copy(key, state)]
         if missing or unexpected:

@@ -39,6 +39,7 @@ def cached(name: str, digest: str, build: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        # another process may have built the folder while this one waited for the lock
         if _complete(folder):
             return folder
         for abandoned in (folder, *folder.parent.glob(f".{folder.name}.*.tmp")):
@@ -51,6 +52,7 @@ def cached(name: str, digest: str, build: Callable[[Path], None]) -> Path:
             # the manifest comes last: a folder without one is incomplete
             sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
             (scratch / _MANIFEST).write_text(json.dumps(sizes, indent=1))
+            # atomic: other processes see the whole folder or none
             scratch.rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

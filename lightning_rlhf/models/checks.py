@@ -122,11 +122,13 @@ def tensors_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ValueError(f"{file} has {size} bytes and is cut off, or is no safetensors file; {remedy}")
         try:
             header: dict[str, _TensorHeader] = json.loads(stream.read(length))
+            # the only entry that is no tensor
             header.pop("__metadata__", None)
             tensors = {name: (str(t["dtype"]), tuple(t["shape"])) for name, t in header.items()}
             end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is no safetensors file ({error}); {remedy}") from error
+    # bytes of the file = 8 + length of the header + end of the last tensor
     if size < 8 + length + end:
         raise ValueError(
             f"{file} is cut off: it has {size} bytes, and its header speaks of {8 + length + end}; {remedy}"
@@ -150,6 +152,7 @@ def check_not_quantised(config: PreTrainedConfig, source: Path | str, name: str)
     # some tools write integers without saying so in the config
     for file in sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []:
         for key, (dtype, _) in tensors_of(file).items():
+            # buffers such as masks and position ids are integers in any model
             if key.endswith((".weight", "qweight")) and dtype.startswith(_INTEGERS):
                 raise ValueError(
                     f"{file} holds {key!r} as {dtype}, and the config.json of {name!r} does not say how it was "
@@ -215,6 +218,7 @@ def check_keys(
     shapes = {key[0]: (tuple(key[1]), tuple(key[2])) for key in report["mismatched_keys"] if not may_lack(key[0])}
     if shapes:
         key, (found, wanted) = sorted(shapes.items())[0]
+        # a head of the same width: the number of labels differs
         if key.partition(".")[0] in HEADS and found[1:] == wanted[1:]:
             raise ValueError(
                 f"{name!r} has {found[0]} labels ({key!r} is {list(found)}), and {wanted[0]} is wanted: a reward model "

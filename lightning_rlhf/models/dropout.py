@@ -41,6 +41,7 @@ def without_dropout(model: Model) -> Model:
             if _drops(attribute, value):
                 setattr(module, attribute, 0.0)
         # and some models read the config at every forward pass
+        # a second call finds no value above 0, and must not overwrite the original values
         if isinstance(module, PreTrainedModel) and (kept := config_dropout(module.config)):
             for part, attribute, _ in kept:
                 setattr(part, attribute, 0.0)
@@ -95,9 +96,11 @@ def train_mode_difference(model: nn.Module, ids: Tensor) -> float:
         with evaluating(adapters):
             train = logps()
         with evaluating(list(model.modules())):
+            # max |log pi_train - log pi_eval| over all positions and the vocabulary
             return float((train - logps()).abs().max())
 
 
 def _drops(name: str, value: object) -> bool:
     """Whether an attribute is a probability of dropping something."""
+    # bool is a subclass of int, and flags are no probabilities
     return "drop" in name.lower() and isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1

@@ -25,6 +25,7 @@ def packaged_gguf(package: str) -> Path:
         FileNotFoundError: if the package is not installed, or contains no GGUF file or several.
     """
     try:
+        # None where the installer kept no list of files
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError(
@@ -41,6 +42,7 @@ def converted_gguf(file: Path) -> Path:
     """The safetensors folder made from a GGUF file, with its tokenizer."""
 
     def convert(folder: Path) -> None:
+        # only converting needs gguf: a folder in the cache opens without it
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f"reading {file.name} needs the package gguf; install it with `pip install gguf`")
         # without dequantize=True the model loads as well, but save_pretrained refuses it; early transformers 5 has no

@@ -61,7 +61,9 @@ def probe_rows(config: PreTrainedConfig) -> list[list[int]]:
     """Two short texts of tokens that are neither padding nor the end, since classifiers search for both."""
     text = config.get_text_config()
     avoided = {getattr(text, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
-    size = int(getattr(text, "vocab_size", 0))
+    size = int(getattr(text, "vocab_size", 0)) or 1
     candidates = [j * 31 % size for j in range(1, 60)]
+    # at least one id, where a tiny vocabulary has special tokens only
     ids = [id_ for id_ in candidates if id_ not in avoided] or [0]
+    # 9 and 5 tokens that end alike; repeated, since a small vocabulary may give fewer than 9
     return [(ids * 9)[:9], (ids * 9)[4:9]]

@@ -71,7 +71,9 @@ def load_policy(
     if lora is None:
         return cast(PreTrainedModel, model.train())
     config = lora_config(model, lora, policy, task_type="CAUSAL_LM")
+    # without weights, those of the adapter are on the meta device too
     adapted = cast(PeftModel, get_peft_model(model, config, low_cpu_mem_usage=meta))
+    # here, and not at the end of training, when the policy is saved merged
     refuse_tied_targets(adapted)
     return adapted.train()
 
@@ -118,6 +120,7 @@ def load_scorer(
     )
     if gradient_checkpointing:
         _checkpoint_gradients(model)
+    # raises where there is no such head, also without weights
     score_head(model, num_scores)
     # without weights there is nothing to compare; where models are sharded, rank zero loads them too, and compares
     if not meta and not reads_last_token(model, num_scores):

@@ -70,6 +70,7 @@ def lora_config(model: PreTrainedModel, lora: LoRA, name: str, task_type: str | 
 def _upper_targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """Full names of the targets in the upper layers; peft cannot express a share of the layers."""
     num_layers = model.config.get_text_config().num_hidden_layers
+    # first = L - ceil(share * L), so that a small share still gives one layer
     first = num_layers - math.ceil(lora.top_layers * num_layers)
     # 'all-linear' of peft leaves the output head out as well
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -83,6 +84,7 @@ def _upper_targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
         chosen = [name for name in linear if targets == "all-linear" or re.fullmatch(targets, name)]
     # "model.layers.11.mlp.up_proj" lies in layer 11
     numbered = [(name, re.search(r"\.(\d+)\.", name)) for name in chosen]
+    # linear layers outside of the numbered ones get no adapter
     return [name for name, number in numbered if number is not None and int(number[1]) >= first]
 
 

@@ -68,11 +68,13 @@ class MasterWeights(Optimizer):
         """
         result = None
         if closure is not None:
+            # a step runs without gradients, and the closure computes them
             with torch.enable_grad():
                 result = closure()
         self._hand_settings_down()
         stepped = []
         for weight, master in self._pairs():
+            # a weight in float32 is in the wrapped optimizer itself, with its gradient
             if master is weight:
                 continue
             master.grad = None
@@ -98,8 +100,10 @@ class MasterWeights(Optimizer):
         states = state_dict["state"]
         own = {key: _without_master(state) for key, state in states.items()}
         self.optimizer.load_state_dict({**state_dict, "state": own})
+        # restored outside too, since each step hands the settings of the outer groups down
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
             outer.update({name: value for name, value in inner.items() if name != "params"})
+        # the keys of a state dict follow the order of the groups, as `_pairs` does
         keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         for key, (weight, master) in zip(keys, self._pairs(), strict=True):
             # a checkpoint of a version without copies holds none
@@ -120,6 +124,7 @@ class MasterWeights(Optimizer):
             inner.update({name: value for name, value in outer.items() if name != "params"})
 
     def _share_state(self) -> None:
+        # state_dict reads self.state, which has the weights of the model as keys, not the copies
         for weight, master in self._pairs():
             state = self.optimizer.state.get(master, {})
             if master is not weight:
@@ -168,6 +173,7 @@ def _master(weight: Tensor) -> Tensor:
     """A float32 copy of a weight with fewer bits, sharded as it is; any other weight itself."""
     if not is_half(weight):
         return weight
+    # a copy made in inference mode could not be changed in place by a step
     with torch.inference_mode(False), torch.no_grad():
         return nn.Parameter(weight.detach().to(torch.float32, copy=True))
 

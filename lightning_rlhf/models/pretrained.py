@@ -121,6 +121,7 @@ def _loaded(
             source,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            # pickled weights can run code when they are opened
             use_safetensors=True,
             output_loading_info=True,
             # reported, and refused by `check_keys`
@@ -164,10 +165,13 @@ def _check_weights(
     # a reward model whose head is missing, or has another shape: a new head would lose the trained one
     has_trained_head = not has_no_score or any(key.partition(".")[0] in HEADS for key in report["unexpected_keys"])
     mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    # the head may also come from an adapter, which replaces it
     gets_head = num_scores is not None and (new_head or any(in_score_head(key) for key in replaced))
     from_language_model = gets_head and has_no_score
 
     def may_lack(key: str) -> bool:
+        # a head of another shape is replaced only for several scores: where one is wanted, the checkpoint is
+        # a classifier of several labels and no reward model
         new = num_scores != 1 if key in mismatched else not has_trained_head
         return key in replaced or (new_head and in_score_head(key) and new)
 
@@ -185,13 +189,16 @@ def _check_weights(
 def _language_head(keys: Iterable[str], config: PreTrainedConfig) -> set[str]:
     """Those of some weights that belong to the causal LM of a family; a reward model does not use its head."""
     keys = set(keys)
+    # nothing is left over, as with most checkpoints: no model has to be built
     if not keys:
         return keys
     from_config = cast(Callable[[PreTrainedConfig], PreTrainedModel], AutoModelForCausalLM.from_config)
     try:
+        # only the names matter, so that no memory is needed
         with torch.device("meta"):
             model = from_config(config)
     except (KeyError, ValueError):
+        # without a causal LM of this family, all weights left over are errors
         return set()
     return keys & set(model.state_dict())
 

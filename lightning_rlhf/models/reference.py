@@ -114,10 +114,13 @@ class AdapterOffReference(AbstractReference):
         if any(layer.merged_adapters for layer in self._layers):
             # peft would unmerge first, which rounds the base weights
             raise ValueError("the adapter is merged into the base weights; call policy.unmerge_adapter() first")
+        # nested contexts, and flags that the user has set, must be off afterwards as they were before
         before = [layer._disable_adapters for layer in self._layers]
         with evaluating(self._modules):
             try:
                 for layer in self._layers:
+                    # peft's enable_adapters would also change requires_grad; written to __dict__, since
+                    # setattr of a module is slow and this runs at every token
                     layer.__dict__["_disable_adapters"] = True
                 yield self._model
             finally:
@@ -150,6 +153,7 @@ class AdapterOffReference(AbstractReference):
         def gate(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             del module
             # h = W x + (alpha / r) B (g A x), with g = 1 in rows of the policy and 0 in rows of the reference
+            # policy_rows: [rows] -> [rows, 1, 1] against A x: [rows, tokens, r]
             return (args[0] * policy_rows.view(-1, *[1] * (args[0].dim() - 1)).to(args[0].dtype),)
 
         if any(layer.merged_adapters for layer in self._layers):
@@ -197,8 +201,10 @@ class AdapterSnapshotReference(AbstractReference):
         with evaluating(self._modules):
             try:
                 for (parameter, data), key in zip(before, self._slots, strict=True):
+                    # the policy may have moved to another device; the copy moves once and stays there
                     if self._weights[key].device != data.device:
                         self._weights[key] = self._weights[key].to(data.device)
+                    # the policy may have been cast since; where the types agree, `to` copies nothing
                     parameter.data = self._weights[key].to(data.dtype)
                 yield self._model
             finally:
@@ -248,7 +254,9 @@ class FrozenCopyReference(AbstractReference):
         if rule == "ema" and low:
             self._average = self._average or _copies(low, torch.float32)
         else:
+            # the model takes the new weights themselves, so that an earlier average ends here
             self._average = {}
+        # where there is an average it takes the step, and the model gets its rounded values
         _move({**weights, **self._average}, source, rule, decay)
         _assign(weights, self._average)
         self.version += 1
@@ -259,6 +267,7 @@ class FrozenCopyReference(AbstractReference):
 
     def state_dict(self) -> ReferenceState:
         # a reference without an update is the initial policy, which the run loads anyway
+        # an average in place of its rounded weight: small steps would be lost on resuming
         weights = {**dict(self._model.named_parameters()), **self._average} if self.version else {}
         return {"version": self.version, "weights": _saved(weights)}
 
@@ -266,6 +275,7 @@ class FrozenCopyReference(AbstractReference):
         if state["version"]:
             weights = dict(self._model.named_parameters())
             _load(weights, state["weights"])
+            # an average is recognized by its type, float32, where the model has fewer bits
             self._average = {
                 name: _like(weights[name], tensor)
                 for name, tensor in state["weights"].items()
@@ -290,6 +300,7 @@ def build_reference(policy: Policy, rule: ReferenceRule, original: Policy | None
     if rule not in ("fixed", "previous", "ema"):
         raise ValueError(f"the reference rule must be 'fixed', 'previous' or 'ema'; got {rule!r}")
     if not isinstance(policy, PeftModel):
+        # `update` could not change inference tensors, of which a copy made in inference mode consists
         with torch.inference_mode(False):
             return FrozenCopyReference(copy.deepcopy(policy) if original is None else original)
     return AdapterOffReference(policy) if rule == "fixed" else AdapterSnapshotReference(policy)
@@ -318,6 +329,7 @@ def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items():
             full = _full(tensor)
             if distributed.rank() == 0 or full is tensor:
+                # copy=True also on the CPU: an update in place must not change an earlier state
                 kept[name] = full.detach().to("cpu", copy=True)
     return kept
 
@@ -331,6 +343,7 @@ def _like(target: Tensor, tensor: Tensor) -> Tensor:
     """A copy of a whole tensor on the device of another one, and sharded as that is."""
     tensor = tensor.to(target.device, copy=True)
     if isinstance(target, DTensor):
+        # src_data_rank=None: every rank has the whole tensor and keeps its own part, without communication
         return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
     return tensor
 

@@ -69,10 +69,12 @@ class ReferenceCache:
             score: computes those that are missing, in order.
         """
         asked = [i for i, r in enumerate(responses) if r.source == "dataset" and r.reference_logps is None]
+        # the digest is remembered per reference: after an update it would still name the initial weights
         digest = weights_digest(reference) if asked and self._usable and reference.version == 0 else None
         if digest is None:
             return score(prompts, responses)
         with reference.active() as model:
+            # float32 would lose digits where the model computes in float64
             precision, dtype = _precision(model), "<f8" if model.dtype == torch.float64 else "<f4"
         keys = {i: entry_key(precision, prompts[i].ids, responses[i].ids) for i in asked}
         file = CacheFile(self.folder / f"{digest}.sqlite", "reference", VARIABLE)
@@ -90,6 +92,7 @@ class ReferenceCache:
             if known[i].reference_logps is None
         }
         file.put(fresh)
+        # the next round makes a new CacheFile, which must not try a failed disk again
         self._usable = file.usable
         return scored
 
@@ -106,6 +109,7 @@ class LogpsFile:
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """Values of the keys that are stored."""
+        # connecting would create an empty file, and fail where the folder does not exist
         if not self.path.exists():
             return {}
         with self._open() as db:
@@ -118,6 +122,7 @@ class LogpsFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as db:
+            # without a transaction each row would be committed, and written to disk, by itself
             db.execute("BEGIN IMMEDIATE")
             # IGNORE: another process may have added the key since
             how = "REPLACE" if replace else "IGNORE"
@@ -151,6 +156,7 @@ class CacheFile(LogpsFile):
         if self.usable:
             with self._forgiving():
                 return super().get(keys)
+        # also after an error in `get`, which has become a warning: all keys count as missing
         return {}
 
     def put(self, values: Mapping[bytes, bytes], replace: bool = False) -> None:
@@ -174,6 +180,7 @@ class CacheFile(LogpsFile):
 
 def entry_key(precision: str, prompt: Sequence[int], response: Sequence[int]) -> bytes:
     """Key of the log-probabilities of a response, under the weights of its file."""
+    # the length of the prompt, since (1, 2) + (3,) and (1,) + (2, 3) are the same ids in a row
     digest = hashlib.blake2b(f"{precision}|{len(prompt)}|".encode(), digest_size=16)
     digest.update(np.asarray((*prompt, *response), "<i8").tobytes())
     return digest.digest()
@@ -211,6 +218,7 @@ def model_digest(model: PreTrainedModel, *, without_adapter: bool = False) -> st
     return _digest(f"{type(model).__qualname__} {json.dumps(config, sort_keys=True, default=str)}", tensors)
 
 
+# weak, so that a digest keeps no model in memory
 _DIGESTS: WeakKeyDictionary[AbstractReference, str] = WeakKeyDictionary()
 
 _CHANGES_NOTHING = ("_name_or_path", "architectures", "dtype", "use_cache")
@@ -232,6 +240,7 @@ def _digest(kind: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+        # bytes, since numpy has no bfloat16; reshape(-1), since torch cannot view a scalar as bytes
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -55,6 +55,7 @@ def resolve_checkpoint(policy: str, *, trust_remote_code: bool = False) -> Path 
             )
         # absolute, because a saved adapter names its base and is opened from elsewhere
         return path.absolute()
+    # a path that does not exist would otherwise be looked up on the Hub
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", policy):
         raise FileNotFoundError(
             f"policy {policy!r} does not exist; expected a local folder, a Hub id like 'owner/model', a .gguf file, "

@@ -65,6 +65,7 @@ def _window_and_kind(model: PreTrainedModel) -> tuple[int, bool] | None:
             for layer, kind in _kinds(module).items():
                 windows.append(_window(module, layer, kind))
                 two_sets &= kind == "longrope"
+        # beyond the smallest window some layer depends on the length
         _WINDOWS[model] = (min(windows), two_sets) if windows else None
     return _WINDOWS[model]
 
@@ -91,6 +92,7 @@ class _OwnLength(nn.Module):
         if layer not in kinds or position_ids.dim() != 2:
             return cast(tuple[Tensor, Tensor], super().forward(x, position_ids, *args, **options))
         window = _window(self, layer, kinds[layer])
+        # length of a row = its largest position + 1; position_ids: [rows, tokens]
         lengths = [length + 1 for length in position_ids.amax(-1).tolist()]
         # rows with equal values here have equal frequencies
         deciding = [length > window if kinds[layer] == "longrope" else max(length, window) for length in lengths]
@@ -101,6 +103,7 @@ class _OwnLength(nn.Module):
 
         if len(set(deciding)) <= 1:
             return turned(position_ids)
+        # filled below, row by row: [tokens, size of a head] each
         cos: list[Tensor] = [x] * len(lengths)
         sin = list(cos)
         for value in dict.fromkeys(deciding):
@@ -118,6 +121,7 @@ class _OwnLength(nn.Module):
             prefix = name.removesuffix("original_inv_freq")
             cached = f"{prefix}max_seq_len_cached"
             if getattr(self, cached, state.max_seq_len_cached) != state.original_max_seq_len:
+                # a clone, since transformers may write to inv_freq in place
                 setattr(self, f"{prefix}inv_freq", original.clone())
                 setattr(self, cached, state.original_max_seq_len)
 

@@ -59,11 +59,13 @@ def merged_state_dict(
             key = prefix.removeprefix("base_model.model.") + ".weight"
             weight = merged[key].float()
             for adapter in layer.active_adapters:
+                # A: [r, inputs] and B: [outputs, r]; of an embedding A: [r, tokens] and B: [width, r]
                 if isinstance(layer, Embedding):
                     a, b = (state[f"{prefix}.lora_embedding_{side}.{adapter}"].float() for side in "AB")
                 else:
                     a, b = (state[f"{prefix}.lora_{side}.{adapter}.weight"].float() for side in "AB")
                 # W + (alpha / r) B A
+                # embeddings and Conv1D keep W as [inputs, outputs], and B A is [outputs, inputs]
                 transposed = isinstance(layer, Embedding) or layer.fan_in_fan_out
                 weight = weight + layer.scaling[adapter] * ((b @ a).T if transposed else b @ a)
             merged[key] = weight.to(merged[key].dtype)
@@ -132,10 +134,12 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
         raise FileExistsError(
             f"{folder} holds other things than a model, e.g. {foreign[0]!r}; name a folder of its own"
         )
+    # beside the target, since rename works within one file system only
     scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
     scratch.mkdir(parents=True)
     try:
         yield scratch
+        # rename cannot replace a folder that holds files; the old model stays whole until the new one is
         old = scratch.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
@@ -172,6 +176,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     if peft and (folder / "adapter").is_dir():
         folder = folder / "adapter"
     files = sorted(folder.glob("adapter_model.safetensors" if peft else "*.safetensors"))
+    # a folder with an adapter alone holds safetensors as well, but no whole model
     if not files or (not peft and any(file.name == "adapter_model.safetensors" for file in files)):
         kind = "an adapter (adapter_model.safetensors)" if peft else "a whole model (model.safetensors)"
         raise FileNotFoundError(f"{str(folder)!r} holds no {kind}; name the model folder of a run with the same lora")
@@ -181,10 +186,12 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     if isinstance(model, PeftModel):
         loaded = cast(PeftLoadResult, set_peft_model_state_dict(model, state))
         missing, unexpected = [], list(loaded.unexpected_keys)
+        # counted, since missing_keys also lists all weights of the base
         if len(state) != sum(".lora_" in name for name, _ in model.named_parameters()):
             missing = ["as many adapter weights"]
     else:
         own = dict(model.state_dict())
+        # strict=False does not forgive another shape: torch would raise a RuntimeError
         wrong = [name for name, tensor in state.items() if name in own and own[name].shape != tensor.shape]
         if wrong:
             raise ValueError(f"{str(folder)!r} is a model of another shape, e.g. in {wrong[0]!r}")

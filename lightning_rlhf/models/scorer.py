@@ -122,6 +122,7 @@ class Scorer(nn.Module):
         self._adapted = (adapted,)  # in a tuple: the same modules are registered above
         self.means: list[float] | None = None
         self.stds: list[float] | None = None
+        # collected once, since `scores` switches their adapters for each member
         self._layers = tuple(module for module in self.modules() if isinstance(module, LoraLayer))
 
     @property
@@ -148,8 +149,10 @@ class Scorer(nn.Module):
         does; ``linear`` makes one.
         """
         if self.kind == "linear":
+            # r_m = w_m^T h for all members m in one product: [responses, members]
             head = score_head(self.model, self.size)
             return head_outputs(self.model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
+        # r_m = w_m^T h_m, where the adapter or model of member m computes h_m: [responses, 1]
         columns = []
         # one column of rewards per member
         for member in range(self.size):
@@ -208,10 +211,12 @@ class Scorer(nn.Module):
             tokenizer: tokenizer of the backbone, saved with it.
             state_dict: full tensors under the names of ``state_dict()``, for one that is sharded.
         """
+        # only `linear` scorers are sharded, which have one model
         state = None if state_dict is None else {k.removeprefix("models.0."): v for k, v in state_dict.items()}
         adapted = self._adapted[0]
         for name in ("reward_mean", "reward_std"):
             vars(self.config).pop(name, None)  # statistics of the initial checkpoint
+        # one member has its statistics in the config, several have them in the manifest
         if self.size == 1 and self.means is not None and self.stds is not None:
             self.config.reward_mean, self.config.reward_std = self.means[0], self.stds[0]
         with whole_folder(folder) as scratch, saved_dropout(self):
@@ -228,6 +233,7 @@ class Scorer(nn.Module):
                 self.config.save_pretrained(scratch)
             if self.kind == "lora":
                 assert adapted is not None
+                # the frozen trunk and the heads of all members, under the names of a model without adapters
                 backbone = base_state_dict(self.model.state_dict())
                 self.model.save_pretrained(scratch / "backbone", state_dict=backbone)
                 adapted.save_pretrained(str(scratch / "adapters"), save_embedding_layers=False)
@@ -267,9 +273,11 @@ class ClassifierScorer(nn.Module):
         self.model = model
         self.means: list[float] | None = None
         self.stds: list[float] | None = None
+        # scored once here, so that an unsuitable class is refused on opening and not in the middle of a run
         try:
             # some classes take the hidden state at EOS
             eos = model.config.eos_token_id
+            # where EOS is the padding token, classifiers skip it
             end = (eos,) if isinstance(eos, int) and eos != model.config.pad_token_id else ()
             probe = self.scores([((ids[0],), [(*ids[1:], *end)]) for ids in probe_rows(model.config)])
             shape = tuple(probe.shape)
@@ -277,6 +285,7 @@ class ClassifierScorer(nn.Module):
             raise ValueError(
                 f"{name!r} is a {type(model).__name__}, which scores no texts ({error}); {_USE}"
             ) from error
+        # two texts, and one number for each
         if shape != (2, 1):
             raise ValueError(f"{name!r} is a {type(model).__name__} whose scores have shape {shape}; {_USE}")
 
@@ -294,6 +303,7 @@ class ClassifierScorer(nn.Module):
         ]
         # families after RoBERTa count positions from behind the padding token's id
         offsets = [1 + m.padding_idx for m in positions if getattr(m, "padding_idx", None) is not None]
+        # positions run from padding_idx + 1, so that as many rows of the table hold no token
         return window if window is None else window - max(offsets, default=0)
 
     def scores(
@@ -312,6 +322,7 @@ class ClassifierScorer(nn.Module):
         for prompt, responses in groups:
             texts.extend((*prompt, *response) for response in responses)
         device = next(self.model.parameters()).device
+        # scores by the place of the text in the arguments, whose order the result restores
         found: dict[int, Tensor] = {}
         with evaluating(self.modules()):
             # longest first: if memory does not suffice, the first batch shows it
@@ -341,6 +352,7 @@ class _Row:
         self.head, self.row = head, slice(row, row + 1)
 
     def __call__(self, states: Tensor) -> Tensor:
+        # r_m = w_m^T h + b_m
         bias = self.head.bias
         return F.linear(states, self.head.weight[self.row], None if bias is None else bias[self.row])
 
@@ -401,6 +413,7 @@ def build_scorer(
         "trust_remote_code": trust_remote_code,
         "meta": meta,
     }
+    # members in folders of their own, unlike those of a linear ensemble, which is one checkpoint
     if saved is not None and saved["kind"] != "linear":
         return _open_parts(Path(checkpoint).expanduser(), saved, options).train()
     if kind == "independent":
@@ -420,6 +433,7 @@ def build_scorer(
     trunk = cast(PreTrainedModel, model.base_model)
     config = lora_config(trunk, lora or LoRA(), checkpoint)
     names = [adapter_name(member) for member in range(size)] if kind == "lora" else ["default"]
+    # without weights, those of the adapter are on the meta device too
     adapted = cast(PeftModel, get_peft_model(trunk, config, adapter_name=names[0], low_cpu_mem_usage=meta))
     for name in names[1:]:
         adapted.add_adapter(name, config)
@@ -489,6 +503,7 @@ def read_statistics(path: str) -> tuple[int, list[float] | None]:
     saved = read_manifest(path)
     if saved is not None:
         return int(saved["size"]), saved["stds"]
+    # a Hub id has no local folder to read
     config = Path(resolve_checkpoint(path)) / "config.json"
     std = read_json(config).get("reward_std") if config.is_file() else None
     return 1, [float(std)] if isinstance(std, int | float) else None
@@ -518,6 +533,7 @@ def _train_all_adapters(adapted: PeftModel) -> None:
 
 def _new_head(model: PreTrainedModel) -> PreTrainedModel:
     """Initialize the head again: members that are equal at the start would stay equal."""
+    # w ~ N(0, sigma^2) with sigma = initializer_range
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     nn.init.normal_(score_head(model, cast(int, model.config.num_labels)).weight, std=std)
     return model

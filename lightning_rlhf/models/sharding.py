@@ -40,6 +40,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     # the root must be the model that is called first, which is not the adapter's wrapper
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     stacks = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
+    # layers before the root: a unit takes the parameters below it that no other unit has taken yet
     for layer in max(stacks, key=len, default=nn.ModuleList()):
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
@@ -74,6 +75,7 @@ def build_sharded(
     with torch.random.fork_rng(devices=[]):  # the random weights of this model are not used
         model = build(True)
     cut(model, mesh)
+    # tied weights count once in parameters(), and once per name otherwise
     tied = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
     model.to_empty(device=device)
     for unit in _units(model) if tied else []:
@@ -95,7 +97,9 @@ def fill(model: Model, build: Callable[[], Model]) -> None:
         RankError: on the other ranks, if rank zero could not build it.
     """
     built: list[Model] = []
+    # append returns None, so that the other ranks receive the outcome alone and no weights
     distributed.from_rank_zero(lambda: built.append(build()))
+    # empty on the other ranks, which get their shards from rank zero
     state = built[0].state_dict() if built else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=options)
@@ -118,6 +122,7 @@ def gathered(model: nn.Module, *more: nn.Module) -> Iterator[None]:
         more: models beside it.
     """
     units = _units(model, *more)
+    # an inner context must not free the weights that the outer one still needs
     if not units or model in _gathered:
         yield
         return
@@ -157,6 +162,7 @@ def _unshard(units: list[FSDPModule]) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for unit in units:
             unit.unshard()
+            # otherwise the first forward pass would free the weights again
             unit.set_reshard_after_forward(False, recurse=False)
 
 
@@ -170,5 +176,6 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """Collect the weights of a sharded model, on the CPU of rank zero; every rank must call. None if not sharded."""
     if not _units(model):
         return None
+    # with both options rank zero alone keeps the whole tensors, and the others get an empty dict
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

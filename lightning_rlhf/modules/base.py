@@ -149,7 +149,9 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
         parts.append(self._micro_batch(last))
         # the value of the whole loss, with the gradient that is still missing
         loss = sum((earlier.loss for earlier in parts[:-1]), start=parts[-1].loss)
+        # [items of a micro-batch] each, without padding items -> [num_items]
         metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
+        # padding items have weight 0: they only give every rank as many micro-batches as the others
         num_items = len(batch) - batch.num_padding
         self.step_metrics = {"loss": loss.detach(), **metrics}
         self._log_means(loss, metrics, num_items)
@@ -168,6 +170,7 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
         if out.regularizer is not None:
             # shares that add up to 1 over the micro-batches of the step
             loss = loss + out.regularizer * num_counted / num_items
+        # padding items are at the end: [items] -> [num_counted]
         metrics = {name: value.detach()[:num_counted] for name, value in out.metrics.items()}
         return MicroBatch(loss, out.num_tokens, metrics)
 
@@ -177,6 +180,7 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
         DDP reduces gradients in the backward pass that follows `training_step`, so that these stay on their rank.
         """
         part = self._micro_batch(batch)
+        # not scaled by accumulate_grad_batches, which the DataModule sets to 1: losses are divided by n
         # autocast covers forward passes only; the backward pass takes its data types from them
         with torch.autocast(self.device.type, enabled=False):
             self.trainer.strategy.backward(part.loss, None)
@@ -184,9 +188,11 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
 
     def _log_means(self, loss: Tensor, metrics: dict[str, Tensor], num_items: int) -> None:
         self._sums.add({"loss": loss, "steps": 1.0, "items": float(num_items), **self.sums_to_log(metrics)})
+        # fetching waits for all queued kernels, and the sum over ranks is a collective: not in every step
         if not logs_now(self.trainer):
             return
         sums = self._sums.take(self.trainer)
+        # mean loss = sum over ranks and steps / (ranks * steps), since every rank counts its own steps
         steps, items = sums.pop("steps"), sums.pop("items")
         # on the CPU: the progress bar reads it at every refresh, and would wait for the device
         mean = torch.tensor(sums.pop("loss") / steps)
@@ -207,6 +213,7 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
         return build_optimizer(self.parameter_groups(), self.optimizer, self.lr_scheduler, self._planned_steps)
 
     def _planned_steps(self) -> int | None:
+        # -1 is Lightning's value for no limit
         if self.trainer.max_steps != -1:
             return self.trainer.max_steps
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -218,6 +225,7 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
         Raises:
             ValueError: if the Trainer has one that cannot work with rounds.
         """
+        # Lightning calls this hook for validate and predict too, where nothing is trained
         if self.trainer.state.fn != TrainerFn.FITTING:
             return []
         check_trainer(self.trainer)
@@ -237,6 +245,7 @@ class AbstractStepModule(KeepsArguments, CheckpointModule, ShardedModule, Generi
         check_precision(str(plugin.precision), type(plugin).__name__)
         if stage == "fit":
             check_dtype(self.options.dtype, str(plugin.precision), self.trained_whole)
+            # a setting that is out of range fails here rather than after the weights are loaded
             trial(self.optimizer, self.lr_scheduler)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(

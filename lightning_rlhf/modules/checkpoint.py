@@ -26,6 +26,7 @@ class CheckpointModule:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; loads without the model, so that rows can be checked first."""
+        # a known name stands for its template; any other text is a Jinja template itself
         template = CHAT_TEMPLATES.get(self.options.chat_template or "", self.options.chat_template)
         return load_tokenizer(self.checkpoint, template, self.options.trust_remote_code)
 

@@ -71,6 +71,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         if loss is not None:
             check_plugin("model.loss", loss, AbstractPreferenceLoss)
         self.loss = loss if loss is not None else DPOLoss()
+        # samplers such as PILAF tilt the policy's logits by the beta of the loss
         self.beta = self.engine_beta = beta
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         Raises:
             ValueError: if a pair has no reference log-probabilities.
         """
+        # log-probabilities that were not computed are NaN, and the loss would be NaN too
         if not batch.has_reference:
             raise ValueError(
                 "a batch has pairs without reference log-probabilities; the DataModule computes them when it samples: "
@@ -102,12 +104,15 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
     def pair_logps(self, batch: PreferenceBatch) -> tuple[PairLogps, int]:
         """Summed log-probabilities of both responses of each pair, nats, and the token positions it took."""
         # log pi(y|x) of both responses; the forward pass over the prompt is shared
+        # order chosen, rejected, chosen, ...: [2 * pairs] -> [pairs, 2] -> two of [pairs]
         chosen, rejected = summed_logps(self.policy, batch.groups(), layout=self.options.layout).view(-1, 2).unbind(1)
+        # |y_w| and |y_l| of each pair, [pairs, 2]
         lengths = [[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]
         chosen_length, rejected_length = torch.tensor(lengths).to(chosen, non_blocking=True).unbind(1)
         pairs = PairLogps(
             policy_chosen=chosen,
             policy_rejected=rejected,
+            # numbers of the batch are float64; the loss has the dtype of the policy's log-probabilities
             reference_chosen=batch.reference_chosen_logps.to(chosen),
             reference_rejected=batch.reference_rejected_logps.to(chosen),
             chosen_length=chosen_length,
@@ -117,6 +122,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
             label=batch.label.to(chosen),
             weight=batch.weight.to(chosen),
         )
+        # tokens = sum over pairs of |x| + |y_w| + |y_l|
         return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
 
 

@@ -53,8 +53,10 @@ class DRLAIFModule(PolicyGradientModule):
     ) -> None:
         super().__init__(
             policy,
+            # A_t = Z_t - V(X_t), with the return Z_t = sum_{s >= t} rho_s
             advantage=LearnedBaseline(),
             beta=beta,
+            # rho_t = (1 - beta) r [t = T] - beta (log pi - log pi_ref)(y_t)
             kl=KLControl(objective="convex", placement="reward"),
             value=value,
             lora=lora,

@@ -43,6 +43,7 @@ def build_optimizer(
     if any(map(is_half, parameters_of(built))):
         # steps on bfloat16 weights would round to no step at all
         built = MasterWeights(built)
+    # of the wrapper, which copies its learning rates to the optimizer inside at every step
     schedule = lr_scheduler(built)
     if isinstance(schedule, AbstractSchedule) and schedule.needs_total_steps:
         schedule.total_steps = planned_steps()
@@ -68,9 +69,11 @@ def checked_optimizer(groups: ParameterGroups, optimizer: OptimizerCallable) -> 
     """
     try:
         built = optimizer(groups)  # parameter groups are allowed wherever parameters are
+    # torch refuses some values itself; its message does not say which setting of the config they are
     except ValueError as error:
         raise ValueError(f"model.optimizer: {error}") from error
     for group in built.param_groups:
+        # an optimizer of another package may have neither setting: the defaults pass
         lr, decay = group.get("lr", 1.0), group.get("weight_decay", 0.0)
         if not 0 < lr < float("inf"):
             raise ValueError(f"model.optimizer.lr must be > 0; got {lr}")
@@ -92,6 +95,7 @@ def trial(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> tu
     try:
         built = checked_optimizer([{"params": [parameter]}], optimizer)
         return built, lr_scheduler(built)
+    # a value out of range is an error of the user; any other failure may come from the small CPU parameter
     except ValueError:
         raise
     except Exception:
@@ -106,6 +110,7 @@ def described_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerC
     built, schedule = tried
     return {
         "optimizer": _as_config(built, built.defaults),
+        # optimizers keep their arguments in `defaults`, schedules as attributes
         "lr_scheduler": _as_config(schedule, vars(schedule)),
     }
 
@@ -130,5 +135,6 @@ def use_fused_adamw(optimizer: Optimizer) -> None:
     if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters_of(optimizer)):
         return
     for group in optimizer.param_groups:
+        # torch refuses fused=True together with foreach or differentiable
         if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
             group["fused"] = True

@@ -84,6 +84,7 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
 
     def configure_model(self) -> None:
         """Load the policy, once."""
+        # Lightning calls this hook again in every fit, validate and predict: trained weights must stay
         if self.policy is None:
             self.policy = self._load()
 
@@ -112,9 +113,12 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
 
     def _check_train_mode(self) -> None:
         limit = min(16, self.context_window or 16)
+        # [2, limit], modulo the vocabulary since a token id must have a row in the embedding
         ids = torch.arange(2 * limit).reshape(2, limit) % len(self.tokenizer)
+        # whole on this rank, and under the autocast of the training step
         with self.gathered(), self.trainer.precision_plugin.forward_context():
             difference = train_mode_difference(self.policy, ids.to(self.device))
+        # not `>=`: NaN must be refused too
         if not difference < TRAIN_MODE_TOLERANCE:
             raise ValueError(
                 f"{self.checkpoint!r} computes other log-probabilities in training than in decoding, by up to "
@@ -131,8 +135,10 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM`` opens; every rank calls, rank zero writes."""
+        # a collective where the policy is sharded: before the branch of rank zero
         state = full_state_dict(self.policy)
         if self.global_rank == 0:
+            # inference engines must stop at the end of turn that recorded responses were trained with
             add_stop_ids(self.policy.generation_config, self.tokenizer)
             save_policy(self.policy, self.tokenizer, folder, state_dict=state)
 
@@ -178,6 +184,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         # a sharded model cannot be copied
         original = self._load() if self.device_mesh is not None and self.lora is None else None
         self.reference = build_reference(cast(PreTrainedModel, self.policy), self.reference_update.rule, original)
+        # last: the reference keeps the weights of the checkpoint, not those of `start`
         self._move_to_start()
 
     def _move_to_start(self) -> None:
@@ -187,6 +194,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         # reference = the checkpoint, policy = the weights in `start`
         folder = Path(self.start)
 
+        # rank zero alone builds it, and `fill` copies it into the shards of all ranks
         def moved() -> PreTrainedModel | PeftModel:
             policy = self._open()
             load_weights(policy, folder)
@@ -224,6 +232,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         rule = self.reference_update.rule
         # a reference of this version or a later one has moved already: the round is continued after a restart
         if self.reference is not None and rule in ("previous", "ema") and self.reference.version < index:
+            # rounds are sampled within `gathered`, where sharded weights cannot be changed
             with scattered(self):
                 self.reference.update(self.policy, rule, self.reference_update.ema_decay)
 
@@ -245,6 +254,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights, and the reference if it moves."""
         super().on_save_checkpoint(checkpoint)
+        # a fixed reference is loaded from the checkpoint that `policy` names
         if self.reference_update.rule != "fixed":
             assert self.reference is not None
             checkpoint["reference"] = self.reference.state_dict()

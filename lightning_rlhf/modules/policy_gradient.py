@@ -55,6 +55,7 @@ def flat_numbers(rows: Tensor, lengths: Tensor) -> tuple[float, ...]:
         rows: padded numbers, [rows, tokens].
         lengths: tokens of each row, [rows].
     """
+    # [rows, tokens] -> rows[0, :n_0], rows[1, :n_1], ... in one row
     numbers: list[float] = []
     for row, length in zip(rows, lengths.tolist(), strict=True):
         numbers += row[:length].tolist()
@@ -68,6 +69,7 @@ def check_positive(**settings: float | None) -> None:
         ValueError: naming the first that is not a finite number above 0.
     """
     for name, value in settings.items():
+        # not `value <= 0`: NaN fails this comparison too
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"model.{name.replace('__', '.')} must be > 0; got {value}")
 
@@ -203,8 +205,10 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
+        # price of a nat: beta / (1 - beta) for convex, infinite at beta = 1; beta for penalty
         if kl_price(kl.objective, beta) == float("inf"):
             raise ValueError("model.beta is 1, where the reward has no weight; take less")
+        # a beta of 0 stays 0 under any factor
         if kl.target is not None and beta == 0:
             raise ValueError("model.kl.target multiplies beta by a factor after each round, which needs model.beta > 0")
         if advantage is not None:
@@ -262,10 +266,12 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
 
     def observe_round(self, groups: Sequence[Sequence[Rollout]]) -> None:
         """Adapt beta to a new round; the DataModule calls this once per round, on every rank alike."""
-        if self.kl.target is None:
+        # a label budget that is spent leaves a round without rollouts, whose KL says nothing
+        if self.kl.target is None or not groups:
             return
         # beta <- beta (1 + gain clip(KL / target - 1, -0.2, 0.2)), Ziegler et al. 2019, section 2.2
         rollouts = list(chain.from_iterable(groups))
+        # KL = mean over rollouts of sum_t log pi(y_t) - log pi_ref(y_t), nats per response
         kl = sum(rollout.response.log_ratio() for rollout in rollouts) / len(rollouts)
         self.kl_coefficient *= 1.0 + self.kl.gain * min(max(kl / self.kl.target - 1.0, -0.2), 0.2)
 
@@ -286,6 +292,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
                 f"set data.responses_per_prompt (now {fewest})"
             )
         rollouts = list(chain.from_iterable(groups))
+        # [rollouts, tokens], zeros in the padding, and the tokens of each rollout, [rollouts]
         policy, lengths = pad_ragged([rollout.response.policy_logps or () for rollout in rollouts])
         reference, _ = pad_ragged([rollout.response.reference_logps or () for rollout in rollouts])
         reward_weight, kl_weight = objective_weights(self.kl.objective, self.kl_coefficient)
@@ -298,6 +305,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         episodes = Episodes(
             token_rewards(earned, k1(policy, reference), lengths, reward_weight, in_reward),
             lengths,
+            # index of the prompt of each rollout, 0, 0, 1, 1, ...: [rollouts]
             torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups])),
             values,
         )
@@ -311,6 +319,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         targets = None if values is None else advantages + values
         if self.loss.whiten_advantages:
             advantages = whiten(advantages, lengths)
+        # rows start to end - 1 are the rollouts of one prompt
         result, start = [], 0
         for group in groups:
             end = start + len(group)
@@ -323,19 +332,24 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         """Loss of each prompt: the mean over its responses of policy, KL and value losses."""
         groups, layout = batch.groups(), self.options.layout
         logps = torch.cat(response_logps(self.policy, groups, layout=layout, temperature=batch.temperature))
+        # [5, tokens] -> five of [tokens], in the order of logps: response after response
         sampling, reference, advantages, old_values, targets = batch.numbers.to(logps)
         lengths = torch.tensor([len(ids) for ids in chain.from_iterable(batch.responses)])
         sizes = torch.tensor([len(responses) for _, responses in groups])
         # weights of tokens in the mean over the responses of their prompt
+        # 1 / k for each of the k responses of a prompt, [responses]
         share = (1.0 / sizes).repeat_interleave(sizes)
         weigh = response_weights(lengths, self.loss.aggregation, batch.mean_length, batch.max_length)
+        # w_i / k, 1 / k and 1 / (k |y_i|) at each token of response i: [responses] -> [tokens]
         per_token, plain, mean = (
             weights.repeat_interleave(lengths).to(logps, non_blocking=True)
             for weights in (share * weigh, share, share / lengths)
         )
+        # tokens of all responses of each prompt, [prompts]
         tokens = torch.tensor([sum(map(len, responses)) for _, responses in groups]).to(logps.device, non_blocking=True)
 
         def by_prompt(values: Tensor, weights: Tensor) -> Tensor:
+            # sum over the tokens of each prompt: [tokens] -> [prompts]
             return torch.segment_reduce(values * weights, "sum", lengths=tokens)
 
         clip = self.loss.clip
@@ -346,6 +360,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
             # - min(rho_t A_t, clip(rho_t, 1 - c, 1 + c) A_t)
             policy_losses = by_prompt(clipped_loss(logps, sampling, advantages, clip), per_token)
         losses = policy_losses
+        # the KL estimates below are only logged, so that they need no graph
         with torch.no_grad():
             metrics = {
                 "policy_loss": policy_losses,
@@ -404,6 +419,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         )
 
     def _values_at_sampling(self, groups: Sequence[Group]) -> list[Tensor]:
+        # V at sampling time is a constant of the loss: no dropout, no graph
         with evaluating(self.value_model.modules()):
             return self._values(groups, self.options.scoring_batch_tokens)
 

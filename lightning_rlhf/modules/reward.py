@@ -118,10 +118,12 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         self.lora = lora
         self.loss = loss
         self.policy_name, self.reference_name, self.beta = policy, reference, beta
+        # in a tuple, since nn.Module would register a model: checkpoints would hold the frozen policy
         self._sampled_from: tuple[PreTrainedModel, AbstractReference | None] | None = None
         self.scorer: Any = None  # nn.Module registers it at its first assignment
         self.pair_metrics = PairMetrics()
         size = 1 if ensemble is None else ensemble.size
+        # in a ModuleList, so that the metrics move to the device with the module
         self.member_rewards: Any = torch.nn.ModuleList(MeanWithError() for _ in range(size))
         self.member_accuracy, self.member_std = MeanWithError(), MeanWithError()
         # frozen weights come from the checkpoint that `backbone` names
@@ -168,6 +170,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def context_window(self) -> int | None:
         """Longest sequence in tokens, less the tokens that the template writes after a turn; None without a limit."""
         window = super().context_window
+        # `_scores` appends the closing tokens to responses, and they must fit into the window too
         return None if window is None else window - len(self.turns.closing)
 
     def _frozen_policy(self, name: str) -> tuple[PreTrainedModel, AbstractReference | None]:
@@ -187,6 +190,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         """Bradley-Terry loss and rewards of each pair."""
         groups = batch.groups()
         members = self._scores(groups)
+        # [2 * pairs, members] -> [pairs, 2, members] -> two of [pairs, members]
         chosen, rejected = members.view(len(batch), 2, -1).unbind(1)
         label = batch.label.to(chosen)
         metrics = {"chosen_rewards": chosen.mean(1), "rejected_rewards": rejected.mean(1), "label": label}
@@ -200,14 +204,17 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def _losses(self, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
         """Loss of each pair: the mean over members of their own, or that of the mean reward; [pairs]."""
         if self.ensemble is not None and self.ensemble.loss == "mean":
+            # one column, [pairs, 1]: the mean over columns below then changes nothing
             chosen, rejected = chosen.mean(1, keepdim=True), rejected.mean(1, keepdim=True)
         # -p log sigma(D - m) - (1 - p) log sigma(m - D) + c (r_c + r_r)^2, D = r_c - r_r and m = margin (2p - 1)
+        # the label, [pairs, 1], is the same for all members
         losses = bradley_terry_loss(chosen, rejected, label[:, None], self.loss.margin)
         return (losses + self.loss.center_coefficient * centering_penalty(chosen, rejected)).mean(1)
 
     def _diversity(self) -> Tensor:
         """Nuclear-norm ratio of the members' adapters, mean over layers."""
         with torch.autocast(self.device.type, enabled=False):
+            # mean over layers of ||A||_* / ||A||_F, with A of shape [members * r, inputs]
             return torch.stack([nuclear_norm_ratio(a) for a in self.scorer.stacked_down_projections()]).mean()
 
     def sums_to_log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,12 +238,14 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
                 )
         pairs = [prompt.pair for prompt in batch if prompt.pair is not None]
         groups = [(prompt.ids, (a.ids, b.ids)) for prompt, (a, b) in zip(batch, pairs, strict=True)]
+        # [2 * pairs, members] -> [pairs, 2, members]
         members = self._scores(groups, self.options.scoring_batch_tokens).view(len(batch), 2, -1)
         labels = torch.tensor([p.recorded.probability for p in batch if p.recorded is not None]).to(members)
         lengths = torch.tensor([[len(a.ids), len(b.ids)] for a, b in pairs])
         self.pair_metrics.update(members.mean(2), labels, lengths)
         for member, rewards in enumerate(self.member_rewards):
             rewards.update(members[..., member])
+        # margins [pairs, members] against labels [pairs, 1]
         self.member_accuracy.update(reward_accuracy(members[:, 0] - members[:, 1], labels[:, None]))
         self.member_std.update(disagreement(members))
 
@@ -251,6 +260,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
             self.log(f"val/{name}", value.float(), sync_dist=True)  # equal on all ranks already
         moments = [rewards.compute() for rewards in self.member_rewards]
         # the metric returns the error of the mean
+        # std = stderr sqrt(n), with n = 2 pairs rewards of each member
         deviations = [error * (2 * metrics["pairs"]).sqrt() for _, error in moments]
         self.scorer.means = [mean.item() for mean, _ in moments]
         self.scorer.stds = [deviation.item() for deviation in deviations]
@@ -270,8 +280,10 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         ``AutoModelForSequenceClassification`` opens it too, unless it is an ensemble of another kind than ``linear``.
         Mean and standard deviation of the last validation are kept in it.
         """
+        # a collective where the scorer is sharded: before the branch of rank zero
         state = full_state_dict(self.scorer)
         if self.global_rank == 0:
+            # a copy: the run goes on with its own padding token
             tokenizer = copy.deepcopy(self.tokenizer)
             padding = self.scorer.config.pad_token_id
             tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
@@ -282,6 +294,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
         """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
+        # r is read at the last token: append those that the chat template writes behind the end of turn
         closed: list[Group] = []
         for prompt, responses in groups:
             closed.append((prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in responses)))

@@ -27,6 +27,7 @@ class AbstractSchedule(LambdaLR):
             raise ValueError(f"model.lr_scheduler.warmup_steps must be >= 0; got {warmup_steps}")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"model.lr_scheduler.total_steps must be >= 1; got {total_steps}")
+        # before the constructor of LambdaLR, which calls `factor` for step 0
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
         # a plain function: torch writes the attributes of other callables into checkpoints
         super().__init__(optimizer, lambda step: self.factor(step))
@@ -43,6 +44,7 @@ class AbstractSchedule(LambdaLR):
 
     def factor(self, step: int) -> float:
         """Factor on the peak learning rate in optimizer step ``step``, from 0."""
+        # min(1, (t + 1) / W) decay(t); t + 1, since a factor of 0 would waste the first step
         return min(1.0, (step + 1) / max(self.warmup_steps, 1)) * self.decay(step)
 
     def decay(self, step: int) -> float:
@@ -91,10 +93,12 @@ class AbstractDecaySchedule(AbstractSchedule):
         """Share of the steps from ``start`` to the end that are over, in [0, 1]; 0 while the end is not known."""
         if self.total_steps is None:
             return 0.0
+        # (t - start) / (T - start), clipped to [0, 1]; T may equal start where warm-up fills the run
         return min(max(step - start, 0) / max(self.total_steps - start, 1), 1.0)
 
     def between(self, share: float) -> float:
         """Point between 1 (share 1) and ``final_factor`` (share 0)."""
+        # f + (1 - f) share
         return self.final_factor + (1.0 - self.final_factor) * share
 
 
@@ -141,5 +145,6 @@ class WarmupStableDecay(AbstractDecaySchedule):
 
     def decay(self, step: int) -> float:
         """Stay at 1 until the last ``decay_fraction`` of the steps, then decay linearly."""
+        # start = T (1 - decay_fraction); T is not known yet when LambdaLR asks for the first factor
         start = round((self.total_steps or 0) * (1.0 - self.decay_fraction))
         return self.between(1.0 - self.progress(step, start))

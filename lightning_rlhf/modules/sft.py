@@ -61,8 +61,10 @@ class SFTModule(AbstractPolicyModule[ResponseBatch]):
     def item_losses(self, batch: ResponseBatch) -> ItemLosses:
         """Negative log-likelihood of each completion, times the weight of its tokens."""
         logps = response_logps(self.policy, batch.groups(), layout=self.options.layout)
+        # one completion per prompt, [prompts]
         lengths = torch.tensor([len(ids) for (ids,) in batch.responses])
         weights = response_weights(lengths, self.aggregation, batch.mean_length, batch.max_length)
+        # L_i = -w_i sum_t log pi(y_t | x, y_<t)
         losses = torch.stack([-tokens.sum() for tokens in logps]) * weights.to(logps[0], non_blocking=True)
         return ItemLosses(losses, sum(map(len, batch.prompts)) + int(lengths.sum()))
 
@@ -78,6 +80,7 @@ class SFTModule(AbstractPolicyModule[ResponseBatch]):
             assert scores.greedy is not None
             self._nats.update(-scores.logps)
             self._greedy.update(scores.greedy)
+            # -log pi(y|x) of each completion, [completions]
             self._per_response.update(torch.stack([-piece.sum() for piece in packed.split(scores.logps)]))
 
     def on_validation_epoch_end(self) -> None:
@@ -86,6 +89,7 @@ class SFTModule(AbstractPolicyModule[ResponseBatch]):
         mean, error = self._per_response.compute()
         metrics = {
             "loss": nats,
+            # exp(-mean over tokens of log pi)
             "perplexity": nats.exp(),
             "token_accuracy": self._greedy.compute()[0],
             "nats_per_response": mean,

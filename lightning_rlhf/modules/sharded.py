@@ -21,6 +21,7 @@ class ShardedModule(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        # entered in one hook and left in another, where a `with` block cannot reach
         self._gathered = ExitStack()
 
     def placed(self, build: Callable[[bool], Model], shard: Callable[[Model, DeviceMesh], None]) -> Model:

@@ -102,6 +102,7 @@ class DatasetCompletions(AbstractPromptSource):
         if isinstance(prompt, str) and isinstance(completion, list):
             prompt = ({"role": "user", "content": prompt},)
         answer = parse_answer(completion, prompt, source, self.completion_column, self.ignored_fields)
+        # exported preference rows, read with completion_column=chosen, have finish_reason_chosen
         names = (
             ("finish_reason",)
             if self.completion_column == "completion"
@@ -124,6 +125,7 @@ class DatasetCompletions(AbstractPromptSource):
             messages=None if isinstance(prompt, str) else prompt,
             completion=turn_text(answer),
             template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+            # `completion` holds plain text already; a message with other fields is kept for the chat template
             answers=() if holds_text_alone(answer) else (answer,),
             finish_reasons=finish_reasons,
         )
@@ -138,11 +140,14 @@ class DatasetCompletions(AbstractPromptSource):
             raise field_error(source, self.messages_column, problem, "add the answer, or drop the row")
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         rows = []
+        # turn i is the completion, turns 0 to i - 1 are its prompt
         for i in places if self.turns == "all" else places[-1:]:
             if i == 0:
                 self.report[UNPROMPTED] += 1
             elif messages[i - 1]["role"] == "assistant":  # its prompt would end with the assistant's turn
                 self.report[UNANSWERABLE] += 1
             else:
-                rows.append(self._row(row, source, messages[:i], messages[i]))
+                # finish_reason is that of the conversation's end: earlier turns were answered, so they are whole
+                reasons = parse_finish_reasons(row, ("finish_reason",)) if i == places[-1] else ()
+                rows.append(self._row(row, source, messages[:i], messages[i], reasons))
         return rows

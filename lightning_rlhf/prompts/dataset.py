@@ -90,6 +90,7 @@ class DatasetPrompts(AbstractPromptSource):
         """
         self.report.clear()
         rows = read_rows(self.path, self.split, self.limit)
+        # the union over rows: optional columns may be missing in the first ones
         columns: dict[str, None] = {}  # ordered
         for _, row in rows:
             columns |= dict.fromkeys(row)
@@ -158,6 +159,7 @@ class DatasetPrompts(AbstractPromptSource):
         return replace(
             parsed,
             pair=RecordedPair(first, second, parse_probability(row, source), weight),
+            # `pair` holds plain texts already; messages with other fields are kept for the chat template
             answers=() if all(map(holds_text_alone, answers)) else answers,
             finish_reasons=parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected")),
         )
@@ -176,6 +178,7 @@ class DatasetPrompts(AbstractPromptSource):
         first = parse_messages(chosen, source, self.chosen_column, self.ignored_fields)
         second = parse_messages(rejected, source, self.rejected_column, self.ignored_fields)
         length = 0
+        # - 1: the last message of a conversation is its answer, even if both have the same
         while length < min(len(first), len(second)) - 1 and first[length] == second[length]:
             length += 1
         if length == 0:
@@ -209,6 +212,7 @@ def parse_number(row: Row, field: str, source: str, high: float, default: float)
 
 def parse_probability(row: Row, source: str) -> float:
     """Read P(chosen preferred) from ``probability`` or ``label``; 1 if neither is there."""
+    # -1 stands for a missing field: no valid number is negative, and `max` takes the other field
     probability = parse_number(row, "probability", source, 1, default=-1.0)
     label = parse_number(row, "label", source, 1, default=-1.0)
     if min(probability, label) >= 0 and probability != label:

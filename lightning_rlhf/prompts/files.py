@@ -52,6 +52,7 @@ def read_rows(path: str, split: str = "train", limit: int | None = None) -> list
             f"{path}: no such file or folder (relative paths count from {Path.cwd()}): check the path, or give a Hub "
             f"data set by its id, 'owner/name'"
         )
+    # rows is a generator: JSON lines and Parquet batches behind the limit are not parsed
     result = list(islice(rows, limit))
     if not result:
         raise ValueError(f"{path}: has no rows: check the file, or choose another split than {split!r}")
@@ -87,6 +88,7 @@ def _lines(local: Path, path: str) -> Iterator[tuple[int, bytes]]:
     """Number the lines of a file, unzipping where its name ends in .gz."""
     try:
         with gzip.open(local, "rb") if local.name.lower().endswith(".gz") else local.open("rb") as file:
+            # errors of gzip come while lines are read, so that the loop is inside of the try
             yield from enumerate(file, start=1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
@@ -105,6 +107,7 @@ def _json_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
     """Parse a JSON list of rows, or JSON lines under the name .json, as many data sets on the Hub have them."""
     lines = list(_lines(local, path))
     first = next((line for _, line in lines if line.strip()), b"")
+    # the byte order mark of UTF-8, with which some files begin
     if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         whole = b"".join(line for _, line in lines)
         values = cast(list[object], _parse_json(whole, path, "write a list of objects, in UTF-8"))
@@ -115,6 +118,7 @@ def _json_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
 
 def _parse_json(data: bytes, where: str, remedy: str) -> object:
     try:
+        # utf-8-sig drops the byte order mark, which is no JSON
         return cast(object, json.loads(data.decode("utf-8-sig")))
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deeply to be read: {remedy}") from error
@@ -130,6 +134,7 @@ def _parquet_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
     try:
         with pyarrow.parquet.ParquetFile(local) as file:
             number = 0
+            # in portions: with a limit the rest of the file is not turned into Python objects
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
@@ -144,9 +149,11 @@ def _dataset_rows(local: Path, path: str, split: str) -> Iterator[tuple[str, Row
 
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():  # written by save_to_disk
+            # load_dataset refuses folders of save_to_disk
             loaded = datasets.load_from_disk(str(local))
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:
+                    # caught below, where path and remedy are added
                     raise ValueError(f"no split {split!r} among {sorted(loaded)}")
                 loaded = loaded[split]
         else:

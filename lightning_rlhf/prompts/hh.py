@@ -108,6 +108,7 @@ def find_problem(turns: list[Message]) -> str | None:
         return "does not end with Assistant"
     if any(first == second for first, second in pairwise(roles)):
         return "turns do not alternate"
+    # an empty last turn is no broken transcript: `unusable_pair` reports the empty completion
     if not all(turn["content"] for turn in turns[:-1]):
         return "empty turn in the prompt"
     return None

@@ -42,6 +42,7 @@ class LedgerPrompts(AbstractPromptSource):
                 if self.labels and label is None:
                     self.report["without a label"] += 1
                     continue
+                # without labels the first response counts as chosen, since a pair needs some order
                 probability = 1.0 if label is None or not self.labels else label.probability
                 assert probability is not None
                 pair = RecordedPair(comparison.a.text, comparison.b.text, probability, comparison.weight)
@@ -54,6 +55,7 @@ class LedgerPrompts(AbstractPromptSource):
                 rows.append(
                     PromptRow(
                         f"{self.path} round {round_} position {position}",
+                        # messages are rendered anew, by the template of the run that reads them
                         text=prompt.text if prompt.messages is None else None,
                         messages=prompt.messages,
                         pair=pair,

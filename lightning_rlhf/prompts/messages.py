@@ -100,6 +100,7 @@ def _joined_parts(parts: list[object], source: str, field: str) -> str:
 def _check_json(value: object, source: str, field: str) -> None:
     """Check that a value can be written as JSON, since ledgers do."""
     try:
+        # by default json.dumps writes NaN, which is no JSON, and escapes halves of surrogate pairs
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
         problem = f"cannot be written as JSON ({error}), got {describe(value)}"
@@ -183,6 +184,7 @@ def parse_template_options(
         if name == TOOLS:
             options[TOOLS] = value
             continue
+        # `options` may hold `tools` from its own column, which must not be replaced silently
         for key in sorted(set(value) & {*RESERVED, *options}):
             raise field_error(source, name, f"may not hold {key!r}", "drop it: the library says so itself")
         options |= value

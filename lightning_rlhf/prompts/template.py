@@ -101,4 +101,5 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    # the template writes BOS and other special tokens itself
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -115,6 +115,7 @@ def tokenize_rows(
     prompts: list[Prompt] = []
     completions = _completions(drafts, tokenizer)
     for draft in drafts:
+        # before any `continue`: dropped rows must take their completions from the shared iterator too
         answers = [next(completions) for _ in draft.written.rests]
         recorded = _recorded(draft, answers, renderer, end_ids, max_response_tokens, counts)
         if recorded is None:
@@ -124,6 +125,7 @@ def tokenize_rows(
             prompt = replace(prompt, pair=(recorded[0], recorded[1]))
         elif recorded:
             prompt = replace(prompt, completion=recorded[0])
+        # cut only now, since the completions are tokenised behind the whole prompt
         if len(prompt.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
             ids, text = renderer.truncated(prompt.ids, prompt.text, max_prompt_tokens)
@@ -199,10 +201,12 @@ def _recorded(
         return None
     recorded: list[Response] = []
     for number, (ids, text) in enumerate(zip(answers, written.answers, strict=True)):
+        # a plain prompt that was rendered beforehand is a chat as well
         chat = written.messages is not None or renderer.format.asks(draft.bare)
         reason = row.finish_reasons[number] if row.finish_reasons else "eos"
         ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
         counts[ENDED_INSIDE] += inside
+        # None where text behind an end of turn was dropped: the text of the row would say more than the ids
         recorded.append(_response(renderer.tokenizer, ended, max_response_tokens, reason, None if inside else text))
     ends = set(renderer.ends(end_ids))
     if any(ends.issuperset(response.ids) for response in recorded):  # nothing but EOS
@@ -255,6 +259,7 @@ def encode_answers(
         renderer.check(prompt.messages, prompt.template_options, texts[-1], source)
     encoded, together = encode_all(tokenizer, texts), encode_all(tokenizer, wholes)
     cases = [
+        # take all ids of a conversation, and of plain text those behind the prompt
         (bare, whole, answer.text) if prompt.messages is None else ((), whole, "")
         for prompt, answer, bare, whole in zip(prompts, responses, encoded, together, strict=True)
     ]
@@ -262,6 +267,7 @@ def encode_answers(
     for prompt, answer, bare, ids in zip(prompts, responses, encoded, _after(tokenizer, cases), strict=True):
         if prompt.messages is not None:
             whole = renderer.read(ids, answer.finish_reason, reading)
+            # 1 <= start <= len(whole) - 1, since neither prompt nor answer may be empty
             start = max(1, min(shared_length(bare, whole), len(whole) - 1))
             pairs.append((whole[:start], whole[start:]))
             continue
@@ -328,6 +334,7 @@ class _Renderer:
         text = self.render(messages, row.template_options, row.source)
         self.check(messages, row.template_options, text, row.source)
         blank = [holds_text_alone(answer) and not answer["content"].strip() for answer in answers]
+        # empty rests let `_recorded` drop and count a row with a blank answer
         if not answers or any(blank):
             return _Written(text, messages, ("",) * len(answers), texts)
         text, rests = self._rests(messages, row.template_options, text, answers, row.source)
@@ -402,6 +409,7 @@ class _Renderer:
                 if self._same(messages, number, {name: None}, options, text):
                     self._check_field(messages, number, name, options, source)
         for name in options:
+            # options that the template reads, such as enable_thinking, may make no difference to a row
             if name == TOOLS or name not in self._template_text():
                 fewer = {key: value for key, value in options.items() if key != name}
                 if self.render(messages, fewer, source) == text:
@@ -426,9 +434,11 @@ class _Renderer:
     def _same(self, messages: Sequence[Message], number: int, change: Options, options: Options, text: str) -> bool:
         """Whether a change in one message makes no difference to the template; a None leaves the field out."""
         changed = {name: value for name, value in {**messages[number], **change}.items() if value is not None}
+        # `render` reads the content of every message
         changed.setdefault("content", None)
         try:
             return self.render([*messages[:number], changed, *messages[number + 1 :]], options, "") == text
+        # a template that refuses the change has read the changed part
         except ValueError:
             return False
 
@@ -458,6 +468,7 @@ class _Renderer:
         """The prompt, and the text of each answer behind it, up to the end of the turn or further."""
         wholes = [self.render((*messages, answer), options, source) for answer in answers]
         for answer, whole in zip(answers, wholes, strict=True):
+            # text alone needs no check: `_holds` finds it missing, and then it follows the prompt verbatim
             if not holds_text_alone(answer):
                 self.check((*messages, answer), options, whole, source, first=len(messages))
         if all(whole.startswith(text) for whole in wholes):
@@ -472,11 +483,13 @@ class _Renderer:
         if not all(whole.startswith(start) for whole in wholes):
             self._rewrites(text, source)
         held = [_holds(whole[len(start) :], answer) for whole, answer in zip(wholes, answers, strict=True)]
+        # no answer is written whole: keep the generation prompt as in generation
         if not any(held):
             return text, [self._to_the_letter(answer, opening.strip()) for answer in answers]
         if self.counts is not None:
             self.counts[WITHOUT_OPENING] += 1
         return start, [
+            # the prompt ends at `start` for all answers of the row: a verbatim one brings the opening itself
             self._trimmed(whole[len(start) :]) if kept else opening + self._to_the_letter(answer, opening.strip())
             for whole, answer, kept in zip(wholes, answers, held, strict=True)
         ]
@@ -546,11 +559,14 @@ class _Renderer:
         ends = self.ends(end_ids)
         first = next((place for place, id_ in enumerate(ids) if id_ in ends), len(ids))
         end = self.format.end if chat and self.format.end is not None else eos
+        # ids = kept + last + behind; `last` is the first end among the ids, or the one appended
         kept, last = ids[:first], ids[first : first + 1] or (end,)
         behind = ids[first + 1 :]
+        # the template writes these behind the end of turn, such as a newline: no text is lost with them
         if chat and self.format.closing and behind[-len(self.format.closing) :] == self.format.closing:
             behind = behind[: -len(self.format.closing)]
         inside = bool(behind) and bool(decode(self.tokenizer, behind, skip_special_tokens=True).strip())
+        # a completion of no token cannot be scored: an empty one keeps its end even if it was cut
         return (kept if reason == "length" and kept else kept + last), inside
 
     def read(self, ids: tuple[int, ...], reason: FinishReason, reading: Reading) -> tuple[int, ...]:
@@ -577,6 +593,7 @@ class _Renderer:
         head = front_length(kept, self.tokenizer.bos_token_id, self.leading)
         front, tail = kept[:head], kept[head:]
         places = self._places(text)
+        # a text that begins inside a word may be tokenised differently: try later starts until ids match
         for start in range(min(len(tail), _ATTEMPTS)):
             candidate, length = front + tail[start:], len(tail) - start
             texts = [text[places[-length] :]] if length <= len(places) else []
@@ -586,6 +603,7 @@ class _Renderer:
                 (bare,) = encode_all(self.tokenizer, [end])
                 if self.with_front(bare, conversational=False) == candidate:
                     return candidate, end
+        # no text gives the same ids again: the ids count, the text is as near as possible
         return kept, decode(self.tokenizer, tail)
 
     def _places(self, text: str) -> list[int]:
@@ -657,9 +675,11 @@ def _after(
             left = []
             for place, ids in zip(open_, encode_all(tokenizer, texts) if context else alone, strict=True):
                 bare, whole, _ = cases[place]
+                # compare from 4 tokens before the first difference: the part before it is the same in both
                 same = max(0, shared_length(bare, whole) - 4)
                 rest = ids[len(before) :]
                 expected = decode(tokenizer, whole[same:])
+                # the context must not merge with the rest, and prompt and rest must decode to the whole text
                 if ids[: len(before)] == before and decode(tokenizer, bare[same:] + rest) == expected:
                     found[place] = rest
                 else:
@@ -696,6 +716,7 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     for probe in ("a", "the", "1"):
         (body,) = encode_all(tokenizer, [probe])
         whole = tuple(tokenizer(probe)["input_ids"])
+        # whole = front + body + end: the position of the body tells the front from EOS at the end
         for start in range(len(whole) - len(body) + 1):
             if body and whole[start : start + len(body)] == body:
                 return whole[:start]
@@ -723,8 +744,10 @@ def truncate_left(
         leading: special tokens that the tokenizer puts in front.
     """
     head = front_length(ids, bos_id, leading)
+    # no room for a token of the prompt beside the special ones: keep the last ids alone
     if length <= head:
         head = 0
+    # kept = first `head` ids + last `length - head` ids
     tail = ids[len(ids) - (length - head) :]
     while head and len(tail) > 1 and tail[0] == bos_id:
         tail = tail[1:]
@@ -751,6 +774,7 @@ def _response(
     text = decode(tokenizer, kept, skip_special_tokens=True)
     end = str(tokenizer.convert_ids_to_tokens(ids[-1]))
     if len(kept) == len(ids):
+        # a text that spells out its end token is replaced by the decoded one, which leaves it out
         text = written if written is not None and end not in written else text
         return Response(kept, text, reason, source="dataset")
     if written is not None and written.lstrip().startswith(text.lstrip()):

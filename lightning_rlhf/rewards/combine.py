@@ -49,6 +49,7 @@ def check_rule(rule: str, coefficient: float) -> None:
 
 def disagreement(members: Tensor) -> Tensor:
     """Standard deviation over the members, divided by k; [..., members] -> [...]."""
+    # sqrt(sum_k (r_k - mean)^2 / k): with k - 1 a single member would give NaN
     return members.std(-1, correction=0)
 
 

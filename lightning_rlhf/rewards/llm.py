@@ -90,6 +90,7 @@ class LLMScoreReward(AbstractScoreReward):
 
     def _check(self, masses: Tensor) -> None:
         """Stop at the first call, and warn at later ones, if the judge does not understand the question."""
+        # before the comparison with min_mass, which NaN fails: the message would blame the question
         if masses.isnan().any():
             raise ValueError(
                 f"judge {self.judge.checkpoint!r} gives log-probabilities that are not finite for "

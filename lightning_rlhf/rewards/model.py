@@ -107,6 +107,7 @@ class RewardModelReward(AbstractReward):
             leading = leading_special_ids(tokenizer)
             # each by itself: a score must not depend on the other responses
             for index, (prompt, answer) in enumerate(pairs):
+                # `pack` takes no empty prompt: one of its tokens has to fit
                 if len(answer) >= window:
                     raise ValueError(
                         f"prompt {prompts[index].index}: the response has {len(answer)} tokens, and the window of the "
@@ -116,6 +117,7 @@ class RewardModelReward(AbstractReward):
                 if len(prompt) + len(answer) > window:
                     length = window - len(answer)
                     pairs[index] = truncate_left(prompt, length, tokenizer.bos_token_id, leading), answer
+        # groupby joins neighbors only, so that the scores keep the order of the responses
         groups = [(ids, [answer for _, answer in same]) for ids, same in groupby(pairs, key=lambda pair: pair[0])]
         with evaluating(scorer.modules()):
             members = scorer.scores(groups, tokens_per_batch=self.scoring_batch_tokens).float().cpu()
@@ -141,12 +143,14 @@ class RewardModelReward(AbstractReward):
                         f"prompt {prompt.index}: the response is longer than the window of {scorer.window} tokens of "
                         f"the reward model {self.path!r}: lower max_new_tokens, or use a model with a longer window"
                     )
+                # "only_first" cuts the prompt alone: a cut response would be another response
                 tokenizer.truncation_side = "left"
                 encoded = tokenizer(
                     prompt.text, response.text, truncation="only_first", max_length=scorer.window, verbose=False
                 )
             ids.append(tuple(encoded["input_ids"]))
             types.append(list(encoded.get("token_type_ids", ())))
+        # `scores` takes prompts with responses, and puts each pair of them together again
         groups = [(text[:1], [text[1:]]) for text in ids]
         given = types if all(map(len, types)) else []
         return scorer.scores(groups, tokens_per_batch=self.scoring_batch_tokens, types=given).view(-1).float().cpu()
@@ -165,10 +169,12 @@ class RewardModelReward(AbstractReward):
         if scorer.means is None or scorer.stds is None or (scorer.size == 1 and not self.normalize):
             mean, std = combine(members, self.combine, self.coefficient), disagreement(members)
         else:
+            # z_k = (r_k - mean_k) / std_k, reward = scale * combine(z) + shift
             scale, shift = (1.0, 0.0) if self.normalize else (fmean(scorer.stds), fmean(scorer.means))
             members = standardised(members, scorer.means, scorer.stds)
             mean = scale * combine(members, self.combine, self.coefficient) + shift
             std, members = scale * disagreement(members), scale * members + shift
+        # a single model has a disagreement of 0, which would pass for certainty
         return RewardOutput(mean, std, members) if scorer.size > 1 else RewardOutput(mean)
 
     def _check_statistics(self, size: int, stds: Sequence[float] | None) -> bool:
@@ -197,6 +203,7 @@ class RewardModelReward(AbstractReward):
         if self._loaded is None:
             scorer = open_scorer(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
             scorer.requires_grad_(False)
+            # a std of 0 would divide by zero in `standardised`
             if not self._check_statistics(scorer.size, scorer.stds):
                 scorer.means = scorer.stds = None
             template = CHAT_TEMPLATES.get(self.chat_template or "", self.chat_template)

@@ -123,6 +123,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def save_now(self, trainer: L.Trainer) -> Path:
         """Write a checkpoint between the regular ones, and return it; every rank calls."""
+        # the step has its checkpoint, e.g. the one of the epoch: writing it again would take as long
         if self._last_global_step_saved == trainer.global_step and self.best_model_path:
             return Path(self.best_model_path)
         candidates = self._monitor_candidates(trainer)
@@ -138,6 +139,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Write a checkpoint within an epoch if one is due."""
+        # Lightning repeats an epoch whose checkpoint was saved before its end was counted: wait for that end
         if not trainer.is_last_batch:
             self._save_if_due(trainer)
 
@@ -160,6 +162,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the end of the training, whatever ``every_n_epochs`` is."""
+        # a finished run that is started again takes no step, and needs no further checkpoint
         if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step != self._began_at:
             self.save_now(trainer)
 
@@ -168,11 +171,13 @@ class RunCheckpoint(ModelCheckpoint):
         partial = path.with_name(f".{path.name}{PARTIAL}")
         with explained(path):
             if trainer.is_global_zero:
+                # removed before the barrier: other ranks may write their shards right after it
                 for left in path.parent.glob(f".*{PARTIAL}"):  # of a run that was killed while it wrote
                     _remove(left)
             trainer.strategy.barrier()
             try:
                 trainer.save_checkpoint(partial, self.save_weights_only)
+                # all shards must be there before the folder gets its name
                 trainer.strategy.barrier()
                 if trainer.is_global_zero:
                     if not partial.exists():
@@ -184,9 +189,11 @@ class RunCheckpoint(ModelCheckpoint):
                         )
                     aside = path.with_name(f".{path.name}.before{PARTIAL}")
                     if path.is_dir():  # shards of the same step, if the run has continued from an older checkpoint
+                        # a rename cannot replace a folder that holds files
                         os.replace(path, aside)
                     os.replace(partial, path)
                     _remove(aside)
+            # torch raises CheckpointException for shards, which is no Exception
             except BaseException:
                 if trainer.is_global_zero:
                     _remove(partial)
@@ -199,6 +206,7 @@ class RunCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(self)
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # last.ckpt moves first, so that it never names a checkpoint that is removed below
         super()._save_last_checkpoint(trainer, monitor_candidates)
         for path in history(Path(str(self.dirpath)))[KEPT:]:
             trainer.strategy.remove_checkpoint(path)
@@ -211,12 +219,15 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             target, link = Path(filepath), Path(linkpath)
             with explained(link):
+                # after a power failure the link might be on the disk, but not the data that it names
                 for path in [target, *target.rglob("*")] if target.is_dir() else [target]:
                     _sync(path)
                 if link.is_dir() and not link.is_symlink():
                     shutil.rmtree(link)
+                # made under another name and moved, so that there is a link at any moment
                 fresh = link.with_name(f".{link.name}.{os.getpid()}")
                 fresh.unlink(missing_ok=True)
+                # relative, so that the run folder can be moved
                 fresh.symlink_to(os.path.relpath(target, link.parent))
                 os.replace(fresh, link)
                 _sync(link.parent)
@@ -246,6 +257,7 @@ class ExplicitCheckpoints(_CheckpointConnector):
     """
 
     def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        # a job that SLURM has requeued continues from the checkpoint that Lightning saved for it
         requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
         if ckpt_path is None and model_provided and not requeued:
             return None
@@ -305,6 +317,7 @@ class StopOnSignal(L.Callback):
             self._tell(trainer, exception.signal, "; the same command goes on from there")
 
     def _end_if_asked(self, trainer: L.Trainer) -> None:
+        # one rank may hear of the signal before others, but all must save together
         number = distributed.largest(preemption.asked_by())
         if number:
             self._end(trainer, number)
@@ -350,6 +363,7 @@ def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
     try:
         if checkpoint.is_dir():
             return shard_damage(checkpoint, rank, world)
+        # torch writes a zip archive; testzip reads every part and compares its CRC
         with zipfile.ZipFile(checkpoint) as archive:
             broken = archive.testzip()
             return None if broken is None else f"its part {broken} is not what was written"
@@ -407,6 +421,7 @@ def check_writable(folder: Path) -> None:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
+            # a full disk may still let an empty file be made
             file.write(b"\0" * 4096)
 
 
@@ -416,6 +431,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # a message with "; " comes from an `explained` further in, and names its remedy
         if error.errno not in REMEDIES or "; " in str(error.strerror):
             raise
         kept = "; what was written before is kept, and the same command goes on from it"
@@ -449,6 +465,7 @@ def _remove(path: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Write a file or folder to the disk before the link points to it."""
+    # elsewhere a folder cannot be opened for fsync
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)

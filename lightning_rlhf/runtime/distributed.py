@@ -48,6 +48,7 @@ def interleave(draw: Callable[[], list[T]]) -> list[T]:
     if world_size() == 1:
         return draw()
     outcomes: list[_Outcome] = [("value", None)] * world_size()
+    # a rank that fails takes part all the same: the others would wait for it in the collective
     mine = _outcome(draw)
     dist.all_gather_object(outcomes, _sendable(mine), group=_group())
     _raise_first(outcomes, mine)
@@ -86,6 +87,7 @@ def largest(number: int) -> int:
     """The largest of the numbers of all ranks; every rank must ask."""
     if world_size() == 1:
         return number
+    # on the CPU, since gloo is the backend of the group
     most = torch.tensor([number])
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=_group())
     return int(most.item())
@@ -107,6 +109,7 @@ _Outcome: TypeAlias = tuple[Literal["value", "stopped", "error"], object]
 def _outcome(compute: Callable[[], object]) -> _Outcome:
     try:
         return "value", compute()
+    # a SystemExit, which is no Exception
     except Stopped as stopped:
         return "stopped", stopped
     except Exception as error:
@@ -123,6 +126,7 @@ def _sendable(outcome: _Outcome) -> _Outcome:
 
 def _raise_first(outcomes: list[_Outcome], mine: _Outcome | None) -> None:
     """Raise the error of this rank, else that of the first rank that has one."""
+    # the error of this rank still has its traceback; those of others are text
     if mine is not None and mine[0] != "value":
         raise cast(BaseException, mine[1])
     for number, (kind, value) in enumerate(outcomes):
@@ -139,6 +143,7 @@ def _group() -> dist.ProcessGroup:
     """The process group of this module; every rank makes it at its first collective here."""
     global _own
     world = dist.group.WORLD
+    # the group of an earlier Trainer in this process ended with its world
     if _own is None or _own[0] is not world:
         _own = (world, cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)))
     return _own[1]

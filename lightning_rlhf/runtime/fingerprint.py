@@ -66,6 +66,7 @@ class KeepsArguments:
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Make the object and record its arguments, defaults included."""
+        # in __new__, so that a subclass whose __init__ does not call super().__init__ is recorded, too
         made = super().__new__(cls)
         made.note_arguments(*args, **kwargs)
         return made
@@ -76,6 +77,7 @@ class KeepsArguments:
             bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
         except (TypeError, ValueError):  # a copy is made without arguments, and gets those of the original
             return
+        # a default that is written out and one that is left out are the same setting
         bound.apply_defaults()
         self.__dict__["_arguments"] = _named(bound)
 
@@ -116,10 +118,12 @@ def decisive(settings: Mapping[str, Settings], module: object, datamodule: objec
     kept = {**settings}
     for name, part in (("model", module), ("data", datamodule)):
         free: frozenset[str] = getattr(part, "FREE_SETTINGS", frozenset())
+        # which settings are free may depend on others, e.g. on the dropout of the checkpoint
         if hasattr(part, "free_settings"):
             free = part.free_settings()
         arguments = settings[name].get("init_args", {})
         if hasattr(part, "resolved_settings"):
+            # a default of None may stand for another value in each class: the value in force counts
             arguments = with_paths(arguments, part.resolved_settings())
         kept[name] = {**settings[name], "init_args": without_paths(arguments, free)}
     return cast(Settings, with_contents(comparable(kept)))
@@ -154,9 +158,11 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Those are the devices of judges and rewards, and the number of rows decoded at once.
     """
+    # a ledger or checkpoint of version 0.1 stores the old names
     kept: Settings = renamed_config(dict(settings))
     if isinstance(kept.get("data"), dict):
         kept["data"] = without(kept["data"], FREE_OF_SERVERS | FREE_OF_MODELS)
+        # `without` has copied the tree, so that the settings of the caller stay as they are
         decoding = kept["data"].get("init_args", {}).get("decoding")
         if isinstance(decoding, dict):
             kept["data"]["init_args"]["decoding"] = {k: v for k, v in decoding.items() if k != "rows"}
@@ -191,6 +197,7 @@ def described(value: object, depth: int = 0) -> object:
         depth: depth in the tree; beyond `_DEPTH` only the class counts.
     """
     if value is None or isinstance(value, bool | int | float | str):
+        # an Enum of strings or ints is one of these, and counts by its value, as a config gives it
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, Path):
         return str(value)
@@ -198,6 +205,7 @@ def described(value: object, depth: int = 0) -> object:
         return str(value)
     if isinstance(value, type):
         return value.__qualname__
+    # objects that refer to each other in a circle would recurse without end
     if depth > _DEPTH:
         return {"class_path": _class_path(type(value))}
     if isinstance(value, Mapping):
@@ -205,6 +213,7 @@ def described(value: object, depth: int = 0) -> object:
     if isinstance(value, list | tuple):
         return [described(inner, depth + 1) for inner in value]
     if isinstance(value, set | frozenset):
+        # the order of a set of strings differs between processes, since their hashes do
         return sorted((described(inner, depth + 1) for inner in value), key=json.dumps)
     if dataclasses.is_dataclass(value):
         return {field.name: described(getattr(value, field.name), depth + 1) for field in dataclasses.fields(value)}
@@ -212,6 +221,7 @@ def described(value: object, depth: int = 0) -> object:
         return {"tensor": list(value.shape), "digest": _digest(_tensor_bytes(value))}
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
         array = cast(_Array, value)
+        # a numpy scalar, such as np.float32(0.1), counts as the number that it holds
         return array.item() if getattr(array, "shape", None) == () else described(torch.as_tensor(array))
     if isinstance(value, functools.partial):
         return {"function": described([value.func, value.args, value.keywords], depth + 1)}
@@ -231,6 +241,7 @@ def _described_object(value: object, depth: int) -> Settings:
         plain = isinstance(now, bool | int | float | str) and isinstance(argument, bool | int | float | str)
         found[name] = described(now if plain else argument, depth + 1)
     tree: Settings = {"class_path": _class_path(type(value)), "init_args": found}
+    # the arguments of our parts decide their weights; another module may have been loaded since it was made
     if isinstance(value, torch.nn.Module) and not isinstance(value, KeepsArguments):
         pieces = (name.encode() + _tensor_bytes(tensor) for name, tensor in sorted(value.state_dict().items()))
         tree["weights"] = _digest(*pieces)
@@ -306,6 +317,7 @@ def _collect_code(value: object, found: dict[str, str], depth: int) -> None:
         for method in methods:
             values.extend(map(_cell_value, method.__closure__ or ()))
         outer = [repr(value) for value in values if isinstance(value, bool | int | float | str)]
+        # a class typed at a prompt has no source: the bytecode of its methods stands for it
         code = code_digest(kind) or "".join(str(code_digest(method)) for method in methods)
         found[_class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
     _collect_code(value.__dict__.get("_arguments", {}), found, depth + 1)
@@ -323,8 +335,10 @@ def _class_path(kind: type) -> str:
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> bytes:
+    # equal bytes of another type or shape are another tensor
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # viewed as bytes, since numpy has no bfloat16
     return head + (flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
 
 
@@ -332,6 +346,7 @@ def _digest(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
+    # 64 bits as 16 hex digits, the length that _CONTENT looks for
     return digest.hexdigest()[:16]
 
 
@@ -400,6 +415,7 @@ def _file_digest(file: Path) -> bytes:
             digest.update(stream.read())
         else:
             for number in range(SAMPLES):
+                # offset of piece n of N: (size - SAMPLE) n / (N - 1), so that the last one ends with the file
                 stream.seek((size - SAMPLE) * number // (SAMPLES - 1))
                 digest.update(stream.read(SAMPLE))
     return digest.digest()
@@ -441,6 +457,7 @@ def _same(key: str, old: object, new: object) -> bool:
         return False
     if key.rpartition(".")[2] == "class_path":
         return old.rpartition(".")[2] == new.rpartition(".")[2]
+    # a model that was moved or copied is the same one if its content is
     (old_name, old_content), (new_name, new_content) = _split(old), _split(new)
     return old_content == new_content if old_content and new_content else old_name == new_name
 
@@ -499,6 +516,7 @@ def _imported(path: str) -> type | None:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
+    # a class that is gone has no known defaults: each of its new settings then counts as a difference
     except (ImportError, AttributeError, ValueError):
         return None
     return found if isinstance(found, type) else None
@@ -526,6 +544,7 @@ def _dataclass_of(kind: type | None, name: str) -> type | None:
         return None
     try:
         hint = typing.get_type_hints(kind.__init__).get(name)  # type: ignore[misc]
+    # an annotation may name a type that is imported for type checking only
     except (NameError, TypeError, AttributeError):
         return None
     for candidate in (hint, *typing.get_args(hint)):

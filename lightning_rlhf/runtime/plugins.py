@@ -79,8 +79,10 @@ def returned(plugin: object, method: str, made: object, count: int, kind: type[T
     """
     name = f"{type(plugin).__name__}.{method}"
     expected = f"return a list with a {kind.__name__} per {what.removesuffix('s')}, in order"
+    # a string and a mapping can be iterated, but their characters and keys are no results
     if not isinstance(made, Iterable) or isinstance(made, str | bytes | Mapping):
         raise TypeError(f"{name} returned {_shown(made)}; {expected}")
+    # a generator runs here, so that its results can be counted
     found = list(made)
     if len(found) != count:
         raise ValueError(
@@ -167,6 +169,7 @@ def _typed(cls: type, name: str) -> bool:
         parameters = inspect.signature(made).parameters
         if name in parameters:
             return not ANYTHING.fullmatch(_spelt(parameters[name].annotation))
+        # **kwargs hand an argument on to a base class, which may give its type
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return True  # a dataclass, or a signature that is made at run time
     return True
@@ -189,6 +192,7 @@ def _described(value: object) -> str | None:
         items = vars(value).values() if isinstance(value, Namespace) else value.values()
         return next(filter(None, map(_described, items)), None)
     if isinstance(value, str):
+        # "PILAFSampler" is short for a class of one of our packages
         ours = (f"lightning_rlhf.{seat}.{value}" for seat in SEATS)
         names = [value] if "." in value else ours if value[:1].isupper() else ()
         return next((name for name in names if _plugged(_imported(name))), None)
@@ -203,6 +207,7 @@ def _kind_of(name: str) -> str:
     """The abstract class of ours that a class belongs to; the class itself if there is none."""
     cls = _imported(name)
     bases = [base.__name__ for base in (cls.__mro__ if cls else ()) if base.__name__.startswith("Abstract")]
+    # the last one in the order of resolution is the most general
     return bases[-1] if bases else name.rpartition(".")[2]
 
 
@@ -220,6 +225,7 @@ def constructor_error(error: BaseException, config: object) -> str | None:
     root = error
     while _wrapped(root):
         if root.__cause__ is None:
+            # jsonargparse itself refused the value, and writes it out in full behind its message
             return str(root).partition("\nGiven value type:")[0]
         root = root.__cause__
     if root is error:

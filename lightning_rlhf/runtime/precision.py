@@ -64,6 +64,7 @@ def check_precision(precision: str, plugin: str = "") -> None:
     elif plugin == "BitsandbytesPrecision":
         remedy, precision = "set trainer.precision=bf16-mixed and leave the plugin out", plugin
     else:
+        # Lightning takes "64" for "64-true"
         remedy = remedies.get({"64": "64-true"}.get(precision, precision))
     if remedy is not None:
         raise ValueError(f"trainer.precision={precision} is not supported: {remedy}")
@@ -82,6 +83,7 @@ def check_dtype(dtype: str, precision: str, trained_whole: bool) -> None:
     """
     if dtype != "float16" or (precision == "16-mixed" and not trained_whole):
         return
+    # smallest positive number of float16: 2^-24 = 6e-8
     refused = "as a whole" if trained_whole else f"with precision {precision}"
     raise ValueError(
         f"model.options.dtype=float16 cannot be trained {refused}: gradients below 6e-8 would be 0. Set "

@@ -54,7 +54,9 @@ def listen(requeue: int | None = None) -> None:
         requeue: a signal after which the job is to be queued again, as SLURM sends it.
     """
     global _asked_by
+    # a signal of an earlier run in this process does not end this one
     _asked_by = 0
+    # signal.signal raises in other threads
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,7 +114,9 @@ def _note(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _say("stopping after the step, or the chunk of a round, that is going on; Ctrl-C again ends the run at once\n")
     elif number == signal.SIGINT and _asked_by == number and time.monotonic() - _asked_at > FORWARDED:
+        # a terminal sends Ctrl-C to all ranks, and the launcher forwards it: only a later one is a second
         os._exit(128 + number)
+    # the first signal decides the exit status, and whether SLURM queues the job again
     if not _asked_by:
         _asked_by, _asked_at = number, time.monotonic()
 
@@ -146,6 +150,7 @@ def run_child(command: Sequence[str]) -> int:
 
     main = threading.current_thread() is threading.main_thread()
     numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    # the child inherits signals that are ignored, as SIGHUP under nohup: leave them so
     numbers = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
@@ -160,6 +165,7 @@ def run_child(command: Sequence[str]) -> int:
 
 def requeue_job() -> str:
     """Queue the SLURM job of this process again, and return a message about it."""
+    # the number of the array alone would requeue all of its tasks
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     # the number goes to a command line

@@ -48,9 +48,11 @@ def forget_finished_epoch(checkpoint: dict[str, object]) -> None:
             count["processed"] = count["started"]
         if batches["total"]["completed"] < batches["total"]["processed"]:
             batches["total"]["completed"] = batches["total"]["processed"]
+            # Lightning counts a step after the callbacks of its batch, one of which saved the checkpoint
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
     for count in (epochs["total"], epochs["current"]):
         count["completed"] = count["processed"]
+    # else Lightning would compare these counts with the length of the next epoch
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] = False
     fit_loop["state_dict"].pop("combined_loader", None)

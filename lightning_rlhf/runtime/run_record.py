@@ -69,9 +69,12 @@ def check_settings(checkpoint: Mapping[str, object], path: Path, now: Mapping[st
     """
     callbacks = cast(Mapping[str, Mapping[str, str]], checkpoint.get("callbacks", {}))
     stored = callbacks.get(RunRecord.__qualname__, {}).get("fingerprint")
+    # a checkpoint of a plain Trainer has no fingerprint to compare with
     if stored is None:
         return
+    # through JSON, as the stored one went: tuples are lists there, and keys are strings
     old, new = comparable(json.loads(stored)), json.loads(json.dumps(dict(now)))
+    # a setting that a newer version has added, and that is at its default, must not refuse older checkpoints
     new, _ = without_new_defaults(old, new)
     if any(isinstance(part, Mapping) and "rows" in part for part in checkpoint.values()):
         # the state of the DataModule knows the rows by their content
@@ -105,6 +108,7 @@ def write_record(folder: Path, settings: Mapping[str, object], processes: int, c
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"starts": []}
     starts, left_out = [*held["starts"], start], held.get("starts_left_out", 0)
     if len(starts) > KEPT_STARTS + 1:
+        # a job that is requeued again and again would let the file grow without end
         left_out += len(starts) - KEPT_STARTS - 1
         starts = [starts[0], *starts[-KEPT_STARTS:]]
     record = {"starts": starts, **({"starts_left_out": left_out} if left_out else {})}
@@ -139,6 +143,7 @@ def commit(folder: Path) -> dict[str, str | bool] | None:
             "commit": git("rev-parse", "HEAD"),
             "changed": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".")),
         }
+    # without git, outside of a repository, or on a slow disk the run starts all the same
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -154,7 +159,8 @@ def named_files(settings: object) -> Iterator[Path]:
                 if file.is_file() and file not in seen:
                     seen.add(file)
                     yield file
-        except OSError:  # the text is no path
+        # the text is no path: too long, with a null byte, or the home folder of nobody
+        except (OSError, RuntimeError, ValueError):
             continue
 
 
@@ -166,6 +172,7 @@ def hashed(file: Path) -> dict[str, str | int]:
         if size <= WHOLE:
             digest = hashlib.file_digest(stream, "sha256")
             return {"path": str(file), "bytes": size, "sha256": digest.hexdigest()}
+        # all of a file of many GB would take long to hash at each start
         digest.update(stream.read(SAMPLE))
         stream.seek(size - SAMPLE)
         digest.update(stream.read(SAMPLE))
@@ -178,9 +185,12 @@ def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> 
     secrets = [
         value
         for name, value in env.items()
+        # a short value, as of USE_KEY=1, would be replaced wherever its characters occur
         if len(value) >= 8 and re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name, re.IGNORECASE)
     ]
+    # the longest first: where one secret holds another, a part of it would stay readable
     for secret in sorted(secrets, key=len, reverse=True):
+        # in the JSON text quotes and backslashes of a secret are escaped
         for written in {secret, json.dumps(secret)[1:-1]}:
             text = text.replace(written, "[secret]")
     return text

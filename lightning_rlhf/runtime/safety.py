@@ -31,6 +31,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     limit = trainer.limit_train_batches
     if trainer.fast_dev_run or trainer.overfit_batches or limit is None:  # type: ignore[attr-defined]
         return
+    # the float 1.0 stands for all batches; 1 is a single one
     if isinstance(limit, int) or limit < 1:
         rank_zero_info(
             f"trainer.limit_train_batches={limit}: pairs that are sampled and labelled beyond these batches of a "

@@ -40,6 +40,7 @@ def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
             return f"part {broken} of {META} is not what was written"
     try:
         index = read_index(folder / INDEX)
+    # a pickle that was cut or changed raises any of these
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
         return f"its index cannot be read ({error})"
     # the files hold a zip archive per tensor, whose CRC tells whether it is what was written
@@ -58,6 +59,7 @@ def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
         with zipfile.ZipFile(part) as archive:
             if archive.testzip() is not None:
                 return f"{entry.fqn} in {place.relative_path} is not what was written"
+        # objects that are no tensors, such as settings of the optimizer, are stored as pickles
         if isinstance(index.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
             part.seek(0)
             try:
@@ -88,6 +90,7 @@ class _PlainUnpickler(pickle.Unpickler):
         known = (
             (module == "torch.distributed.checkpoint.metadata" and name in _OF_INDEX)
             or (module, name) in _OTHERS
+            # a dtype is pickled as its name in torch
             or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         )
         if not known:

@@ -18,6 +18,7 @@ class SeedDropout(L.Callback):
         """Seed torch's global generator, from which dropout samples its masks."""
         del pl_module, batch, batch_idx
         step = trainer.fit_loop.total_batch_idx
+        # a run on a plain DataLoader has no DataModule with a seed
         seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
         torch.manual_seed(Key((seed, Stream.DROPOUT, step, trainer.global_rank)).seed())
 

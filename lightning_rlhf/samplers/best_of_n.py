@@ -62,6 +62,7 @@ class BestOfNSampler(AbstractPairSampler):
 
         ``meta`` holds the two scores, and their difference as ``"delta"`` if they are implicit rewards.
         """
+        # log pi_ref is needed for the implicit reward only; an oracle reward saves that forward pass
         candidates = engine.generate(pool_requests(prompts, self.n, key), reference_logps=self.reward is None)
         scores = self._scores(prompts, candidates, engine.beta)
         comparisons = []
@@ -83,6 +84,7 @@ class BestOfNSampler(AbstractPairSampler):
         labels: list[Label | None] = []
         for comparison in comparisons:
             score_a, score_b = comparison.meta["score_a"], comparison.meta["score_b"]
+            # a may score slightly lower than b: `extremes` orders scores within TIE at random
             probability = 0.5 if score_a == score_b else float(score_a > score_b)
             scores = {"reward_a": score_a, "reward_b": score_b}
             labels.append(Label(probability, cost=self.n / 2, meta=scores))
@@ -94,6 +96,7 @@ class BestOfNSampler(AbstractPairSampler):
             scores = implicit_rewards(candidates, beta)
         else:
             scores = checked_score(self.reward, repeated(prompts, self.n), candidates)
+        # [prompts * n] -> [prompts, n]: `pool_requests` lists the candidates prompt by prompt
         return scores.reshape(len(prompts), self.n)
 
 
@@ -110,6 +113,7 @@ def extremes(scores: Tensor, key: Key) -> tuple[int, int]:
     best, worst = shuffled.max(), shuffled.min()
     if best - worst <= TIE:
         return int(order[0]), int(order[1])
+    # first match in the shuffled order: rounding must not decide between scores that count as equal
     first = (shuffled >= best - TIE).nonzero()[0]
     second = (shuffled <= worst + TIE).nonzero()[0]
     if first == second:  # max - min is between TIE and 2 TIE, and one score is within TIE of both

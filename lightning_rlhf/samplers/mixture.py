@@ -32,8 +32,10 @@ class MixtureSampler(AbstractPairSampler):
     def __init__(self, samplers: list[AbstractPairSampler], weights: list[float] | None = None) -> None:
         if not samplers:
             raise ValueError("a mixture needs at least one sampler; got an empty list")
+        # the outer mixture would overwrite meta["member"] of the inner one, which `observe` reads
         if any(isinstance(sampler, MixtureSampler) for sampler in samplers):
             raise ValueError("a mixture cannot hold a mixture; list all samplers in one and multiply the weights")
+        # the mixture is no selective sampler: the collector would label all pairs of such a member
         for sampler in samplers:
             if isinstance(sampler, AbstractSelectiveSampler) and sampler.label_fraction < 1:
                 raise ValueError(
@@ -43,6 +45,7 @@ class MixtureSampler(AbstractPairSampler):
         weights = [1.0] * len(samplers) if weights is None else list(weights)
         if len(weights) != len(samplers):
             raise ValueError(f"got {len(weights)} weights for {len(samplers)} samplers; give one weight per sampler")
+        # also refuses NaN
         if not all(0.0 <= weight < math.inf for weight in weights) or sum(weights) <= 0.0:
             raise ValueError(f"weights must be finite, >= 0 and not all zero; got {weights}")
         self.samplers = list(samplers)
@@ -59,6 +62,7 @@ class MixtureSampler(AbstractPairSampler):
             ValueError: if a member does not return one comparison per prompt.
         """
         members = [self._member(coin(prompt, key)) for prompt in prompts]
+        # each member samples its prompts as one batch: back to the order of the prompts afterwards
         by_position: dict[int, Comparison] = {}
         for i, sampler in enumerate(self.samplers):
             positions = [position for position, member in enumerate(members) if member == i]
@@ -119,4 +123,5 @@ class MixtureSampler(AbstractPairSampler):
 
     def _average(self, values: Sequence[float]) -> float:
         """Mean of one value per member over the prompts."""
+        # E[value] = sum_i P(member i) value_i
         return sum(share * value for share, value in zip(self.shares, values, strict=True))

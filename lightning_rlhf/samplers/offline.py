@@ -59,5 +59,6 @@ def recorded_comparison(prompt: Prompt, *, chosen_first: bool) -> Comparison:
         branch="offline",
         weight=1.0 if prompt.recorded is None else prompt.recorded.weight,
         passes=0.0,
+        # `RecordedLabeler` reads it, to turn the recorded label round
         meta={"recorded_first": chosen_first},
     )

@@ -85,6 +85,8 @@ def checked_tilt(tilt: float | None) -> float | None:
     Raises:
         ValueError: otherwise.
     """
+    # a tilt of 0 would sample both branches from pi_theta, a negative one would swap pi+ and pi-;
+    # NaN fails the comparison, too
     if tilt is not None and not 0.0 < tilt < float("inf"):
         raise ValueError(f"tilt must be a positive number; got {tilt}: omit it to tilt by the DPO beta")
     return tilt

@@ -48,6 +48,7 @@ class TPILAFSampler(AbstractPairSampler):
     def __init__(
         self, tilt: float | None = None, prior_count: float = 4.0, decay: float = 0.9, limit: float = 3.0
     ) -> None:
+        # also refuses NaN
         if not 0.0 <= prior_count < math.inf:
             raise ValueError(f"prior_count must be a finite number >= 0; got {prior_count}")
         self.tilt = checked_tilt(tilt)
@@ -86,6 +87,7 @@ class TPILAFSampler(AbstractPairSampler):
 
     def observe(self, comparisons: Sequence[Comparison]) -> None:
         """Update zz with the policy pairs of the finished round."""
+        # pairs of pi_theta only: zz = E[cosh(delta)] is an expectation under pi_theta
         base = [comparison for comparison in comparisons if comparison.branch == "base"]
         self.estimate.observe(
             [comparison.prompt.index for comparison in base],

@@ -165,6 +165,7 @@ class ResampledArm(AbstractArm):
         rewards = (world.features[rows, prompts[..., None], pool] * parameters[:, None, None]).sum(-1)
         # P(a, b) ∝ 1 / sigma'(delta / temperature)
         probabilities = pair_probabilities(rewards, rewards, self.temperature).flatten(-2)
+        # each pair has a distribution of its own over its pool: pair j reads row j
         columns = torch.arange(prompts.shape[1])[None].expand(len(prompts), -1)
         index = categorical(probabilities, columns, 1, generators).squeeze(-1)
         first, second = (pool.gather(-1, part[..., None]).squeeze(-1) for part in (index // self.n, index % self.n))

@@ -47,6 +47,7 @@ def alignment_of(gaps: Tensor, errors: Tensor, noise: float) -> float:
         errors: e(a) - e(b) of each pair, [pairs].
         noise: how much of the error the judge perceives, >= 0.
     """
+    # share of sign(gap + noise * error) = sign(gap) over pairs with gap != 0
     decided = gaps != 0
     return float((torch.sign(gaps + noise * errors) == torch.sign(gaps))[decided].double().mean())
 
@@ -69,12 +70,15 @@ def noise_for(alignment: float, gaps: Tensor, errors: Tensor) -> float:
         raise ValueError(f"the alignment of a judge must be in (0.5, 1]; got {alignment}")
     if alignment == 1:
         return 0.0
+    # bisection with alignment_of(low) > alignment >= alignment_of(high): the share falls with the noise,
+    # since the order of a pair changes once at most
     low, high = 0.0, 1e4
     if alignment_of(gaps, errors, high) > alignment:
         raise ValueError(f"these errors agree with the oracle in more than {alignment:.0%} of all pairs")
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if alignment_of(gaps, errors, middle) > alignment else (low, middle)
+    # the end of the interval at which the share is at most the one asked for
     return high
 
 
@@ -92,6 +96,7 @@ def bias_for(same_position: float, logits: Tensor) -> float:
     """
     if not 0 <= same_position < 1:
         raise ValueError(f"same_position must be in [0, 1); got {same_position}")
+    # logits of the first position are bias + l and bias - l in the two orders: of equal sign if |l| < |bias|
     return float(logits.abs().quantile(same_position)) if same_position else 0.0
 
 
@@ -134,11 +139,15 @@ class MenuJudge:
         self._oracle, self._wrong = MenuReward(), MenuReward(tastes=seed + 1)
         self._noise, self._mean, self._scale = 0.0, 0.0, 1.0
         prompts, a, b = corpus_pairs()
+        # one call for both responses of each pair: [2 * pairs] -> [2, pairs]
         rewards = checked_score(self._oracle, prompts + prompts, a + b).view(2, -1)
         wrong = self._error(prompts + prompts, a + b).view(2, -1)
         self._noise = noise_for(alignment, rewards[0] - rewards[1], wrong[0] - wrong[1])
+        # u = r* + noise * e
         perceived = rewards + self._noise * wrong
+        # std within prompts: that of the difference of two independent responses, divided by sqrt(2)
         self._mean, self._scale = float(perceived.mean()), float((perceived[0] - perceived[1]).std()) / math.sqrt(2)
+        # last, since the logits depend on noise and scale
         bias = bias_for(same_position, self.logits(prompts, a, b))
         self.position_bias = bias if favours == "first" else -bias
         """Logit that the first position gets."""
@@ -152,11 +161,14 @@ class MenuJudge:
 
     def logits(self, prompts: Sequence[Prompt], a: Sequence[Response], b: Sequence[Response]) -> Tensor:
         """Logit of P(a preferred), without position bias; float64, [B]."""
+        # u(a) - u(b) has std sqrt(2) within prompts, so that the logit has std `certainty`
         return self.certainty * (self.utility(prompts, a) - self.utility(prompts, b)) / math.sqrt(2)
 
     def _error(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:
         if self.errors == "taste":
             return checked_score(self._wrong, prompts, responses)
+        # the key is the text of prompt and response: the same answer has the same error in every batch;
+        # the 0 separates the two texts
         keys = [
             Key((self.seed, *p.text.encode(), 0, *r.text.encode())) for p, r in zip(prompts, responses, strict=True)
         ]
@@ -171,6 +183,7 @@ def corpus_pairs(repeats: int = 24) -> tuple[list[Prompt], list[Response], list[
         repeats: pairs for each of the 168 prompts, >= 1.
     """
     words = list(product(range(len(GUESTS)), range(len(DAYS)), range(len(WEATHERS))))
+    # token ids of <start>, guest, day and weather; [prompts, 4]
     rows = torch.tensor([[1, 2 + g, 10 + d, 17 + w] for g, d, w in words * repeats])
     prompts = [Prompt(0, (), f"{GUESTS[g]} {DAYS[d]} {WEATHERS[w]}") for g, d, w in words * repeats]
     generator = Key((VERSION, _PAIRS)).generator()
@@ -228,6 +241,7 @@ class MenuJudgeLabeler(AbstractLabeler):
         prompts = [c.prompt for c in comparisons]
         logits = self.judge.logits(prompts, [c.a for c in comparisons], [c.b for c in comparisons])
         zeros = torch.zeros_like(logits)
+        # logits of the labels "first" and "second", [pairs, 2]; in both orders the bias is that of the first
         forward = torch.stack([logits + self.judge.position_bias, zeros], -1)
         reverse = torch.stack([-logits + self.judge.position_bias, zeros], -1)
         firsts = [torch.sigmoid(order[:, 0]) for order in (forward, reverse)]
@@ -265,7 +279,9 @@ class MenuScoreReward(AbstractReward):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score each menu; float64, [B]."""
         middle = 5.5 + self.points * self.judge.utility(prompts, responses)
+        # log P(i) = -(i - m)^2 / 2 + constant; [B, 10]
         logps = -0.5 * (torch.tensor(SCORES, dtype=torch.float64) - middle[:, None]).square()
+        # the map to [-1, 1] has the slope 2 / (10 - 1), so that std scales by it
         deviation = spread(logps, SCORES) * 2 / (SCORES[-1] - SCORES[0])
         return RewardOutput(to_unit_range(expected_value(logps, SCORES), SCORES), deviation)
 

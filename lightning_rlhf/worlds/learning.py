@@ -57,6 +57,7 @@ class Trace:
         self.steps.append(step)
         self.labels.append(labels)
         self.objectives.append(world.objective(parameters))
+        # NaN and not 0, which would read as a gradient orthogonal to that of J
         unknown = parameters.new_full((world.num_worlds,), float("nan"))
         self.cosines.append(torch.stack(seen).mean(0) if seen else unknown)
         seen.clear()
@@ -99,6 +100,7 @@ def online(
         start: initial parameters. Default: the reference.
     """
     parameters = (world.origin() if start is None else start).clone()
+    # Adam steps have the size of the learning rate, whatever the scale of the gradient: w scales with r*
     rate = learning_rate * float(deviation(world.reward, world.log_reference))
     adam = torch.optim.Adam([parameters], lr=rate)
     streams = _Streams(seeds, world.features.shape[1])
@@ -216,6 +218,7 @@ class _Streams:
 
     def batch(self, pairs: int) -> tuple[Tensor, Tensor]:
         """Prompts, int64 [worlds, pairs], and the uniform random numbers of their labels, [worlds, pairs]."""
+        # [worlds, 2, pairs]: the first row chooses prompts, floor(u * prompts), the second decides labels
         numbers = torch.stack([torch.rand(2, pairs, generator=g, dtype=torch.float64) for g in self.shared])
         return (numbers[:, 0] * self._num_prompts).long(), numbers[:, 1]
 

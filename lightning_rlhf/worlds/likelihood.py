@@ -19,10 +19,13 @@ def maximum_likelihood(gaps: Tensor, labels: Tensor, weights: Tensor, start: Ten
     parameters = start
     eye = torch.eye(gaps.shape[-1], dtype=gaps.dtype)
     for _ in range(40):
+        # gradient = sum weight (label - sigma(delta)) dphi - ridge w
+        # Hessian = -(sum weight sigma'(delta) dphi dphi^T + ridge 1), here with the opposite sign
         delta = torch.einsum("wpd,wd->wp", gaps, parameters)
         gradient = torch.einsum("wp,wp,wpd->wd", weights, labels - delta.sigmoid(), gaps) - ridge * parameters
         curvature = weights * delta.sigmoid() * (-delta).sigmoid()
         hessian = torch.einsum("wpd,wpe->wde", gaps * curvature[..., None], gaps) + ridge * eye
+        # the ridge keeps the Hessian invertible with fewer pairs than dimensions
         step = torch.linalg.solve(hessian, gradient)
         # far from the optimum the curvature is nearly zero, and a full step would overshoot
         length = step.norm(dim=-1, keepdim=True)

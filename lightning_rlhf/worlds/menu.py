@@ -36,6 +36,7 @@ class MenuReward(AbstractReward):
     """
 
     def __init__(self, scale: float = 1.0, tastes: int = 0) -> None:
+        # also refuses NaN
         if not 0 < scale < float("inf"):
             raise ValueError(f"MenuReward needs a finite scale > 0; got {scale}")
         self.scale = scale
@@ -45,6 +46,7 @@ class MenuReward(AbstractReward):
         dishes = torch.randn(_TASTES, len(DISHES), generator=generator, dtype=torch.float64)
         weather = torch.randn(len(WEATHERS), len(DISHES), generator=generator, dtype=torch.float64)
         taste = guests @ dishes
+        # mean 0 and std 1/2 over guests and dishes; weather has std 1/4
         self._taste = (0.5 * (taste - taste.mean()) / taste.std()).tolist()
         self._weather = (0.25 * weather).tolist()
 
@@ -54,6 +56,7 @@ class MenuReward(AbstractReward):
         return RewardOutput(self.scale * torch.tensor(values, dtype=torch.float64))
 
     def _liking(self, prompt: str, menu: str) -> float:
+        # guest, day, weather are the last words; the day moves no reward
         words = prompt.split()
         try:
             taste = self._taste[GUESTS.index(words[-3])]

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.evaluation.answers import identified
 from lightning_rlhf.judging.replies import UnreadableError, parse_completion, read_labels
 from lightning_rlhf.judging.task import parse_task
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -267,3 +268,10 @@ def test_run_json_describes_the_run_and_holds_no_secret(tmp_path: Path, monkeypa
 def test_any_settings_name_files_or_none(settings_: Any) -> None:
     for file in named_files(settings_):
         assert file.is_file()
+
+
+@pytest.mark.parametrize("text", ["a" * 300, "rate " * 2000, "~nobody-has-this-name/x", "null \0 byte", "", "/"])
+def test_texts_that_are_no_path_stay_texts(text: str) -> None:
+    settings_ = {"preamble": text, "list": [text, 1.0]}
+    assert identified(settings_) == settings_
+    assert list(named_files(settings_)) == []

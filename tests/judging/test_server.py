@@ -407,6 +407,7 @@ def test_backoff_is_exponential_with_full_jitter_and_comes_on_top_of_what_the_se
 def test_retry_after_is_read_in_all_its_forms() -> None:
     assert retry_after({"retry-after": "7"}, 0.0) == 7
     assert retry_after({"retry-after": "1.5", "retry-after-ms": "250"}, 0.0) == 0.25
+    assert retry_after({"retry-after": "30", "retry-after-ms": "soon"}, 0.0) == 30
     date = "Fri, 31 Dec 1999 23:59:59 GMT"
     assert retry_after({"retry-after": date}, 946684799.0 - 30) == 30
     assert retry_after({"retry-after": date}, 946684799.0 + 30) == 0

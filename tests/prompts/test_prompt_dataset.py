@@ -349,6 +349,14 @@ def test_labels_of_single_completions_are_errors(tmp_path: Path) -> None:
         DatasetCompletions(str(file)).load()
 
 
+def test_the_finish_reason_of_a_conversation_is_that_of_its_last_turn(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": [USER, said("a"), USER, said("b")], "finish_reason": "length"}))
+    rows = DatasetCompletions(str(file), turns="all").load()
+    assert [(row.completion, row.finish_reasons) for row in rows] == [("a", ()), ("b", ("length",))]
+    assert [row.finish_reasons for row in DatasetCompletions(str(file)).load()] == [("length",)]
+
+
 def test_turns_that_cannot_be_learnt_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     turns = [said("hi"), USER, said("a"), said("b")]

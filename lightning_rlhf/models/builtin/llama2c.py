@@ -78,6 +78,7 @@ def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
     if len(data) < 28:
         raise ValueError(f"a model.bin has a header of 28 bytes; got {len(data)} bytes")
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
+    # rotary embeddings turn pairs, so that the size of a head is even
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), length) < 1 or dim % (2 * heads) or heads % kv_heads:
         raise ValueError(f"this is not a model.bin of llama2.c's first format: {struct.unpack_from('<7i', data)}")
     # a negative vocabulary size marks a head that is not tied to the embedding
@@ -102,6 +103,7 @@ def read_model(data: bytes) -> tuple[LlamaConfig, dict[str, Tensor]]:
     expected = 28 + 4 * sum(math.prod(shape) for shape in shapes.values())
     if len(data) != expected:
         raise ValueError(f"model.bin should have {expected} bytes by its header; got {len(data)}")
+    # astype copies: torch needs writable memory, and `data` cannot be written to
     flat = torch.from_numpy(np.frombuffer(data, dtype="<f4", offset=28).astype(np.float32))
     arrays = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
     read = {name: part.view(shapes[name]) for name, part in zip(shapes, arrays, strict=True)}
@@ -154,6 +156,7 @@ def halves(weight: Tensor, heads: int) -> Tensor:
         weight: shape [heads * size, inputs].
         heads: number of heads.
     """
+    # [heads * size, inputs] -> [heads, size / 2, 2, inputs] -> [heads, 2, size / 2, inputs]
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

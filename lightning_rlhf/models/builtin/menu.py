@@ -80,6 +80,7 @@ def build_policy(folder: Path, steps: int = 600) -> None:
         eos_token_id=0,
         pad_token_id=0,
     )
+    # the random numbers of a run must not depend on whether the policy was in the cache
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Key((VERSION, _WEIGHTS)).seed())
         model = LlamaForCausalLM(config).train()
@@ -87,13 +88,16 @@ def build_policy(folder: Path, steps: int = 600) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     offset = len(words) - len(DISHES)
     generator = Key((VERSION, _CORPUS)).generator()
+    # <start>, guest, day, weather, numbered as in `words`; shape [168, 4]
     prompts = torch.tensor(
         [[1, 2 + g, 10 + d, 17 + w] for g, d, w in product(range(8), range(7), range(3))], dtype=torch.int64
     )
     for _ in range(steps):
         chosen = torch.randint(len(prompts), (96,), generator=generator)
         menus, length = corpus_menus(prompts[chosen], generator)
+        # dish -> dish + offset, and -1 behind the end -> <end>; ids: [96, 4 + 7]
         ids = torch.cat([prompts[chosen], torch.where(menus >= 0, menus + offset, 0)], 1)
+        # position t predicts token t + 1: logits of the 7 tokens behind the prompt, [96, 7, vocabulary]
         logits = model(input_ids=ids[:, :-1]).logits[:, prompts.shape[1] - 1 :]
         # the loss counts the dishes and the end behind them, and no padding
         counts = torch.arange(logits.shape[1])[None] <= length[:, None]
@@ -117,6 +121,7 @@ def corpus_menus(prompts: Tensor, generator: torch.Generator) -> tuple[Tensor, T
     """
     # the transition probabilities are random once, the same for all menus
     chain = Key((VERSION, _CHAIN)).generator()
+    # p(first | day) and p(dish | dish before) = softmax(1.2 z) with z ~ N(0, I); [7, 24] and [24, 24]
     first = (1.2 * torch.randn(len(DAYS), len(DISHES), generator=chain)).softmax(-1)
     follows = (1.2 * torch.randn(len(DISHES), len(DISHES), generator=chain)).softmax(-1)
     dishes = torch.multinomial(first[prompts[:, 2] - 10], 1, generator=generator)
@@ -125,6 +130,7 @@ def corpus_menus(prompts: Tensor, generator: torch.Generator) -> tuple[Tensor, T
         dishes = torch.multinomial(follows[dishes.squeeze(-1)], 1, generator=generator)
         menu.append(dishes)
     length = torch.randint(3, MOST_DISHES + 1, (len(prompts),), generator=generator)
+    # one more column, so that also the longest menu has an end; menus: [rows, 7]
     menus = torch.cat([*menu, torch.full_like(dishes, -1)], 1)
     return menus.masked_fill(torch.arange(MOST_DISHES + 1)[None] >= length[:, None], -1), length
 

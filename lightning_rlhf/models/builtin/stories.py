@@ -57,6 +57,7 @@ def build_stories(archive: Path, folder: Path) -> None:
         try:
             member = tar.extractfile(MEMBER)
         except KeyError:
+            # an archive without the member gets the same error as one with another model
             member = None
         data = b"" if member is None else member.read()
     digest = hashlib.sha256(data).hexdigest()
