@@ -56,6 +56,7 @@ def runs(policy: str, reward: str, rows: str, completions: str) -> dict[str, lis
         "--data.heldout.limit=4",
         f"--data.reward.path={reward}",
         "--data.responses_per_prompt=2",
+        "--data.reward.chat_template=human_assistant",
         *template,
     ]
     return {
