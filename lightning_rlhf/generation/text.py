@@ -1,4 +1,4 @@
-"""The text of a drawn response."""
+"""The text of a sampled response."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ CONTEXT = 8
 
 
 def drawn_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int], ended: bool) -> str:
-    """Text of drawn token ids, without special tokens and without the token that ended them.
+    """Text of sampled token ids, without special tokens and without the token that ended them.
 
     Behind a plain prompt it begins with the space that it has there: tokenizers of the SentencePiece kind lose it when
-    they decode a response alone, and prompt and response would no longer be the text that was drawn.
+    they decode a response alone, and prompt and response would no longer be the text that was sampled.
 
     Args:
         tokenizer: the tokenizer.
-        prompt: what the response answers.
+        prompt: the prompt of the response.
         ids: token ids of the response.
         ended: whether the last of them ended it.
     """

@@ -104,7 +104,7 @@ def kl_loss(
         logps: log pi of each token; carries gradient.
         reference_logps: log pi_ref of each token.
         placement: where the KL is.
-        sampling_logps: log pi when the token was drawn; for ``loss_k3_ratio``, which takes the policy to have drawn
+        sampling_logps: log pi when the token was sampled; for ``loss_k3_ratio``, which takes the policy to have drawn
             the tokens when this is not given.
     """
     if placement == "reward":
