@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {available}"))
 
 
+@pytest.fixture(autouse=True)
+def notes_are_said_again() -> None:
+    """Each test is told of old names anew: `note_once` speaks once per process, and tests share processes."""
+    from lightning_rlhf.commands.config_files import note_once
+
+    note_once.cache_clear()
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
