@@ -1,0 +1,310 @@
+"""A Gaussian process over rewards, with a kernel on frozen features of the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.estimators.preference_gp import Laplace, choose_variances, laplace, predict
+from lightning_rlhf.preference_models.base import AbstractPreferenceModel, ModelStart, Posterior
+from lightning_rlhf.preference_models.trunk import FrozenTrunk, content
+from lightning_rlhf.preference_models.whitening import Whitening, fit_whitening
+from lightning_rlhf.types import Preference, Prompt, Response
+
+
+SQUARED_NORM = 4.0
+"""Mean squared norm of sums over response tokens, after whitening; that of four tokens of norm 1, as in "menu"."""
+
+EVIDENCE_PAIRS = 512
+"""Pairs by whose evidence scales are chosen, at most: each step of the search is a fit."""
+
+EVIDENCE_GROUPS = ((0, 1), (2,), (3, 4), (5,), (6,))
+"""Kernels that share a multiplier: linear in tokens, second order, hidden states, length, surface."""
+
+
+@dataclass(frozen=True)
+class KernelScales:
+    """Prior standard deviations of the parts of a reward, nats per unit of their features; 0 leaves a part out.
+
+    Features do not depend on the width of the model or the length of responses: sums over tokens have a mean squared
+    norm of 4, prompts one of 1, length and surface features a standard deviation of 1.
+
+    Args:
+        linear: weights of response tokens, e . e'.
+        prompt: weights of prompt and response tokens together, (x . x')(e . e').
+        pair: weights of pairs of response tokens, (e . e')^2 / 4.
+        hidden: weights of the last hidden state, h . h'.
+        middle: weights of the hidden state of the middle layer, m . m'.
+        length: weight of the number of response tokens.
+        surface: weights of surface features, if the model has any.
+    """
+
+    linear: float = 0.5
+    prompt: float = 0.7
+    pair: float = 1.0
+    hidden: float = 0.5
+    middle: float = 0.0
+    length: float = 0.12
+    surface: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # also refuses NaN
+            if not 0 <= value < math.inf:
+                raise ValueError(f"scales.{field.name} must be finite and >= 0; got {value}")
+        if not any(getattr(self, field.name) for field in fields(self)):
+            raise ValueError("scales are all 0, so that every reward would be 0: set at least one above 0")
+
+    def variances(self) -> Tensor:
+        """Squares of the scales, in their order; float64, [kernels]."""
+        return torch.tensor([getattr(self, field.name) for field in fields(self)], dtype=torch.float64).square()
+
+
+DEFAULT_SCALES = KernelScales()
+
+
+@dataclass(frozen=True)
+class Features:
+    """Whitened features of responses; float64.
+
+    Args:
+        prompt: x; [responses, width].
+        tokens: e; [responses, width].
+        hidden: h; [responses, width].
+        middle: m; [responses, width].
+        length: standardized number of tokens; [responses, 1].
+        surface: standardized surface features; [responses, 2], or [responses, 0] without them.
+    """
+
+    prompt: Tensor
+    tokens: Tensor
+    hidden: Tensor
+    middle: Tensor
+    length: Tensor
+    surface: Tensor
+
+    def __getitem__(self, index: slice) -> Features:
+        return Features(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Rewards of responses, or gaps between two responses to the same prompt.
+
+    Args:
+        first: features of the responses, or of the first of each pair.
+        second: features of the second response of each pair; None for rewards of single responses.
+    """
+
+    first: Features
+    second: Features | None = None
+
+    def linear(self, name: str) -> Tensor:
+        """A feature, or its difference within the pair."""
+        own: Tensor = getattr(self.first, name)
+        return own if self.second is None else own - getattr(self.second, name)
+
+
+def kernel_grams(left: Contrasts, right: Contrasts, wanted: Sequence[bool]) -> Tensor:
+    """Prior covariances of contrasts under each kernel, at scale 1; [kernels, left, right].
+
+    Args:
+        left: contrasts of the rows.
+        right: contrasts of the columns.
+        wanted: whether a kernel has to be computed, in the order of `KernelScales`; else its entries are 0.
+    """
+    rows, columns = len(left.first.length), len(right.first.length)
+    grams = torch.zeros(len(wanted), rows, columns, dtype=torch.float64)
+    # linear kernels are linear in the differences as well, one product instead of four
+    tokens = left.linear("tokens") @ right.linear("tokens").T
+    if wanted[0]:
+        grams[0] = tokens
+    if wanted[1]:
+        # both responses of a pair have the same x
+        grams[1] = (left.first.prompt @ right.first.prompt.T) * tokens
+    if wanted[2]:
+        for sign, first in ((1.0, left.first), (-1.0, left.second)):
+            for other_sign, second in ((1.0, right.first), (-1.0, right.second)):
+                if first is not None and second is not None:
+                    grams[2] += sign * other_sign * (first.tokens @ second.tokens.T).square_() / 4
+    for place, name in enumerate(("hidden", "middle", "length", "surface"), start=3):
+        if wanted[place]:
+            grams[place] = left.linear(name) @ right.linear(name).T
+    return grams
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Statistics of unlabeled samples.
+
+    Args:
+        prompt: whitening of x.
+        tokens: whitening of e.
+        hidden: whitening of h.
+        middle: whitening of m.
+        length: mean and std of the number of tokens.
+        surface: means and stds of the surface features; [2, features].
+    """
+
+    prompt: Whitening
+    tokens: Whitening
+    hidden: Whitening
+    middle: Whitening
+    length: tuple[float, float]
+    surface: Tensor
+
+
+class KernelPreferenceModel(AbstractPreferenceModel):
+    """A Gaussian process over rewards with a Bradley-Terry likelihood, on features of the frozen start policy.
+
+    The prior covariance of two rewards is a sum of kernels::
+
+        k = linear^2 e.e' + prompt^2 (x.x')(e.e') + pair^2 (e.e')^2 / 4
+            + hidden^2 h.h' + middle^2 m.m' + length^2 l l'
+
+    with e, m and h the sums over response tokens of input embeddings, middle and last hidden states, x the mean
+    embedding of the prompt, and l the number of response tokens, EOS left out. The features are whitened by samples of
+    the reference without labels. The posterior is Laplace's approximation (Rasmussen and Williams, GPML, section 3.4);
+    a fit takes O(pairs^3) operations and O(pairs^2) memory.
+
+    Args:
+        scales: prior standard deviations of the parts.
+        surface: also use the number of repeated tokens and log pi_ref of the response, as a linear kernel. Report
+            results with and without it: they may be terms of a simulated oracle.
+        evidence_labels: labels from which on multipliers of the scales are chosen by the log evidence, >= 1; None
+            keeps the scales. With few labels the choice is unstable.
+        most_labels: labels that the posterior uses, >= 1: the latest.
+    """
+
+    def __init__(
+        self,
+        *,
+        scales: KernelScales = DEFAULT_SCALES,
+        surface: bool = False,
+        evidence_labels: int | None = 256,
+        most_labels: int = 4096,
+    ) -> None:
+        if evidence_labels is not None and evidence_labels < 1:
+            raise ValueError(f"evidence_labels must be at least 1, or null; got {evidence_labels}")
+        if most_labels < 1:
+            raise ValueError(f"most_labels must be at least 1; got {most_labels}")
+        self.scales = scales
+        self.surface = surface
+        self.evidence_labels = evidence_labels
+        self.most_labels = most_labels
+        self._trunk: FrozenTrunk | None = None
+        self._statistics: _Statistics | None = None
+        self._variances = scales.variances()
+        self._pairs: Contrasts | None = None
+        self._laplace: Laplace | None = None
+
+    @property
+    def variances(self) -> Tensor:
+        """Variances of the kernels in the last fit, in the order of `KernelScales`; [kernels]."""
+        return self._variances
+
+    def setup(self, start: ModelStart) -> None:
+        """Load the frozen trunk, and whiten by the samples.
+
+        Raises:
+            ValueError: if there are fewer than two samples, or surface features lack log-probabilities.
+        """
+        if len(start.samples) < 2:
+            raise ValueError(
+                f"KernelPreferenceModel needs at least 2 samples of the reference to whiten features; got "
+                f"{len(start.samples)}"
+            )
+        prompts, responses = zip(*start.samples, strict=True)
+        self._trunk = FrozenTrunk(start.checkpoint, start.options, start.device)
+        found = self._trunk.features(prompts, responses)
+        ones = torch.ones_like(found.lengths)
+        lengths, surface = found.lengths.double(), self._surface(responses)
+        self._statistics = _Statistics(
+            prompt=fit_whitening(found.prompt, ones, 1.0),
+            tokens=fit_whitening(found.tokens, found.lengths, SQUARED_NORM),
+            hidden=fit_whitening(found.hidden, found.lengths, SQUARED_NORM),
+            middle=fit_whitening(found.middle, found.lengths, SQUARED_NORM),
+            # a feature without variance stays 0
+            length=(float(lengths.mean()), float(lengths.std()) or 1.0),
+            surface=torch.stack([surface.mean(0), torch.where(surface.std(0) > 0, surface.std(0), 1.0)]),
+        )
+
+    def fit(self, preferences: Sequence[Preference]) -> None:
+        """Fit the posterior to the latest preferences, from the prior; see `AbstractPreferenceModel.fit`."""
+        used = [preference for preference in preferences if not preference.label.is_free_tie][-self.most_labels :]
+        self._pairs = self._contrasts(used)
+        probabilities = torch.tensor([preference.probability for preference in used], dtype=torch.float64)
+        self._variances = self.scales.variances()
+        grams = kernel_grams(self._pairs, self._pairs, self._wanted)
+        if self.evidence_labels is not None and len(used) >= self.evidence_labels:
+            # evenly over the run, since later pairs are of another policy
+            chosen = torch.linspace(0, len(used) - 1, min(len(used), EVIDENCE_PAIRS)).long()
+            self._variances = choose_variances(
+                grams[:, chosen][:, :, chosen], self._variances, probabilities[chosen], self._groups
+            )
+        self._laplace = laplace(torch.einsum("k,knm->nm", self._variances, grams), probabilities)
+
+    def posterior(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Posterior:
+        """Posterior of the rewards of responses; see `AbstractPreferenceModel.posterior`."""
+        if self._laplace is None or self._pairs is None:
+            raise RuntimeError("KernelPreferenceModel was not fitted: call fit(preferences) before posterior")
+        pool = Contrasts(self._features(prompts, responses))
+        cross = torch.einsum("k,knm->nm", self._variances, kernel_grams(pool, self._pairs, self._wanted))
+        prior = torch.einsum("k,knm->nm", self._variances, kernel_grams(pool, pool, self._wanted))
+        return Posterior(*predict(self._laplace, cross, prior))
+
+    @property
+    def _wanted(self) -> list[bool]:
+        # the surface kernel comes last
+        return [bool(variance > 0) for variance in self._variances[:-1]] + [self.surface and self.scales.surface > 0]
+
+    @property
+    def _groups(self) -> list[tuple[int, ...]]:
+        """Groups of kernels whose scales evidence can change."""
+        wanted = self._wanted
+        return [group for group in EVIDENCE_GROUPS if any(wanted[kernel] for kernel in group)]
+
+    def _contrasts(self, preferences: Sequence[Preference]) -> Contrasts:
+        prompts: list[Prompt] = []
+        responses: list[Response] = []
+        # in the order of the ledger, so that full chunks of the trunk stay the same from fit to fit
+        for preference in preferences:
+            prompts += [preference.comparison.prompt] * 2
+            responses += [preference.comparison.a, preference.comparison.b]
+        features = self._features(prompts, responses)
+        return Contrasts(features[0::2], features[1::2])
+
+    def _features(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Features:
+        if self._trunk is None or self._statistics is None:
+            raise RuntimeError("KernelPreferenceModel was not set up: call setup(start) before fit and posterior")
+        found, statistics = self._trunk.features(prompts, responses), self._statistics
+        mean, std = statistics.length
+        surface = (self._surface(responses) - statistics.surface[0]) / statistics.surface[1]
+        return Features(
+            prompt=statistics.prompt(found.prompt, torch.ones_like(found.lengths)),
+            tokens=statistics.tokens(found.tokens, found.lengths),
+            hidden=statistics.hidden(found.hidden, found.lengths),
+            middle=statistics.middle(found.middle, found.lengths),
+            length=(found.lengths.double()[:, None] - mean) / std,
+            surface=surface,
+        )
+
+    def _surface(self, responses: Sequence[Response]) -> Tensor:
+        """Repeated tokens, and log pi_ref of the response in nats, not standardized; [responses, 2 or 0]."""
+        if not self.surface:
+            return torch.zeros(len(responses), 0, dtype=torch.float64)
+        rows = []
+        for response in responses:
+            if response.reference_logps is None:
+                raise ValueError(
+                    "KernelPreferenceModel(surface=True) needs log-probabilities of the reference, which a response "
+                    "lacks: sample it with reference_logps=True, or set surface=false"
+                )
+            ids = content(response)
+            rows.append([float(len(ids) - len(set(ids))), sum(response.reference_logps)])
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(responses), 2)
