@@ -271,7 +271,8 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         self._variances = self._start_variances()
         if self.evidence_labels is not None and len(used) >= self.evidence_labels:
             # evenly over the run, since later pairs are of another policy
-            chosen = torch.linspace(0, len(used) - 1, min(len(used), EVIDENCE_PAIRS)).long()
+            count = min(len(used), EVIDENCE_PAIRS)
+            chosen = torch.arange(count) * len(used) // count
             self._variances = self._by_evidence(self._pairs[chosen], probabilities[chosen])
         self._laplace = laplace(prior_covariance(self._pairs, self._pairs, self._variances), probabilities)
 

@@ -71,6 +71,13 @@ def test_the_cache_changes_no_bit(tiny_policy: Path, trunk: FrozenTrunk) -> None
     assert all(torch.equal(getattr(grown, name), getattr(fresh, name)) for name in ("prompt", "tokens", "hidden"))
 
 
+def test_autocast_of_the_training_step_does_not_reach_it(tiny_policy: Path, trunk: FrozenTrunk) -> None:
+    prompts, responses = rows(6, seed=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = FrozenTrunk(str(tiny_policy), ModelOptions(), CPU).features(prompts, responses)
+    assert torch.equal(inside.hidden, trunk.features(prompts, responses).hidden)
+
+
 def test_chunks_are_computed_once_and_the_cache_is_bounded(tiny_policy: Path) -> None:
     trunk = FrozenTrunk(str(tiny_policy), ModelOptions(), CPU, cached_rows=2 * CHUNK)
     calls = []
