@@ -89,6 +89,18 @@ def gaps(comparisons: Sequence[Comparison], reward: MenuReward) -> Tensor:
     return first - reward.score(prompts, [comparison.b for comparison in comparisons]).mean
 
 
+def predicted_gaps(model: KernelPreferenceModel, comparisons: Sequence[Comparison]) -> Tensor:
+    """Posterior means of reward gaps."""
+    means = []
+    for start in range(0, len(comparisons), 32):
+        part = comparisons[start : start + 32]
+        prompts = [comparison.prompt for comparison in part]
+        responses = [comparison.a for comparison in part] + [comparison.b for comparison in part]
+        mean = model.posterior(prompts + prompts, responses).mean
+        means.append(mean[: len(part)] - mean[len(part) :])
+    return torch.cat(means)
+
+
 def measure(
     world: MenuPairs, model: KernelPreferenceModel, labels: Sequence[int], seed: int, tastes: int = 0
 ) -> list[Accuracy]:
@@ -105,11 +117,7 @@ def measure(
         began = time.perf_counter()
         model.fit(preferences[:count])
         fitted = time.perf_counter() - began
-        means = []
-        for comparison in fresh:
-            pool = model.posterior([comparison.prompt] * 2, [comparison.a, comparison.b])
-            means.append(pool.mean[0] - pool.mean[1])
-        found = torch.stack(means)
+        found = predicted_gaps(model, fresh)
         decided = truth != 0
         accuracy = float((found[decided].sign() == truth[decided].sign()).double().mean())
         correlation = float(torch.corrcoef(torch.stack([found, truth]))[0, 1])
@@ -127,9 +135,9 @@ def main() -> None:
     parser.add_argument("--tastes", type=int, default=0, help="tastes of the oracle, see MenuReward")
     options = parser.parse_args()
     arms = {
-        "fixed scales": KernelPreferenceModel(evidence_labels=None),
-        "scales by evidence": KernelPreferenceModel(),
-        "without second order": KernelPreferenceModel(scales=KernelScales(pair=0.0), evidence_labels=None),
+        "default": KernelPreferenceModel(),
+        "scales by evidence": KernelPreferenceModel(evidence_labels=256),
+        "without second order": KernelPreferenceModel(scales=KernelScales(pair=0.0)),
         "surface features": KernelPreferenceModel(surface=True),
     }
     world = MenuPairs()

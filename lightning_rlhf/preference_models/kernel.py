@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,8 +16,12 @@ from lightning_rlhf.preference_models.whitening import Whitening, fit_whitening
 from lightning_rlhf.types import Preference, Prompt, Response
 
 
-SQUARED_NORM = 4.0
-"""Mean squared norm of sums over response tokens, after whitening; that of four tokens of norm 1, as in "menu"."""
+SQUARED_NORM, PROMPT_SQUARED_NORM = 2.0, 4.0
+"""Mean squared norms, after whitening, of sums over response tokens and of prompts.
+
+The default scales assume them. They were chosen by accuracy on fresh pairs in the world "menu", seeds 30-32, two
+oracles. With a quarter of the norm of prompts, or half or twice that of sums, it was lower by up to 0.016.
+"""
 
 EVIDENCE_PAIRS = 512
 """Pairs by whose evidence scales are chosen, at most: each step of the search is a fit."""
@@ -30,8 +34,9 @@ EVIDENCE_GROUPS = ((0, 1), (2,), (3, 4), (5,), (6,))
 class KernelScales:
     """Prior standard deviations of the parts of a reward, nats per unit of their features; 0 leaves a part out.
 
-    Features do not depend on the width of the model or the length of responses: sums over tokens have a mean squared
-    norm of 4, prompts one of 1, length and surface features a standard deviation of 1.
+    The features have the same size at any width of the model and any length of responses: over the samples that whiten
+    them, sums over tokens have a mean squared norm of 2 and prompts one of 4; length and surface features have a
+    standard deviation of 1.
 
     Args:
         linear: weights of response tokens, e . e'.
@@ -88,7 +93,8 @@ class Features:
     length: Tensor
     surface: Tensor
 
-    def __getitem__(self, index: slice) -> Features:
+    def __getitem__(self, index: slice | Tensor) -> Features:
+        """Features of some responses."""
         return Features(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
@@ -104,38 +110,63 @@ class Contrasts:
     first: Features
     second: Features | None = None
 
+    def __getitem__(self, index: Tensor) -> Contrasts:
+        """Some of the contrasts."""
+        return Contrasts(self.first[index], None if self.second is None else self.second[index])
+
     def linear(self, name: str) -> Tensor:
         """A feature, or its difference within the pair."""
         own: Tensor = getattr(self.first, name)
         return own if self.second is None else own - getattr(self.second, name)
 
 
-def kernel_grams(left: Contrasts, right: Contrasts, wanted: Sequence[bool]) -> Tensor:
-    """Prior covariances of contrasts under each kernel, at scale 1; [kernels, left, right].
+def kernel_grams(left: Contrasts, right: Contrasts, wanted: Sequence[bool]) -> Iterator[tuple[int, Tensor]]:
+    """Prior covariances of contrasts under each kernel at scale 1, [left, right], with the number of the kernel.
+
+    One at a time: with thousands of pairs each takes hundreds of megabytes.
 
     Args:
         left: contrasts of the rows.
         right: contrasts of the columns.
-        wanted: whether a kernel has to be computed, in the order of `KernelScales`; else its entries are 0.
+        wanted: whether a kernel is computed, in the order of `KernelScales`.
     """
-    rows, columns = len(left.first.length), len(right.first.length)
-    grams = torch.zeros(len(wanted), rows, columns, dtype=torch.float64)
-    # linear kernels are linear in the differences as well, one product instead of four
-    tokens = left.linear("tokens") @ right.linear("tokens").T
-    if wanted[0]:
-        grams[0] = tokens
-    if wanted[1]:
-        # both responses of a pair have the same x
-        grams[1] = (left.first.prompt @ right.first.prompt.T) * tokens
+    if wanted[0] or wanted[1]:
+        # linear kernels are linear in the differences as well, one product instead of four
+        tokens = left.linear("tokens") @ right.linear("tokens").T
+        if wanted[0]:
+            yield 0, tokens
+        if wanted[1]:
+            # both responses of a pair have the same x
+            yield 1, (left.first.prompt @ right.first.prompt.T) * tokens
     if wanted[2]:
-        for sign, first in ((1.0, left.first), (-1.0, left.second)):
-            for other_sign, second in ((1.0, right.first), (-1.0, right.second)):
-                if first is not None and second is not None:
-                    grams[2] += sign * other_sign * (first.tokens @ second.tokens.T).square_() / 4
-    for place, name in enumerate(("hidden", "middle", "length", "surface"), start=3):
-        if wanted[place]:
-            grams[place] = left.linear(name) @ right.linear(name).T
-    return grams
+        yield 2, _second_order(left, right)
+    for kernel, name in enumerate(("hidden", "middle", "length", "surface"), start=3):
+        if wanted[kernel]:
+            yield kernel, left.linear(name) @ right.linear(name).T
+
+
+def _second_order(left: Contrasts, right: Contrasts) -> Tensor:
+    """(e . e')^2 / 4: the product of all pairs of tokens, without computing them."""
+    gram = torch.zeros(len(left.first.length), len(right.first.length), dtype=torch.float64)
+    for sign, first in ((0.25, left.first), (-0.25, left.second)):
+        for other_sign, second in ((1.0, right.first), (-1.0, right.second)):
+            if first is not None and second is not None:
+                gram.add_((first.tokens @ second.tokens.T).square_(), alpha=sign * other_sign)
+    return gram
+
+
+def prior_covariance(left: Contrasts, right: Contrasts, variances: Tensor) -> Tensor:
+    """Prior covariance of contrasts, [left, right].
+
+    Args:
+        left: contrasts of the rows.
+        right: contrasts of the columns.
+        variances: variance of each kernel; 0 leaves it out; [kernels].
+    """
+    total = torch.zeros(len(left.first.length), len(right.first.length), dtype=torch.float64)
+    for kernel, gram in kernel_grams(left, right, (variances > 0).tolist()):
+        total.add_(gram, alpha=float(variances[kernel]))
+    return total
 
 
 @dataclass(frozen=True)
@@ -147,7 +178,7 @@ class _Statistics:
         tokens: whitening of e.
         hidden: whitening of h.
         middle: whitening of m.
-        length: mean and std of the number of tokens.
+        length: mean and std of the number of tokens; [2, 1].
         surface: means and stds of the surface features; [2, features].
     """
 
@@ -155,7 +186,7 @@ class _Statistics:
     tokens: Whitening
     hidden: Whitening
     middle: Whitening
-    length: tuple[float, float]
+    length: Tensor
     surface: Tensor
 
 
@@ -176,8 +207,8 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         scales: prior standard deviations of the parts.
         surface: also use the number of repeated tokens and log pi_ref of the response, as a linear kernel. Report
             results with and without it: they may be terms of a simulated oracle.
-        evidence_labels: labels from which on multipliers of the scales are chosen by the log evidence, >= 1; None
-            keeps the scales. With few labels the choice is unstable.
+        evidence_labels: labels from which on multipliers of the scales are chosen by the log evidence, >= 1; default:
+            never. With fewer than 500 labels or so the choice is unstable.
         most_labels: labels that the posterior uses, >= 1: the latest.
     """
 
@@ -186,7 +217,7 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         *,
         scales: KernelScales = DEFAULT_SCALES,
         surface: bool = False,
-        evidence_labels: int | None = 256,
+        evidence_labels: int | None = None,
         most_labels: int = 4096,
     ) -> None:
         if evidence_labels is not None and evidence_labels < 1:
@@ -199,7 +230,7 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         self.most_labels = most_labels
         self._trunk: FrozenTrunk | None = None
         self._statistics: _Statistics | None = None
-        self._variances = scales.variances()
+        self._variances = self._start_variances()
         self._pairs: Contrasts | None = None
         self._laplace: Laplace | None = None
 
@@ -223,15 +254,13 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         self._trunk = FrozenTrunk(start.checkpoint, start.options, start.device)
         found = self._trunk.features(prompts, responses)
         ones = torch.ones_like(found.lengths)
-        lengths, surface = found.lengths.double(), self._surface(responses)
         self._statistics = _Statistics(
-            prompt=fit_whitening(found.prompt, ones, 1.0),
+            prompt=fit_whitening(found.prompt, ones, PROMPT_SQUARED_NORM),
             tokens=fit_whitening(found.tokens, found.lengths, SQUARED_NORM),
             hidden=fit_whitening(found.hidden, found.lengths, SQUARED_NORM),
             middle=fit_whitening(found.middle, found.lengths, SQUARED_NORM),
-            # a feature without variance stays 0
-            length=(float(lengths.mean()), float(lengths.std()) or 1.0),
-            surface=torch.stack([surface.mean(0), torch.where(surface.std(0) > 0, surface.std(0), 1.0)]),
+            length=_moments(found.lengths.double()[:, None]),
+            surface=_moments(self._surface(responses)),
         )
 
     def fit(self, preferences: Sequence[Preference]) -> None:
@@ -239,35 +268,38 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         used = [preference for preference in preferences if not preference.label.is_free_tie][-self.most_labels :]
         self._pairs = self._contrasts(used)
         probabilities = torch.tensor([preference.probability for preference in used], dtype=torch.float64)
-        self._variances = self.scales.variances()
-        grams = kernel_grams(self._pairs, self._pairs, self._wanted)
+        self._variances = self._start_variances()
         if self.evidence_labels is not None and len(used) >= self.evidence_labels:
             # evenly over the run, since later pairs are of another policy
-            chosen = torch.linspace(0, len(used) - 1, min(len(used), EVIDENCE_PAIRS)).long()
-            self._variances = choose_variances(
-                grams[:, chosen][:, :, chosen], self._variances, probabilities[chosen], self._groups
-            )
-        self._laplace = laplace(torch.einsum("k,knm->nm", self._variances, grams), probabilities)
+            count = min(len(used), EVIDENCE_PAIRS)
+            chosen = torch.arange(count) * len(used) // count
+            self._variances = self._by_evidence(self._pairs[chosen], probabilities[chosen])
+        self._laplace = laplace(prior_covariance(self._pairs, self._pairs, self._variances), probabilities)
 
     def posterior(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Posterior:
         """Posterior of the rewards of responses; see `AbstractPreferenceModel.posterior`."""
         if self._laplace is None or self._pairs is None:
             raise RuntimeError("KernelPreferenceModel was not fitted: call fit(preferences) before posterior")
         pool = Contrasts(self._features(prompts, responses))
-        cross = torch.einsum("k,knm->nm", self._variances, kernel_grams(pool, self._pairs, self._wanted))
-        prior = torch.einsum("k,knm->nm", self._variances, kernel_grams(pool, pool, self._wanted))
+        cross = prior_covariance(pool, self._pairs, self._variances)
+        prior = prior_covariance(pool, pool, self._variances)
         return Posterior(*predict(self._laplace, cross, prior))
 
-    @property
-    def _wanted(self) -> list[bool]:
-        # the surface kernel comes last
-        return [bool(variance > 0) for variance in self._variances[:-1]] + [self.surface and self.scales.surface > 0]
+    def _start_variances(self) -> Tensor:
+        variances = self.scales.variances()
+        if not self.surface:
+            # the surface kernel comes last
+            variances[-1] = 0.0
+        return variances
 
-    @property
-    def _groups(self) -> list[tuple[int, ...]]:
-        """Groups of kernels whose scales evidence can change."""
-        wanted = self._wanted
-        return [group for group in EVIDENCE_GROUPS if any(wanted[kernel] for kernel in group)]
+    def _by_evidence(self, pairs: Contrasts, probabilities: Tensor) -> Tensor:
+        """Variances with multipliers for groups of kernels that are in use."""
+        wanted = (self._variances > 0).tolist()
+        grams = torch.zeros(len(wanted), len(probabilities), len(probabilities), dtype=torch.float64)
+        for kernel, gram in kernel_grams(pairs, pairs, wanted):
+            grams[kernel] = gram
+        groups = [group for group in EVIDENCE_GROUPS if any(wanted[kernel] for kernel in group)]
+        return choose_variances(grams, self._variances, probabilities, groups)
 
     def _contrasts(self, preferences: Sequence[Preference]) -> Contrasts:
         prompts: list[Prompt] = []
@@ -283,15 +315,13 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         if self._trunk is None or self._statistics is None:
             raise RuntimeError("KernelPreferenceModel was not set up: call setup(start) before fit and posterior")
         found, statistics = self._trunk.features(prompts, responses), self._statistics
-        mean, std = statistics.length
-        surface = (self._surface(responses) - statistics.surface[0]) / statistics.surface[1]
         return Features(
             prompt=statistics.prompt(found.prompt, torch.ones_like(found.lengths)),
             tokens=statistics.tokens(found.tokens, found.lengths),
             hidden=statistics.hidden(found.hidden, found.lengths),
             middle=statistics.middle(found.middle, found.lengths),
-            length=(found.lengths.double()[:, None] - mean) / std,
-            surface=surface,
+            length=(found.lengths.double()[:, None] - statistics.length[0]) / statistics.length[1],
+            surface=(self._surface(responses) - statistics.surface[0]) / statistics.surface[1],
         )
 
     def _surface(self, responses: Sequence[Response]) -> Tensor:
@@ -308,3 +338,10 @@ class KernelPreferenceModel(AbstractPreferenceModel):
             ids = content(response)
             rows.append([float(len(ids) - len(set(ids))), sum(response.reference_logps)])
         return torch.tensor(rows, dtype=torch.float64).reshape(len(responses), 2)
+
+
+def _moments(features: Tensor) -> Tensor:
+    """Means and stds over the rows, [2, features]; std 1 where a feature does not vary."""
+    mean = features.mean(0)
+    std = (features - mean).square().mean(0).sqrt()
+    return torch.stack([mean, torch.where(std > 0, std, 1.0)])

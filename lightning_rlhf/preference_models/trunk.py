@@ -95,7 +95,8 @@ class FrozenTrunk:
     def _chunk(self, rows: tuple[Row, ...]) -> TrunkFeatures:
         found = self._cache.pop(rows, None)
         if found is None:
-            with evaluating(self._modules):
+            # the same numbers within a training step under autocast and outside of it
+            with evaluating(self._modules), torch.autocast(self._model.device.type, enabled=False):
                 found = self._joined([self._compute(batch) for batch in self._batches(rows)])
         # at the end of the order: used last
         self._cache[rows] = found
@@ -150,7 +151,10 @@ class FrozenTrunk:
 
     def _joined(self, parts: Sequence[TrunkFeatures]) -> TrunkFeatures:
         if not parts:
-            empty = torch.zeros(0, self.width)
-            return TrunkFeatures(empty, empty, empty, empty, torch.zeros(0))
+            embedded, state = (
+                torch.zeros(0, self.width),
+                torch.zeros(0, self._model.config.get_text_config().hidden_size),
+            )
+            return TrunkFeatures(embedded, embedded, state, state, torch.zeros(0))
         names = [field.name for field in fields(TrunkFeatures)]
         return TrunkFeatures(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

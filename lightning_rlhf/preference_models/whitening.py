@@ -30,7 +30,8 @@ class Whitening:
         """Whitened features, [rows, width]; arguments as in `fit_whitening`."""
         centered = features.double() - lengths.double()[:, None] * self.center
         # L^-1 z has covariance L^-1 C L^-T = I
-        return self.scale * torch.linalg.solve_triangular(self.factor, centered.T, upper=False).T
+        whitened: Tensor = torch.linalg.solve_triangular(self.factor, centered.T, upper=False).T
+        return self.scale * whitened
 
 
 def fit_whitening(features: Tensor, lengths: Tensor, squared_norm: float) -> Whitening:
