@@ -174,5 +174,5 @@ def test_sharded_models_and_wrong_anchors_are_refused(tmp_path: Path, tiny_polic
     with pytest.raises(ValueError, match="does not run sharded; use --config trainer/ddp"):
         policy.setup("fit")
     for wrong in ({"coefficient": -1.0}, {"decay": 1.0}):
-        with pytest.raises(ValueError, match="model.anchor.coefficient must be finite"):
+        with pytest.raises(ValueError, match=r"model\.anchor\.coefficient must be finite"):
             Anchor(**wrong)

@@ -19,9 +19,9 @@ def logps_and_anchor_kl(
 ) -> tuple[Tensor, Tensor]:
     """Compute log p(response | prompt), and the KL of the anchor to the model at every token of the response.
 
-    The KL of a response is ``sum_t KL(anchor(. | y_<t) || model(. | y_<t))``, over the whole vocabulary at each prefix of
-    the response, and so without the noise of an estimate from sampled tokens. Two tensors [tokens, vocabulary] are in
-    memory at a time.
+    The KL of a response is ``sum_t KL(anchor(. | y_<t) || model(. | y_<t))``, over the whole vocabulary at each prefix
+    of the response, and so without the noise of an estimate from sampled tokens. Several tensors [tokens, vocabulary]
+    are in memory at a time: micro-batches bound them.
 
     Args:
         model: a causal language model of transformers, or a PeftModel of one; carries gradient if enabled.

@@ -162,10 +162,10 @@ def nudged_preference_loss(
 ) -> Tensor:
     """Policy gradient of a preference with the affirmative nudge, for both orders of a pair; shape [pairs].
 
-    "Efficient Exploration at Scale" (arXiv 2603.17378): an ordered pair (Y, Y') adds ``(P(Y preferred) - 1/2 + eps) grad
-    log pi(Y)`` to the gradient of the objective. With both orders of a pair, probability moves from the response that
-    is preferred less often to the other one, by ``label - 1/2``, and to both of them, by eps. The loss has no lower
-    bound, and its gradient is that of the expected preference only on responses that the present policy sampled.
+    "Efficient Exploration at Scale" (arXiv 2603.17378): an ordered pair (Y, Y') adds ``(P(Y preferred) - 1/2 + eps)
+    grad log pi(Y)`` to the gradient of the objective. With both orders of a pair, probability moves from the response
+    that is preferred less often to the other one, by ``label - 1/2``, and to both of them, by eps. The loss has no
+    lower bound, and its gradient is that of the expected preference only on responses that the present policy sampled.
 
     Args:
         policy_chosen_logps: log pi_theta of the chosen responses, summed over tokens, nats; carries gradient.
@@ -282,8 +282,8 @@ class NudgedPreferenceLoss(AbstractPreferenceLoss):
     adds the pull towards an average of the policy, without which nothing bounds the policy.
 
     Args:
-        epsilon: the nudge, >= 0; adds to the weight of both responses. The paper says that it is small and positive, and
-            that runs without it, 0, fail. The default is ours.
+        epsilon: the nudge, >= 0; adds to the weight of both responses. The paper says that it is small and positive,
+            and that runs without it, 0, fail. The default is ours.
 
     Raises:
         ValueError: if epsilon is negative or infinite.

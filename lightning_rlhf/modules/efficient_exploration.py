@@ -50,14 +50,15 @@ DEFAULT_ANCHOR = Anchor()
 class EfficientExplorationModule(DPOModule):
     """The policy of "Efficient Exploration at Scale" (arXiv 2603.17378), for pairs that it sampled itself.
 
-    An ordered pair (Y, Y') adds ``(P(Y preferred) - 1/2 + eps) grad log pi(Y) - c sum_t grad KL(anchor(. | Y_<t) || pi(.
-    | Y_<t))`` to the gradient. A pair counts in both orders. The KL is exact, over the whole vocabulary at each token.
-    The anchor is the average of the policy over optimizer steps; it starts where the policy starts. The reference is
-    another model: it stays the initial policy, for implicit rewards, the metrics and J, and no loss reads it.
+    An ordered pair (Y, Y') adds to the gradient ``(P(Y preferred) - 1/2 + eps) grad log pi(Y)`` less the coefficient
+    times ``sum_t grad KL(anchor(. | Y_<t) || pi(. | Y_<t))``. A pair counts in both orders. The KL is exact, over the
+    whole vocabulary at each token. The anchor is the average of the policy over optimizer steps; it starts where the
+    policy starts. The reference is another model: it stays the initial policy, for implicit rewards, the metrics and J,
+    and this loss does not read it.
 
-    The paper names neither eps nor c, the decay or the optimizer: all defaults are ours. P comes with the labels; give
-    the DataModule a preference model, as the config ``efficient_exploration`` does. With another ``loss``, such as
-    `DPOLoss`, that loss gets the same anchor. Not supported: models that are sharded over processes.
+    The numbers of the paper are not public, neither eps, coefficient and decay nor the optimizer's: all defaults are
+    ours. P comes with the labels; give the DataModule a preference model that labels fresh pairs. With another
+    ``loss``, such as `DPOLoss`, that loss gets the same anchor. Not supported: models sharded over processes.
 
     Logged on training steps: ``train/anchor_kl``, nats per pair.
 
