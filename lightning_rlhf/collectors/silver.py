@@ -235,7 +235,9 @@ class SilverCollector:
             for place in places:
                 # folded by place: a prompt may come twice
                 requests += pool_requests([chosen[place]], options.pool, key.fold(place))
-            return self._pools([chosen[place] for place in places], _generate(engine, requests), engine)
+            # of pools, the model chooses pairs before their reference log-probabilities are computed
+            responses = _generate(engine, requests, options.pool > 2 and options.model.needs_reference_logps)
+            return self._pools([chosen[place] for place in places], responses, engine)
 
         pools = distributed.interleave(sample)
         return list(chain.from_iterable(pools))
@@ -282,8 +284,9 @@ class SilverCollector:
         return [real[order[i % len(order)]] for i in range(count)]
 
 
-def _generate(engine: PolicyEngine, requests: Sequence[Request]) -> list[Response]:
-    return engine.generate(requests) if requests else []
+def _generate(engine: PolicyEngine, requests: Sequence[Request], reference_logps: bool = False) -> list[Response]:
+    # the last chunk may have fewer prompts than there are ranks
+    return engine.generate(requests, reference_logps=reference_logps) if requests else []
 
 
 def _table(store: PreferenceStore | None) -> SilverTable:

@@ -39,7 +39,7 @@ from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler
+from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler, MixtureSampler
 from lightning_rlhf.types import Preference, State
 
 
@@ -219,8 +219,8 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
             # the sampler of the new round asks the model that is fitted to the rounds before it
             self._keep_rounds(0, due - 1)
             collector.update(self._rounds, due - 1)
-        if isinstance(self.sampler, UsesPreferenceModel):
-            self.sampler.preference_model = collector.model
+        for sampler in _asking(self.sampler):
+            sampler.preference_model = collector.model
         self._keep_rounds(0, due)
         collector.update(self._rounds, due)
         # a run that is over samples nothing more
@@ -297,12 +297,20 @@ def _is_silver(preference: Preference) -> bool:
     return preference.label.meta.get("kind") == "silver"
 
 
+def _asking(sampler: AbstractPairSampler) -> list[UsesPreferenceModel]:
+    """The sampler, or those of a mixture, that ask a preference model."""
+    if isinstance(sampler, MixtureSampler):
+        return list(chain.from_iterable(_asking(member) for member in sampler.samplers))
+    return [sampler] if isinstance(sampler, UsesPreferenceModel) else []
+
+
 def _check_silver(silver: SilverOptions | None, rounds: PreferenceRoundOptions, sampler: AbstractPairSampler) -> None:
     """Check that the settings of rounds and sampler go with silver labels, or with none."""
     if silver is None:
-        if isinstance(sampler, UsesPreferenceModel):
+        asking = _asking(sampler)
+        if asking:
             raise ValueError(
-                f"{type(sampler).__name__} asks a preference model for its choice: set data.silver.model, and "
+                f"{type(asking[0]).__name__} asks a preference model for its choice: set data.silver.model, and "
                 f"data.silver.steps_per_round=0 to train on real pairs alone"
             )
         return

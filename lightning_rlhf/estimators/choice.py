@@ -45,5 +45,5 @@ def gaussian_samples(mean: Tensor, covariance: Tensor, normals: Tensor) -> Tenso
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     # C^(1/2) = V diag(sqrt(lambda)) V^T; rounding can make an eigenvalue negative
-    root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
     return mean.double() + normals @ root

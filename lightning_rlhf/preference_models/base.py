@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Preference, Prompt, Response, State
 
 
@@ -65,7 +66,7 @@ class ModelStart:
     key: Key
 
 
-class AbstractPreferenceModel(ABC):
+class AbstractPreferenceModel(KeepsArguments, ABC):
     """A reward that is learnt from preferences, with its uncertainty.
 
     The DataModule calls `setup` once, then `fit` with all preferences so far whenever enough new labels were bought.
@@ -73,9 +74,11 @@ class AbstractPreferenceModel(ABC):
     Attributes:
         REFITS: whether `fit` forgets earlier fits, so that the preferences alone decide the posterior. A resumed run
             then fits again and needs no state. A model that trains on instead keeps its weights in `state_dict`.
+        needs_reference_logps: whether responses must have log-probabilities under the reference.
     """
 
     REFITS: ClassVar[bool] = True
+    needs_reference_logps: bool = False
 
     @abstractmethod
     def setup(self, start: ModelStart) -> None:

@@ -80,7 +80,8 @@ class EpistemicHead(AbstractRewardHead):
         chosen, rejected = samples.view(len(samples), -1, 2).unbind(2)
         # [members, pairs] against the labels of the pairs: summed, so that each member learns as if alone
         epistemic = bradley_terry_loss(chosen, rejected, label).sum(0)
-        return bradley_terry_loss(*point.view(-1, 2).unbind(1), label) + epistemic
+        first, second = point.view(-1, 2).unbind(1)
+        return bradley_terry_loss(first, second, label) + epistemic
 
 
 class EpistemicPreferenceModel(AbstractTrainedModel):

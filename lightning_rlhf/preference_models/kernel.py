@@ -225,7 +225,8 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         if most_labels < 1:
             raise ValueError(f"most_labels must be at least 1; got {most_labels}")
         self.scales = scales
-        self.surface = surface
+        # log pi_ref is a surface feature
+        self.surface = self.needs_reference_logps = surface
         self.evidence_labels = evidence_labels
         self.most_labels = most_labels
         self._trunk: FrozenTrunk | None = None

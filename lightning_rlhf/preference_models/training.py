@@ -180,7 +180,9 @@ class AbstractTrainedModel(AbstractPreferenceModel, ABC):
                 torch.manual_seed(start.key.seed())
                 head = self.build_head(samples.shape[1])
             self._scale, self._head = Standardized(samples).to(start.device), head.to(start.device)
-            groups = [{"params": [p for p in self._head.parameters() if p.requires_grad]}]
+            groups: list[dict[str, list[nn.Parameter] | float]] = [
+                {"params": [parameter for parameter in self._head.parameters() if parameter.requires_grad]}
+            ]
             if self.train_trunk:
                 groups.append({"params": list(self._policy.parameters()), "lr": self.fitting.trunk_learning_rate})
             self._optimizer = torch.optim.AdamW(
@@ -208,7 +210,7 @@ class AbstractTrainedModel(AbstractPreferenceModel, ABC):
                     pairs = features[batch]
                 loss = self._head.losses(pairs, labels[batch]).mean() + loss
                 self._optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 self._optimizer.step()
         self._fits += 1
 
@@ -306,7 +308,7 @@ def minibatches(count: int, fitting: FitSteps, key: Key) -> list[Tensor]:
     passes = math.ceil(fitting.steps * size / count)
     generator = key.generator()
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
-    return list(order[: fitting.steps * size].split(size))
+    return list(torch.split(order[: fitting.steps * size], size))
 
 
 def sample_covariance(samples: Tensor) -> Tensor:

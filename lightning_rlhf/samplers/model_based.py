@@ -54,10 +54,11 @@ class AbstractModelSampler(AbstractPairSampler):
         Branch ``"posterior"``, where ``meta["gap_std"]`` is the standard deviation of the reward gap in nats, or
         ``"base"`` where no model was asked.
         """
-        pool = engine.generate(pool_requests(prompts, self.n, key))
-        posterior = None
-        if self.preference_model is not None:
-            posterior = self.preference_model.posterior(repeated(prompts, self.n), pool)
+        model, posterior = self.preference_model, None
+        needs_logps = model is not None and model.needs_reference_logps
+        pool = engine.generate(pool_requests(prompts, self.n, key), reference_logps=needs_logps)
+        if model is not None:
+            posterior = model.posterior(repeated(prompts, self.n), pool)
         comparisons = []
         for i, prompt in enumerate(prompts):
             kept = different(prompt, pool[i * self.n : (i + 1) * self.n])
