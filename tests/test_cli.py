@@ -69,10 +69,49 @@ def test_shipped_configs_fit_two_steps(in_folder: Path, tiny_policy: Path, confi
     assert list((in_folder / "run").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("overlay", [n for n in config_names() if n.startswith("sampler/")] + ["trainer/cpu", "debug"])
+MODEL_SAMPLERS = ["sampler/infomax", "sampler/thompson"]
+OVERLAYS = [n for n in config_names() if n.startswith("sampler/") and n not in MODEL_SAMPLERS] + ["trainer/cpu", "debug"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_shipped_overlays_fit_two_steps(in_folder: Path, tiny_policy: Path, overlay: str) -> None:
     del in_folder
     fit("--config", "dpo_online", "--config", overlay, f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run")
+
+
+# a fit of the preference model after two labels
+SILVER = [
+    *("--data.silver.min_labels=2", "--data.silver.refit_every=2", "--data.silver.start_samples=4"),
+    *("--data.silver.pairs_per_step=4", "--trainer.max_steps=5"),
+]
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        ["dpo_online", "scarce_labels"],
+        ["dpo_online", "scarce_labels", "sampler/infomax"],
+        ["dpo_online", "scarce_labels", "sampler/thompson"],
+        ["efficient_exploration"],
+    ],
+)
+def test_configs_with_a_preference_model_label_silver_pairs(
+    in_folder: Path, tiny_policy: Path, configs: list[str]
+) -> None:
+    named = [f"--config={name}" for name in configs]
+    small = ["--data.sampler.n=3"] if "scarce_labels" != configs[-1] else []
+    fit(*named, f"--model.policy={tiny_policy}", *ONLINE, *SILVER, *small, "--run_dir=run")
+    summary = json.loads((in_folder / "run" / "summary.json").read_text())
+    assert summary["steps"] == 5
+    assert 2 <= summary["labels"] <= 8
+    assert summary["silver_pairs"] >= 8
+
+
+@pytest.mark.parametrize("overlay", MODEL_SAMPLERS)
+def test_samplers_that_ask_a_model_need_one(tiny_policy: Path, overlay: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit("--config=dpo_online", f"--config={overlay}", f"--model.policy={tiny_policy}", *ONLINE)
+    assert stop.value.code
 
 
 def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> None:

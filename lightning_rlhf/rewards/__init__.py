@@ -5,6 +5,7 @@ from lightning_rlhf.rewards.combine import combine, disagreement, standardised
 from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
+from lightning_rlhf.rewards.posterior import PosteriorReward
 from lightning_rlhf.rewards.server import ServerScoreReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 
@@ -13,6 +14,7 @@ __all__ = [
     "AbstractReward",
     "LLMScoreReward",
     "LexiconReward",
+    "PosteriorReward",
     "RewardModelReward",
     "RewardOutput",
     "ServerScoreReward",
