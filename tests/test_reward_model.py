@@ -424,7 +424,7 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     module = RewardModule(str(tiny_policy))
     drawing = data(tmp_path)
     drawing.sampler = VanillaSampler()
-    with pytest.raises(ValueError, match=r"VanillaSampler draws responses.*set data\.sampler=OfflineSampler"):
+    with pytest.raises(ValueError, match=r"VanillaSampler samples responses.*set data\.sampler=OfflineSampler"):
         trainer(tmp_path).fit(module, datamodule=drawing)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "say 1"}')
     unpaired = data(tmp_path, heldout=DatasetPrompts(str(tmp_path / "prompts.jsonl")))
