@@ -146,6 +146,28 @@ def test_a_run_cut_off_in_its_last_round_finishes_it(toy: ModuleType, tmp_path: 
     assert len(module.steps_run) >= 1
 
 
+def test_rounds_without_a_label_are_counted_over_a_restart(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three idle rounds in a row end the run: two before the restart and one after it."""
+    monkeypatch.setattr("lightning_rlhf.callbacks.budget.PATIENCE", 3)
+
+    class Collapsed(toy.ToyData):  # type: ignore[name-defined,misc]
+        """Buys its labels in round 0 only."""
+
+        @property
+        def num_labels(self) -> int:
+            return min(self.bought, 4)
+
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    trainer = toy.trainer(tmp_path, [LabelBudget(100), saver], max_epochs=3, enable_checkpointing=True)
+    trainer.fit(toy.ToyModule(), datamodule=Collapsed())
+    resumed = toy.trainer(tmp_path, [LabelBudget(100)], max_epochs=50)
+    with pytest.warns(UserWarning, match="last 3 rounds brought no label"):
+        resumed.fit(toy.ToyModule(), datamodule=Collapsed(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert resumed.current_epoch == 4
+
+
 def test_two_budgets_are_one_too_many(toy: ModuleType, tmp_path: Path) -> None:
     data = toy.ToyData()
     data.label_budget = 7
