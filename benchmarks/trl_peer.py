@@ -61,13 +61,13 @@ def dpo(job: Job) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    class Tokenised(DPOTrainer):
+    class Tokenized(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
     clock = Clock()
     config = DPOConfig(**settings(job, max_length=None, model_init_kwargs={"dtype": "float32"}))
-    trainer = Tokenised(
+    trainer = Tokenized(
         model=job.model,
         args=config,
         train_dataset=Dataset.from_list(rows(job)),

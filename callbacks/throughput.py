@@ -91,7 +91,7 @@ class Throughput(Callback):
 def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:
     """Items and tokens per second over some steps of one rank."""
     steps = list(steps)
-    # sum of items / sum of seconds: the mean of the speeds of steps would favour short steps
+    # sum of items / sum of seconds: the mean of the speeds of steps would favor short steps
     seconds = sum(step.seconds for step in steps)
     return {
         f"{unit}s_per_second": sum(step.items for step in steps) / seconds,

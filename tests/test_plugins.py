@@ -240,7 +240,7 @@ class Never(AbstractLabeler):
         raise AssertionError("the oracle has said which is better")
 
 
-def test_best_of_n_with_an_oracle_reward_is_labelled_by_the_oracle() -> None:
+def test_best_of_n_with_an_oracle_reward_is_labeled_by_the_oracle() -> None:
     sampler = BestOfNSampler(n=8, reward=Fixed(None))
     best, tie = pairs(1, score_a=0.1, score_b=0.0), pairs(1, score_a=0.2, score_b=0.2)
     labels = labeled(sampler, Never(), best + tie, Key((0,)))

@@ -183,7 +183,7 @@ def test_micro_batches_and_accumulation_change_nothing(
     tmp_path: Path, tiny_policy: Path, options: dict[str, Any]
 ) -> None:
     class Plain(PolicyGradientModule):
-        """Without the normalisation of AdamW, which makes much of rounding where gradients are small."""
+        """Without the normalization of AdamW, which makes much of rounding where gradients are small."""
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -362,7 +362,7 @@ def test_the_uncertainty_penalty_by_hand() -> None:
         UncertaintyPenalty(Sure()).score([], [Response((1,), "", "eos")])
 
 
-def test_rewards_are_normalised_by_all_rounds_so_far(tmp_path: Path, tiny_policy: Path) -> None:
+def test_rewards_are_normalized_by_all_rounds_so_far(tmp_path: Path, tiny_policy: Path) -> None:
     kept = Steps()
     rollouts = data(shaping=RewardShaping("mean_std", missing_eos_penalty=0.25))
     trainer(tmp_path, kept, max_epochs=3).fit(module(tiny_policy, RLOO()), datamodule=rollouts)

@@ -103,8 +103,8 @@ def test_transformers_opens_it_and_scores_alike(trained: Path) -> None:
             logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits
         assert score.item() == pytest.approx(logits.item(), abs=1e-5)
     assert ours[0] > ours[1]
-    normalised = RewardModelReward(str(folder), normalize=True).score([prompt] * 3, responses).mean
-    torch.testing.assert_close(normalised, (ours - model.config.reward_mean) / model.config.reward_std)
+    normalized = RewardModelReward(str(folder), normalize=True).score([prompt] * 3, responses).mean
+    torch.testing.assert_close(normalized, (ours - model.config.reward_mean) / model.config.reward_std)
 
 
 def test_it_reads_texts_not_the_ids_of_the_policy(trained: Path) -> None:

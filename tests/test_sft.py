@@ -100,7 +100,7 @@ def fit(folder: Path, policy: Path, *callbacks: L.Callback, ckpt: str | None = N
 
 
 class Plain(SFTModule):
-    """Without the normalisation of AdamW, so that updates are gradients."""
+    """Without the normalization of AdamW, so that updates are gradients."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)

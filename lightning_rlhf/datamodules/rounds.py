@@ -148,7 +148,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             failed = {} if self.round is None else self.round.failed
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
-                f"round {due} has no labelled {self.UNIT} to train on "
+                f"round {due} has no labeled {self.UNIT} to train on "
                 f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
             )
         return items

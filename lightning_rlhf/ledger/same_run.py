@@ -244,7 +244,7 @@ def prompt_differences(store: PreferenceStore, prompts: Sequence[Prompt], source
 
 
 def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
-    """Warn if the code of a user's own class has changed since the rounds in the ledger were sampled and labelled.
+    """Warn if the code of a user's own class has changed since the rounds in the ledger were sampled and labeled.
 
     Args:
         store: the ledger, open for writing.
@@ -255,7 +255,7 @@ def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
     if changed and store.is_drawn():
         rank_zero_warn(
             f"the code of {', '.join(changed)} has changed since the run in {store.path} began; the rounds that it "
-            f"holds stay as they were sampled and labelled"
+            f"holds stay as they were sampled and labeled"
         )
     if {**before, **code} != before:
         # stored also after a warning, so that one change of the code warns once

@@ -367,7 +367,7 @@ class PreferenceStore:
         return dict(rows)
 
     def preferences(self, rounds: Iterable[int] | None = None) -> Iterator[Preference]:
-        """Yield the labelled comparisons, round by round and in order of position; memory stays small.
+        """Yield the labeled comparisons, round by round and in order of position; memory stays small.
 
         Args:
             rounds: the rounds, in this order. Default: all, closed or not.

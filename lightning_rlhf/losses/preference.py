@@ -198,7 +198,7 @@ def ipo_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
     Args:
         margin: log-ratio margins, nats, summed over tokens (the paper) or averaged (see `IPOLoss`); carries gradient.
         label: P(chosen preferred) in [0, 1].
-        beta: regularisation tau, > 0.
+        beta: regularization tau, > 0.
     """
     # L = label (margin - 1/(2 beta))^2 + (1 - label) (-margin - 1/(2 beta))^2
     target = 1 / (2 * beta)

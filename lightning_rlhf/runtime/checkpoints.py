@@ -277,7 +277,7 @@ class StopOnSignal(L.Callback):
 
     SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it, with status 143, 130 and 129; the signal of SLURM's auto-requeue also
     queues the job again. It acts after the current training step, with the validation of an epoch that ends with it, or
-    after the current chunk of a round that is being sampled or labelled; earlier chunks are in the ledger. Put it last
+    after the current chunk of a round that is being sampled or labeled; earlier chunks are in the ledger. Put it last
     among the callbacks. It works with `RLHFTrainer` and with Lightning's own Trainer.
 
     Args:
@@ -390,7 +390,7 @@ def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
         if path.resolve() != itself and damage(path) is None:
             raise ValueError(
                 f"checkpoint {checkpoint} is damaged: {wrong}. The one before is whole: continue from it with "
-                f"--ckpt_path={path}; nothing is labelled twice, the steps since are done again"
+                f"--ckpt_path={path}; nothing is labeled twice, the steps since are done again"
             )
     raise ValueError(
         f"checkpoint {checkpoint} is damaged: {wrong}, and there is no other one. Restore a copy; or delete "

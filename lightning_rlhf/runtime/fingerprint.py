@@ -531,9 +531,9 @@ def _default(kind: type, name: str) -> tuple[bool, object]:
 
 
 def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
-    initialise: Callable[..., None] = kind.__init__  # type: ignore[misc]
+    initialize: Callable[..., None] = kind.__init__  # type: ignore[misc]
     try:
-        return inspect.signature(initialise).parameters
+        return inspect.signature(initialize).parameters
     except (TypeError, ValueError):
         return {}
 

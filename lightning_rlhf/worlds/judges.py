@@ -83,7 +83,7 @@ def noise_for(alignment: float, gaps: Tensor, errors: Tensor) -> float:
 
 
 def bias_for(same_position: float, logits: Tensor) -> float:
-    """The logit for the favoured position at which a judge names the same position in both orders of a share of pairs.
+    """The logit for the favored position at which a judge names the same position in both orders of a share of pairs.
 
     It does where the bias exceeds the perceived difference of the pair.
 

@@ -150,8 +150,8 @@ def test_the_full_chain_ends_in_a_table_and_is_done_only_once(
         assert row["kl_stderr"] is not None and 0 <= row["win_rate"] <= 1
         assert row["labels"] == 4 and row["seconds"] > 0
     assert "| rlaif | " in (folder / "runs/chain/report.md").read_text()
-    labelled = [json.loads(line) for line in (folder / "runs/chain/03-labels/rows.jsonl").open()]
-    assert {row["probability"] for row in labelled} <= {0.9, 0.8}
+    labeled = [json.loads(line) for line in (folder / "runs/chain/03-labels/rows.jsonl").open()]
+    assert {row["probability"] for row in labeled} <= {0.9, 0.8}
     capfd.readouterr()
 
     main(["run", path, "--run_dir=runs/chain"])

@@ -265,9 +265,9 @@ def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
     assert [c.prompt.index for c in result.comparisons] == [0, 1, 2, 3]
 
 
-def test_only_pairs_worth_a_label_are_labelled_and_the_budget_is_met(tmp_path: Path, tiny_policy: Path) -> None:
+def test_only_pairs_worth_a_label_are_labeled_and_the_budget_is_met(tmp_path: Path, tiny_policy: Path) -> None:
     class Odd(VanillaSampler, AbstractSelectiveSampler):
-        """Wants every other pair labelled."""
+        """Wants every other pair labeled."""
 
         label_fraction = 0.5
 
@@ -349,7 +349,7 @@ def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -
             return [Label(None, "timeout") for _ in comparisons]
 
     with pytest.raises(
-        RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.rounds.label_attempts"
+        RuntimeError, match=r"round 0 has no labeled pair.*'timeout': 4.*larger data.rounds.label_attempts"
     ):
         trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(VanillaSampler(), Mute(0)))
     again = data(VanillaSampler(), label_attempts=2)

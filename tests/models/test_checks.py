@@ -123,9 +123,9 @@ def test_shards_must_all_be_there(tiny_policy: Path, tmp_path: Path) -> None:
         load_policy(str(folder))
 
 
-def test_quantised_weights_are_refused(policy: Path) -> None:
+def test_quantized_weights_are_refused(policy: Path) -> None:
     configure(policy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match=r"policy' is quantised .*gptq.*dequantize"):
+    with pytest.raises(ValueError, match=r"policy' is quantized .*gptq.*dequantize"):
         load_policy(str(policy))
     configure(policy, quantization_config=None)
 

@@ -97,7 +97,7 @@ def test_prompt_and_completion_are_the_templates_ids_up_to_the_end_of_turn(name:
                 assert prompt.ids == template_ids(tokenizer, *messages, add_generation_prompt=True)
 
 
-def test_plain_texts_are_tokenised_as_one(name: str) -> None:
+def test_plain_texts_are_tokenized_as_one(name: str) -> None:
     tokenizer = made(name)
     for text, completion in (
         ("name the river.", " The Elbe."),

@@ -130,7 +130,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def nucleus(probabilities: Sequence[float], top_p: float) -> list[float]:
-    """The smallest set of most probable tokens whose mass reaches top_p, renormalised; plain Python, as a twin."""
+    """The smallest set of most probable tokens whose mass reaches top_p, renormalized; plain Python, as a twin."""
     kept, mass = set(), 0.0
     for token in sorted(range(len(probabilities)), key=lambda token: -probabilities[token]):
         if mass >= top_p:
