@@ -15,7 +15,7 @@ LEARNING_RATE = 1e-5
 
 
 def settings(job: Job, **more: Any) -> dict[str, Any]:
-    """What every trainer of TRL is told: our rows in our order, no reports, and what the arm says."""
+    """Arguments of every trainer of TRL: our rows in our order, no reports, and the settings of the arm."""
     chosen = {k: v for k, v in job.options.items() if k not in ("worker", "module", "folder")}
     return {
         "output_dir": tempfile.mkdtemp(),

@@ -1,6 +1,6 @@
 """The command ``plan``: memory and time of a run on paper, before any GPU is rented.
 
-Counts what a decoder in the style of Llama must hold and compute; `docs/scaling.md` compares it with measured runs. It
+Counts memory and operations of a decoder in the style of Llama; `docs/scaling.md` compares it with measured runs. It
 loads no weights.
 """
 

@@ -73,7 +73,7 @@ class JudgeMetrics(Metric):
         first_reverse: Tensor | None = None,
         mass: Tensor | None = None,
     ) -> None:
-        """Take in pairs; NaN stands for what is not known of a pair.
+        """Take in pairs; NaN stands for numbers of a pair that are not known.
 
         Args:
             probability: P(a preferred) by the labeler, [pairs]; NaN where it gave no label, as for too little mass,

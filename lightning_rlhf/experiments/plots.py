@@ -131,7 +131,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
         axes.set_ylim(floor - 0.35 * room, top + 0.1 * room)
 
     figure = panels(grid, title, draw, unit, "J = reward − β KL", crop)
-    note = "bands: 95 % intervals over seeds, without what arms of a seed share" if bands else "means over seeds"
+    note = "bands: 95 % intervals over seeds, without the part shared by a seed" if bands else "means over seeds"
     figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
     return figure
 
@@ -201,7 +201,7 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
             axes.fill_between(labels, mean - half, mean + half, color=style.color, alpha=0.1, linewidth=0, zorder=1)
 
     y_label = "pairs ranked as by the oracle [%]"
-    return panels(kept, title, draw, "responses learnt from", y_label, places=places_of(grid))
+    return panels(kept, title, draw, "responses learned from", y_label, places=places_of(grid))
 
 
 def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:

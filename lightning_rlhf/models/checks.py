@@ -260,7 +260,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     if eos is not None and (eos in added_on_opening(tokenizer) or (eos != unknown and _id(tokenizer, eos) is None)):
         raise ValueError(
             f"the tokenizer of {name!r} has eos_token {eos!r}, which is not in its vocabulary, so that no model has "
-            f"learnt to write it; set eos_token in its tokenizer_config.json to the token that ends its texts"
+            f"learned to write it; set eos_token in its tokenizer_config.json to the token that ends its texts"
         )
     if rows is None:
         return

@@ -76,7 +76,7 @@ class ServerScoreReward(AbstractScoreReward):
         samples = [self._fitted(sample_of(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
         outcomes = self.server.ask([functools.partial(self._ask, sample) for sample in samples])
         faults = [outcome for outcome in outcomes if not isinstance(outcome, Reading)]
-        # a made-up reward would be learnt
+        # a made-up reward would be learned
         if faults and self.unscored is None:
             counts = ", ".join(f"{count} {status}" for status, count in Counter(s for s, _ in faults).items())
             raise ServerError(

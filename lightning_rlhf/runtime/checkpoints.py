@@ -366,7 +366,7 @@ def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
         # torch writes a zip archive; testzip reads every part and compares its CRC
         with zipfile.ZipFile(checkpoint) as archive:
             broken = archive.testzip()
-            return None if broken is None else f"its part {broken} is not what was written"
+            return None if broken is None else f"its part {broken} differs from the one written"
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         return f"it cannot be read ({error})"
 
@@ -434,7 +434,7 @@ def explained(path: Path) -> Iterator[None]:
         # a message with "; " comes from an `explained` further in, and names its remedy
         if error.errno not in REMEDIES or "; " in str(error.strerror):
             raise
-        kept = "; what was written before is kept, and the same command goes on from it"
+        kept = "; earlier checkpoints are kept, and the same command goes on from it"
         message = f"{error.strerror}: {REMEDIES[error.errno]}{kept}"
         raise type(error)(error.errno, message, str(path)) from error
     except CheckpointException as error:

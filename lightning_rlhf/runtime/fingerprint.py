@@ -102,7 +102,7 @@ def run_settings(module: object, datamodule: object) -> Settings:
     """
     model = cast(Settings, described(module))
     if hasattr(module, "described_optimizer"):
-        # callables make them; what they make is the same whether a partial, a lambda or a config gave it
+        # callables make them; optimizer and schedule are the same whether a partial, a lambda or a config gave it
         model["init_args"] = {**model["init_args"], **cast(Settings, described(module.described_optimizer()))}
     return decisive({"model": model, "data": cast(Settings, described(datamodule))}, module, datamodule)
 

@@ -25,7 +25,7 @@ def check_trainer(trainer: L.Trainer) -> None:
         if isinstance(callback, LearningRateFinder | BatchSizeFinder):
             raise ValueError(
                 f"{type(callback).__name__} would sample and label rounds for steps that it undoes: take it out, and "
-                f"set model.optimizer.lr, or data.batching.max_tokens_per_micro_batch to what fits into memory"
+                f"set model.optimizer.lr, or data.batching.max_tokens_per_micro_batch to a number that fits into memory"
             )
     # debug modes cut rounds on purpose
     limit = trainer.limit_train_batches

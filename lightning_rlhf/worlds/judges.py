@@ -209,8 +209,8 @@ class MenuJudgeLabeler(AbstractLabeler):
         same_position: share of pairs in whose two orders it names the same position, in [0, 1).
         favours: the position that it then names, ``first`` or ``second``.
         certainty: standard deviation of the logits of its verdicts, > 0.
-        orders: ``both`` averages over both orders, for the price of two calls; ``one`` shows each pair as the sampler
-            drew it, whose order says nothing.
+        orders: ``both`` averages over both orders, for the price of two calls; ``one`` shows each pair as it was
+            sampled, whose order says nothing.
         rule: ``soft`` keeps the probability, ``argmax`` rounds it to 0 or 1, a tie staying 1/2.
         seed: which wrong tastes it has, >= 0.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, Pairs
-from lightning_rlhf.worlds.laws import vanilla
+from lightning_rlhf.worlds.distributions import vanilla
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld, deviation
 
@@ -61,8 +61,8 @@ class Trace:
         unknown = parameters.new_full((world.num_worlds,), float("nan"))
         self.cosines.append(torch.stack(seen).mean(0) if seen else unknown)
         seen.clear()
-        law = arm.pair_distribution(world, parameters)
-        expected = None if law is None else -world.expected_gradient(parameters, law)
+        pairs = arm.pair_distribution(world, parameters)
+        expected = None if pairs is None else -world.expected_gradient(parameters, pairs)
         ascent = world.gradient_j(parameters)
         self.population_cosines.append(unknown if expected is None else F.cosine_similarity(expected, ascent))
         log_policy = world.log_policy(parameters)

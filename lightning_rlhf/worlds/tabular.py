@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_rlhf.estimators.kl import categorical_kl
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.worlds.laws import PairDistribution
+from lightning_rlhf.worlds.distributions import PairDistribution
 
 
 class Objective(NamedTuple):

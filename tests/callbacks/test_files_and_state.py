@@ -117,7 +117,7 @@ def test_the_budget_cuts_the_last_round_and_stops_after_its_epoch(toy: ModuleTyp
 
 
 def test_the_last_round_gets_as_many_epochs_as_the_others(toy: ModuleType, tmp_path: Path) -> None:
-    """Rounds of 4 pairs, 3 epochs each, 2 steps an epoch; a round that is never redrawn is left to max_epochs."""
+    """Rounds of 4 pairs, 3 epochs each, 2 steps an epoch; a round that is never sampled again is left to max_epochs."""
     for epochs_per_round, steps in ((3, 6), (None, 14)):
         data = toy.ToyData(epochs_per_round=epochs_per_round)
         trainer = toy.trainer(tmp_path, [LabelBudget(4)], max_epochs=7)

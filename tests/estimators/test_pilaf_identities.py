@@ -304,7 +304,7 @@ def test_curvature_and_asymptotic_covariance_at_the_optimum(beta: float) -> None
 
 
 def test_gap_of_maximum_likelihood_on_sampled_pairs_matches_theorem_two() -> None:
-    """n E[J* - J(theta_hat)] -> d (1 + zz) / (2 beta) for one prompt: draw pairs and labels, fit, measure; seeded."""
+    """n E[J* - J(theta_hat)] -> d (1 + zz) / (2 beta) for one prompt: sample pairs and labels, fit, measure; seeded."""
     beta, pairs, repetitions = 0.5, 3000, 400
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(RESPONSES, FEATURES, generator=generator, dtype=torch.float64)

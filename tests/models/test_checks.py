@@ -280,7 +280,7 @@ def test_a_peft_reward_model_opens_with_its_head(tiny_policy: Path, tmp_path: Pa
         load_policy(str(tmp_path / "rm"))
     state = torch.get_rng_state()
     assert score(tmp_path / "rm") == score(tmp_path / "rm")
-    assert torch.equal(torch.get_rng_state(), state), "opening draws nothing"
+    assert torch.equal(torch.get_rng_state(), state), "opening uses no random numbers"
 
 
 def test_adapters_without_a_usable_head_are_no_reward_models(tiny_policy: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from lightning_rlhf.estimators.tabular import differences, expected_dpo_loss, tilted_distributions
 from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, PoolArm, ResampledArm, SecantArm, categorical
-from lightning_rlhf.worlds.laws import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
+from lightning_rlhf.worlds.distributions import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
 from lightning_rlhf.worlds.learning import iterative, labeled, online, overfitted_start
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import TabularWorld, deviation
@@ -72,7 +72,7 @@ def test_pair_laws_are_symmetric_laws_with_mean_weight_one(
     torch.testing.assert_close(mean, torch.ones(3, dtype=torch.float64))
 
 
-def test_best_of_n_law_by_enumerating_all_draws() -> None:
+def test_best_of_n_distribution_by_enumeration() -> None:
     log_policy = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
     log_reference = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64).log()
     reward = log_policy - log_reference
@@ -216,7 +216,7 @@ def test_an_overfitted_start_is_far_and_poor() -> None:
 
 
 def test_the_chosen_pair_of_a_pool_teaches_more_than_a_random_one() -> None:
-    """Policy-weighted choice ends nearer to the optimum than the first two draws of the same pools, in every regime."""
+    """Policy-weighted choice ends nearer to the optimum than the first two of the same pools, in every regime."""
     seeds = list(range(20))
     for beta, spread in ((0.1, 2.0), (0.5, 2.0), (1.0, 4.0)):
         world = TabularWorld.draw(seeds, beta=beta, spread=spread)
