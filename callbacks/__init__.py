@@ -1,10 +1,12 @@
 """Callbacks: metrics, files, tables and stopping rules of a run. Import them as `lightning_rlhf.callbacks`.
 
 They read the outputs of the steps of the module and the round of the DataModule, through `lightning_rlhf.protocols`.
-None of them changes training, except `LabelBudget`, which ends it.
+None of them changes training, except `LabelBudget`, which ends it; `WeightAverage` changes the weights that are
+evaluated and exported.
 """
 
 from lightning_rlhf.callbacks.agreement import RewardAgreement
+from lightning_rlhf.callbacks.average import WeightAverage
 from lightning_rlhf.callbacks.budget import LabelBudget
 from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.export import HFExport
@@ -35,4 +37,5 @@ __all__ = [
     "RolloutMonitor",
     "Summary",
     "Throughput",
+    "WeightAverage",
 ]

@@ -54,7 +54,7 @@ class LabelBudget(Callback):
         """Stop if the budget is spent."""
         source = preference_source(trainer)
         # a round may be trained on for several epochs, and the last round is finished like the others
-        if source.epochs_per_round is None or (trainer.current_epoch + 1) % source.epochs_per_round != 0:
+        if not source.ends_round(trainer.current_epoch):
             return
         before, self._round_done_at = self._round_done_at, source.num_labels
         self._idle_rounds = self._idle_rounds + 1 if self._round_done_at == before else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_rlhf.callbacks.average import WeightAverage
 from lightning_rlhf.callbacks.reporting import root
 from lightning_rlhf.protocols import TrainedModule, module_of
 
@@ -24,6 +25,11 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export; all ranks take part, since a sharded policy must be gathered, and rank zero writes."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # the averaged weights, wherever that callback is listed
+        for callback in callbacks:
+            if isinstance(callback, WeightAverage):
+                callback.finish(pl_module)
         # a trial writes into its own folder, whatever this one is
         folder: Path = root(trainer) / (Path(self.folder).name if trainer.fast_dev_run else self.folder)  # type: ignore[attr-defined]
         module_of(trainer, TrainedModule, "HFExport").save_pretrained(folder)

@@ -35,7 +35,6 @@ def is_last_epoch(trainer: Trainer) -> bool:
     if trainer.max_steps != -1 and trainer.global_step + steps >= trainer.max_steps:
         return True
     source = preference_source(trainer)
-    if source.label_budget is None or source.epochs_per_round is None:
+    if source.label_budget is None or not source.ends_round(trainer.current_epoch):
         return False
-    ends_round = (trainer.current_epoch + 1) % source.epochs_per_round == 0
-    return ends_round and source.num_labels >= source.label_budget
+    return source.num_labels >= source.label_budget

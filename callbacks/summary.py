@@ -73,12 +73,13 @@ class Summary(HeldOutCallback):
         self._seconds_before, self._started = self._seconds(), None
         source = preference_source(trainer)
         passes = source.passes_per_pair
-        ties = source.num_ties
+        ties, silver = source.num_ties, source.num_silver_pairs
         result = {
             **result_of(self._before, self._after, beta_of(pl_module)),
             "steps": trainer.global_step,
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
+            **({"silver_pairs": silver} if silver else {}),
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
         }
@@ -156,6 +157,8 @@ def closing_line(result: Mapping[str, Any]) -> str:
     parts.append(f"{result['labels']} labels")
     if result.get("ties"):
         parts.append(f"{result['ties']} free ties (equal responses)")
+    if result.get("silver_pairs"):
+        parts.append(f"{result['silver_pairs']} silver pairs")
     if result["passes_per_pair"] is not None:
         parts.append(f"{result['passes_per_pair']:.1f} passes per pair")
     return ", ".join([*parts, f"{result['seconds']:.0f} s"])

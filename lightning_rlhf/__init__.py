@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from lightning_rlhf.generation.base import Decoding, Request
     from lightning_rlhf.ledger.store import PreferenceStore
     from lightning_rlhf.models.options import ModelOptions
-    from lightning_rlhf.modules import DPOModule, DRLAIFModule, PolicyGradientModule, RewardModule, SFTModule
+    from lightning_rlhf.modules import (
+        DPOModule,
+        DRLAIFModule,
+        EfficientExplorationModule,
+        PolicyGradientModule,
+        RewardModule,
+        SFTModule,
+    )
     from lightning_rlhf.randomness import Key
     from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response, Rollout
 
@@ -33,6 +40,7 @@ __all__ = [
     "DPOModule",
     "DRLAIFModule",
     "Decoding",
+    "EfficientExplorationModule",
     "FitExperiment",
     "Key",
     "Label",
@@ -61,7 +69,14 @@ _MODULES = {
     "generation.base": ("Decoding", "Request"),
     "ledger.store": ("PreferenceStore",),
     "models.options": ("ModelOptions",),
-    "modules": ("DPOModule", "DRLAIFModule", "PolicyGradientModule", "RewardModule", "SFTModule"),
+    "modules": (
+        "DPOModule",
+        "DRLAIFModule",
+        "EfficientExplorationModule",
+        "PolicyGradientModule",
+        "RewardModule",
+        "SFTModule",
+    ),
     "randomness": ("Key",),
     "types": ("Comparison", "Label", "Preference", "Prompt", "Response", "Rollout"),
 }

@@ -9,6 +9,7 @@ contract                      asked by                                        fu
 ============================  ==============================================  =========================================
 `StepModule`                  `AbstractStepDataModule`                        `AbstractStepModule`
 `RoundModule`                 `AbstractRoundDataModule`                       `AbstractRoundModule`
+`SilverModule`                `PreferenceDataModule`, with silver labels      `AbstractRoundModule`
 `RolloutModule`               `RolloutDataModule`                             `PolicyGradientModule`
 `StepData`                    `AbstractStepModule`, its callbacks             `AbstractStepDataModule`
 `RoundData`                   `AbstractRoundModule`                           `AbstractRoundDataModule`
@@ -26,6 +27,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ from lightning_rlhf.batching.batches import RolloutGroup
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.rollouts import RolloutGenerator
+from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.rewards.base import AbstractReward
 from lightning_rlhf.types import Preference, Rollout
 
@@ -67,6 +70,18 @@ class RoundModule(StepModule, Protocol):
 
     def engine(self, decoding: Decoding) -> PolicyEngine | None:
         """Make the engine that samples responses; None where there is no policy, and pairs must be recorded ones."""
+
+
+@runtime_checkable
+class SilverModule(RoundModule, Protocol):
+    """A module as a preference model sees it that labels pairs of its policy."""
+
+    checkpoint: str
+    options: ModelOptions
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
 
 
 @runtime_checkable
@@ -157,8 +172,15 @@ class PreferenceSource(Protocol):
         """Pairs of equal responses so far, from the ledger on rank zero: every rank must ask."""
 
     @property
+    def num_silver_pairs(self) -> int:
+        """Pairs with a label by a preference model so far, from the ledger on rank zero: every rank must ask."""
+
+    @property
     def passes_per_pair(self) -> float:
         """Model forward passes per token position and pair; NaN before the first pair. Every rank must ask."""
+
+    def ends_round(self, epoch: int) -> bool:
+        """Whether an epoch is the last that trains on its round."""
 
 
 @runtime_checkable

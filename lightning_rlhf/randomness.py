@@ -28,6 +28,7 @@ class Stream(IntEnum):
     PROMPTS = 3
     ORDER = 4
     WINDOWS = 5
+    SILVER = 6
     DROPOUT = 100
     HELDOUT = 101
     ANSWERS = 201

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 
-# One thread per xdist worker: on small machines more only take turns.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# One thread per xdist worker: on small machines more only take turns. OMP_NUM_THREADS=1 says the same of one process.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1" else 2)
 
 DEVICES_NEEDED = {"gpu": 1, "multi_gpu": 2}
 

@@ -193,6 +193,20 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         return 0
 
     @property
+    def num_silver_pairs(self) -> int:
+        """Pairs with a label by a preference model; 0 where there is none. Every rank must ask."""
+        return 0
+
+    def ends_round(self, epoch: int) -> bool:
+        """Whether an epoch is the last that trains on its round; never where nothing is sampled again."""
+        return self.epochs_per_round is not None and (epoch + 1) % self.epochs_per_round == 0
+
+    def _items_per_step(self, items: Sequence[Item]) -> int:
+        """Items of an optimizer step over all processes."""
+        del items
+        return self.items_per_batch * self._accumulate
+
+    @property
     def passes_per_pair(self) -> float:
         """Model forward passes per token position and pair; NaN where no pairs are sampled. Every rank must ask."""
         return float("nan")
@@ -204,7 +218,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         # every rank makes the same plan from the same items, and keeps its own share of each step
         world, rank = self.trainer.world_size, self.trainer.global_rank
         lengths = [self.length(item) for item in items]
-        per_step = self.items_per_batch * self._accumulate
+        per_step = self._items_per_step(items)
         order = epoch_order(len(items), self.key.fold(Stream.ORDER, epoch))
         order = group_by_length(
             order, lengths, per_step, self.batching.length_window, self.key.fold(Stream.WINDOWS, epoch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import ClassVar
 
 from lightning_rlhf.batching.batches import PreferenceBatch
@@ -16,6 +17,7 @@ from lightning_rlhf.batching.collate import collate_preferences
 from lightning_rlhf.batching.steps import Step
 from lightning_rlhf.collectors.preferences import Round, RoundCollector
 from lightning_rlhf.collectors.reference_logps import refreshed
+from lightning_rlhf.collectors.silver import SilverCollector, SilverOptions
 from lightning_rlhf.datamodules.base import DEFAULT_DECODING
 from lightning_rlhf.datamodules.options import (
     DEFAULT_BATCHING,
@@ -28,8 +30,11 @@ from lightning_rlhf.datamodules.options import (
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
+from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.preference_models.base import UsesPreferenceModel
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.protocols import SilverModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.runtime import distributed
@@ -54,6 +59,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         batching: how an optimizer step is split into micro-batches.
         prompt_options: how prompts become tokens.
         seed: decides prompt order, samples and labels.
+        silver: a preference model that learns from all labels, and labels further pairs; default: none.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {
@@ -75,6 +81,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         batching: BatchOptions = DEFAULT_BATCHING,
         prompt_options: PromptOptions = DEFAULT_PROMPTS,
         seed: int = 0,
+        silver: SilverOptions | None = None,
     ) -> None:
         super().__init__(
             prompts=prompts,
@@ -96,6 +103,12 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
+        _check_silver(silver, rounds, sampler)
+        self.silver = silver
+        self._silver: SilverCollector | None = None
+        self._silver_state: State = {}
+        # the round from which on there are labels enough for silver ones; None until it is known
+        self._first_silver_round: int | None = None
         # a copy: `observe` may change the lists and tensors of the state in place
         self._initial_sampler = copy.deepcopy(sampler.state_dict())
 
@@ -117,7 +130,47 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         """Fraction of the pairs of a round that are labeled."""
         return self.sampler.label_fraction if isinstance(self.sampler, AbstractSelectiveSampler) else 1.0
 
+    @property
+    def num_silver_pairs(self) -> int:
+        """Pairs that the preference model has labeled in the epochs so far; every rank must ask."""
+        before = self.trainer.current_epoch + 1
+        return distributed.from_rank_zero(lambda: SilverTable(self._store).count(before) if self._store else 0)
+
+    def ends_round(self, epoch: int) -> bool:
+        """Whether an epoch is the last that trains on its round."""
+        if self.silver is None:
+            return super().ends_round(epoch)
+        return self._round_of(epoch + 1) > self._round_of(epoch)
+
+    def _round_of(self, epoch: int) -> int:
+        if self.silver is None:
+            return super()._round_of(epoch)
+        first = self._known_first_silver_round(epoch)
+        # one epoch for each round before the first fit, then `epochs_per_round`
+        if first is None or epoch <= first:
+            return epoch
+        return first + (epoch - first) // self.silver.epochs_per_round
+
+    def _known_first_silver_round(self, epoch: int) -> int | None:
+        """First round after which there are labels enough to fit the model, if it is finished."""
+        assert self.silver is not None
+        if self._first_silver_round is None:
+            closed = distributed.from_rank_zero(lambda: self._store.rounds() if self._store is not None else [])
+            for index in range(min(len(closed), epoch + 1)):
+                if self._labels_before(index + 1) >= self.silver.min_labels:
+                    self._first_silver_round = index
+                    break
+        return self._first_silver_round
+
+    def _items_per_step(self, items: Sequence[Preference]) -> int:
+        if self.silver is None or not any(_is_silver(preference) for preference in items):
+            return super()._items_per_step(items)
+        # silver and real pairs in the proportion of the epoch
+        return max(len(items) // self.silver.steps_per_sampling, 1)
+
     def _items_per_epoch(self) -> int | None:
+        if self.silver is not None:
+            return None
         # replayed rounds make epochs grow
         return super()._items_per_epoch() if self.replay in ("last", 1) or self.epochs_per_round is None else None
 
@@ -138,21 +191,59 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def forget_rounds(self) -> None:
         """Forget all rounds, and reset the sampler to its initial state."""
         self.round, self._rounds = None, {}
+        self._silver, self._silver_state, self._first_silver_round = None, {}, None
         # copied again: the sampler may keep the state and change it, and the next fit needs it once more
         self.sampler.load_state_dict(copy.deepcopy(self._initial_sampler))
 
-    def buffer(self, due: int) -> list[Preference]:
-        """Preferences of the rounds that are trained on now, oldest first."""
+    def buffer(self, due: int, epoch: int) -> list[Preference]:
+        """Preferences to train on: of the rounds that are replayed, oldest first, or silver and real ones."""
+        if self.silver is not None:
+            return self._silver_buffer(self.silver, due, epoch)
         kept = self.replay if isinstance(self.replay, int) else {"last": 1, "all": due + 1}[self.replay]
-        # rounds due - kept + 1, ..., due, from round 0 on; a resumed run reads them from the ledger
-        first = max(due - kept + 1, 0)
+        self._keep_rounds(max(due - kept + 1, 0), due)
+        return list(chain.from_iterable(self._rounds.values()))
+
+    def _keep_rounds(self, first: int, due: int) -> None:
+        """Keep the rounds ``first, ..., due``; rounds that are missing are collected, or read from the ledger."""
         for index in range(first, due + 1):
             if index not in self._rounds:
                 self._collect(index)
         # kept as refreshed, so that the later epochs of a round find nothing stale
         engine = self._engine()
         self._rounds = {i: refreshed(self._rounds[i], engine) for i in range(first, due + 1)}
-        return [preference for preferences in self._rounds.values() for preference in preferences]
+
+    def _silver_buffer(self, silver: SilverOptions, due: int, epoch: int) -> list[Preference]:
+        """Pairs of the newest round until the model is fitted, then silver pairs with real pairs of all rounds."""
+        collector = self._silver_collector(silver)
+        if due not in self._rounds and due > 0:
+            # the sampler of the new round asks the model that is fitted to the rounds before it
+            self._keep_rounds(0, due - 1)
+            collector.update(self._rounds, due - 1)
+        if isinstance(self.sampler, UsesPreferenceModel):
+            self.sampler.preference_model = collector.model
+        self._keep_rounds(0, due)
+        collector.update(self._rounds, due)
+        # a run that is over samples nothing more
+        if collector.model is None or not silver.steps_per_round or self._is_over(epoch):
+            return self._rounds[due]
+        real = list(chain.from_iterable(self._rounds.values()))
+        engine = self._engine()
+        assert engine is not None  # refused by `_silver_collector`
+        per_step = self.items_per_batch * self._accumulate
+        return collector.items(epoch, real, self._prompts, engine, self._store, per_step)
+
+    def _silver_collector(self, silver: SilverOptions) -> SilverCollector:
+        if self._silver is None:
+            engine = self._engine()
+            if engine is None or engine.reference is None:
+                raise ValueError(
+                    f"data.silver labels samples of the policy, and {type(self.trainer.lightning_module).__name__} has "
+                    f"no policy with a reference; leave data.silver out"
+                )
+            self._silver = SilverCollector(silver, self.key)
+            module = module_of(self.trainer, SilverModule, type(self).__name__)
+            self._silver.start(module, self._prompts, engine, self._store, self._silver_state)
+        return self._silver
 
     def _collect(self, index: int) -> None:
         # first of all: it may move the reference, from which responses are sampled and scored
@@ -175,13 +266,17 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
 
     def state_dict(self) -> State:
         """Id of the ledger and state of the sampler, for the checkpoint; the pairs are in the ledger."""
-        return {**super().state_dict(), "sampler": self.sampler.state_dict()}
+        state = {**super().state_dict(), "sampler": self.sampler.state_dict()}
+        if self.silver is not None:
+            state["silver"] = self._silver_state if self._silver is None else self._silver.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
         # first, since it raises for another run: the sampler then keeps its state
         super().load_state_dict(state_dict)
         self.sampler.load_state_dict(state_dict["sampler"])
+        self._silver_state = state_dict.get("silver", {})
 
     def _collector(self) -> RoundCollector:
         return RoundCollector(
@@ -196,3 +291,24 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def _chunk(self) -> int:
         # two responses per pair fill a decoding batch on every rank
         return max(self.decoding.rows // 2, 1) * self.trainer.world_size
+
+
+def _is_silver(preference: Preference) -> bool:
+    return preference.label.meta.get("kind") == "silver"
+
+
+def _check_silver(silver: SilverOptions | None, rounds: PreferenceRoundOptions, sampler: AbstractPairSampler) -> None:
+    """Check that the settings of rounds and sampler go with silver labels, or with none."""
+    if silver is None:
+        if isinstance(sampler, UsesPreferenceModel):
+            raise ValueError(
+                f"{type(sampler).__name__} asks a preference model for its choice: set data.silver.model, and "
+                f"data.silver.steps_per_round=0 to train on real pairs alone"
+            )
+        return
+    if rounds.epochs_per_round != 1 or rounds.replay not in ("last", 1):
+        raise ValueError(
+            f"with data.silver, data.silver.steps_per_round says how long a round lasts, and real pairs of all rounds "
+            f"are replayed: leave data.rounds.epochs_per_round=1 and data.rounds.replay=last; got "
+            f"{rounds.epochs_per_round} and {rounds.replay}"
+        )

@@ -156,7 +156,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         self._moments = torch.zeros(3, dtype=torch.float64)
         self.reward.load_state_dict(copy.deepcopy(self._initial_reward))
 
-    def buffer(self, due: int) -> list[RolloutGroup]:
+    def buffer(self, due: int, epoch: int) -> list[RolloutGroup]:
         """Prompts of the round that is due, with their rollouts and advantages."""
         # all epochs of a round train on the same rewards and advantages
         if self.round is None or self.round.index != due:

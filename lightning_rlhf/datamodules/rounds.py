@@ -80,8 +80,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @abstractmethod
-    def buffer(self, due: int) -> Sequence[Item]:
-        """Finish round ``due`` unless it is finished, and return the items to train on.
+    def buffer(self, due: int, epoch: int) -> Sequence[Item]:
+        """Finish round ``due`` unless it is finished, and return the items to train on in an epoch.
 
         Called with sharded models gathered, in the precision of training.
         """
@@ -143,7 +143,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         module = self._module()
         # Lightning's precision context covers its own steps only; sampling and scoring need the same precision
         with module.gathered(), self.trainer.precision_plugin.forward_context():
-            items = self.buffer(due)
+            items = self.buffer(due, epoch)
         if not items:
             failed = {} if self.round is None else self.round.failed
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
@@ -245,13 +245,17 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         if self._is_over(epoch):
             # this epoch is not trained: it takes the round of the one before
             epoch = max(epoch - 1, 0)
-        # round = floor(epoch / epochs_per_round)
-        due = 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
+        due = self._round_of(epoch)
         budget = self.label_budget
         # a spent budget buys no further round: train on the last one
         while budget is not None and due > 0 and self._labels_before(due) >= budget:
             due -= 1
         return due
+
+    def _round_of(self, epoch: int) -> int:
+        """Round that an epoch trains on, however many labels the budget leaves."""
+        # round = floor(epoch / epochs_per_round)
+        return 0 if self.epochs_per_round is None else epoch // self.epochs_per_round
 
     def _items_per_epoch(self) -> int | None:
         """Prompts of a round, where a budget does not end the run and every prompt becomes an item."""

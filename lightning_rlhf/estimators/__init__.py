@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_rlhf.estimators.choice import choice_variance, gaussian_samples
 from lightning_rlhf.estimators.kl import categorical_kl, k1, k2, k3, kl_per_sequence, kl_per_token, pad_ragged
 from lightning_rlhf.estimators.pilaf import (
     RunningZZ,
@@ -39,10 +40,12 @@ __all__ = [
     "RunningZZ",
     "TiltedDistributions",
     "categorical_kl",
+    "choice_variance",
     "cosh_delta",
     "differences",
     "expected_dpo_loss",
     "gae",
+    "gaussian_samples",
     "group_relative",
     "k1",
     "k2",

@@ -57,6 +57,14 @@ TIE_SCHEMA = [
     "CREATE TABLE IF NOT EXISTS ties (comparison INTEGER PRIMARY KEY REFERENCES comparisons, time REAL NOT NULL)"
 ]
 """Table that version 3 of the schema added: pairs of equal responses, which no labeler saw."""
+SILVER_COLUMNS = ["probability", "mean", "variance", "fitted", "cost"]
+SILVER_SCHEMA = [
+    # in a table of their own, so that no query for labels, rounds or passes counts them
+    "CREATE TABLE IF NOT EXISTS silver (id INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, position INTEGER NOT NULL, "
+    f"prompt INTEGER NOT NULL REFERENCES prompts, {_declare(COMPARISON_COLUMNS)}, probability REAL, mean REAL, "
+    "variance REAL, fitted INTEGER, cost REAL NOT NULL, time REAL NOT NULL, UNIQUE (epoch, position))",
+]
+"""Table that version 4 of the schema added: pairs with labels by a preference model."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -77,6 +85,7 @@ SCHEMA = [
     "INSERT INTO totals VALUES (0, 0, 0.0)",
     *ROLLOUT_SCHEMA,
     *TIE_SCHEMA,
+    *SILVER_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"
@@ -96,6 +105,15 @@ SELECT_COMPARISONS = (
     "l.probability, l.cost, l.meta, {tie} FROM comparisons c JOIN prompts p ON p.id = c.prompt "
     "LEFT JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
     "WHERE c.round = ? AND c.position > ? ORDER BY c.position LIMIT ?"
+)
+INSERT_SILVER = (
+    f"INSERT INTO silver (epoch, position, prompt, {', '.join(COMPARISON_COLUMNS + SILVER_COLUMNS)}, time) "
+    f"VALUES ({_marks(3 + len(COMPARISON_COLUMNS) + len(SILVER_COLUMNS) + 1)})"
+)
+SELECT_SILVER = (
+    f"SELECT c.position, c.id, c.{', c.'.join(COMPARISON_COLUMNS)}, c.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
+    f"c.{', c.'.join(SILVER_COLUMNS)} FROM silver c JOIN prompts p ON p.id = c.prompt "
+    "WHERE c.epoch = ? ORDER BY c.position"
 )
 IS_TIE = "EXISTS (SELECT 1 FROM ties WHERE ties.comparison = c.id)"
 """Whether a comparison is a free tie; put 0 in its place for a ledger of an older version, which has none."""
@@ -120,6 +138,35 @@ def attempt_row(comparison: int, label: Label, time: float) -> tuple[Cell, ...]:
         _meta(label.meta, where),
         time,
     )
+
+
+def silver_row(comparison: Comparison, label: Label | None, where: str) -> tuple[Cell, ...]:
+    """The `COMPARISON_COLUMNS` and `SILVER_COLUMNS` of a pair; ``where`` names it in errors."""
+    row = comparison_row(comparison, where)
+    if label is None or label.probability is None:
+        return *row, None, None, None, None, 0.0
+    mean, variance = (_finite(label.meta[name], f"{name} of {where}") for name in ("mean", "variance"))
+    return *row, float(label.probability), mean, variance, int(label.meta["fitted"]), _finite(label.cost, where)
+
+
+def decode_silver(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[Comparison, Label | None]:
+    """Read a row of `SELECT_SILVER`; ``prompts`` as in `decode`."""
+    probability, mean, variance, fitted, cost = cast(tuple[float | None, float, float, int, float], row[-5:])
+    comparison = decode_comparison(row[2:-5], prompts)
+    if probability is None:
+        return comparison, None
+    return comparison, Label(probability, cost=cost, meta=silver_meta(mean, variance, fitted))
+
+
+def silver_meta(mean: float, variance: float, fitted: int) -> dict[str, float | int | str]:
+    """Entries of a silver label.
+
+    Args:
+        mean: posterior mean of the reward gap, nats.
+        variance: its posterior variance, nats^2.
+        fitted: real labels that the preference model was fitted to.
+    """
+    return {"kind": "silver", "mean": mean, "variance": variance, "fitted": fitted}
 
 
 def rollout_row(rollout: Rollout, where: str) -> tuple[Cell, ...]:
@@ -176,26 +223,32 @@ def decode(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[int, int,
         row: the row.
         prompts: prompts decoded so far, by row number; extended, so that a prompt that occurs often is decoded once.
     """
-    # in the order of SELECT_COMPARISONS
-    # position, id, branch to meta [2:6], a [6:12], b [12:18], prompt id, prompt [19:-4], label, tie
-    position, identity, prompt = cast(tuple[int, int, int], (row[0], row[1], row[18]))
-    branch, weight, passes, meta = row[2:6]
+    # in the order of SELECT_COMPARISONS: position, id, comparison [2:-4], label, tie
+    position, identity = cast(tuple[int, int], (row[0], row[1]))
+    comparison = decode_comparison(row[2:-4], prompts)
     probability, cost, label_meta = cast(tuple[float | None, float, str], row[-4:-1])
     is_tie = bool(row[-1])
+    label = None if probability is None else Label(probability, "ok", cost, json.loads(label_meta))
+    if label is None and is_tie:
+        label = free_tie()
+    return position, identity, comparison, label
+
+
+def decode_comparison(row: Sequence[object], prompts: dict[int, Prompt]) -> Comparison:
+    """Read the `COMPARISON_COLUMNS` of a row with its prompt behind them; ``prompts`` as in `decode`."""
+    # branch to meta [:4], a [4:10], b [10:16], prompt id, prompt [17:]
+    branch, weight, passes, meta = row[:4]
+    prompt = cast(int, row[16])
     if prompt not in prompts:
-        prompts[prompt] = to_prompt(row[19:-4])
-    pair = (_to_response(row[6:12]), _to_response(row[12:18]))
+        prompts[prompt] = to_prompt(row[17:])
+    pair = (_to_response(row[4:10]), _to_response(row[10:16]))
     # SQLite stores any type in any column: a damaged file is an error here, not later
     if not isinstance(weight, float) or not isinstance(passes, float) or not isinstance(branch, str):
         raise TypeError(f"a comparison has weight {weight!r}, passes {passes!r} and branch {branch!r}")
     known = json.loads(cast(str, meta))
     if not isinstance(known, dict):
         raise TypeError(f"a comparison has the meta {meta!r}")
-    comparison = Comparison(prompts[prompt], *pair, branch, weight, passes, known)
-    label = None if probability is None else Label(probability, "ok", cost, json.loads(label_meta))
-    if label is None and is_tie:
-        label = free_tie()
-    return position, identity, comparison, label
+    return Comparison(prompts[prompt], *pair, branch, weight, passes, known)
 
 
 def to_prompt(row: Sequence[object]) -> Prompt:

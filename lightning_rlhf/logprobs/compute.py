@@ -369,6 +369,24 @@ def logits_at(model: nn.Module, head: nn.Module | None, places: Tensor, **inputs
         return cast(Tensor, model(**inputs).logits)[0]
 
 
+def packed_logits(model: nn.Module, packed: PackedResponses) -> Tensor:
+    """Logits of every response token's distribution, [tokens, vocabulary]; float32, or float64 for float64 models.
+
+    Memory grows with the vocabulary: `packed_scores` needs less where the log-probabilities of the tokens suffice.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel of one; carries gradient if enabled.
+        packed: a batch made by `pack`, in a layout that `choose_layout` returns or ``"padded"``.
+    """
+    base = base_model(model)
+    packed = packed.to(embedding(base).device)
+    # before `attending`, since it probes the model at its first use
+    head = head_on_chosen_positions(model)
+    with attending(base, packed):
+        logits = logits_at(model, head, packed.predictors, **model_inputs(base, packed), use_cache=False)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 # ---- optimizations that a model supports ---------------------------------------------------------------------------
 
 

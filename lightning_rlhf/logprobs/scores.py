@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.logprobs.exactness import ProbeCache, nearly_equal, reason_against
 from lightning_rlhf.logprobs.packing import Group, PackedResponses, RowLayout, longest_text, pack, split_by_tokens
 from lightning_rlhf.models.rotary import depends_on_length
+
+
+Pooling: TypeAlias = Literal["last", "mean", "sum", "middle"]
 
 
 def response_scores(
@@ -110,6 +113,53 @@ def response_values(
     return list(chain.from_iterable(by_group[index] for index in range(len(groups))))
 
 
+def pooled_states(
+    trunk: nn.Module,
+    groups: Sequence[Group],
+    pooling: Pooling,
+    *,
+    layout: Layout = "auto",
+    tokens_per_batch: int | None = None,
+) -> Tensor:
+    """One vector per response, of the hidden states of its tokens.
+
+    Args:
+        trunk: see `head_outputs`.
+        groups: see `head_outputs`.
+        pooling: ``last`` takes the last token; ``mean`` and ``sum`` are over the tokens of the response; ``middle`` is
+            the sum over tokens at the layer in the middle.
+        layout: see `head_outputs`.
+        tokens_per_batch: see `head_outputs`.
+
+    Returns:
+        Vectors, group by group in the given order, [responses, width]; float32, or float64 for float64 models; carries
+        gradient if enabled.
+    """
+    by_group: dict[int, Tensor] = {}
+    for batch, packed in _batches(trunk, groups, layout, tokens_per_batch):
+        pooled = _at_least_float32(_pooled(trunk, packed, pooling))
+        num_responses = [len(groups[index][1]) for index in batch]
+        by_group |= dict(zip(batch, torch.split(pooled, num_responses), strict=True))
+    width = embedding(base_model(trunk)).shape[1]
+    return torch.cat([by_group[index] for index in range(len(groups))]) if groups else torch.zeros(0, width)
+
+
+def _pooled(trunk: nn.Module, packed: PackedResponses, pooling: Pooling) -> Tensor:
+    """One vector per response of a packed batch, [responses, width]."""
+    if pooling == "last":
+        return _states(trunk, packed, packed.ends)
+    lengths, owners = packed.response_lengths, packed.owners
+    # the tokens of a response lie in a row in all layouts: from end - length + 1 to end
+    first_rows = lengths.cumsum(0) - lengths
+    within = torch.arange(len(owners)) - first_rows[owners]
+    places = packed.ends[owners] - lengths[owners] + 1 + within
+    layers = base_model(trunk).config.get_text_config().num_hidden_layers
+    # hidden_states[0] is the embedding, hidden_states[layers] the last layer
+    states = _states(trunk, packed, places, max(1, layers // 2) if pooling == "middle" else None)
+    sums = torch.stack([tokens.sum(0) for tokens in packed.split(states)])
+    return sums / lengths.to(sums)[:, None] if pooling == "mean" else sums
+
+
 def _batches(
     trunk: nn.Module, groups: Sequence[Group], layout: Layout, tokens_per_batch: int | None
 ) -> Iterator[tuple[list[int], PackedResponses]]:
@@ -142,12 +192,15 @@ def _at_least_float32(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor) -> Tensor:
-    """Hidden states at flat indices into the rows, [places, width]."""
+def _states(trunk: nn.Module, packed: PackedResponses, places: Tensor, layer: int | None = None) -> Tensor:
+    """Hidden states of a layer, by default the last, at flat indices into the rows, [places, width]."""
     base = base_model(trunk)
     packed = packed.to(embedding(base).device)
+    # asked for where needed only, since some classes do not take the argument
+    wanted = {} if layer is None else {"output_hidden_states": True}
     with attending(base, packed):
-        hidden = trunk(**model_inputs(base, packed), use_cache=False).last_hidden_state
+        out = trunk(**model_inputs(base, packed), use_cache=False, **wanted)
+    hidden = out.last_hidden_state if layer is None else out.hidden_states[layer]
     # [rows, length, width] -> [places, width]
     return cast(Tensor, hidden.flatten(0, 1).index_select(0, places.to(hidden.device)))
 

@@ -1,4 +1,4 @@
-"""Preference losses: the DPO loss and the interface of all losses first, then cDPO, robust DPO, IPO, hinge and XPO.
+"""Preference losses: the DPO loss and the interface of all losses first, then cDPO, IPO, XPO and others.
 
 The DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), of a prompt x with chosen response y_w and rejected y_l::
 
@@ -10,7 +10,7 @@ Log-probabilities are summed over response tokens (EOS included), in nats. The m
 `lightning_rlhf.modules.base` multiplies by the weights and takes the mean.
 
 A *label* is P(chosen preferred) in [0, 1]: 1 for an ordinary preference row, 1/2 for a tie. Labels carry no gradient.
-Every loss but XPO's bonus is the expectation over the label, ``label * L(margin) + (1 - label) * L(-margin)``. It is
+Every loss of margins is the expectation over the label, ``label * L(margin) + (1 - label) * L(-margin)``. It is
 therefore unchanged when chosen and rejected are swapped together with ``label -> 1 - label``.
 """
 
@@ -246,6 +246,26 @@ def xpo_bonus(
     return alpha * (chosen + rejected)
 
 
+def nudged_preference_loss(
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, label: Tensor, epsilon: float
+) -> Tensor:
+    """Policy gradient of a preference with the affirmative nudge, for both orders of a pair; shape [pairs].
+
+    "Efficient Exploration at Scale" (arXiv 2603.17378): an ordered pair (Y, Y') adds ``(P(Y preferred) - 1/2 + eps)
+    grad log pi(Y)`` to the gradient of the objective. With both orders of a pair, probability moves from the response
+    that is preferred less often to the other one, by ``label - 1/2``, and to both of them, by eps. The loss has no
+    lower bound, and its gradient is that of the expected preference only on responses that the present policy sampled.
+
+    Args:
+        policy_chosen_logps: log pi_theta of the chosen responses, summed over tokens, nats; carries gradient.
+        policy_rejected_logps: log pi_theta of the rejected responses, likewise.
+        label: P(chosen preferred) in [0, 1].
+        epsilon: the nudge, >= 0.
+    """
+    # -(p - 1/2 + eps) log pi(y_w) - ((1 - p) - 1/2 + eps) log pi(y_l)
+    return -(label - 0.5 + epsilon) * policy_chosen_logps - (0.5 - label + epsilon) * policy_rejected_logps
+
+
 # -- other losses: classes that YAML can name --------------------------------------------------------------------------
 
 
@@ -338,6 +358,30 @@ class XPOLoss(AbstractPreferenceLoss):
             self.alpha,
         )
         return self.base(pairs, beta) + bonus
+
+
+class NudgedPreferenceLoss(AbstractPreferenceLoss):
+    """Policy gradient of the preference probability with an affirmative nudge (arXiv 2603.17378), for both orders.
+
+    For pairs that the present policy sampled. It has no reference and does not use beta: `EfficientExplorationModule`
+    adds the pull towards an average of the policy, without which nothing bounds the policy.
+
+    Args:
+        epsilon: the nudge, >= 0; adds to the weight of both responses. The paper says that it is small and positive,
+            and that runs without it, 0, fail. The default is ours.
+
+    Raises:
+        ValueError: if epsilon is negative or infinite.
+    """
+
+    def __init__(self, epsilon: float = 0.05) -> None:
+        if not 0 <= epsilon < float("inf"):
+            raise ValueError(f"NudgedPreferenceLoss expects a finite epsilon >= 0; got {epsilon}. Use 0 for no nudge")
+        self.epsilon = epsilon
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        del beta
+        return nudged_preference_loss(pairs.policy_chosen, pairs.policy_rejected, pairs.label, self.epsilon)
 
 
 def _checked_smoothing(label_smoothing: float, name: str) -> float:

@@ -4,6 +4,7 @@ from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule, ItemLosses
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.drlaif import DRLAIFModule
+from lightning_rlhf.modules.efficient_exploration import Anchor, EfficientExplorationModule
 from lightning_rlhf.modules.policy import AbstractAlignedPolicyModule, AbstractPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.policy_gradient import KLControl, PolicyGradientModule, PolicyLoss, ValueModel
 from lightning_rlhf.modules.reward import RewardLoss, RewardModule
@@ -18,10 +19,12 @@ __all__ = [
     "AbstractPreferenceModule",
     "AbstractRoundModule",
     "AbstractStepModule",
+    "Anchor",
     "ConstantWithWarmup",
     "CosineWithWarmup",
     "DPOModule",
     "DRLAIFModule",
+    "EfficientExplorationModule",
     "ItemLosses",
     "KLControl",
     "LinearWithWarmup",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.logprobs.compute import summed_logps
@@ -94,7 +95,10 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
 
     def item_losses(self, batch: PreferenceBatch) -> ItemLosses:
         """Loss and implicit rewards of each pair."""
-        pairs, num_tokens = self.pair_logps(batch)
+        return self.pair_losses(*self.pair_logps(batch))
+
+    def pair_losses(self, pairs: PairLogps, num_tokens: int) -> ItemLosses:
+        """Loss and implicit rewards of each pair, from its log-probabilities and the token positions they took."""
         metrics = {
             # r(y) = beta log pi(y) / pi_ref(y), the implicit reward
             "chosen_rewards": implicit_rewards(pairs.policy_chosen, pairs.reference_chosen, self.beta),
@@ -108,8 +112,12 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
     def pair_logps(self, batch: PreferenceBatch) -> tuple[PairLogps, int]:
         """Summed log-probabilities of both responses of each pair, nats, and the token positions it took."""
         # log pi(y|x) of both responses; the forward pass over the prompt is shared
+        return self.paired(batch, summed_logps(self.policy, batch.groups(), layout=self.options.layout))
+
+    def paired(self, batch: PreferenceBatch, logps: Tensor) -> tuple[PairLogps, int]:
+        """The same from the log-probabilities of all responses of ``batch.groups()``, [2 * pairs]."""
         # order chosen, rejected, chosen, ...: [2 * pairs] -> [pairs, 2] -> two of [pairs]
-        chosen, rejected = summed_logps(self.policy, batch.groups(), layout=self.options.layout).view(-1, 2).unbind(1)
+        chosen, rejected = logps.view(-1, 2).unbind(1)
         # |y_w| and |y_l| of each pair, [pairs, 2]
         lengths = [[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]
         chosen_length, rejected_length = torch.tensor(lengths).to(chosen, non_blocking=True).unbind(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.modules.base import AbstractStepModule, Batch
-from lightning_rlhf.protocols import RoundData, RoundModule, datamodule_of
+from lightning_rlhf.protocols import RoundData, RoundModule, SilverModule, datamodule_of
 
 
 class AbstractRoundModule(AbstractStepModule[Batch], ABC):
@@ -37,4 +37,7 @@ class AbstractRoundModule(AbstractStepModule[Batch], ABC):
 if TYPE_CHECKING:
 
     def _fulfils(module: AbstractRoundModule[Batch]) -> RoundModule:
+        return module
+
+    def _is_labeled_by_a_model(module: AbstractRoundModule[Batch]) -> SilverModule:
         return module

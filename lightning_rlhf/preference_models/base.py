@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -108,6 +108,17 @@ class AbstractPreferenceModel(ABC):
     def load_state_dict(self, state: State) -> None:
         """Restore the state that `state_dict` returned, after `setup`."""
         del state
+
+
+@runtime_checkable
+class UsesPreferenceModel(Protocol):
+    """A sampler that asks a preference model which pair to label; the DataModule gives it the model.
+
+    Attributes:
+        preference_model: the model, fitted to the labels of all earlier rounds; None before its first fit.
+    """
+
+    preference_model: AbstractPreferenceModel | None
 
 
 def win_probability(mean: Tensor, variance: Tensor, kappa: float = 1.0) -> Tensor:

@@ -95,7 +95,7 @@ def returned(plugin: object, method: str, made: object, count: int, kind: type[T
     return found
 
 
-SEATS = ("samplers", "labelers", "rewards", "losses", "advantages", "prompts")
+SEATS = ("samplers", "labelers", "rewards", "losses", "advantages", "prompts", "preference_models")
 """Packages whose classes have short names."""
 
 

@@ -4,27 +4,33 @@ from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveS
 from lightning_rlhf.samplers.best_of_n import BestOfNSampler
 from lightning_rlhf.samplers.cost_table import cost_table
 from lightning_rlhf.samplers.hybrid import HybridSampler
+from lightning_rlhf.samplers.infomax import InfomaxSampler
 from lightning_rlhf.samplers.mixture import MixtureSampler
+from lightning_rlhf.samplers.model_based import AbstractModelSampler
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.samplers.pilaf import PILAFSampler
 from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
 from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
+from lightning_rlhf.samplers.thompson import ThompsonSampler
 from lightning_rlhf.samplers.vanilla import VanillaSampler
 from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
 
 
 __all__ = [
+    "AbstractModelSampler",
     "AbstractPairSampler",
     "AbstractSelectiveSampler",
     "BestOfNSampler",
     "HybridSampler",
+    "InfomaxSampler",
     "MixtureSampler",
     "OfflineSampler",
     "PILAFSampler",
     "PolicyWeightedSampler",
     "SIRPILAFSampler",
     "TPILAFSampler",
+    "ThompsonSampler",
     "VanillaSampler",
     "WeightedVanillaSampler",
     "cost_table",

@@ -64,6 +64,11 @@ class ToyData(L.LightningDataModule):
         self.label_budget: int | None = None
         self.passes_per_pair = 3.0
         self.num_ties = 0
+        self.num_silver_pairs = 0
+
+    def ends_round(self, epoch: int) -> bool:
+        """As the base of the real DataModules says it."""
+        return self.epochs_per_round is not None and (epoch + 1) % self.epochs_per_round == 0
 
     @property
     def num_labels(self) -> int:

@@ -16,6 +16,7 @@ from lightning_rlhf.losses import (
     DPOLoss,
     HingeLoss,
     IPOLoss,
+    NudgedPreferenceLoss,
     PairLogps,
     RobustLoss,
     XPOLoss,
@@ -24,6 +25,7 @@ from lightning_rlhf.losses import (
     hinge_loss,
     implicit_rewards,
     ipo_loss,
+    nudged_preference_loss,
     reward_accuracy,
     robust_loss,
     xpo_bonus,
@@ -47,6 +49,7 @@ CLASSES: list[AbstractPreferenceLoss] = [
     HingeLoss(),
     XPOLoss(0.01),
     XPOLoss(0.01, base=HingeLoss()),
+    NudgedPreferenceLoss(0.1),
 ]
 all_losses = pytest.mark.parametrize("name", list(LOSSES))
 all_classes = pytest.mark.parametrize("loss", CLASSES, ids=lambda loss: type(loss).__name__)
@@ -302,3 +305,38 @@ def test_label_smoothing_outside_its_range_is_refused(build: type[CDPOLoss | Rob
 def test_xpo_refuses_a_negative_or_infinite_alpha(alpha: float) -> None:
     with pytest.raises(ValueError, match=f"finite alpha >= 0; got {alpha}"):
         XPOLoss(alpha)
+
+
+def test_the_nudge_adds_to_the_weight_of_both_responses() -> None:
+    batch = pairs()
+    for epsilon in (0.0, 0.2):
+        gradients = torch.autograd.grad(
+            NudgedPreferenceLoss(epsilon)(batch, BETA).sum(), [batch.policy_chosen, batch.policy_rejected]
+        )
+        # descent moves log pi(a) by p - 1/2 + eps, and log pi(b) by (1 - p) - 1/2 + eps
+        torch.testing.assert_close(-gradients[0], batch.label - 0.5 + epsilon)
+        torch.testing.assert_close(-gradients[1], 0.5 - batch.label + epsilon)
+
+
+def test_the_nudged_gradient_is_that_of_the_preference_against_a_second_sample() -> None:
+    # E over ordered pairs of p(Y >= Y') - 1/2, with Y' fixed: the policy gradient of the expected win rate
+    logits = double(0.3, -0.2, 0.9).requires_grad_()
+    rewards = double(1.0, -0.5, 0.2)
+    wins = torch.sigmoid(rewards[:, None] - rewards)
+    law = logits.softmax(0)
+    expected = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        for b in range(3):
+            weight = (law[a] * law[b]).detach()
+            loss = nudged_preference_loss(law[a].log(), law[b].log(), wins[a, b], 0.0)
+            expected = expected + weight * loss
+    (ours,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    # both orders: twice the gradient of sum_a pi(a) sum_b stopgrad(pi(b)) P(a >= b)
+    (theirs,) = torch.autograd.grad(-2 * (law[:, None] * law.detach() * wins).sum(), logits)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, math.inf, math.nan])
+def test_a_nudge_outside_its_range_is_refused(epsilon: float) -> None:
+    with pytest.raises(ValueError, match=f"finite epsilon >= 0; got {epsilon}"):
+        NudgedPreferenceLoss(epsilon)
