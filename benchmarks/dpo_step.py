@@ -5,7 +5,7 @@
     python -m benchmarks.dpo_step --model small --ablate
     python -m benchmarks.dpo_step --model smollm2 --data hh:harmless-base.test.jsonl.gz --steps 1 --skip 0 --peer trl
 
-Reference log-probabilities are computed when the round is drawn, once per pair; that is outside of the step, as TRL's
+Reference log-probabilities are computed when the round is sampled, once per pair; that is outside of the step, as TRL's
 precomputed ones are, and reported on its own. The limit is a bare forward and backward pass over just the tokens that
 are needed, one row per pair and the head on the response tokens: no loss, no optimizer, no framework.
 """

@@ -38,14 +38,14 @@ PAIRS = 8
 
 
 class Scene:
-    """A folder with a run, its judge, and what happened to them.
+    """A folder with a run, its judge, and the faults that befell them.
 
     Args:
         folder: where everything lies.
         model: folder of the policy.
         rounds: rounds of the run.
         processes: ranks of the run.
-        seed: decides what the supervisor and the judge do.
+        seed: decides the faults of supervisor and judge.
         environment: further variables of the run.
     """
 
@@ -108,7 +108,7 @@ class Scene:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=output, stderr=output)
 
     def disturb(self, run: subprocess.Popen[bytes], spread: float, fresh: bool) -> str | None:
-        """Kill something at a random moment; says what, or None if the run ended by itself before.
+        """Kill something at a random moment; says which process, or None if the run ended by itself before.
 
         Args:
             run: the run.
@@ -159,7 +159,7 @@ class Scene:
         return {(round_, position): probability for round_, position, probability in rows}
 
     def said(self) -> str:
-        """The end of what the run printed."""
+        """The end of the run's output."""
         return (self.folder / "output.txt").read_text()[-2000:]
 
     def paid(self) -> Counter[str]:
@@ -343,7 +343,7 @@ def tiny_model(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Run the drill, print what happened, and fail if something was wrong."""
+    """Run the drill, print its faults, and fail if something was wrong."""
     options = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""Drawing pairs: vanilla and PILAF, with a full copy as reference and under LoRA, beside ``generate`` of transformers.
+"""Sampling pairs: vanilla and PILAF, with a full copy as reference and under LoRA, beside ``generate`` of transformers.
 
     python -m benchmarks.generation --model small
 
-Nothing ends a response before its limit, so that all arms draw as many tokens. ``base`` pairs are vanilla ones, tilted
+Nothing ends a response before its limit, so all arms sample as many tokens. ``base`` pairs are vanilla ones, tilted
 ones decode under policy and reference at once; PILAF flips a coin between the two, so that a round of it is timed as
 half of each. Reference log-probabilities of vanilla responses, which training needs, are a pass of their own and timed
 in the arms that say so.

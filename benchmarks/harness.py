@@ -1,4 +1,4 @@
-"""What the benchmarks share: models and rows, workers in processes of their own, and the table at the end.
+"""Shared by the benchmarks: models and rows, workers in processes of their own, and the table at the end.
 
 A benchmark is a list of arms. Every arm runs in a fresh process, the arms take turns, and each turn is repeated, so
 that what the machine does meanwhile meets all of them alike. Ratios are of CPU seconds within one turn.
@@ -35,7 +35,7 @@ MAX_PROMPT, MAX_RESPONSE = 1024, 512
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to do; the same for every arm of a turn.
+    """The task of a worker; the same for every arm of a turn.
 
     Args:
         model: folder of the model.
@@ -44,7 +44,7 @@ class Job:
         batch: pairs per optimizer step, or prompts per round.
         steps: steps that are timed.
         skip: steps before those, not timed.
-        new_tokens: tokens per drawn response.
+        new_tokens: tokens per sampled response.
         threads: threads of torch.
         arm: which arm this is.
         options: settings of the arm.
@@ -93,7 +93,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=8, help="pairs per step, or prompts per round")
     options.add_argument("--steps", type=int, default=3, help="steps timed in each process")
     options.add_argument("--skip", type=int, default=1, help="steps before those, not timed")
-    options.add_argument("--new-tokens", type=int, default=64, help="tokens of each drawn response")
+    options.add_argument("--new-tokens", type=int, default=64, help="tokens of each sampled response")
     options.add_argument("--peer", choices=["trl"], help="run this library beside ours")
     options.add_argument("--ablate", action="store_true", help="switch our techniques off one by one")
     options.add_argument("--only", help="arms to run beside the first, by name, separated by commas")
@@ -104,7 +104,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def run(module: str, arms: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Let the arms take turns, each in a process of its own; returns what the workers reported, by arm."""
+    """Let the arms take turns, each in a process of its own; returns the reports of the workers, by arm."""
     if arguments.only is not None:
         chosen = [name.strip() for name in arguments.only.split(",")]
         unknown = [name for name in chosen if name not in arms]
@@ -281,7 +281,7 @@ def model_folder(name: str) -> Path:
 
 
 def _make_small(folder: Path) -> None:
-    """A random Llama with 6 M parameters, and a byte-level BPE learnt on the standard library."""
+    """A random Llama with 6 M parameters, and a byte-level BPE learned on the standard library."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -390,8 +390,8 @@ def ids_in_order(model: Path, data: str, count: int) -> list[dict[str, list[int]
     prompts = tokenized(Rows(data, count, tokenizer).load(), tokenizer)
     if len(prompts) < count:
         raise SystemExit(f"{data} has {len(prompts)} usable rows, and {count} are needed: fewer --steps")
-    drawn, trained = epoch_order(count, Key((0, Stream.PROMPTS, 0))), epoch_order(count, Key((0, Stream.ORDER, 0)))
-    ordered = [prompts[drawn[place]] for place in trained]
+    sampled, trained = epoch_order(count, Key((0, Stream.PROMPTS, 0))), epoch_order(count, Key((0, Stream.ORDER, 0)))
+    ordered = [prompts[sampled[place]] for place in trained]
     return [
         {"prompt_ids": list(p.ids), "chosen_ids": list(p.pair[0].ids), "rejected_ids": list(p.pair[1].ids)}
         for p in ordered

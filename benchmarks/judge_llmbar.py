@@ -56,7 +56,7 @@ def right(probability: float, first_is_better: bool) -> float:
 
 
 def table(rows: Sequence[dict[str, str]], labels: Sequence[Label]) -> dict[str, str]:
-    """Figures over the pairs that have a label."""
+    """Metrics over the pairs that have a label."""
     found = [(str(r["label"]) == "1", x) for r, x in zip(rows, labels, strict=True) if x.status == "ok"]
     there = [right(x.meta["first_forward"], gold) for gold, x in found]
     both = [right(x.probability or 0.0, gold) for gold, x in found]
@@ -85,7 +85,7 @@ def longer(rows: Sequence[dict[str, str]]) -> list[tuple[dict[str, str], str]]:
 
 
 def main() -> None:
-    """Start the server, label the pairs, print the figures."""
+    """Start the server, label the pairs, print the metrics."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--gguf", required=True, help="weights of the judge")
     options.add_argument("--data", required=True, help="dataset.json of LLMBar")
@@ -119,14 +119,14 @@ def main() -> None:
     for start in range(0, len(pairs), 10):
         labels += labeler.label(pairs[start : start + 10], Key((0,)))
         print(f"{len(labels)} pairs, {time.process_time() - cpu:.0f} CPU-s", flush=True)
-    figures = {
+    metrics = {
         **table(rows, labels),
         "CPU seconds": f"{time.process_time() - cpu:.0f}",
         "wall seconds": f"{time.perf_counter() - wall:.0f}",
         **{name: f"{value:.4g}" for name, value in server.report().items()},
         "machine": f"{platform.machine()}, {arguments.threads} thread(s)",
     }
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name:32} {value}")
 
 

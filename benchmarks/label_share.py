@@ -1,6 +1,6 @@
-"""Test the label-efficiency figure on curves whose truth is known: ``python -m benchmarks.label_share``.
+"""Test the label-efficiency metric on curves whose truth is known: ``python -m benchmarks.label_share``.
 
-Draws comparisons of an arm with a baseline, again and again, and counts how often the 95 % interval of `label_share`
+Simulates comparisons of an arm with a baseline, again and again; counts how often the 95 % interval of `label_share`
 holds the true share, and how often the verdict on "40 % fewer labels" is wrong or right. Arms learn either as fast as
 the baseline (share 1) or twice as fast (share 1/2). About 10 minutes of one core with the defaults.
 """
@@ -34,7 +34,7 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
 
 
 class Noise(NamedTuple):
-    """Standard deviations of J, where the expected curve gains 1: what a seed's arms share comes on top, with 1.
+    """Standard deviations of J, where the expected curve gains 1; arms of a seed also share a part, with 1.
 
     Args:
         evaluation: of each evaluation on its own.
@@ -66,7 +66,7 @@ NOISES = {
 
 
 class Found(NamedTuple):
-    """What many comparisons came to, as shares of them.
+    """Outcomes of many comparisons, as shares of them.
 
     Args:
         covered: the interval holds the true share.
@@ -86,7 +86,7 @@ class Found(NamedTuple):
 def comparison(
     generator: np.random.Generator, shape: str, speed: float, seeds: int, noise: Noise, points: int = 16
 ) -> tuple[Arm, Arm]:
-    """Draw an arm that learns ``speed`` times as fast as its baseline, and the baseline."""
+    """Simulate an arm that learns ``speed`` times as fast as its baseline, and the baseline."""
     x = np.linspace(0.0, 1.0, points + 1)
     ease = generator.standard_normal((seeds, 1))
     runs = [ease + SHAPES[shape](s * x) + noise.draw(generator, (seeds, points)) for s in (speed, 1.0)]

@@ -1,10 +1,10 @@
-"""One round of online DPO: draw two responses per prompt, label them, and take the optimizer step.
+"""One round of online DPO: sample two responses per prompt, label them, and take the optimizer step.
 
     python -m benchmarks.online_round --model small --peer trl
 
 From the end of one step to the end of the next, by ``lightning.Trainer.fit`` with the ledger on disk. The labeler
 counts a letter, which costs nothing, for both sides. Ours computes the log-probabilities of policy and reference of
-every response when it draws; the peer computes them in its step.
+every response when it samples; the peer computes them in its step.
 """
 
 from __future__ import annotations

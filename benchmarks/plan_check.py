@@ -1,4 +1,4 @@
-"""What ``lightning-rlhf plan`` predicts, beside what a CPU measures: memory and time of a DPO step."""
+"""Predictions of ``lightning-rlhf plan``, beside measurements of a CPU: memory and time of a DPO step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main() -> None:
     def rss() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    # what matrix products of this size reach here
+    # speed of matrix products of this size here
     a, b = torch.randn(1024, hidden), torch.randn(hidden, 3 * hidden)
     a @ b
     start = time.process_time()

@@ -33,7 +33,7 @@ SMOKE = {
     "rlaif": "compare/rlaif_smoke",
     "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
 }
-"""What makes a comparison short: arguments, or another comparison in its place."""
+"""Makes a comparison short: arguments, or another comparison in its place."""
 ON_DEMAND = ("stories",)
 """Comparisons that are run only when asked for."""
 EXACT = ("tabular",)

@@ -1,11 +1,11 @@
-"""One step of RLOO or GRPO: draw four responses per prompt, score them, and take the optimizer step.
+"""One step of RLOO or GRPO: sample four responses per prompt, score them, and take the optimizer step.
 
     python -m benchmarks.rl_step --method rloo --model small --peer trl
     python -m benchmarks.rl_step --method grpo --model small --peer trl
 
 From the end of one step to the end of the next, by ``lightning.Trainer.fit`` with the ledger on disk. ``--batch``
 counts responses. The reward counts a letter, which costs nothing, for both sides; both hold a reference, with beta 0.1.
-Each side draws responses of its own, so that first losses say nothing; tests hold ours against exact gradients.
+Each side samples responses of its own, so that first losses say nothing; tests hold ours against exact gradients.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ LEARNING_RATE = 1e-5
 
 
 def settings(job: Job, **more: Any) -> dict[str, Any]:
-    """What every trainer of TRL is told: our rows in our order, no reports, and what the arm says."""
+    """Arguments of every trainer of TRL: our rows in our order, no reports, and the settings of the arm."""
     chosen = {k: v for k, v in job.options.items() if k not in ("worker", "module", "folder")}
     return {
         "output_dir": tempfile.mkdtemp(),
@@ -61,13 +61,13 @@ def dpo(job: Job) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    class Tokenised(DPOTrainer):
+    class Tokenized(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
     clock = Clock()
     config = DPOConfig(**settings(job, max_length=None, model_init_kwargs={"dtype": "float32"}))
-    trainer = Tokenised(
+    trainer = Tokenized(
         model=job.model,
         args=config,
         train_dataset=Dataset.from_list(rows(job)),

@@ -69,9 +69,11 @@ class LabelBudget(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> State:
-        """How many labels had been bought when the last round ended."""
-        return {"round_done_at": self._round_done_at}
+        """How many labels had been bought when the last round ended, and the rounds in a row without one."""
+        return {"round_done_at": self._round_done_at, "idle_rounds": self._idle_rounds}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._round_done_at = state_dict["round_done_at"]
+        # checkpoints of version 0.1 do not have it
+        self._idle_rounds = state_dict.get("idle_rounds", 0)

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import preference_source, root, show_image
 from lightning_rlhf.evaluation.frontier import FrontierPoint, write_frontier
-from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
+from lightning_rlhf.evaluation.heldout import HeldOutRow, summarize
 from lightning_rlhf.evaluation.plots import plot_frontier
 from lightning_rlhf.protocols import beta_of
 from lightning_rlhf.types import State
@@ -41,7 +41,7 @@ class FrontierPlot(HeldOutCallback):
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Add the point of this validation, and write table and figure."""
-        means = summarise(rows)
+        means = summarize(rows)
         # J = E[r] - beta KL(pi || pi_ref)
         j = means.j(beta_of(pl_module))
         if means.reward is None or means.kl is None or j is None:

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import log_known, preference_source
-from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
+from lightning_rlhf.evaluation.heldout import HeldOutRow, summarize
 from lightning_rlhf.protocols import Round
 
 
@@ -24,7 +24,7 @@ class KLMonitor(HeldOutCallback):
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Log the estimates over the held-out responses."""
-        means = summarise(rows)
+        means = summarize(rows)
         values = {
             "val/objective/kl": means.kl,
             "val/kl/k3": means.k3,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import log_known, preference_source
-from lightning_rlhf.evaluation.heldout import HeldOutRow, summarise
+from lightning_rlhf.evaluation.heldout import HeldOutRow, summarize
 from lightning_rlhf.losses import reward_accuracy
 from lightning_rlhf.protocols import Round, beta_of
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
@@ -55,7 +55,7 @@ class RewardMonitor(HeldOutCallback):
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Log the held-out metrics."""
-        means = summarise(rows)
+        means = summarize(rows)
         values = {
             "val/reward": means.reward,
             "val/reward_stderr": means.reward_stderr,

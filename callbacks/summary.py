@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
-from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarise
+from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarize
 from lightning_rlhf.protocols import beta_of
 from lightning_rlhf.types import State
 
@@ -64,7 +64,7 @@ class Summary(HeldOutCallback):
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Keep the first and the latest validation."""
         rewards = {row.key: row.reward for row in rows if row.reward is not None}
-        self._after = Validation(trainer.global_step, summarise(rows), rewards)
+        self._after = Validation(trainer.global_step, summarize(rows), rewards)
         self._before = self._before or self._after
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

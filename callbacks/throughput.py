@@ -62,6 +62,9 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock, and log the speed when it is time."""
+        # a Trainer that never logs asks for no speed, and its steps would pile up
+        if not (trainer.log_every_n_steps or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            return
         log, device = logs_now(trainer), pl_module.device
         if device.type == "cuda" and (log or trainer.is_last_batch):
             # steps are queued faster than they are computed: the last one before the clock is read waits for all
@@ -88,7 +91,7 @@ class Throughput(Callback):
 def rates(steps: Iterable[StepCost], unit: str = "pair") -> dict[str, float]:
     """Items and tokens per second over some steps of one rank."""
     steps = list(steps)
-    # sum of items / sum of seconds: the mean of the speeds of steps would favour short steps
+    # sum of items / sum of seconds: the mean of the speeds of steps would favor short steps
     seconds = sum(step.seconds for step in steps)
     return {
         f"{unit}s_per_second": sum(step.items for step in steps) / seconds,

@@ -17,7 +17,7 @@ from lightning_rlhf.types import Comparison, Prompt, Response
 
 
 class MySampler(AbstractPairSampler):
-    """Draws n candidates from the policy and keeps the two whose tokens overlap least.
+    """Samples n candidates from the policy and keeps the two whose tokens overlap least.
 
     Args:
         n: candidates per prompt, >= 2.
@@ -30,13 +30,13 @@ class MySampler(AbstractPairSampler):
         self.passes_per_pair = float(n)
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Draw the candidates of all prompts in one batch, then choose a pair for each prompt."""
-        drawn = engine.generate(
+        """Sample the candidates of all prompts in one batch, then choose a pair for each prompt."""
+        sampled = engine.generate(
             [Request(prompt, key.fold(prompt.index, i)) for prompt in prompts for i in range(self.n)]
         )
         comparisons = []
         for i, prompt in enumerate(prompts):
-            candidates = drawn[i * self.n : (i + 1) * self.n]
+            candidates = sampled[i * self.n : (i + 1) * self.n]
             a, b = min(combinations(candidates, 2), key=lambda pair: overlap(*pair))
             comparisons.append(Comparison(prompt, a, b, branch="diverse", passes=self.passes_per_pair))
         return comparisons

@@ -88,7 +88,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         _run(argv, args)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C (SIGINT); what was kept before stays, and the same command goes on", file=sys.stderr)
+        print("stopped by Ctrl-C (SIGINT); checkpoints and ledger are kept; the same command goes on", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
 
 

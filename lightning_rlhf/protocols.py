@@ -241,7 +241,7 @@ def _checked(found: object, contract: type[Contract], asking: str) -> Contract:
     if missing:
         raise TypeError(
             f"{asking} needs a {contract.__name__} (see lightning_rlhf/protocols.py); {type(found).__name__} lacks "
-            f"{', '.join(missing)}: use a class of this package, or implement what is missing"
+            f"{', '.join(missing)}: use a class of this package, or implement the missing names"
         )
     return cast(Contract, found)
 

@@ -365,7 +365,7 @@ def _renamed_fields(
 
 
 def _merged(old: dict[str, Any], new: Any) -> Any:
-    """A group that is given by its new name, over what old names said of it."""
+    """A group that is given by its new name, over the values that old names gave it."""
     return {**old, **new} if isinstance(new, dict) else new
 
 

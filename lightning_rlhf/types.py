@@ -44,7 +44,7 @@ class RecordedPair:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of a data source, parsed but not tokenised.
+    """One row of a data source, parsed but not tokenized.
 
     Exactly one of ``text`` and ``messages`` (last turn not by the assistant) is set.
 
@@ -73,16 +73,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt.
+    """A tokenized prompt.
 
     Args:
         index: position in its data set; names the prompt in seeds, in the ledger and in error messages.
         ids: token ids, with BOS and template tokens; may be empty.
         text: the rendered text behind ``ids``.
         messages: the conversation behind ``text``, when the row was conversational; labelers and rewards read it.
-        pair: tokenised recorded pair (chosen, rejected), for offline preference rows.
+        pair: tokenized recorded pair (chosen, rejected), for offline preference rows.
         recorded: ``pair`` as text, with its label.
-        completion: tokenised recorded completion, for supervised rows; ledgers do not keep it.
+        completion: tokenized recorded completion, for supervised rows; ledgers do not keep it.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
     """
 

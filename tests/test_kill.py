@@ -52,7 +52,7 @@ class Labeler(RewardLabeler):
 
     def label(self, comparisons, key):
         self.chunks += 1
-        die_at(f"labelling chunk {self.chunks}")
+        die_at(f"labeling chunk {self.chunks}")
         labels = super().label(comparisons, key)
         with open(HERE / "bought.txt", "a") as file:
             for comparison in comparisons:
@@ -118,7 +118,7 @@ def test_a_killed_run_buys_no_label_twice_and_ends_with_the_same_weights(tmp_pat
     assert done.returncode == 0, done.stderr
 
     # two chunks a round: two deaths in round 0, one in round 1 after a checkpoint, two in round 2
-    for moment in ("sampling chunk 2", "labelling chunk 2", "training step 3", "sampling chunk 1", "training step 8"):
+    for moment in ("sampling chunk 2", "labeling chunk 2", "training step 3", "sampling chunk 1", "training step 8"):
         died = run(killed, tiny_policy, "run", die_at=moment)
         assert died.returncode == -signal.SIGKILL, f"{moment}: {died.stderr}"
     done = run(killed, tiny_policy, "run")

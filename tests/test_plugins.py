@@ -240,11 +240,11 @@ class Never(AbstractLabeler):
         raise AssertionError("the oracle has said which is better")
 
 
-def test_best_of_n_with_an_oracle_reward_is_labelled_by_the_oracle() -> None:
+def test_best_of_n_with_an_oracle_reward_is_labeled_by_the_oracle() -> None:
     sampler = BestOfNSampler(n=8, reward=Fixed(None))
     best, tie = pairs(1, score_a=0.1, score_b=0.0), pairs(1, score_a=0.2, score_b=0.2)
     labels = labeled(sampler, Never(), best + tie, Key((0,)))
-    # a Bernoulli draw would say 0 in 48 of 100 such pairs
+    # a Bernoulli label would be 0 in 48 of 100 such pairs
     assert [label.probability for label in labels] == [1.0, 0.5]
     assert [label.cost for label in labels] == [4.0, 4.0]
     assert labels[0].meta == {"reward_a": 0.1, "reward_b": 0.0}

@@ -1,4 +1,4 @@
-"""Policies that learn from rewards: what is drawn is what is credited, runs continue bitwise, and rewards rise."""
+"""Policies that learn from rewards: sampled tokens get the advantages, runs continue bitwise, and rewards rise."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_advantages_by_hand(tiny_policy: Path) -> None:
     white = module(tiny_policy, LearnedBaseline(), beta=0.1, loss=PolicyLoss(whiten_advantages=True))
     (group,) = white.compute_advantages([[first, second]], [2.0, 1.0])
     assert sum(group.advantages) == pytest.approx(0.0, abs=1e-6)
-    assert group.targets == pytest.approx((1.85, 1.9, 1.1))  # the value model learns what it learnt before
+    assert group.targets == pytest.approx((1.85, 1.9, 1.1))  # the value model learns what it learned before
 
 
 def test_the_loss_is_that_of_response_tokens_alone(tmp_path: Path, tiny_policy: Path) -> None:
@@ -183,7 +183,7 @@ def test_micro_batches_and_accumulation_change_nothing(
     tmp_path: Path, tiny_policy: Path, options: dict[str, Any]
 ) -> None:
     class Plain(PolicyGradientModule):
-        """Without the normalisation of AdamW, which makes much of rounding where gradients are small."""
+        """Without the normalization of AdamW, which makes much of rounding where gradients are small."""
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -278,7 +278,7 @@ def test_a_round_that_was_cut_off_is_scored_on_from_where_it_was(tmp_path: Path,
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
 
 
-def learnt(folder: Path, tiny_policy: Path, **options: Any) -> tuple[float, float, float]:
+def learned(folder: Path, tiny_policy: Path, **options: Any) -> tuple[float, float, float]:
     """Mean reward of the first and of the last two rounds, and the KL of those."""
     kept = Steps()
     policy = module(tiny_policy, RLOO(), **options)
@@ -298,8 +298,8 @@ def learnt(folder: Path, tiny_policy: Path, **options: Any) -> tuple[float, floa
 @pytest.mark.slow
 def test_a_rule_judge_is_pleased_and_the_pull_bounds_the_drift(tmp_path: Path, tiny_policy: Path) -> None:
     """Direct RLAIF with a judge that follows a rule: reward up, KL bounded by beta, and further drift without it."""
-    before, after, kl = learnt(tmp_path / "pulled", tiny_policy, beta=0.1)
-    _, free, drift = learnt(tmp_path / "free", tiny_policy, beta=0.0)
+    before, after, kl = learned(tmp_path / "pulled", tiny_policy, beta=0.1)
+    _, free, drift = learned(tmp_path / "free", tiny_policy, beta=0.0)
     assert after > before + 0.08
     assert free > after
     assert drift > 1.3 * kl
@@ -362,7 +362,7 @@ def test_the_uncertainty_penalty_by_hand() -> None:
         UncertaintyPenalty(Sure()).score([], [Response((1,), "", "eos")])
 
 
-def test_rewards_are_normalised_by_all_rounds_so_far(tmp_path: Path, tiny_policy: Path) -> None:
+def test_rewards_are_normalized_by_all_rounds_so_far(tmp_path: Path, tiny_policy: Path) -> None:
     kept = Steps()
     rollouts = data(shaping=RewardShaping("mean_std", missing_eos_penalty=0.25))
     trainer(tmp_path, kept, max_epochs=3).fit(module(tiny_policy, RLOO()), datamodule=rollouts)

@@ -41,7 +41,7 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def check_same_pairs(one: Path, two: Path) -> None:
-    """Fail unless both runs drew the same pairs, with the same labels and weights."""
+    """Fail unless both runs sampled the same pairs, with the same labels and weights."""
     with (
         PreferenceStore(one / "ledger.sqlite", read_only=True) as expected,
         PreferenceStore(two / "ledger.sqlite", read_only=True) as got,

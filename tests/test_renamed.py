@@ -66,7 +66,7 @@ def test_a_command_with_old_names_is_that_with_new_ones(config: str, capsys: pyt
     kinds = {"dpo_online": DPOModule, "rlhf": PolicyGradientModule, "reward_model": RewardModule, "sft": SFTModule}
     data = ["length_window", "max_prompt_tokens"] + ([] if config == "sft" else ["prompts_per_round", "ledger"])
     old = [("model", name) for name in CLASSES[kinds[config]] if name not in skipped]
-    # what the parser refuses together
+    # the parser refuses these together
     old = [entry for entry in old if not (config in ("rlhf",) and entry[1] in ("margin", "center_coefficient"))]
     old = [entry for entry in old if not (config == "reward_model" and entry[1] not in [*COMMON, "margin"])]
     old += [("data", name) for name in data]

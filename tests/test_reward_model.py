@@ -103,8 +103,8 @@ def test_transformers_opens_it_and_scores_alike(trained: Path) -> None:
             logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits
         assert score.item() == pytest.approx(logits.item(), abs=1e-5)
     assert ours[0] > ours[1]
-    normalised = RewardModelReward(str(folder), normalize=True).score([prompt] * 3, responses).mean
-    torch.testing.assert_close(normalised, (ours - model.config.reward_mean) / model.config.reward_std)
+    normalized = RewardModelReward(str(folder), normalize=True).score([prompt] * 3, responses).mean
+    torch.testing.assert_close(normalized, (ours - model.config.reward_mean) / model.config.reward_std)
 
 
 def test_it_reads_texts_not_the_ids_of_the_policy(trained: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_long_prompt_is_cut_by_its_own_answer_alone(trained: Path) -> None:
 
 
 def test_answers_are_written_as_training_rows_are(tiny_policy: Path) -> None:
-    """What the reward reads of a drawn answer is, id by id, what it was trained on."""
+    """The reward reads a sampled response id by id as it was trained."""
     tokenizer = load_tokenizer(str(tiny_policy))
     messages = ({"role": "user", "content": "say 3"},)
     rows = [
@@ -198,7 +198,7 @@ def fit(
     return module
 
 
-@pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
+@pytest.mark.filterwarnings("ignore:.*has not learned rewards")
 @pytest.mark.parametrize("kind", ["whole", "adapters", "mean"])
 def test_micro_batches_change_nothing(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
     whole = fit(tmp_path / "whole", tiny_policy, batching=BatchOptions(None), kind=kind)
@@ -206,7 +206,7 @@ def test_micro_batches_change_nothing(tmp_path: Path, tiny_policy: Path, kind: s
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
+@pytest.mark.filterwarnings("ignore:.*has not learned rewards")
 @pytest.mark.parametrize("kind", ["whole", "adapter", "adapters"])
 def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
     folder = tmp_path / "run"
@@ -220,7 +220,7 @@ def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_poli
         torch.testing.assert_close(again, straight, atol=0, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*has not learnt rewards")
+@pytest.mark.filterwarnings("ignore:.*has not learned rewards")
 def test_the_bonus_for_diversity_makes_adapters_read_more_directions(tmp_path: Path, tiny_policy: Path) -> None:
     ratios = []
     for diversity in (0.0, 1.0):
@@ -303,11 +303,11 @@ def moved_policy(tmp_path: Path, tiny_policy: Path) -> Path:
 
 
 @pytest.mark.parametrize("sampler", [PILAFSampler(), VanillaSampler(), BestOfNSampler(n=3)])
-def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
+def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_samples(
     tmp_path: Path, tiny_policy: Path, moved_policy: Path, sampler: AbstractPairSampler
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}: "}) for i in range(64)))
-    drawing = PreferenceDataModule(
+    sampled = PreferenceDataModule(
         DatasetPrompts(str(tmp_path / "prompts.jsonl")),
         sampler,
         RewardLabeler(HighEnding(), rule="soft"),
@@ -324,12 +324,12 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
         optimizer=partial(AdamW, lr=2e-2, weight_decay=0.0),
     )
     accuracies, keep = Accuracies(), ModelCheckpoint(tmp_path / "ckpt")
-    trainer(tmp_path, accuracies, keep, max_epochs=12).fit(module, datamodule=drawing)
-    assert drawing.round is not None
-    assert drawing.round.index == 11  # a round per epoch, none of them recorded
-    assert {c.a.source for c in drawing.round.comparisons} <= {"policy", "plus"}
+    trainer(tmp_path, accuracies, keep, max_epochs=12).fit(module, datamodule=sampled)
+    assert sampled.round is not None
+    assert sampled.round.index == 11  # a round per epoch, none of them recorded
+    assert {c.a.source for c in sampled.round.comparisons} <= {"policy", "plus"}
     if isinstance(sampler, PILAFSampler):
-        laws = {(c.branch, c.a.source, c.b.source) for c in drawing.round.comparisons}
+        laws = {(c.branch, c.a.source, c.b.source) for c in sampled.round.comparisons}
         assert laws == {("tilt", "plus", "minus"), ("base", "policy", "policy")}
     late = accuracies.values[-150:]
     assert sum(late) / len(late) > 0.75
@@ -343,7 +343,7 @@ def test_it_learns_in_rounds_from_pairs_that_a_frozen_policy_draws(
     assert {name.partition(".")[0] for name in saved} == {"scorer"}
 
 
-def test_sample_draws_from_the_policy_of_a_reward_model(tmp_path: Path, tiny_policy: Path) -> None:
+def test_sample_samples_from_the_policy_of_a_reward_model(tmp_path: Path, tiny_policy: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}: "}) for i in range(3)))
     main(
         [
@@ -422,10 +422,10 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str
 
 def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:
     module = RewardModule(str(tiny_policy))
-    drawing = data(tmp_path)
-    drawing.sampler = VanillaSampler()
-    with pytest.raises(ValueError, match=r"VanillaSampler draws responses.*set data\.sampler=OfflineSampler"):
-        trainer(tmp_path).fit(module, datamodule=drawing)
+    sampled = data(tmp_path)
+    sampled.sampler = VanillaSampler()
+    with pytest.raises(ValueError, match=r"VanillaSampler samples responses.*set data\.sampler=OfflineSampler"):
+        trainer(tmp_path).fit(module, datamodule=sampled)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "say 1"}')
     unpaired = data(tmp_path, heldout=DatasetPrompts(str(tmp_path / "prompts.jsonl")))
     with pytest.raises(ValueError, match=r"held-out prompt 0 \('say 1'\) has no recorded pair"):

@@ -210,7 +210,7 @@ def test_a_run_of_no_steps_buys_nothing(tmp_path: Path, tiny_policy: Path, optio
         fit(tmp_path / kind.__name__, module, kind(BuiltinPrompts("train", limit=4), reward=reward), **options)
         assert reward.calls == 0
         with PreferenceStore(tmp_path / kind.__name__ / "ledger.sqlite", read_only=True) as store:
-            assert not store.is_drawn()
+            assert not store.has_samples()
 
 
 def test_a_trial_leaves_nothing_behind(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

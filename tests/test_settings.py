@@ -191,7 +191,7 @@ def test_training_in_bfloat16_moves_as_float32_does(tmp_path: Path, tiny_policy:
     assert masters and all(torch.equal(m.bfloat16(), dict(half.named_parameters())[n]) for n, m in masters.items())
     moved = sum(int((m.bfloat16().float() != m).sum()) for m in masters.values())
     assert moved > 0.4 * sum(m.numel() for m in masters.values())
-    if kind != "value_model":  # what is drawn in bfloat16 may differ
+    if kind != "value_model":  # samples in bfloat16 may differ
         single, _, expected = fitted("float32")
         assert losses == pytest.approx(expected, abs=0.03)
         steps = 8 * 5e-7

@@ -100,7 +100,7 @@ def fit(folder: Path, policy: Path, *callbacks: L.Callback, ckpt: str | None = N
 
 
 class Plain(SFTModule):
-    """Without the normalisation of AdamW, so that updates are gradients."""
+    """Without the normalization of AdamW, so that updates are gradients."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
@@ -225,7 +225,7 @@ def test_rows_without_completions_are_refused(tmp_path: Path, tiny_policy: Path)
 
 
 def test_a_teacher_is_imitated(tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Draw with one policy, export, fine-tune another: the commands of the page."""
+    """Sample with one policy, export, fine-tune another: the commands of the page."""
     small = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
     main(
         [

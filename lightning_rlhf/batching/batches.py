@@ -48,14 +48,39 @@ class StepBatch(Protocol):
 
 
 @dataclass(frozen=True)
-class PreferenceBatch:
+class PromptBatch:
+    """Fields that the batches below share; an item is a prompt with its pair or its responses.
+
+    Args:
+        prompts: token ids of the prompts.
+        num_global: items of the optimizer step on all ranks, divided by the number of ranks. The loss is the sum over
+            items divided by it, so that DDP's average over ranks is the mean over items. Default: the items here.
+        micro_batches: number of items in each micro-batch; default: one micro-batch.
+        num_padding: padding items at the end, of weight 0 and left out of metrics: a rank with fewer items must run as
+            many micro-batches as the others.
+        names: name of each item in messages; may be empty.
+    """
+
+    prompts: list[Ids]
+    # by keyword, so that subclasses may add fields without a default
+    num_global: float | None = field(default=None, kw_only=True)
+    micro_batches: tuple[int, ...] | None = field(default=None, kw_only=True)
+    num_padding: int = field(default=0, kw_only=True)
+    names: list[str] = field(default_factory=list, kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(PromptBatch):
     """Labeled pairs; the response with P >= 0.5 is the chosen one, on a tie response a.
 
     Numbers per pair are float64 (float32 on MPS, which has no float64): they are few, and sums over many tokens.
     Log-probabilities are summed over tokens, in nats, and NaN where they were not computed.
 
     Args:
-        prompts: token ids of the prompts.
+        prompts, num_global, micro_batches, num_padding, names: as in `PromptBatch`; the items are pairs.
         chosen: token ids of the preferred responses.
         rejected: token ids of the other responses.
         label: P(chosen preferred) in [0.5, 1], [pairs].
@@ -66,15 +91,8 @@ class PreferenceBatch:
         sampling_rejected_logps: the same of the rejected response, [pairs].
         chosen_from_reference: whether the chosen response was sampled from the reference; bool, [pairs].
         rejected_from_reference: the same of the rejected response.
-        num_global: pairs of the optimizer step on all ranks, divided by the number of ranks. The loss is the sum over
-            pairs divided by it, so that DDP's average over ranks is the mean over pairs. Default: the pairs here.
-        micro_batches: number of pairs in each micro-batch; default: one micro-batch.
-        num_padding: padding pairs at the end, of weight 0 and left out of metrics: a rank with fewer pairs must run as
-            many micro-batches as the others.
-        names: name of each pair in messages; may be empty.
     """
 
-    prompts: list[Ids]
     chosen: list[Ids]
     rejected: list[Ids]
     label: Tensor
@@ -85,13 +103,6 @@ class PreferenceBatch:
     sampling_rejected_logps: Tensor
     chosen_from_reference: Tensor
     rejected_from_reference: Tensor
-    num_global: float | None = None
-    micro_batches: tuple[int, ...] | None = None
-    num_padding: int = 0
-    names: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     @cached_property
     def has_reference(self) -> bool:
@@ -178,11 +189,11 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True)
-class ResponseBatch:
+class ResponseBatch(PromptBatch):
     """Prompts with responses, sampled from the policy or recorded; an item is a prompt with all its responses.
 
     Args:
-        prompts: token ids of the prompts.
+        prompts, num_global, micro_batches, num_padding, names: as in `PromptBatch`.
         responses: token ids of the responses to each prompt.
         numbers: five numbers per token, response after response, [5, tokens], float64 (float32 on MPS): log pi at
             sampling time, log pi_ref, advantage, V at sampling time, target of V; the last two NaN without a value
@@ -191,26 +202,14 @@ class ResponseBatch:
         mean_length: mean tokens of a response of the optimizer step, over all ranks.
         max_length: token limit of the responses.
         temperature: softmax temperature of sampling.
-        num_global: prompts of the optimizer step on all ranks, divided by the ranks; as in `PreferenceBatch`.
-        micro_batches: number of prompts in each micro-batch; default: one micro-batch.
-        num_padding: padding prompts at the end.
-        names: name of each prompt in messages; may be empty.
     """
 
-    prompts: list[Ids]
     responses: list[tuple[Ids, ...]]
     numbers: Tensor
     weight: Tensor
     mean_length: float
     max_length: int
     temperature: float = 1.0
-    num_global: float | None = None
-    micro_batches: tuple[int, ...] | None = None
-    num_padding: int = 0
-    names: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     def groups(self) -> list[tuple[Ids, tuple[Ids, ...]]]:
         """Prompts with their responses, as `lightning_rlhf.logprobs.compute.response_logps` takes them."""

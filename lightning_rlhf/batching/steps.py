@@ -112,7 +112,7 @@ def _deal(pairs: list[int], lengths: Sequence[int], world: int) -> list[list[int
 
 
 def _cut(pairs: list[int], lengths: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Cut pairs into micro-batches of neighbours within the limit."""
+    """Cut pairs into micro-batches of neighbors within the limit."""
     parts: list[list[int]] = []
     tokens = 0
     for index in pairs:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeAlias
 
-from lightning_rlhf.collectors.chunks import chunks_without_repeats
-from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
+from lightning_rlhf.collectors.base import AbstractRoundCollector
+from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
@@ -54,13 +52,14 @@ class Round:
         return sum(preference.label.is_free_tie for preference in self.preferences)
 
 
-class RoundCollector:
+class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Round]):
     """Samples rounds and buys their labels, through the ledger.
 
     Two equal responses are a free tie: the labeler is not asked, and no label is counted. The pair stays in its round
     with P = 0.5: the loss is a mean over all pairs, and the gradient of this one is zero.
 
-    A run that was killed continues from the ledger: only missing pairs are sampled and labeled.
+    `collect` and `sample` take an engine, or None if the sampler needs none and the pairs have reference
+    log-probabilities.
 
     Args:
         store: the ledger; None on ranks other than zero.
@@ -84,67 +83,36 @@ class RoundCollector:
         progress: Progress | None = None,
         reference_cache: ReferenceCache | None = None,
     ) -> None:
-        self.store, self.sampler, self.labeler, self.key = store, sampler, labeler, key
+        super().__init__(store, key, progress)
+        self.sampler, self.labeler = sampler, labeler
         self.label_attempts = label_attempts
-        self.progress: Progress = progress or silent
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
 
-    def collect(self, index: int, prompts: Sequence[Prompt], engine: PolicyEngine | None, chunk: int) -> Round:
-        """Finish round ``index``, or read it from the ledger if it is finished.
+    def _new_round(self, index: int) -> Round:
+        return Round(index, [])
 
-        Args:
-            index: number of the round.
-            prompts: prompts of the round, in order.
-            engine: generates responses; None if the sampler needs none and the pairs have reference log-probabilities.
-            chunk: prompts that are sampled, stored and labeled together, >= 1.
-        """
-        result = Round(index, [])
-        if not distributed.from_rank_zero(lambda: self._ledger.round_info(index) is not None):
-            start = time.perf_counter()
-            self.sample(index, prompts, engine, chunk)
-            result.sampling_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-            bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
-            # every rank has the number, but only rank zero has paid
-            result.labels_bought = bought if self.store is not None else 0
-            result.labeling_seconds = time.perf_counter() - start
-        # from the ledger also if this process sampled the round: a resumed run trains on the same values
-        result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._read(index))
-        return result
+    def _held(self, index: int) -> list[int]:
+        return self._ledger.positions(index)
 
-    def sample(self, index: int, prompts: Sequence[Prompt], engine: PolicyEngine | None, chunk: int) -> None:
-        """Sample the comparisons of a round that the ledger does not hold yet."""
-        held = set(distributed.from_rank_zero(lambda: self._ledger.positions(index)))
-        missing = [position for position in range(len(prompts)) if position not in held]
-        if not missing:
-            return
-        if engine is None and self.sampler.needs_engine:
+    def _engine(self, source: PolicyEngine | None) -> PolicyEngine | None:
+        if source is None and self.sampler.needs_engine:
             raise ValueError(
-                f"{type(self.sampler).__name__} draws responses, and this module has no policy to draw from: set "
-                f"data.sampler=OfflineSampler, and give rows with recorded pairs; or, for a reward model, name what is "
-                f"to be drawn from as model.policy"
+                f"{type(self.sampler).__name__} samples responses, and this module has no policy to sample from: set "
+                f"data.sampler=OfflineSampler, and give rows with recorded pairs; or, for a reward model, name the "
+                f"policy that responses are sampled from as model.policy"
             )
-        with self.progress(f"round {index}: sampling", len(missing)) as bar:
-            if engine is not None:
-                engine.on_tokens = count_tokens(bar)
-            for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
-                key = self.key.fold(Stream.SAMPLING, index, repeat)
-                # every rank samples its share; the key folds the prompt, so that results do not depend on the ranks
-                mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
-                everyone = distributed.interleave(partial(self._sample_chunk, mine, engine, key))
-                distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
-                bar.update(len(positions))
+        return source
 
-    def _sample_chunk(self, prompts: Sequence[Prompt], engine: PolicyEngine | None, key: Key) -> list[Comparison]:
+    def _sample_chunk(self, prompts: Sequence[Prompt], source: PolicyEngine | None, key: Key) -> list[Comparison]:
         # between chunks: all earlier chunks are in the ledger and nothing is lost
         preemption.check()
         # the last chunk may have fewer prompts than there are ranks
-        made = self.sampler.sample(prompts, engine, key) if prompts else []  # type: ignore[arg-type]
+        made = self.sampler.sample(prompts, source, key) if prompts else []  # type: ignore[arg-type]
         sampled = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
-        return sampled if engine is None else with_reference_logps(sampled, engine, self.reference_cache)
+        return sampled if source is None else with_reference_logps(sampled, source, self.reference_cache)
 
-    def _keep(self, index: int, comparisons: Sequence[Comparison], positions: Sequence[int]) -> None:
-        self._ledger.add_comparisons(index, comparisons, positions)
+    def _keep(self, index: int, items: Sequence[Comparison], positions: Sequence[int]) -> None:
+        self._ledger.add_comparisons(index, items, positions)
 
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
         bought = self.label(index, chunk, num_prompts)
@@ -183,7 +151,7 @@ class RoundCollector:
             ]
             if not open_:
                 continue
-            with self.progress(f"round {index}: labelling", len(open_)) as bar:
+            with self.progress(f"round {index}: labeling", len(open_)) as bar:
                 for start in range(0, len(open_), chunk):
                     preemption.check()
                     part = open_[start : start + chunk]
@@ -220,17 +188,15 @@ class RoundCollector:
             )
         return {rows[position][0] for position in chosen}
 
-    @property
-    def _ledger(self) -> PreferenceStore:
-        assert self.store is not None  # asked on rank zero
-        return self.store
-
     def _rows(self, index: int, num_prompts: int | None) -> list[LedgerRow]:
         """The comparisons of a round, without those that a smaller budget has cut off since."""
         places, rows = self._ledger.positions(index), self._ledger.comparisons(index)
         return [row for place, row in zip(places, rows, strict=True) if num_prompts is None or place < num_prompts]
 
-    def _read(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
+    def _read(self, result: Round, index: int) -> None:
+        result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._kept(index))
+
+    def _kept(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
         rows = self._rows(index, (self._ledger.round_info(index) or {}).get("prompts"))
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, groupby
 
 import torch
 
-from lightning_rlhf.collectors.chunks import chunks_without_repeats
-from lightning_rlhf.collectors.progress import Progress, count_tokens, silent
+from lightning_rlhf.collectors.base import AbstractRoundCollector
+from lightning_rlhf.collectors.progress import Progress
+from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.rollouts import RolloutGenerator
 from lightning_rlhf.ledger.rollouts import RolloutTable
-from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput, checked_output
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.types import Preference, Prompt, Rollout
@@ -60,10 +59,8 @@ class RolloutRound:
         return RewardOutput(rewards, torch.tensor(stds, dtype=torch.float64) if len(stds) == len(rewards) else None)
 
 
-class RolloutCollector:
-    """Samples rounds of rollouts and scores them, through the ledger.
-
-    A run that was killed continues from the ledger: only missing rollouts are sampled and scored.
+class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], RolloutRound]):
+    """Samples rounds of rollouts and scores them, through the ledger; an item is the rollouts of one prompt.
 
     Args:
         table: rollouts of the ledger; None on ranks other than zero.
@@ -81,58 +78,25 @@ class RolloutCollector:
         responses_per_prompt: int,
         progress: Progress | None = None,
     ) -> None:
-        self.table, self.reward, self.key = table, reward, key
+        super().__init__(None if table is None else table.store, key, progress)
+        self.table, self.reward = table, reward
         self.responses_per_prompt = responses_per_prompt
-        self.progress: Progress = progress or silent
 
-    def collect(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> RolloutRound:
-        """Finish round ``index``, or read it from the ledger if it is finished.
+    def _new_round(self, index: int) -> RolloutRound:
+        return RolloutRound(index, [])
 
-        Args:
-            index: number of the round.
-            prompts: prompts of the round, in order.
-            generator: samples the responses.
-            chunk: prompts that are sampled, stored and scored together, >= 1.
-        """
-        result = RolloutRound(index, [])
-        if not distributed.from_rank_zero(lambda: self._rollouts.store.round_info(index) is not None):
-            start = time.perf_counter()
-            self.sample(index, prompts, generator, chunk)
-            result.sampling_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-            bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
-            # every rank has the number, but only rank zero has paid
-            result.labels_bought = bought if self.table is not None else 0
-            result.labeling_seconds = time.perf_counter() - start
-        # from the ledger also if this process sampled the round: a resumed run trains on the same values
-        rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
-        # rows come by position, so that the rollouts of a place are adjacent
-        for _, same in groupby(rows, key=lambda row: row[1]):
-            result.groups.append([rollout for _, _, rollout in same])
-        return result
+    def _held(self, index: int) -> list[int]:
+        return self._rollouts.positions(index)
 
-    def sample(self, index: int, prompts: Sequence[Prompt], generator: RolloutGenerator, chunk: int) -> None:
-        """Sample the rollouts of a round that the ledger does not hold yet."""
-        held = set(distributed.from_rank_zero(lambda: self._rollouts.positions(index)))
-        missing = [position for position in range(len(prompts)) if position not in held]
-        if not missing:
-            return
-        with self.progress(f"round {index}: sampling", len(missing)) as bar:
-            generator.engine.on_tokens = count_tokens(bar)
-            for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
-                key = self.key.fold(Stream.SAMPLING, index, repeat)
-                # every rank samples its share; the key folds the prompt, so that results do not depend on the ranks
-                mine = [prompts[position] for position in positions[distributed.rank() :: distributed.world_size()]]
-                groups = distributed.interleave(partial(self._sample_chunk, mine, generator, key))
-                distributed.from_rank_zero(partial(self._keep, index, groups, positions))
-                bar.update(len(positions))
+    def _engine(self, source: RolloutGenerator) -> PolicyEngine:
+        return source.engine
 
     @property
     def _rollouts(self) -> RolloutTable:
         assert self.table is not None  # asked on rank zero
         return self.table
 
-    def _sample_chunk(self, prompts: Sequence[Prompt], generator: RolloutGenerator, key: Key) -> list[list[Rollout]]:
+    def _sample_chunk(self, prompts: Sequence[Prompt], source: RolloutGenerator, key: Key) -> list[list[Rollout]]:
         # between chunks: all earlier chunks are in the ledger and nothing is lost
         preemption.check()
         size = self.responses_per_prompt
@@ -140,16 +104,22 @@ class RolloutCollector:
         requests: list[Request] = []
         for prompt in prompts:
             requests.extend(Request(prompt, key.fold(prompt.index, sample)) for sample in range(size))
-        rollouts = generator.generate(requests)
+        rollouts = source.generate(requests)
         return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
 
-    def _keep(self, index: int, groups: Sequence[Sequence[Rollout]], positions: Sequence[int]) -> None:
-        self._rollouts.add(index, groups, positions)
+    def _keep(self, index: int, items: Sequence[list[Rollout]], positions: Sequence[int]) -> None:
+        self._rollouts.add(index, items, positions)
 
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
         bought = self._score(index, chunk * self.responses_per_prompt)
-        self._rollouts.store.close_round(index, {"prompts": num_prompts})
+        self._ledger.close_round(index, {"prompts": num_prompts})
         return bought
+
+    def _read(self, result: RolloutRound, index: int) -> None:
+        rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
+        # rows come by position, so that the rollouts of a place are adjacent
+        for _, same in groupby(rows, key=lambda row: row[1]):
+            result.groups.append([rollout for _, _, rollout in same])
 
     def _score(self, index: int, chunk: int) -> int:
         """Buy the scores that are missing, chunk by chunk in the order of the round; returns how many."""

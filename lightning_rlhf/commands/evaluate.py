@@ -227,7 +227,7 @@ class EvaluationRun:
     ) -> dict[str, object]:
         """Settings that a continued run must share with the run folder."""
         # how many responses are decoded at once changes none of them
-        drawn = {k: v for k, v in vars(self.decoding).items() if k not in ("rows", "compile")}
+        decoding = {k: v for k, v in vars(self.decoding).items() if k not in ("rows", "compile")}
         given = described({"labeler": self.labeler, "reward": self.reward}) if settings is None else settings
         others = {k: v for k, v in given.items() if k not in ("a", "b", "decoding", "options")}
         group = given.get("options")
@@ -236,7 +236,7 @@ class EvaluationRun:
         return {
             "command": "evaluate",
             "policies": policies,
-            "drawn": drawn,
+            "drawn": decoding,
             "prompts_digest": Key(_seeds(prompts)).seed(),
             **{name: identified(value) for name, value in others.items()},
             "options": identified({**options, "seed": self.options.seed}),

@@ -1,6 +1,6 @@
 """A ledger as rows that other trainers read, such as TRL's ``DPOTrainer`` and ``SFTTrainer``.
 
-Every labelled comparison becomes one row ``prompt``, ``chosen``, ``rejected``, and every rollout one row ``prompt``,
+Every labeled comparison becomes one row ``prompt``, ``chosen``, ``rejected``, and every rollout one row ``prompt``,
 ``completion``, in JSONL or Parquet, that ``datasets.load_dataset`` opens. How sure the label was, and where the row
 came from, are further columns.
 """
@@ -46,7 +46,7 @@ _ROW_GROUP = 1024  # rows in memory at once
 
 
 def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "auto", best: bool = False) -> int:
-    """Write the labelled comparisons of a ledger as preference rows, or its rollouts, and return how many there are.
+    """Write the labeled comparisons of a ledger as preference rows, or its rollouts, and return how many there are.
 
     The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
     ``chosen``, ``rejected``, ``probability`` (that chosen is preferred, in [0.5, 1]), ``weight``, ``round``,
@@ -69,7 +69,7 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
         best: of rollouts, only the most rewarded one of each prompt and round.
 
     Raises:
-        ValueError: if nothing is labelled yet, the format cannot be told, or a prompt without messages is to be written
+        ValueError: if nothing is labeled yet, the format cannot be told, or a prompt without messages is to be written
             as conversational.
     """
     target, kind = check_target(ledger, out, format)
@@ -86,7 +86,7 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
         if not count and (rollouts := _groups(store)):
             return _write_rollouts(rollouts, target, kind, rows, best)
         if not count:
-            raise ValueError(f"ledger {ledger} holds no labelled comparison yet; export it when it has labels")
+            raise ValueError(f"ledger {ledger} holds no labeled comparison yet; export it when it has labels")
         conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
         written: Iterable[Row] = (
             preference_row(p, conversational, any_has_rewards, any_is_recorded)
@@ -97,7 +97,7 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
 
 
 def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
-    """Write all comparisons of a ledger, labelled or not, and return how many there are.
+    """Write all comparisons of a ledger, labeled or not, and return how many there are.
 
     Columns are ``prompt`` (as rendered), the responses ``a`` and ``b``, the distributions ``source_a`` and ``source_b``
     they were sampled from, ``finish_reason_a`` and ``finish_reason_b``, ``branch``, ``weight``, ``passes``, ``delta``
@@ -169,7 +169,7 @@ def _recorded(comparison: Comparison) -> float | None:
 
 
 def comparison_row(round: int, position: int, comparison: Comparison) -> Row:
-    """The row of a comparison, labelled or not."""
+    """The row of a comparison, labeled or not."""
     return {
         "prompt": comparison.prompt.text,
         "a": comparison.a.text,

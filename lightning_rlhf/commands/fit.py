@@ -103,9 +103,9 @@ class RLHFTrainer(L.Trainer):
         self.predict(model, datamodule=datamodule, return_predictions=False)
         if self.is_global_zero:
             ledger = datamodule.ledger
-            print(f"{datamodule.DRAWN} are in {ledger}")
+            print(f"{datamodule.ROUND_ITEMS} are in {ledger}")
             if out is not None:
-                print(f"wrote {export_comparisons(str(ledger), out)} {datamodule.DRAWN} to {out}")
+                print(f"wrote {export_comparisons(str(ledger), out)} {datamodule.ROUND_ITEMS} to {out}")
 
 
 class RLHFCLI(LightningCLI):
@@ -247,7 +247,7 @@ class RLHFCLI(LightningCLI):
         if not any(isinstance(callback, RunCheckpoint) for callback in callbacks):
             rank_zero_info(
                 "trainer.enable_checkpointing=false: this run keeps no checkpoints; one that is stopped begins its "
-                "training again, on what the ledger holds"
+                "training again, on the pairs or rollouts in the ledger"
             )
         names = {type(callback).__name__ for callback in callbacks}
         missing = [name for name in ("FinalValidation", "HFExport", "Summary") if name not in names]

@@ -1,4 +1,4 @@
-"""``lightning-rlhf label``: have existing pairs labelled, and say how good the labels are; no policy is involved."""
+"""``lightning-rlhf label``: have existing pairs labeled, and say how good the labels are; no policy is involved."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class LabelRun:
         pairs: where the pairs come from: `DatasetPrompts`, `HHPrompts`, `LedgerPrompts`, or your own source.
         labeler: who says which response is better.
         run_dir: folder for the ledger and the report.
-        out: also write the labelled pairs to this file (.jsonl or .parquet), as rows that TRL and `DatasetPrompts`
+        out: also write the labeled pairs to this file (.jsonl or .parquet), as rows that TRL and `DatasetPrompts`
             read.
         rows: rows of ``out``: ``plain`` texts, ``conversational`` messages, or ``auto``.
         recorded_labels: whether the data say which response people prefer; false for pairs in an arbitrary
@@ -169,7 +169,7 @@ class LabelRun:
 
 
 def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
-    """Compare the pairs of round 0 with those that are to be labelled now.
+    """Compare the pairs of round 0 with those that are to be labeled now.
 
     Raises:
         ValueError: if one of them is another, or the ledger has more of them.
@@ -191,7 +191,7 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
 
 
 def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> LabelReport:
-    """Summarise round 0 of a ledger of recorded pairs.
+    """Summarize round 0 of a ledger of recorded pairs.
 
     Args:
         store: the ledger.
@@ -254,7 +254,7 @@ def label_lines(report: LabelReport) -> list[str]:
     free = f"; free ties (equal responses) {ties}" if ties else ""
     speed = f", {report['bought_now'] / report['seconds']:.3g} per second" if report["bought_now"] else ""
     first = (
-        f"labelled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
+        f"labeled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
         f"cost {report['cost']:.6g}{failed}{free}; {report['bought_now']} in this call{speed}"
     )
     return [first, *judge_lines(report["figures"])]

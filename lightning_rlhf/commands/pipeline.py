@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -72,12 +72,14 @@ class Report:
         baseline: policy that they are compared with, and that KL is measured from; one with their vocabulary.
         beta: price of a nat in J = score - beta KL, >= 0.
         options: settings of ``lightning-rlhf evaluate``.
+        needs: names of the stages that baseline and options name.
     """
 
     policies: tuple[str, ...]
     baseline: str
     beta: float
     options: dict[str, object]
+    needs: tuple[str, ...] = ()
 
 
 class PolicyRow(TypedDict):
@@ -175,7 +177,9 @@ class Pipeline:
             folder = self._stage_named(policy).folder
             options = {"a": str(folder / "model"), "b": self.report.baseline, "options.reference": self.report.baseline}
             where = self.folder / "report" / policy
-            stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, where, (policy,))
+            # the policy first: reports of version 0.1 were made of it alone
+            needs = tuple(dict.fromkeys((policy, *self.report.needs)))
+            stage = Stage(policy, "evaluate", (), {**self.report.options, **options}, where, needs)
             self._run(stage, f"evaluating {policy}")
             evaluations[policy] = json.loads((stage.folder / "report.json").read_text(encoding="utf-8"))
         table = [row_of(self._stage_named(name), found, self.report.beta) for name, found in evaluations.items()]
@@ -192,9 +196,12 @@ class Pipeline:
         # done: by its digest, not by its name
         if marker.exists():
             held = json.loads(marker.read_text(encoding="utf-8"))
+            known = {digest}
             # of version 0.1, whose `evaluate` took the reference by another name
             earlier = [arg.replace("--options.reference=", "--reference=") for arg in stage.arguments]
-            if held["digest"] not in (digest, self._digest(stage, earlier)):
+            if earlier != stage.arguments:
+                known |= {self._digest(stage, earlier), self._digest(replace(stage, needs=stage.needs[:1]), earlier)}
+            if held["digest"] not in known:
                 raise ValueError(
                     f"stage {stage.name!r} was done with other settings, or on an earlier run of a stage before it: "
                     f"lightning-rlhf {' '.join(held['arguments'])}; delete {stage.folder} and the stages that build on "
@@ -249,11 +256,13 @@ class Pipeline:
         folder = self.folder / f"{number + 1:02d}-{name}"
         known = {**names, "folder": str(folder)}
         settings = {key: _resolved(value, known, f"{path}: {where}.options.{key}") for key, value in options.items()}
-        mentioned = set(_REFERENCE.findall(json.dumps(options)))
-        # a stage that is run again makes later ones stale
         # only earlier stages are in self.stages here, so that needs cannot form a cycle
-        needs = tuple(stage.name for stage in self.stages if stage.name in mentioned)
-        return Stage(name, str(command), tuple(configs), settings, folder, needs)
+        return Stage(name, str(command), tuple(configs), settings, folder, self._needed(options))
+
+    def _needed(self, settings: object) -> tuple[str, ...]:
+        """Stages that settings name: one that is run again makes whatever builds on it stale."""
+        mentioned = set(_REFERENCE.findall(json.dumps(settings)))
+        return tuple(stage.name for stage in self.stages if stage.name in mentioned)
 
     def _report(self, raw: object, path: str, names: Mapping[str, object]) -> Report | None:
         if raw is None:
@@ -271,7 +280,8 @@ class Pipeline:
         options = _mapping(row.get("options") or {}, path, "report.options", None)
         settings = {key: _resolved(value, names, f"{path}: report.options.{key}") for key, value in options.items()}
         baseline = _resolved(row["baseline"], names, f"{path}: report.baseline")
-        return Report(tuple(policies), str(baseline), float(beta), settings)
+        needs = self._needed([row["baseline"], options])
+        return Report(tuple(policies), str(baseline), float(beta), settings, needs)
 
 
 def row_of(stage: Stage, evaluation: EvaluationReport, beta: float) -> PolicyRow:

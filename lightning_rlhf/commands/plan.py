@@ -1,6 +1,6 @@
 """The command ``plan``: memory and time of a run on paper, before any GPU is rented.
 
-Counts what a decoder in the style of Llama must hold and compute; `docs/scaling.md` compares it with measured runs. It
+Counts memory and operations of a decoder in the style of Llama; `docs/scaling.md` compares it with measured runs. It
 loads no weights.
 """
 
@@ -68,7 +68,7 @@ class Shape:
     def activations(self, checkpointing: bool) -> int:
         """Numbers per token position that the forward pass keeps for the backward pass."""
         heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # norms keep their input and its normalised form, attention its inputs before and after rotation and its
+        # norms keep their input and its normalized form, attention its inputs before and after rotation and its
         # output, the network gate, up, silu(gate) and their product
         layer = 6 * self.hidden + 3 * heads + 4 * kv + 4 * self.intermediate
         # with checkpointing: the input of every layer, and all activations of the layer that is recomputed

@@ -88,7 +88,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {"heldout_reward"}
     ITEMS: ClassVar[str] = "prompts_per_batch"
     UNIT: ClassVar[str] = "prompt"
-    DRAWN: ClassVar[str] = "rollouts"
+    ROUND_ITEMS: ClassVar[str] = "rollouts"
 
     def __init__(
         self,

@@ -46,11 +46,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         seed: decides prompt order, samples and labels.
 
     Attributes:
-        DRAWN: name of the items of a round in messages.
+        ROUND_ITEMS: name of the items of a round in messages.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractStepDataModule.FREE_SETTINGS | {"rounds.ledger"}
-    DRAWN: ClassVar[str] = "comparisons"
+    ROUND_ITEMS: ClassVar[str] = "comparisons"
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             failed = {} if self.round is None else self.round.failed
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
-                f"round {due} has no labelled {self.UNIT} to train on "
+                f"round {due} has no labeled {self.UNIT} to train on "
                 f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
             )
         return items
@@ -208,10 +208,10 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             check_same_run(
                 self._store, {"seed": self.seed, **settings}, self._prompts, self._named_source(), restores_weights
             )
-            if _TRAINED in vars(self.trainer.lightning_module) and not restores_weights and self._store.is_drawn():
+            if _TRAINED in vars(self.trainer.lightning_module) and not restores_weights and self._store.has_samples():
                 rank_zero_warn(
                     f"the model in memory has been trained before, and this fit begins at round 0 of {self.ledger}, "
-                    f"which was drawn with the model as it was then; pass ckpt_path to go on, or use another folder"
+                    f"which was sampled with the model as it was then; pass ckpt_path to go on, or use another folder"
                 )
             note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
             note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))

@@ -132,7 +132,7 @@ def choose_variances(
         start: variances to start from, >= 0; [kernels].
         probabilities: as in `laplace`.
         groups: kernels whose variances are multiplied together.
-        ratio: factor between neighbouring standard deviations on the grid, > 1.
+        ratio: factor between neighboring standard deviations on the grid, > 1.
         most: steps on the grid between a group and its start, at most.
         weights: as in `laplace`.
     """

@@ -79,7 +79,7 @@ def _checked(proxy: Tensor, gold: Tensor, n: int) -> tuple[Tensor, Tensor]:
             f"{tuple(gold.shape)}"
         )
     if not 1 <= n <= proxy.shape[1]:
-        raise ValueError(f"the best of n={n} cannot be told from {proxy.shape[1]} responses per prompt; draw more")
+        raise ValueError(f"the best of n={n} cannot be told from {proxy.shape[1]} responses per prompt; sample more")
     return proxy.detach().double(), gold.detach().double()
 
 

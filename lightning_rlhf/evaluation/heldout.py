@@ -113,7 +113,7 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
     return rows
 
 
-def summarise(rows: Sequence[HeldOutRow]) -> HeldOutMeans:
+def summarize(rows: Sequence[HeldOutRow]) -> HeldOutMeans:
     """Average the rows of one validation epoch; there must be at least one."""
     rewards = [row.reward for row in rows if row.reward is not None]
     k1s = [row.k1 for row in rows if row.k1 is not None]

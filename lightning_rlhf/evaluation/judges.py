@@ -35,14 +35,14 @@ class JudgeMetrics(Metric):
 
     `compute` returns float64 scalars; a metric without pairs is NaN, and intervals are Wilson's and hold 95 %:
 
-    - ``alignment``, ``_low``, ``_high``: AI labeler alignment (RLAIF vs. RLHF, section 2.3): share of human-labelled
+    - ``alignment``, ``_low``, ``_high``: AI labeler alignment (RLAIF vs. RLHF, section 2.3): share of human-labeled
       pairs whose likelier side by the labeler is the human choice. A tie of either counts 1/2.
     - ``one_order_alignment``: the same, had each pair been judged in one order only; mean of the two orders.
     - ``ece``, ``brier``: calibration of P(a preferred) against the human labels; see
       `lightning_rlhf.evaluation.calibration`. Brier is the mean of (P - label)^2.
     - ``longer_alignment``, ``_low``, ``_high``: alignment of "the longer response is better", the baseline that a
       labeler must beat (take one minus it where the shorter ones are better).
-    - ``prefers_longer``: share of the labelled pairs in which the labeler prefers the longer response.
+    - ``prefers_longer``: share of the labeled pairs in which the labeler prefers the longer response.
     - ``same_position``, ``_low``, ``_high``: share of pairs judged in both orders in which the same position wins, so
       that the order and not the content decided.
     - ``first_position``: of those, the share in which it is the first; ``first_position_p``: two-sided binomial p-value
@@ -73,7 +73,7 @@ class JudgeMetrics(Metric):
         first_reverse: Tensor | None = None,
         mass: Tensor | None = None,
     ) -> None:
-        """Take in pairs; NaN stands for what is not known of a pair.
+        """Take in pairs; NaN stands for numbers of a pair that are not known.
 
         Args:
             probability: P(a preferred) by the labeler, [pairs]; NaN where it gave no label, as for too little mass,
@@ -94,8 +94,8 @@ class JudgeMetrics(Metric):
         # ties in length count one half, as ties in preference
         longer = lengths[:, 0].double().to(device) - lengths[:, 1].double().to(device)
         # NaN marks a missing verdict or label; sums with NaN are NaN
-        decided, labelled = ~probability.isnan(), ~(probability + human).isnan()
-        chosen, stated, gap = human[labelled], probability[labelled], longer[labelled]
+        decided, labeled = ~probability.isnan(), ~(probability + human).isnan()
+        chosen, stated, gap = human[labeled], probability[labeled], longer[labeled]
         # of pairs that were judged in both orders
         position = same_position(forward, reverse)[~(forward + reverse).isnan()]
         ordered = ~(probability + human + forward + reverse).isnan()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def plot_frontier(points: Sequence[FrontierPoint], path: Path, title: str = "Reward-KL frontier") -> None:
     """Plot the path of a run through the reward-KL plane, and save it as a PNG.
 
-    Up is better, left is closer to the reference. Points are coloured by optimizer step, bars are one standard error,
+    Up is better, left is closer to the reference. Points are colored by optimizer step, bars are one standard error,
     and the first and last points are marked and put into words below the axes.
 
     Args:

@@ -41,7 +41,7 @@ def wilson_interval(successes: float, count: float, z: float = Z95) -> tuple[flo
 def two_sided_binomial_p(successes: int, count: int) -> float:
     """P-value of a fair coin: probability of a number of heads at least as far from count / 2; NaN without tosses.
 
-    The test of RLAIF vs. RLHF (arXiv 2309.00267), appendix B, for which position a judge favours.
+    The test of RLAIF vs. RLHF (arXiv 2309.00267), appendix B, for which position a judge favors.
     """
     if count <= 0:
         return math.nan

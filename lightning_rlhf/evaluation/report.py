@@ -82,7 +82,7 @@ def judge_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
             ("ECE", f"{metrics['ece']:.3f}", "expected calibration error, ten bins of the confidence; 0 is best"),
             ("Brier score", f"{metrics['brier']:.3f}", "mean squared error of the probability; a coin has 0.25"),
         ]
-    rows.append(("prefers the longer", percent(metrics, "prefers_longer"), "of the labelled pairs, ties one half"))
+    rows.append(("prefers the longer", percent(metrics, "prefers_longer"), "of the labeled pairs, ties one half"))
     # judges without log-probabilities of both orders have none
     if metrics["position_pairs"]:
         rows.append(

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from lightning_rlhf.experiments.claims import JudgedClaim
 
 
-COLOURS = (
+COLORS = (
     *("#4d4d4d", "#e07b00", "#2a7fb8", "#c2185b", "#7b3fa0", "#8c6d31", "#1a9850", "#006d5b", "#00a5b5", "#999933"),
 )
 PANELS_PER_ROW = 3
-VERDICT_COLOURS = {"reproduced": "#1a9850", "partly": "#e0a800", "not shown": "#7f7f7f", "contradicted": "#c2185b"}
+VERDICT_COLORS = {"reproduced": "#1a9850", "partly": "#e0a800", "not shown": "#7f7f7f", "contradicted": "#c2185b"}
 MANY = 8
 """Arms from which on bands would hide each other."""
 
@@ -37,15 +37,15 @@ MANY = 8
 class Style:
     """Style of an arm, the same in all figures: colors first, then dashes."""
 
-    colour: str
+    color: str
     line: Literal["-", "--"]
     marker: Literal["o", "s"]
 
 
 def style_of(index: int) -> Style:
     """The style of an arm by its place."""
-    colour = COLOURS[index % len(COLOURS)]
-    return Style(colour, "--", "s") if index // len(COLOURS) % 2 else Style(colour, "-", "o")
+    color = COLORS[index % len(COLORS)]
+    return Style(color, "--", "s") if index // len(COLORS) % 2 else Style(color, "-", "o")
 
 
 def plot_frontiers(grid: Grid, path: Path, title: str) -> None:
@@ -65,11 +65,11 @@ def frontier_figure(grid: Grid, title: str) -> Figure:
     def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
         labels, kl = mean_path(curves, "kl")
         _, reward = mean_path(curves, "reward")
-        axes.plot(kl, reward, color=style.colour, linestyle=style.line, linewidth=1.0, alpha=0.45, zorder=1)
+        axes.plot(kl, reward, color=style.color, linestyle=style.line, linewidth=1.0, alpha=0.45, zorder=1)
         # at most a dozen dots, the last among them: lines of dots hide each other
         shown = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), 12)).astype(int))
         shade = np.clip(0.2 + 0.8 * labels[shown] / max(labels[-1], 1.0), 0.2, 1.0)
-        look: dict[str, Any] = {"color": style.colour, "marker": style.marker}
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker}
         axes.scatter(kl[shown], reward[shown], s=20, alpha=shade, linewidth=0, zorder=2, **look)
         axes.scatter(kl[-1:], reward[-1:], s=60, edgecolor="black", linewidth=0.8, zorder=3, **look)
 
@@ -115,12 +115,12 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
         # [runs, points] - [runs, 1]
         j = j - np.array([[effects[curve.seed]] for curve in curves])
         mean = j.mean(0)
-        axes.plot(labels, mean, color=style.colour, linestyle=style.line, linewidth=1.6, zorder=3)
+        axes.plot(labels, mean, color=style.color, linestyle=style.line, linewidth=1.6, zorder=3)
         # arms may be one run at several budgets
-        axes.plot(labels[-1:], mean[-1:], style.marker, color=style.colour, markersize=4, zorder=4)
+        axes.plot(labels[-1:], mean[-1:], style.marker, color=style.color, markersize=4, zorder=4)
         if bands and len(j) > 1:
             half = shared_noise(len(grid[curves[0].setting])) * half_width(j)
-            axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
+            axes.fill_between(labels, mean - half, mean + half, color=style.color, alpha=0.1, linewidth=0, zorder=1)
 
     def crop(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
         # the first third of the climb is steep and the same for all arms: leave it out of the axis
@@ -131,7 +131,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
         axes.set_ylim(floor - 0.35 * room, top + 0.1 * room)
 
     figure = panels(grid, title, draw, unit, "J = reward − β KL", crop)
-    note = "bands: 95 % intervals over seeds, without what arms of a seed share" if bands else "means over seeds"
+    note = "bands: 95 % intervals over seeds, without the part shared by a seed" if bands else "means over seeds"
     figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
     return figure
 
@@ -153,7 +153,7 @@ def alignment_figure(grid: Grid, title: str) -> Figure:
         labels = np.array([point.labels for point in curves[0].points], dtype=float)
         # [runs, points]
         cosines = np.array([[point.population_cosine for point in curve.points] for curve in curves], dtype=float)
-        axes.plot(labels, 1 - np.median(cosines, 0), color=style.colour, linestyle=style.line, linewidth=1.6)
+        axes.plot(labels, 1 - np.median(cosines, 0), color=style.color, linestyle=style.line, linewidth=1.6)
         axes.set_yscale("log")
 
     return panels(kept, title, draw, "labels", "1 − cosine with ∇J, median over seeds", places=places_of(grid))
@@ -192,22 +192,20 @@ def agreement_figure(grid: Grid, title: str) -> Figure:
         labels, share = mean_path(curves, "agreement")
         values = [[point.agreement for point in curve.points] for curve in curves]
         axes.axhline(50.0, color="0.6", linewidth=1.0, linestyle=":", zorder=0)
-        axes.plot(
-            labels, 100 * share, color=style.colour, linestyle=style.line, linewidth=1.6, marker="o", markersize=3
-        )
+        axes.plot(labels, 100 * share, color=style.color, linestyle=style.line, linewidth=1.6, marker="o", markersize=3)
         # runs that were evaluated at other labels form no array, and get no band
         if len(values) > 1 and len({len(row) for row in values}) == 1 and len(values[0]) == len(labels):
             spread = 100 * np.array(values, dtype=float)
             half = half_width(spread)
             mean = spread.mean(0)
-            axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.1, linewidth=0, zorder=1)
+            axes.fill_between(labels, mean - half, mean + half, color=style.color, alpha=0.1, linewidth=0, zorder=1)
 
     y_label = "pairs ranked as by the oracle [%]"
-    return panels(kept, title, draw, "responses learnt from", y_label, places=places_of(grid))
+    return panels(kept, title, draw, "responses learned from", y_label, places=places_of(grid))
 
 
 def plot_claims(claims: Sequence[JudgedClaim], path: Path, title: str) -> None:
-    """Plot each claim's difference in its first metric, with its 95 % interval; a colour per verdict.
+    """Plot each claim's difference in its first metric, with its 95 % interval; a color per verdict.
 
     Args:
         claims: the claims as they were judged, at least one.
@@ -231,11 +229,11 @@ def claims_figure(claims: Sequence[JudgedClaim], title: str) -> Figure:
     every = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, metric, group in zip(every, metrics, groups, strict=True):
         for row, claim in enumerate(group):
-            found, colour = claim.differences[metric], VERDICT_COLOURS.get(claim.verdict, "0.6")
+            found, color = claim.differences[metric], VERDICT_COLORS.get(claim.verdict, "0.6")
             # NaN, unequal to itself, with a single seed: there is no interval to plot
             if found.low == found.low:
-                axes.plot([found.low, found.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
-            axes.plot([found.value], [row], "o", color=colour, markersize=6)
+                axes.plot([found.low, found.high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
+            axes.plot([found.value], [row], "o", color=color, markersize=6)
         names = [f"{c.claim.setting}: {c.claim.text}" for c in group]
         axes.set_yticks(range(len(group)), [textwrap.fill(name, 62) for name in names], fontsize="small")
         axes.set_ylim(len(group) - 0.4, -0.6)
@@ -247,8 +245,8 @@ def claims_figure(claims: Sequence[JudgedClaim], title: str) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    shown = [name for name in VERDICT_COLOURS if any(claim.verdict == name for claim in claims)]
-    handles = [Line2D([], [], color=VERDICT_COLOURS[name], linewidth=2.5, marker="o", label=name) for name in shown]
+    shown = [name for name in VERDICT_COLORS if any(claim.verdict == name for claim in claims)]
+    handles = [Line2D([], [], color=VERDICT_COLORS[name], linewidth=2.5, marker="o", label=name) for name in shown]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize="small")
     figure.suptitle(title, x=0.01, ha="left", fontsize="large")
     return figure
@@ -282,12 +280,12 @@ def panels(
     columns = min(len(grid), PANELS_PER_ROW)
     rows = -(-len(grid) // columns)
     arms = list(places_of(grid))
-    shared = len(arms) <= len(COLOURS) or all(len(found) == len(arms) for found in grid.values())
+    shared = len(arms) <= len(COLORS) or all(len(found) == len(arms) for found in grid.values())
     legend_rows = -(-len(arms) // (2 * columns)) if shared else 0
 
     def styled(arm: str, known: Mapping[str, int]) -> tuple[Style, Line2D]:
         style = style_of(known[arm])
-        return style, Line2D([], [], color=style.colour, linestyle=style.line, linewidth=2.2, label=arm)
+        return style, Line2D([], [], color=style.color, linestyle=style.line, linewidth=2.2, label=arm)
 
     height = 3.3 * rows + 0.9 + 0.22 * legend_rows
     figure = Figure(figsize=(max(4.3 * columns, 6.0), height), layout="constrained")

@@ -206,7 +206,7 @@ def markdown(
     if claims:
         parts.append("#### Claims\n\n" + claims_table(claims))
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in claims]
-        parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "figures"], rows))
+        parts.append("#### Verdicts\n\n" + rows_table(["claim", "setting", "verdict", "values"], rows))
     if not any("calls" in found for found in chain.from_iterable(arms.values() for arms in figures.values())):
         parts.append("#### Costs\n\n" + cost_table(figures))
     return "\n\n".join(parts) + "\n"
@@ -219,7 +219,7 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     header = ["arm", *(["judge calls"] if asked else []), *(title for _, title in FIGURES)]
     header += ["ΔJ to " + baseline, "labels to reach its J"] if baseline in arms else []
     header += ["reward ranks as the oracle"] if ranked else []
-    header += ["cosine with ∇J, batch / expected", "sd of r_θ"] if cosines else []
+    header += ["cosine with ∇J, batch / expected", "std of r_θ"] if cosines else []
     rows = []
     # BETTER turns the sign of KL, so that the largest is the best
     best = {name: max(arms, key=lambda arm: BETTER[name] * arms[arm][name].value) for name, _ in FIGURES}

@@ -177,7 +177,7 @@ class CompareRun:
         plot_labels(grid, self.run_dir / pictures[1], f"{self.title}: J along the runs", self.experiment.unit)
         if judged:
             pictures.insert(0, "claims.png")
-            plot_claims(judged, self.run_dir / pictures[0], f"{self.title}: what the claims come to")
+            plot_claims(judged, self.run_dir / pictures[0], f"{self.title}: verdicts on the claims")
         if any(curve.last.agreement is not None for curve in curves):
             pictures.append("agreement.png")
             plot_agreement(grid, self.run_dir / pictures[-1], f"{self.title}: does the reward still rank?")

@@ -12,7 +12,7 @@ import torch
 from lightning_rlhf.experiments.base import AbstractExperiment, Job
 from lightning_rlhf.experiments.curves import Curve, CurvePoint
 from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, PoolArm, ResampledArm, SecantArm
-from lightning_rlhf.worlds.laws import best_of_n, hybrid, pilaf, t_pilaf, vanilla, weighted_vanilla
+from lightning_rlhf.worlds.distributions import best_of_n, hybrid, pilaf, t_pilaf, vanilla, weighted_vanilla
 from lightning_rlhf.worlds.learning import Setting, Trace, iterative, online, overfitted_start
 from lightning_rlhf.worlds.tabular import TabularWorld
 
@@ -110,7 +110,7 @@ class TabularExperiment(AbstractExperiment):
     def regime(self, setting: str) -> str:
         """Beta and the spreads of rewards."""
         it = self.settings[setting]
-        return f"{it.kind}, β = {it.beta:g}, sd of r* = {it.spread:g}" + (
+        return f"{it.kind}, β = {it.beta:g}, std of r* = {it.spread:g}" + (
             f", misfit {it.misfit:g}" if it.misfit else ""
         )
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.estimators.pilaf import mix_logits
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.lanes import AbstractLanes, Lane, Name, Row, lanes_for
-from lightning_rlhf.generation.text import drawn_text
+from lightning_rlhf.generation.text import sampled_text
 from lightning_rlhf.logprobs.compute import base_model, response_logps
 from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.logprobs.head_gradients import HeadSketch, head_gradients
@@ -225,7 +225,7 @@ class DecodeEngine(AbstractEngine):
         reason: FinishReason = "eos" if row.ids[-1] in self.eos_ids else "length"
         return Response(
             ids=tuple(row.ids),
-            text=drawn_text(self.tokenizer, row.request.prompt, row.ids, reason == "eos"),
+            text=sampled_text(self.tokenizer, row.request.prompt, row.ids, reason == "eos"),
             finish_reason=reason,
             policy_logps=tuple(row.logps["policy"]) or None,
             reference_logps=tuple(row.logps["reference"]) or None,

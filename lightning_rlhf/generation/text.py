@@ -12,7 +12,7 @@ from lightning_rlhf.types import Prompt
 CONTEXT = 8
 
 
-def drawn_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int], ended: bool) -> str:
+def sampled_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int], ended: bool) -> str:
     """Text of sampled token ids, without special tokens and without the token that ended them.
 
     Behind a plain prompt it begins with the space that it has there: tokenizers of the SentencePiece kind lose it when

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.engine import with_logps
-from lightning_rlhf.generation.text import drawn_text
+from lightning_rlhf.generation.text import sampled_text
 from lightning_rlhf.logprobs.compute import base_model
 from lightning_rlhf.models.reference import AbstractReference
 from lightning_rlhf.models.rotary import rotary_window
@@ -200,7 +200,7 @@ def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[
         # stop at these EOS ids only, not at those that vLLM reads from the checkpoint
         "ignore_eos": True,
         "stop_token_ids": sorted(eos_ids),
-        # `drawn_text` makes the text from the ids
+        # `sampled_text` makes the text from the ids
         "detokenize": False,
     }
 
@@ -225,7 +225,7 @@ def response_from_completion(
             f"the version of vLLM against the extra 'vllm', or use the built-in DecodeEngine"
         )
     reason: FinishReason = "eos" if ended else "length"
-    text = drawn_text(tokenizer, request.prompt, ids, ended)
+    text = sampled_text(tokenizer, request.prompt, ids, ended)
     return Response(ids=ids, text=text, finish_reason=reason, source=request.source)
 
 

@@ -1,4 +1,4 @@
-"""How a language model is asked for a judgement, and how its answer is read, for all AI labelers and rewards."""
+"""How a language model is asked for a judgment, and how its answer is read, for all AI labelers and rewards."""
 
 from lightning_rlhf.judging.options import ChainOfThought, JudgeOptions, Prices, RequestOptions
 from lightning_rlhf.judging.prompts import JudgePrompt, Sample, pair_prompt, rating_prompt

@@ -1,7 +1,7 @@
 """How a tokenizer spells the labels behind an ending, and how their probabilities are read off a model.
 
 A label may be one token or several, with or without the space before it, and one label may begin another ("1" and
-"10"). Ending and label are tokenised together, as the model has seen them in its training.
+"10"). Ending and label are tokenized together, as the model has seen them in its training.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class LocalJudge:
         """Token ids up to where the labels begin, from the ids of prompt and label together."""
         ids = self.prompt_ids(replace(prompt, ending=prompt.ending + label))
         written = spelling.written[0]
-        assert ids[-len(written) :] == written, "endings are tokenised apart from what stands before them"
+        assert ids[-len(written) :] == written, "endings are tokenized apart from the text before them"
         return ids[: -len(written)]
 
     # ---- reading ---------------------------------------------------------------------------------------------------

@@ -532,7 +532,7 @@ def backoff(attempt: int, uniform: float, max_wait: float, retry_after: float | 
 
     Args:
         attempt: attempts before this one, from 0.
-        uniform: a number drawn uniformly from [0, 1).
+        uniform: a uniform random number from [0, 1).
         max_wait: longest wait in seconds.
         retry_after: seconds that the server asks to wait, if it does.
     """

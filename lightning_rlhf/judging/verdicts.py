@@ -27,9 +27,9 @@ def first_probability(label_logps: Tensor) -> Tensor:
 
 
 def preference(forward: Tensor, reverse: Tensor, prefers: Literal["better", "worse"] = "better") -> Tensor:
-    """P(a is better), from a judgement in each order; [...].
+    """P(a is better), from a judgment in each order; [...].
 
-    RLAIF vs. RLHF, section 2.1.1: the mean of two distributions, each normalised over the labels before. For any judge
+    RLAIF vs. RLHF, section 2.1.1: the mean of two distributions, each normalized over the labels before. For any judge
     P(a, b) + P(b, a) = 1, and one that looks at positions only gives exactly 1/2.
 
     Args:
@@ -45,7 +45,7 @@ def preference(forward: Tensor, reverse: Tensor, prefers: Literal["better", "wor
 def expected_value(label_logps: Tensor, values: Sequence[float]) -> Tensor:
     """Mean of the labels' values under the judge, [...].
 
-    RLAIF vs. RLHF, section 2.2.2: s = sum_i i P(i) with P normalised over the labels.
+    RLAIF vs. RLHF, section 2.2.2: s = sum_i i P(i) with P normalized over the labels.
 
     Args:
         label_logps: log-probabilities of the labels in nats, up to a constant, [..., labels].

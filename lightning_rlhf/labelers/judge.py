@@ -54,7 +54,7 @@ class AbstractJudgeLabeler(AbstractLabeler):
 
     @property
     def num_rationales(self) -> int:
-        """Judgements per order whose verdicts are averaged; 1 without a chain of thought."""
+        """Judgments per order whose verdicts are averaged; 1 without a chain of thought."""
         return 1 if self.chain_of_thought is None else self.chain_of_thought.samples
 
     def prompt(self, sample: Sample, rationale: str | None = None) -> JudgePrompt:

@@ -22,7 +22,7 @@ from lightning_rlhf.types import Comparison, Label
 class LLMLabeler(AbstractJudgeLabeler):
     """A causal LM reads both responses, in both orders, and says which is better by the likelihood of its answers.
 
-    P(a preferred) is the mean of two distributions over the labels, one per order, each normalised over the labels
+    P(a preferred) is the mean of two distributions over the labels, one per order, each normalized over the labels
     (section 2.1.1), so that a judge which looks at positions only gives exactly 1/2. With a chain of thought it first
     writes a rationale for each order, then reads it. Only the context is cut if a prompt is too long.
 

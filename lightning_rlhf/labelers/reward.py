@@ -25,7 +25,7 @@ def verdict(reward_a: float, reward_b: float, rule: Rule, uniform: float) -> flo
         reward_b: reward of the second response.
         rule: ``"bernoulli"`` gives 1 with probability P* and 0 otherwise, ``"soft"`` gives P* itself, ``"argmax"``
             gives 1 if the first reward is higher, 0 if the second is, and exactly 0.5 if they are equal.
-        uniform: a number drawn uniformly from [0, 1); only ``"bernoulli"`` uses it.
+        uniform: a uniform random number from [0, 1); only ``"bernoulli"`` uses it.
     """
     if rule == "argmax":
         return 0.5 if reward_a == reward_b else float(reward_a > reward_b)

@@ -22,7 +22,7 @@ from lightning_rlhf.types import Comparison, Label, LabelStatus
 
 
 @dataclass(frozen=True)
-class _Judgement:
+class _Judgment:
     """The result of one chain of requests: one order, one rationale."""
 
     usage: Usage
@@ -36,7 +36,7 @@ class _Judgement:
 class ServerLabeler(AbstractJudgeLabeler):
     """A judge on a server reads both responses, in both orders; the likelihood of its answers says which is better.
 
-    P(a preferred) is the mean of two distributions over the labels, one per order, each normalised over the labels
+    P(a preferred) is the mean of two distributions over the labels, one per order, each normalized over the labels
     (section 2.1.1), so that a judge which looks at positions only gives exactly 1/2. With a chain of thought two
     requests per order and sample are made: one for a rationale, one that reads the labels behind it.
 
@@ -122,7 +122,7 @@ class ServerLabeler(AbstractJudgeLabeler):
             labels[place] = self._label(judged[number * per_pair : (number + 1) * per_pair])
         return labels
 
-    async def _judge(self, sample: Sample, key: Key, session: Session) -> _Judgement:
+    async def _judge(self, sample: Sample, key: Key, session: Session) -> _Judgment:
         usage, rationale = Usage(), None
         try:
             if self.chain_of_thought is not None:
@@ -136,8 +136,8 @@ class ServerLabeler(AbstractJudgeLabeler):
             reading, used = await session.read(self.prompt(sample, rationale), self.task.asked_for_pairs().labels)
         except UnansweredError as error:
             # tokens of the rationale are paid for, also where the reading failed
-            return _Judgement(usage + error.usage, None, rationale or "", error.status, error.fault)
-        return _Judgement(usage + used, reading, rationale or "")
+            return _Judgment(usage + error.usage, None, rationale or "", error.status, error.fault)
+        return _Judgment(usage + used, reading, rationale or "")
 
     def _fitted(self, sample: Sample) -> Sample | None:
         # the server itself refuses a prompt that is too long, as `truncated`
@@ -146,8 +146,8 @@ class ServerLabeler(AbstractJudgeLabeler):
         most = self.max_prompt_chars
         return fitted(sample, self.task.dialogue, lambda shown: len(self.prompt(shown, "").text) - most)
 
-    def _label(self, judged: Sequence[_Judgement]) -> Label:
-        """Label of a comparison, from the judgements with a first and then those with b first."""
+    def _label(self, judged: Sequence[_Judgment]) -> Label:
+        """Label of a comparison, from the judgments with a first and then those with b first."""
         # `Usage` adds by the name of a reply: requests that are equal in both orders are paid for once
         usage = sum((each.usage for each in judged), Usage())
         prices = self.server.costs(usage)

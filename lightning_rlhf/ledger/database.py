@@ -30,7 +30,7 @@ REMEDIES = {
     sqlite3.SQLITE_FULL: (errno.ENOSPC, "free some space and start again; every label written so far is kept"),
     sqlite3.SQLITE_IOERR: (
         errno.EIO,
-        "check the disk and its quota, then start again; what was written is kept",
+        "check the disk and its quota, then start again; rows that were written are kept",
     ),
     sqlite3.SQLITE_READONLY: (errno.EACCES, "make it, its .lock and its folder writable, or pass read_only=True"),
     sqlite3.SQLITE_CANTOPEN: (errno.EACCES, "check the permissions of the ledger, of its .lock and of its folder"),

@@ -153,7 +153,7 @@ def check_same_run(
     rows = digest_of_rows(prompts)
     stored = store.fingerprint()
     stored_rows: RowDigest | None = store.value(ROWS)
-    if store.is_drawn():
+    if store.has_samples():
         old = comparable(stored or {})
         # a run from Python has no seed_everything; one of an earlier version stored the seed alone
         known_to_both = old.keys() & now.keys()
@@ -244,7 +244,7 @@ def prompt_differences(store: PreferenceStore, prompts: Sequence[Prompt], source
 
 
 def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
-    """Warn if the code of a user's own class has changed since the rounds in the ledger were sampled and labelled.
+    """Warn if the code of a user's own class has changed since the rounds in the ledger were sampled and labeled.
 
     Args:
         store: the ledger, open for writing.
@@ -252,10 +252,10 @@ def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
     """
     before: dict[str, str] = store.value(CODE) or {}
     changed = sorted(name for name in code if before.get(name, code[name]) != code[name])
-    if changed and store.is_drawn():
+    if changed and store.has_samples():
         rank_zero_warn(
             f"the code of {', '.join(changed)} has changed since the run in {store.path} began; the rounds that it "
-            f"holds stay as they were sampled and labelled"
+            f"holds stay as they were sampled and labeled"
         )
     if {**before, **code} != before:
         # stored also after a warning, so that one change of the code warns once

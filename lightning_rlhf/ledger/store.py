@@ -95,7 +95,7 @@ class PreferenceStore:
     def close(self) -> None:
         """Close the file and give up the right to write; harmless when already closed."""
         if self._pid != os.getpid():
-            return  # a forked child must not touch what its parent has open
+            return  # a forked child must not touch the connections of its parent
         with self._mutex:
             # the lease last: the next writer begins when this one has closed the file
             for connection in (self._connection, self._lease):
@@ -319,7 +319,7 @@ class PreferenceStore:
         with readable(self.path, "the table of prompts"):
             yield from map(to_prompt, rows)
 
-    def is_drawn(self) -> bool:
+    def has_samples(self) -> bool:
         """Whether the ledger holds a comparison or a rollout."""
         with self.reading() as db:
             tables = ("comparisons", "rollouts") if schema_version(db) >= 2 else ("comparisons",)
@@ -367,7 +367,7 @@ class PreferenceStore:
         return dict(rows)
 
     def preferences(self, rounds: Iterable[int] | None = None) -> Iterator[Preference]:
-        """Yield the labelled comparisons, round by round and in order of position; memory stays small.
+        """Yield the labeled comparisons, round by round and in order of position; memory stays small.
 
         Args:
             rounds: the rounds, in this order. Default: all, closed or not.

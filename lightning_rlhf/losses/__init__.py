@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps, checked_losses
 from lightning_rlhf.losses.policy_gradient import (
     clipped_loss,
     clipped_share,
@@ -13,14 +12,17 @@ from lightning_rlhf.losses.policy_gradient import (
     value_loss,
 )
 from lightning_rlhf.losses.preference import (
+    AbstractPreferenceLoss,
     CDPOLoss,
     DPOLoss,
     HingeLoss,
     IPOLoss,
     NudgedPreferenceLoss,
+    PairLogps,
     RobustLoss,
     XPOLoss,
     cdpo_loss,
+    checked_losses,
     dpo_loss,
     hinge_loss,
     implicit_rewards,

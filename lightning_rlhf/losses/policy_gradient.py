@@ -104,17 +104,17 @@ def kl_loss(
         logps: log pi of each token; carries gradient.
         reference_logps: log pi_ref of each token.
         placement: where the KL is.
-        sampling_logps: log pi when the token was sampled; for ``loss_k3_ratio``, which takes the policy to have drawn
-            the tokens when this is not given.
+        sampling_logps: log pi when the token was sampled; for ``loss_k3_ratio``, whose default
+            takes the policy to have sampled the tokens.
     """
     if placement == "reward":
         # the return and so the advantage holds it already
         return torch.zeros_like(logps)
     if placement == "loss_k3_ratio":
         # rho has value 1 without log-probabilities at sampling, but still the gradient of log pi
-        drawn = logps if sampling_logps is None else sampling_logps
+        sampled = logps if sampling_logps is None else sampling_logps
         # L_t = rho_t k3_t with rho_t = pi(a_t | x_t) / pi_sampling(a_t | x_t)
-        return (logps - drawn.detach()).exp() * k3(logps, reference_logps.detach())
+        return (logps - sampled.detach()).exp() * k3(logps, reference_logps.detach())
     # L_t = log(pi / pi_ref)^2 / 2 or pi_ref / pi - 1 - log(pi_ref / pi)
     return (k2 if placement == "loss_k2" else k3)(logps, reference_logps.detach())
 

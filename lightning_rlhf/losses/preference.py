@@ -1,27 +1,129 @@
-"""Preference losses as pure functions: DPO (`dpo_loss`), cDPO, robust DPO, IPO, hinge, XPO, nudged policy gradient.
+"""Preference losses: the DPO loss and the interface of all losses first, then cDPO, IPO, XPO and others.
 
 The DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), of a prompt x with chosen response y_w and rejected y_l::
 
     margin = log(pi_theta(y_w|x) / pi_ref(y_w|x)) - log(pi_theta(y_l|x) / pi_ref(y_l|x))
     L_DPO  = -log sigma(beta * margin)
 
-Log-probabilities are summed over response tokens (EOS included), in nats. The margin carries the gradient. Every loss
-returns one value per pair; the caller weights them and takes the mean.
+Log-probabilities are summed over response tokens (EOS included), in nats. The margin carries the gradient.
+`lightning_rlhf.modules.dpo` fills `PairLogps` and calls the loss, which returns one value per pair;
+`lightning_rlhf.modules.base` multiplies by the weights and takes the mean.
 
 A *label* is P(chosen preferred) in [0, 1]: 1 for an ordinary preference row, 1/2 for a tie. Labels carry no gradient.
 Every loss of margins is the expectation over the label, ``label * L(margin) + (1 - label) * L(-margin)``. It is
 therefore unchanged when chosen and rejected are swapped together with ``label -> 1 - label``.
-
-The classes that YAML can name are in `lightning_rlhf.losses.base`.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_rlhf.losses.base import AbstractPreferenceLoss, PairLogps
+from lightning_rlhf.runtime.fingerprint import KeepsArguments
+
+
+def dpo_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
+    """DPO loss: cross-entropy between the label and the Bradley-Terry model of the implicit reward; shape [pairs].
+
+    Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), in expectation over the label. It is ``log 2`` where the policy
+    equals the reference, and stationary where ``sigma(beta * margin) = label``.
+
+    Args:
+        margin: log-ratio margins, nats; carries gradient.
+        label: P(chosen preferred) in [0, 1].
+        beta: strength of the pull towards the reference, > 0; the paper uses 0.1 to 0.5.
+    """
+    # L = -label log sigma(beta margin) - (1 - label) log sigma(-beta margin); label = 1 is eq. 7 of the DPO paper.
+    # Two logsigmoids rather than softplus(z) - label * z: a hard label then loses no digits at large margins.
+    return -label * F.logsigmoid(beta * margin) - (1 - label) * F.logsigmoid(-beta * margin)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of a batch of pairs; every tensor has shape [pairs].
+
+    Log-probabilities are sums over response tokens, EOS included when it was sampled, in nats.
+
+    Args:
+        policy_chosen: log pi_theta of the chosen responses; carries gradient.
+        policy_rejected: log pi_theta of the rejected responses; carries gradient.
+        reference_chosen: log pi_ref of the chosen responses.
+        reference_rejected: log pi_ref of the rejected responses.
+        chosen_length: tokens of the chosen responses, >= 1.
+        rejected_length: tokens of the rejected responses, >= 1.
+        chosen_from_reference: whether the chosen response was sampled from pi_ref; bool.
+        rejected_from_reference: whether the rejected response was sampled from pi_ref; bool.
+        label: P(chosen preferred) in [0, 1].
+        weight: weight of the pair, >= 0. Applied by the module, never by a loss.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
+    chosen_from_reference: Tensor
+    rejected_from_reference: Tensor
+    label: Tensor
+    weight: Tensor
+
+    def margin(self) -> Tensor:
+        """Log-ratio of the chosen minus log-ratio of the rejected response, nats; shape [pairs]."""
+        # margin = log pi_theta(y_w)/pi_ref(y_w) - log pi_theta(y_l)/pi_ref(y_l)
+        return (self.policy_chosen - self.reference_chosen) - (self.policy_rejected - self.reference_rejected)
+
+    def margin_per_token(self) -> Tensor:
+        """Margin of the log-ratios averaged over the tokens of each response, nats per token; shape [pairs]."""
+        # log pi_theta(y_w)/pi_ref(y_w) / |y_w| - log pi_theta(y_l)/pi_ref(y_l) / |y_l|
+        chosen = (self.policy_chosen - self.reference_chosen) / self.chosen_length
+        return chosen - (self.policy_rejected - self.reference_rejected) / self.rejected_length
+
+
+class AbstractPreferenceLoss(KeepsArguments, ABC):
+    """Computes one loss per pair from the log-probabilities of pairs.
+
+    Subclass it, implement ``__call__``, and name your class by its path: ``--model.loss=my_file.MyLoss``. Support soft
+    labels by taking the expectation over the label. Do not use ``pairs.weight``: the module multiplies by it.
+    """
+
+    @abstractmethod
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        """Compute the loss of each pair; shape [pairs].
+
+        Called in every training and validation step, on every rank.
+
+        Args:
+            pairs: log-probabilities, labels and lengths.
+            beta: strength of the pull towards the reference, > 0.
+        """
+
+
+class DPOLoss(AbstractPreferenceLoss):
+    """DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), with soft labels."""
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        return dpo_loss(pairs.margin(), pairs.label, beta)
+
+
+def checked_losses(loss: AbstractPreferenceLoss, pairs: PairLogps, beta: float) -> Tensor:
+    """Call a loss and check that it returns one value per pair; shape [pairs].
+
+    Raises:
+        ValueError: if it returns anything else, such as the mean.
+    """
+    losses: object = loss(pairs, beta)
+    # the mean over pairs would broadcast to all of them without an error
+    if not isinstance(losses, Tensor) or losses.shape != pairs.weight.shape:
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"{type(loss).__name__} returned {found}; return one loss per pair, {tuple(pairs.weight.shape)}"
+        )
+    return losses
 
 
 def implicit_rewards(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
@@ -51,20 +153,7 @@ def reward_accuracy(margin: Tensor, label: Tensor) -> Tensor:
     return (1 + torch.sign(margin.detach()) * torch.sign(label.to(margin.dtype) - 0.5)) / 2
 
 
-def dpo_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
-    """DPO loss: cross-entropy between the label and the Bradley-Terry model of the implicit reward; shape [pairs].
-
-    Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), in expectation over the label. It is ``log 2`` where the policy
-    equals the reference, and stationary where ``sigma(beta * margin) = label``.
-
-    Args:
-        margin: log-ratio margins, nats; carries gradient.
-        label: P(chosen preferred) in [0, 1].
-        beta: strength of the pull towards the reference, > 0; the paper uses 0.1 to 0.5.
-    """
-    # L = -label log sigma(beta margin) - (1 - label) log sigma(-beta margin); label = 1 is eq. 7 of the DPO paper.
-    # Two logsigmoids rather than softplus(z) - label * z: a hard label then loses no digits at large margins.
-    return -label * F.logsigmoid(beta * margin) - (1 - label) * F.logsigmoid(-beta * margin)
+# -- other losses: functions -------------------------------------------------------------------------------------------
 
 
 def cdpo_loss(margin: Tensor, label: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -109,7 +198,7 @@ def ipo_loss(margin: Tensor, label: Tensor, beta: float) -> Tensor:
     Args:
         margin: log-ratio margins, nats, summed over tokens (the paper) or averaged (see `IPOLoss`); carries gradient.
         label: P(chosen preferred) in [0, 1].
-        beta: regularisation tau, > 0.
+        beta: regularization tau, > 0.
     """
     # L = label (margin - 1/(2 beta))^2 + (1 - label) (-margin - 1/(2 beta))^2
     target = 1 / (2 * beta)
@@ -177,11 +266,7 @@ def nudged_preference_loss(
     return -(label - 0.5 + epsilon) * policy_chosen_logps - (0.5 - label + epsilon) * policy_rejected_logps
 
 
-class DPOLoss(AbstractPreferenceLoss):
-    """DPO loss, Rafailov et al. 2023 (arXiv 2305.18290, eq. 7), with soft labels."""
-
-    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
-        return dpo_loss(pairs.margin(), pairs.label, beta)
+# -- other losses: classes that YAML can name --------------------------------------------------------------------------
 
 
 class CDPOLoss(AbstractPreferenceLoss):

@@ -136,7 +136,7 @@ def tensors_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def check_not_quantised(config: PreTrainedConfig, source: Path | str, name: str) -> None:
+def check_not_quantized(config: PreTrainedConfig, source: Path | str, name: str) -> None:
     """Raise if weights are stored as integers or in 8 bits, which can be neither trained nor merged.
 
     Args:
@@ -148,7 +148,7 @@ def check_not_quantised(config: PreTrainedConfig, source: Path | str, name: str)
     remedy = "open it with transformers, call model.dequantize(), and name the folder that save_pretrained then writes"
     if settings:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else type(settings).__name__
-        raise ValueError(f"{name!r} is quantised (quantization_config in its config.json: {method}); {remedy}")
+        raise ValueError(f"{name!r} is quantized (quantization_config in its config.json: {method}); {remedy}")
     # some tools write integers without saying so in the config
     for file in sorted(source.glob("*.safetensors")) if isinstance(source, Path) else []:
         for key, (dtype, _) in tensors_of(file).items():
@@ -156,7 +156,7 @@ def check_not_quantised(config: PreTrainedConfig, source: Path | str, name: str)
             if key.endswith((".weight", "qweight")) and dtype.startswith(_INTEGERS):
                 raise ValueError(
                     f"{file} holds {key!r} as {dtype}, and the config.json of {name!r} does not say how it was "
-                    f"quantised; {remedy}"
+                    f"quantized; {remedy}"
                 )
 
 
@@ -260,7 +260,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
     if eos is not None and (eos in added_on_opening(tokenizer) or (eos != unknown and _id(tokenizer, eos) is None)):
         raise ValueError(
             f"the tokenizer of {name!r} has eos_token {eos!r}, which is not in its vocabulary, so that no model has "
-            f"learnt to write it; set eos_token in its tokenizer_config.json to the token that ends its texts"
+            f"learned to write it; set eos_token in its tokenizer_config.json to the token that ends its texts"
         )
     if rows is None:
         return

@@ -93,7 +93,7 @@ class MasterWeights(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, in float32; torch's own would round it to the type of the weights.
+        """Restore the state of `state_dict`, in float32; torch's own would round it to the type of the weights.
 
         A state without copies, of a run before there were any, begins with copies of the weights as they are.
         """

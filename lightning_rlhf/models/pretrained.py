@@ -33,7 +33,7 @@ from lightning_rlhf.models.checks import (
     check_class,
     check_files,
     check_keys,
-    check_not_quantised,
+    check_not_quantized,
 )
 from lightning_rlhf.models.heads import in_score_head, probe_rows
 
@@ -84,7 +84,7 @@ def open_pretrained(
         )
     config = open_config(source, str(source), trust_remote_code)
     if config is not None:
-        check_not_quantised(config, source, name)
+        check_not_quantized(config, source, name)
         check_class(config, name, trust_remote_code)
     options: dict[str, object] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if meta:

@@ -426,7 +426,7 @@ def build_scorer(
         return Scorer([model], kind).train()
     if kind == "lora" and saved is None:
         warnings.warn(
-            f"{checkpoint!r} has not learnt rewards, and adapters on a frozen backbone learn them badly "
+            f"{checkpoint!r} has not learned rewards, and adapters on a frozen backbone learn them badly "
             f"(arXiv 2401.16635): train with model.ensemble.kind=linear first, and name its model as the backbone",
             stacklevel=2,
         )

@@ -1,4 +1,8 @@
-"""DPO: the policy that learns from preferences. The DataModule decides whether it is offline, iterative or online."""
+"""DPO: the policy that learns from preferences. The DataModule decides whether it is offline, iterative or online.
+
+One step: `DPOModule.item_losses` below computes log-probabilities and calls the loss (`losses/preference.py`);
+`training_step` of `modules/base.py` weights the losses of the pairs and takes the mean.
+"""
 
 from __future__ import annotations
 

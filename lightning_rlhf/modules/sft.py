@@ -42,7 +42,7 @@ class SFTModule(AbstractPolicyModule[ResponseBatch]):
         options: how the checkpoint is loaded and run.
     """
 
-    # as in TRL: dropout regularises maximum likelihood, and no reference is compared with
+    # as in TRL: dropout regularizes maximum likelihood, and no reference is compared with
     DISABLE_DROPOUT: ClassVar[bool] = False
 
     def __init__(

@@ -13,11 +13,11 @@ class LedgerPrompts(AbstractPromptSource):
 
     The first response of a comparison becomes the recorded ``chosen``, and the label P(a preferred) its probability.
     Pairs with empty or equal responses, and pairs without a label where labels are wanted, are left out and counted.
-    The run may go on meanwhile: new pairs come behind the old ones as long as rounds are labelled one after another.
+    The run may go on meanwhile: new pairs come behind the old ones as long as rounds are labeled one after another.
 
     Args:
         path: path of the ledger.
-        labels: take labelled pairs only, with their labels; false takes all pairs, in arbitrary order within a pair.
+        labels: take labeled pairs only, with their labels; false takes all pairs, in arbitrary order within a pair.
         limit: take only the first pairs, >= 1; null takes all.
     """
 
@@ -66,6 +66,6 @@ class LedgerPrompts(AbstractPromptSource):
         if not rows:
             raise ValueError(
                 f"{self.path}: none of its pairs can be used ({dict(self.report) or 'it holds none'}): wait until the "
-                f"run has labels, or set labels=false to take pairs that nobody has labelled"
+                f"run has labels, or set labels=false to take pairs that nobody has labeled"
             )
         return rows

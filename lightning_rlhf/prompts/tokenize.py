@@ -6,9 +6,9 @@ The rules are the same for every tokenizer:
   second BOS. A plain prompt that ends with the generation prompt of the chat template was rendered beforehand: it gets
   BOS only if the template writes one.
 - A conversational prompt is rendered with the chat template; the template writes BOS, so the tokenizer adds none.
-- Prompt and completion are tokenised as one text, and the completion is the part behind the prompt's own ids. Where a
+- Prompt and completion are tokenized as one text, and the completion is the part behind the prompt's own ids. Where a
   token would span the border, the prompt keeps the ids that the policy sees in generation, and the completion is
-  tokenised so that both together still decode to the text.
+  tokenized so that both together still decode to the text.
 - A completion ends as a sampled one does: with the end-of-turn token of the chat template, or EOS, unless the token
   limit cut it. Text of the template behind that token is left out.
 - Answers are written by the chat template. Where it would leave a part out, such as the reasoning, the answer follows
@@ -86,7 +86,7 @@ def tokenize_rows(
     chat_template: str | None = None,
     end_ids: Collection[int] = (),
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """Turn rows into tokenised prompts, and count dropped and truncated rows.
+    """Turn rows into tokenized prompts, and count dropped and truncated rows.
 
     ``Prompt.index`` is the position of the row in ``rows``, so that it does not depend on dropped rows.
 
@@ -125,7 +125,7 @@ def tokenize_rows(
             prompt = replace(prompt, pair=(recorded[0], recorded[1]))
         elif recorded:
             prompt = replace(prompt, completion=recorded[0])
-        # cut only now, since the completions are tokenised behind the whole prompt
+        # cut only now, since the completions are tokenized behind the whole prompt
         if len(prompt.ids) > max_prompt_tokens:
             counts[TRUNCATED_PROMPT] += 1
             ids, text = renderer.truncated(prompt.ids, prompt.text, max_prompt_tokens)
@@ -142,7 +142,7 @@ def tokenize_rows(
 
 @dataclass(frozen=True)
 class _Draft:
-    """A prompt whose recorded completions are not tokenised yet.
+    """A prompt whose recorded completions are not tokenized yet.
 
     Args:
         row: the data row.
@@ -164,7 +164,7 @@ def _drafts(
     on_long_prompt: Literal["error", "drop", "truncate"],
     counts: Counter[str],
 ) -> list[_Draft]:
-    """Tokenise the prompts; long ones are errors, or dropped and counted, or kept to be truncated later."""
+    """Tokenize the prompts; long ones are errors, or dropped and counted, or kept to be truncated later."""
     written = [renderer.write(row) for row in rows]
     encoded = encode_all(renderer.tokenizer, [one.text for one in written])
     drafts: list[_Draft] = []
@@ -587,13 +587,13 @@ class _Renderer:
         Args:
             ids: ids of the prompt.
             text: its text.
-            length: maximum number of ids; fewer where the text would be tokenised differently.
+            length: maximum number of ids; fewer where the text would be tokenized differently.
         """
         kept = truncate_left(ids, length, self.tokenizer.bos_token_id, self.leading)
         head = front_length(kept, self.tokenizer.bos_token_id, self.leading)
         front, tail = kept[:head], kept[head:]
         places = self._places(text)
-        # a text that begins inside a word may be tokenised differently: try later starts until ids match
+        # a text that begins inside a word may be tokenized differently: try later starts until ids match
         for start in range(min(len(tail), _ATTEMPTS)):
             candidate, length = front + tail[start:], len(tail) - start
             texts = [text[places[-length] :]] if length <= len(places) else []
@@ -664,7 +664,7 @@ def _after(
     found = [whole[len(bare) :] if whole[: len(bare)] == bare else None for bare, whole, _ in cases]
     open_ = [place for place, ids in enumerate(found) if ids is None]
     if open_:
-        # a token spans the border: tokenise the rest behind a neutral context, until both parts decode to the whole
+        # a token spans the border: tokenize the rest behind a neutral context, until both parts decode to the whole
         specials = [token for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token) if token]
         alone = encode_all(tokenizer, [cases[place][2] for place in open_])
         for context in ("", *specials, "\n", ":", "0"):

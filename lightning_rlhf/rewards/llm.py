@@ -67,7 +67,7 @@ class LLMScoreReward(AbstractScoreReward):
             ValueError: if a response alone is too long for the judge, or the judge does not answer with scores.
         """
         asked = [self.prompt(self._fitted(p, r)) for p, r in zip(prompts, responses, strict=True)]
-        # P over the scores, normalised in `rewards`; the mass says whether the judge answers with scores at all
+        # P over the scores, normalized in `rewards`; the mass says whether the judge answers with scores at all
         logps = self.judge.label_logps(asked, self.rating.labels).double()
         masses = label_mass(logps)
         self._check(masses)

@@ -21,7 +21,7 @@ from lightning_rlhf.types import LabelStatus, Prompt, Response
 class ServerScoreReward(AbstractScoreReward):
     """The expected score that a judge on a server gives, from the likelihoods of "1" to "10", mapped to [-1, 1].
 
-    s = sum_i i P(i), with P normalised over the ten scores, and r = (2 s - 11) / 9. Scores that are not among the
+    s = sum_i i P(i), with P normalized over the ten scores, and r = (2 s - 11) / 9. Scores that are not among the
     ``top_logprobs`` are bounded by the rest of the list, as with `ServerLabeler`.
 
     **"10" and "1".** Where "10" is one token, both are read from one list. Where it is "1" and "0", P("1") belongs to
@@ -76,7 +76,7 @@ class ServerScoreReward(AbstractScoreReward):
         samples = [self._fitted(sample_of(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
         outcomes = self.server.ask([functools.partial(self._ask, sample) for sample in samples])
         faults = [outcome for outcome in outcomes if not isinstance(outcome, Reading)]
-        # a made-up reward would be learnt
+        # a made-up reward would be learned
         if faults and self.unscored is None:
             counts = ", ".join(f"{count} {status}" for status, count in Counter(s for s, _ in faults).items())
             raise ServerError(
@@ -106,7 +106,7 @@ class ServerScoreReward(AbstractScoreReward):
             reading, _ = await session.read(self.prompt(sample), self.rating.labels)
         except UnansweredError as error:
             return error.status, error.fault
-        # P over the scores would be normalised noise
+        # P over the scores would be normalized noise
         if reading.mass < self.min_mass:
             fault = f"the judge answers with a score with a probability of {reading.mass:.2g} only"
             return "invalid", f"{fault} (min_mass={self.min_mass})"

@@ -1,4 +1,4 @@
-"""A reward that is worth less where it is unsure: UP-RLHF's guard against over-optimisation."""
+"""A reward that is worth less where it is unsure: UP-RLHF's guard against over-optimization."""
 
 from __future__ import annotations
 

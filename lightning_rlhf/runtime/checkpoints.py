@@ -277,7 +277,7 @@ class StopOnSignal(L.Callback):
 
     SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it, with status 143, 130 and 129; the signal of SLURM's auto-requeue also
     queues the job again. It acts after the current training step, with the validation of an epoch that ends with it, or
-    after the current chunk of a round that is being sampled or labelled; earlier chunks are in the ledger. Put it last
+    after the current chunk of a round that is being sampled or labeled; earlier chunks are in the ledger. Put it last
     among the callbacks. It works with `RLHFTrainer` and with Lightning's own Trainer.
 
     Args:
@@ -366,7 +366,7 @@ def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
         # torch writes a zip archive; testzip reads every part and compares its CRC
         with zipfile.ZipFile(checkpoint) as archive:
             broken = archive.testzip()
-            return None if broken is None else f"its part {broken} is not what was written"
+            return None if broken is None else f"its part {broken} differs from the one written"
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         return f"it cannot be read ({error})"
 
@@ -390,7 +390,7 @@ def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
         if path.resolve() != itself and damage(path) is None:
             raise ValueError(
                 f"checkpoint {checkpoint} is damaged: {wrong}. The one before is whole: continue from it with "
-                f"--ckpt_path={path}; nothing is labelled twice, the steps since are done again"
+                f"--ckpt_path={path}; nothing is labeled twice, the steps since are done again"
             )
     raise ValueError(
         f"checkpoint {checkpoint} is damaged: {wrong}, and there is no other one. Restore a copy; or delete "
@@ -434,7 +434,7 @@ def explained(path: Path) -> Iterator[None]:
         # a message with "; " comes from an `explained` further in, and names its remedy
         if error.errno not in REMEDIES or "; " in str(error.strerror):
             raise
-        kept = "; what was written before is kept, and the same command goes on from it"
+        kept = "; earlier checkpoints are kept, and the same command goes on from it"
         message = f"{error.strerror}: {REMEDIES[error.errno]}{kept}"
         raise type(error)(error.errno, message, str(path)) from error
     except CheckpointException as error:

@@ -36,20 +36,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def interleave(draw: Callable[[], list[T]]) -> list[T]:
+def interleave(sample: Callable[[], list[T]]) -> list[T]:
     """Gather the shards ``items[rank::world]`` of all ranks and put them back in order, on every rank.
 
     Args:
-        draw: makes the shard of this rank.
+        sample: makes the shard of this rank.
 
     Raises:
         RankError: if another rank could not make its own.
     """
     if world_size() == 1:
-        return draw()
+        return sample()
     outcomes: list[_Outcome] = [("value", None)] * world_size()
     # a rank that fails takes part all the same: the others would wait for it in the collective
-    mine = _outcome(draw)
+    mine = _outcome(sample)
     dist.all_gather_object(outcomes, _sendable(mine), group=_group())
     _raise_first(outcomes, mine)
     shards = [cast(list[T], value) for _, value in outcomes]

@@ -102,7 +102,7 @@ def run_settings(module: object, datamodule: object) -> Settings:
     """
     model = cast(Settings, described(module))
     if hasattr(module, "described_optimizer"):
-        # callables make them; what they make is the same whether a partial, a lambda or a config gave it
+        # callables make them; optimizer and schedule are the same whether a partial, a lambda or a config gave it
         model["init_args"] = {**model["init_args"], **cast(Settings, described(module.described_optimizer()))}
     return decisive({"model": model, "data": cast(Settings, described(datamodule))}, module, datamodule)
 
@@ -531,9 +531,9 @@ def _default(kind: type, name: str) -> tuple[bool, object]:
 
 
 def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
-    initialise: Callable[..., None] = kind.__init__  # type: ignore[misc]
+    initialize: Callable[..., None] = kind.__init__  # type: ignore[misc]
     try:
-        return inspect.signature(initialise).parameters
+        return inspect.signature(initialize).parameters
     except (TypeError, ValueError):
         return {}
 

@@ -25,7 +25,7 @@ def check_trainer(trainer: L.Trainer) -> None:
         if isinstance(callback, LearningRateFinder | BatchSizeFinder):
             raise ValueError(
                 f"{type(callback).__name__} would sample and label rounds for steps that it undoes: take it out, and "
-                f"set model.optimizer.lr, or data.batching.max_tokens_per_micro_batch to what fits into memory"
+                f"set model.optimizer.lr, or data.batching.max_tokens_per_micro_batch to a number that fits into memory"
             )
     # debug modes cut rounds on purpose
     limit = trainer.limit_train_batches
@@ -34,6 +34,6 @@ def check_trainer(trainer: L.Trainer) -> None:
     # the float 1.0 stands for all batches; 1 is a single one
     if isinstance(limit, int) or limit < 1:
         rank_zero_info(
-            f"trainer.limit_train_batches={limit}: pairs that are sampled and labelled beyond these batches of a "
+            f"trainer.limit_train_batches={limit}: pairs that are sampled and labeled beyond these batches of a "
             f"round are not used; a smaller data.rounds.prompts_per_round costs less"
         )

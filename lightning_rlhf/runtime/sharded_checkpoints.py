@@ -37,13 +37,13 @@ def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
         return "it is incomplete: the run ended while it was written"
     with zipfile.ZipFile(folder / META) as archive:
         if (broken := archive.testzip()) is not None:
-            return f"part {broken} of {META} is not what was written"
+            return f"part {broken} of {META} differs from the one written"
     try:
         index = read_index(folder / INDEX)
     # a pickle that was cut or changed raises any of these
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
         return f"its index cannot be read ({error})"
-    # the files hold a zip archive per tensor, whose CRC tells whether it is what was written
+    # the files hold a zip archive per tensor, whose CRC tells whether it is as it was written
     for entry, place in list((index.storage_data or {}).items())[rank::world]:
         shard = folder / place.relative_path
         # a path out of the folder is no file of this checkpoint
@@ -55,10 +55,10 @@ def shard_damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
         if len(part.getbuffer()) != place.length:
             return f"its file {place.relative_path} is too short"
         if not zipfile.is_zipfile(part):
-            return f"{entry.fqn} in {place.relative_path} is not what was written"
+            return f"{entry.fqn} in {place.relative_path} differs from the one written"
         with zipfile.ZipFile(part) as archive:
             if archive.testzip() is not None:
-                return f"{entry.fqn} in {place.relative_path} is not what was written"
+                return f"{entry.fqn} in {place.relative_path} differs from the one written"
         # objects that are no tensors, such as settings of the optimizer, are stored as pickles
         if isinstance(index.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
             part.seek(0)

@@ -104,7 +104,7 @@ class PolicyWeightedSampler(AbstractSelectiveSampler):
         # Sigma = (1 - c) S + c (tr S / dim) 1
         return (1 - shrinkage) * sample + shrinkage * scale * eye
 
-    def regularised_information(self) -> Tensor:
+    def regularized_information(self) -> Tensor:
         """I plus the prior and the expected information of the coming round; positive definite, [dim, dim].
 
         A policy pair has the information ``sigma'(delta) g g^T``, in expectation Sigma / 2 for small delta. The prior
@@ -142,7 +142,7 @@ class PolicyWeightedSampler(AbstractSelectiveSampler):
         features = engine.beta * engine.head_gradients(repeated(prompts, self.n), responses, self.dim).double()
         rewards = implicit_rewards(responses, engine.beta)
         if self._weight is None:
-            self._weight = policy_weight(self.regularised_information(), self.sigma)
+            self._weight = policy_weight(self.regularized_information(), self.sigma)
         comparisons = []
         for i, prompt in enumerate(prompts):
             pool = slice(i * self.n, (i + 1) * self.n)

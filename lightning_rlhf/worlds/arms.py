@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_rlhf.estimators.design import best_pair, pair_values, policy_weight
 from lightning_rlhf.estimators.tabular import tilted_distributions
 from lightning_rlhf.samplers.sir_pilaf import pair_probabilities
-from lightning_rlhf.worlds.laws import PairDistribution, Sampler, secant
+from lightning_rlhf.worlds.distributions import PairDistribution, Sampler, secant
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import TabularWorld
 
@@ -92,7 +92,7 @@ class DistributionArm(AbstractDistributionArm):
     """A sampler whose distribution of pairs depends on policy, reference and beta only.
 
     Args:
-        sampler: one of `lightning_rlhf.worlds.laws`.
+        sampler: one of `lightning_rlhf.worlds.distributions`.
         passes: see `AbstractArm`.
     """
 

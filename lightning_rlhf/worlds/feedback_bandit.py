@@ -58,13 +58,13 @@ def reward_model(student: Tensor, learning_rate: float = 0.01, steps: int = 7500
     return rewards
 
 
-def learnt_from_feedback(student: Tensor, beta: float = 0.1, learning_rate: float = 0.01, steps: int = 7500) -> Tensor:
+def learned_from_feedback(student: Tensor, beta: float = 0.1, learning_rate: float = 0.01, steps: int = 7500) -> Tensor:
     """The optimal policy of RLAIF with these rewards; [actions]. Arguments as in `reward_model`, beta > 0."""
     # pi ∝ student exp(r / beta)
     return (student.log() + reward_model(student, learning_rate, steps) / beta).softmax(0)
 
 
-def learnt_by_imitation(teacher: Tensor, learning_rate: float = 0.01, steps: int = 15000) -> Tensor:
+def learned_by_imitation(teacher: Tensor, learning_rate: float = 0.01, steps: int = 15000) -> Tensor:
     """The policy after supervised fine-tuning on the teacher, from a uniform start; [actions]. Arguments as above."""
     # gradient of E_teacher[-log softmax(logits)] = softmax(logits) - teacher
     logits = torch.zeros(NUM_ACTIONS, dtype=torch.float64)
@@ -100,10 +100,10 @@ def value_of_feedback(
         teacher: mean of the teacher.
     """
     teacher_policy = policy_around(teacher)
-    imitation = expected_reward(learnt_by_imitation(teacher_policy))
+    imitation = expected_reward(learned_by_imitation(teacher_policy))
     found = []
     for start in starts:
         student = policy_around(start)
-        feedback = expected_reward(learnt_from_feedback(student))
+        feedback = expected_reward(learned_from_feedback(student))
         found.append(FeedbackValue(expected_reward(student), feedback, imitation, expected_reward(teacher_policy)))
     return found

@@ -83,7 +83,7 @@ def noise_for(alignment: float, gaps: Tensor, errors: Tensor) -> float:
 
 
 def bias_for(same_position: float, logits: Tensor) -> float:
-    """The logit for the favoured position at which a judge names the same position in both orders of a share of pairs.
+    """The logit for the favored position at which a judge names the same position in both orders of a share of pairs.
 
     It does where the bias exceeds the perceived difference of the pair.
 
@@ -209,8 +209,8 @@ class MenuJudgeLabeler(AbstractLabeler):
         same_position: share of pairs in whose two orders it names the same position, in [0, 1).
         favours: the position that it then names, ``first`` or ``second``.
         certainty: standard deviation of the logits of its verdicts, > 0.
-        orders: ``both`` averages over both orders, for the price of two calls; ``one`` shows each pair as the sampler
-            drew it, whose order says nothing.
+        orders: ``both`` averages over both orders, for the price of two calls; ``one`` shows each pair as it was
+            sampled, whose order says nothing.
         rule: ``soft`` keeps the probability, ``argmax`` rounds it to 0 or 1, a tie staying 1/2.
         seed: which wrong tastes it has, >= 0.
     """

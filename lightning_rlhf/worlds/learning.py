@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, Pairs
-from lightning_rlhf.worlds.laws import vanilla
+from lightning_rlhf.worlds.distributions import vanilla
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld, deviation
 
@@ -61,8 +61,8 @@ class Trace:
         unknown = parameters.new_full((world.num_worlds,), float("nan"))
         self.cosines.append(torch.stack(seen).mean(0) if seen else unknown)
         seen.clear()
-        law = arm.pair_distribution(world, parameters)
-        expected = None if law is None else -world.expected_gradient(parameters, law)
+        pairs = arm.pair_distribution(world, parameters)
+        expected = None if pairs is None else -world.expected_gradient(parameters, pairs)
         ascent = world.gradient_j(parameters)
         self.population_cosines.append(unknown if expected is None else F.cosine_similarity(expected, ascent))
         log_policy = world.log_policy(parameters)
@@ -110,7 +110,7 @@ def online(
     for step in range(steps):
         prompts, uniforms = streams.batch(pairs)
         sampled = arm.draw(world, parameters, prompts, streams.samples)
-        gaps, labels = labelled(world, prompts, sampled, uniforms)
+        gaps, labels = labeled(world, prompts, sampled, uniforms)
         arm.learn(gaps, labels)
         # gradient of -log sigma(delta) averaged over pairs: -mean[weight (label - sigma(delta)) dphi], delta = w . dphi
         error = labels - torch.einsum("wpd,wd->wp", gaps, parameters).sigmoid()
@@ -152,7 +152,7 @@ def iterative(
     arm.reset(world)
     prompts, uniforms = streams.batch(first)
     shared = DistributionArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
-    gaps, labels = labelled(world, prompts, shared, uniforms)
+    gaps, labels = labeled(world, prompts, shared, uniforms)
     weights = shared.weight
     parameters = maximum_likelihood(gaps, labels, weights, world.origin(), ridge)
     trace, seen = Trace(), list[Tensor]()
@@ -160,7 +160,7 @@ def iterative(
     for index in range(rounds):
         prompts, uniforms = streams.batch(pairs)
         sampled = arm.draw(world, parameters, prompts, streams.samples)
-        fresh, fresh_labels = labelled(world, prompts, sampled, uniforms)
+        fresh, fresh_labels = labeled(world, prompts, sampled, uniforms)
         arm.learn(fresh, fresh_labels)
         # ascent direction of the likelihood of the new labels: sum[weight (label - sigma(delta)) dphi]
         error = fresh_labels - torch.einsum("wpd,wd->wp", fresh, parameters).sigmoid()
@@ -187,11 +187,11 @@ def overfitted_start(world: TabularWorld, seeds: Sequence[int], *, pairs: int, r
     streams = _Streams(seeds, world.features.shape[1], purpose=_OVERFIT)
     prompts, uniforms = streams.batch(pairs)
     sampled = DistributionArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
-    gaps, labels = labelled(world, prompts, sampled, uniforms)
+    gaps, labels = labeled(world, prompts, sampled, uniforms)
     return maximum_likelihood(gaps, labels, sampled.weight, world.origin(), ridge)
 
 
-def labelled(world: TabularWorld, prompts: Tensor, pairs: Pairs, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def labeled(world: TabularWorld, prompts: Tensor, pairs: Pairs, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Feature gaps, [worlds, pairs, dimensions], and Bernoulli labels of the oracle, 1 where the first response wins.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_rlhf.estimators.kl import categorical_kl
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.worlds.laws import PairDistribution
+from lightning_rlhf.worlds.distributions import PairDistribution
 
 
 class Objective(NamedTuple):
@@ -143,8 +143,8 @@ class TabularWorld:
         # grad J = (1/beta) E_x Cov_{y ~ pi}(r* - w . phi, phi)
         policy = self.log_policy(parameters).exp()
         error = self.reward - torch.einsum("wxyd,wd->wxy", self.features, parameters)
-        centred = error - (policy * error).sum(-1, keepdim=True)
-        return torch.einsum("wxy,wxy,wxyd->wd", policy, centred, self.features) / (self.beta * policy.shape[1])
+        centered = error - (policy * error).sum(-1, keepdim=True)
+        return torch.einsum("wxy,wxy,wxyd->wd", policy, centered, self.features) / (self.beta * policy.shape[1])
 
     def covariance(self, parameters: Tensor) -> Tensor:
         """Sigma, the covariance of reward gradients, ``-beta Hess J`` at the optimum; [worlds, dim, dim].

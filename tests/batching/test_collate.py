@@ -142,9 +142,9 @@ def test_errors_name_the_preference_and_the_remedy() -> None:
     good = preference(A, B, 1.0)
     with pytest.raises(ValueError, match="got none"):
         collate_preferences([])
-    unlabelled = Preference(good.comparison, Label(None, status="refused"))
+    unlabeled = Preference(good.comparison, Label(None, status="refused"))
     with pytest.raises(ValueError, match=r"preference 1 \(prompt 0\).*'refused'.*drop or retry"):
-        collate_preferences([good, unlabelled])
+        collate_preferences([good, unlabeled])
     with pytest.raises(ValueError, match="without tokens"):
         collate_preferences([preference(response(), B, 1.0)])
     torn = Response((1, 2, 3), "", "eos", policy_logps=(-1.0, -1.0))

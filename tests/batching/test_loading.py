@@ -8,7 +8,7 @@ from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, pl
 from lightning_rlhf.randomness import Key
 
 
-def drawn_lengths(count: int, seed: int = 0) -> list[int]:
+def random_lengths(count: int, seed: int = 0) -> list[int]:
     """Lengths from 5 to 104, with ties."""
     return [5 + value % 100 for value in epoch_order(10 * count, Key((seed, 1)))[:count]]
 
@@ -26,7 +26,7 @@ def cut(step: Step) -> list[list[int]]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 50, 150, 10_000])
 def test_ranks_share_the_steps_of_one_process_within_the_budget(count: int, world: int, limit: int | None) -> None:
-    lengths = drawn_lengths(count)
+    lengths = random_lengths(count)
     order = epoch_order(count, Key((0,)))
     shards = [plan(order, lengths, 8, limit, rank, world) for rank in range(world)]
     assert {len(shard) for shard in shards} == {-(-count // 8)}
@@ -66,7 +66,7 @@ def test_a_pair_over_the_budget_is_a_pass_of_its_own() -> None:
 
 
 def test_ranks_get_about_as_many_tokens() -> None:
-    lengths = drawn_lengths(64)
+    lengths = random_lengths(64)
     shares = [plan(list(range(64)), lengths, 64, None, rank, 4)[0] for rank in range(4)]
     tokens = [sum(lengths[i] for i in share.indices) for share in shares]
     assert max(tokens) - min(tokens) <= min(lengths) + 5
@@ -84,11 +84,11 @@ def test_without_a_budget_accumulation_still_makes_passes() -> None:
 
 def test_one_batch_windows_leave_the_order() -> None:
     order = epoch_order(37, Key((3,)))
-    assert group_by_length(order, drawn_lengths(37), 4, 1, Key((5,))) == order
+    assert group_by_length(order, random_lengths(37), 4, 1, Key((5,))) == order
 
 
 def test_windows_hold_their_pairs_and_steps_are_of_one_length() -> None:
-    lengths = drawn_lengths(71)
+    lengths = random_lengths(71)
     order = epoch_order(71, Key((3,)))
     grouped = group_by_length(order, lengths, 4, 5, Key((5,)))
     assert grouped == group_by_length(order, lengths, 4, 5, Key((5,)))

@@ -1,4 +1,4 @@
-"""The toy run, as a fixture: test folders are no packages, so a test cannot import its neighbour."""
+"""The toy run, as a fixture: test folders are no packages, so a test cannot import its neighbor."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_the_budget_cuts_the_last_round_and_stops_after_its_epoch(toy: ModuleTyp
 
 
 def test_the_last_round_gets_as_many_epochs_as_the_others(toy: ModuleType, tmp_path: Path) -> None:
-    """Rounds of 4 pairs, 3 epochs each, 2 steps an epoch; a round that is never redrawn is left to max_epochs."""
+    """Rounds of 4 pairs, 3 epochs each, 2 steps an epoch; a round that is never sampled again is left to max_epochs."""
     for epochs_per_round, steps in ((3, 6), (None, 14)):
         data = toy.ToyData(epochs_per_round=epochs_per_round)
         trainer = toy.trainer(tmp_path, [LabelBudget(4)], max_epochs=7)
@@ -144,6 +144,28 @@ def test_a_run_cut_off_in_its_last_round_finishes_it(toy: ModuleType, tmp_path: 
     trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "step=3.ckpt")
     assert (trainer.global_step, data.num_labels) == (4, 8)
     assert len(module.steps_run) >= 1
+
+
+def test_rounds_without_a_label_are_counted_over_a_restart(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three idle rounds in a row end the run: two before the restart and one after it."""
+    monkeypatch.setattr("lightning_rlhf.callbacks.budget.PATIENCE", 3)
+
+    class Collapsed(toy.ToyData):  # type: ignore[name-defined,misc]
+        """Buys its labels in round 0 only."""
+
+        @property
+        def num_labels(self) -> int:
+            return min(self.bought, 4)
+
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    trainer = toy.trainer(tmp_path, [LabelBudget(100), saver], max_epochs=3, enable_checkpointing=True)
+    trainer.fit(toy.ToyModule(), datamodule=Collapsed())
+    resumed = toy.trainer(tmp_path, [LabelBudget(100)], max_epochs=50)
+    with pytest.warns(UserWarning, match="last 3 rounds brought no label"):
+        resumed.fit(toy.ToyModule(), datamodule=Collapsed(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert resumed.current_epoch == 4
 
 
 def test_two_budgets_are_one_too_many(toy: ModuleType, tmp_path: Path) -> None:

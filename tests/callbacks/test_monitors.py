@@ -89,6 +89,17 @@ def test_speed_is_work_over_time_not_a_mean_of_speeds() -> None:
     assert rates(steps) == {"pairs_per_second": 1.5, "tokens_per_second": 37.5}
 
 
+def test_a_trainer_that_never_logs_keeps_no_steps(toy: ModuleType, tmp_path: Path) -> None:
+    kept = []
+    for every in (1, 0):
+        throughput = Throughput(window=3)
+        trainer = toy.trainer(tmp_path, [throughput], log_every_n_steps=every, max_epochs=3)
+        trainer.fit(toy.ToyModule(), datamodule=toy.ToyData())
+        assert trainer.global_step == 6
+        kept.append(len(throughput._steps))
+    assert kept == [3, 0]
+
+
 def test_without_rewards_or_log_probabilities_their_figures_are_absent(toy: ModuleType, tmp_path: Path) -> None:
     trainer = fit(toy, tmp_path, toy.ToyModule(rewards=False))
     assert not {"val/reward", "val/reward_stderr", "val/objective/j"} & trainer.callback_metrics.keys()

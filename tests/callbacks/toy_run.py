@@ -27,7 +27,7 @@ from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response
 
 @dataclass
 class ToyRound:
-    """What a DataModule says of its round."""
+    """The round of a DataModule."""
 
     index: int
     preferences: list[Preference]
@@ -51,7 +51,7 @@ def preference(index: int, number: int) -> Preference:
 
 
 class ToyData(L.LightningDataModule):
-    """Draws a round of four pairs per epoch, within the budget."""
+    """Samples a round of four pairs per epoch, within the budget."""
 
     UNIT = "pair"
 
@@ -106,7 +106,7 @@ class ToyData(L.LightningDataModule):
 
 
 class ToyModule(L.LightningModule):
-    """Returns from its steps what a preference module returns."""
+    """Returns the keys of a preference module from its steps."""
 
     beta = 0.1
 

@@ -243,7 +243,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     monkeypatch.chdir(straight)
     monkeypatch.syspath_prepend(str(straight))
     main(command)
-    # the whole row of a torn line is drawn anew
+    # the whole row of a torn line is sampled anew
     assert start(killed, "scoring") == -signal.SIGKILL
     with (killed / "run" / "answers_b.jsonl").open("rb+") as file:
         file.truncate((killed / "run" / "answers_b.jsonl").stat().st_size - 7)

@@ -176,7 +176,7 @@ def test_comparisons_are_exported_with_and_without_labels(tmp_path: Path, suffix
 
 def test_exports_that_cannot_work_say_why(tmp_path: Path) -> None:
     ledger = make_ledger(tmp_path, [Label(None, "timeout")])
-    with pytest.raises(ValueError, match="holds no labelled comparison yet"):
+    with pytest.raises(ValueError, match="holds no labeled comparison yet"):
         export_ledger(ledger, str(tmp_path / "rows.jsonl"))
     with pytest.raises(ValueError, match=r"format of .*rows.csv by its suffix; name it .jsonl or .parquet"):
         export_ledger(ledger, str(tmp_path / "rows.csv"))

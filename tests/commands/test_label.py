@@ -68,7 +68,7 @@ def write_rows(path: Path, count: int, **extra: object) -> None:
 
 def command(*extra: str) -> list[str]:
     options = ["--pairs=DatasetPrompts", "--pairs.path=rows.jsonl", "--labeler=slow.Slow", "--chunk=4"]
-    return [SCRIPT, "label", *options, "--run_dir=run", "--out=labelled.jsonl", *extra]
+    return [SCRIPT, "label", *options, "--run_dir=run", "--out=labeled.jsonl", *extra]
 
 
 def environment() -> dict[str, str]:
@@ -76,7 +76,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_asks_for_nothing_that_is_labelled_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_killed_run_asks_for_nothing_that_is_labeled_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     write_rows(tmp_path / "rows.jsonl", 40)
     asked = tmp_path / "asked.txt"
@@ -104,7 +104,7 @@ def test_a_killed_run_asks_for_nothing_that_is_labelled_and_ends_as_if_it_had_no
     assert report["bought_now"] < 36
     assert report["figures"]["alignment"] == 1.0
     assert report["figures"]["same_position"] is None
-    assert "labelled 36 of 40 pairs in 40 attempts, cost 74; without a label 4: 4 refused" in done.stdout
+    assert "labeled 36 of 40 pairs in 40 attempts, cost 74; without a label 4: 4 refused" in done.stdout
     assert "alignment with the recorded labels 100.0 % [90.4, 100.0] on 36 pairs" in done.stdout
     assert "| alignment | 100.0 % [90.4, 100.0] |" in (tmp_path / "run" / "report.md").read_text()
 
@@ -161,7 +161,7 @@ def test_rows_come_out_with_both_probabilities_and_load_again(tmp_path: Path) ->
         {"prompt": "x", "chosen": "it is 1", "rejected": "it is 9", "probability": 0.8},
         {"prompt": [{"role": "user", "content": "y"}], "chosen": "it is 9", "rejected": "it is 1"},
     ]
-    out = tmp_path / "labelled.parquet"
+    out = tmp_path / "labeled.parquet"
     LabelRun(source(tmp_path, rows), Judge(), run_dir=str(tmp_path / "run"), out=str(out)).run()
     loaded = DatasetPrompts(str(out)).load()
     pairs = [row.pair for row in loaded if row.pair is not None]
@@ -172,15 +172,15 @@ def test_rows_come_out_with_both_probabilities_and_load_again(tmp_path: Path) ->
     assert pq.read_table(out)["recorded_probability"].to_pylist() == pytest.approx([0.2, 1.0])
 
 
-def test_pairs_of_a_ledger_are_labelled_anew(tmp_path: Path) -> None:
+def test_pairs_of_a_ledger_are_labeled_anew(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}", "chosen": "it is 1", "rejected": "it is 9"} for i in range(6)]
     first = LabelRun(source(tmp_path, rows), RecordedLabeler(), run_dir=str(tmp_path / "first"))
     first.run()
     again = LabelRun(LedgerPrompts(str(first.ledger)), Judge(), run_dir=str(tmp_path / "again")).run()
     assert again["figures"]["alignment"] == 0.0  # the judge prefers what the first labeler did not
 
-    unlabelled = LedgerPrompts(str(first.ledger), labels=False, limit=4)
-    run = LabelRun(unlabelled, Judge(), run_dir=str(tmp_path / "blind"), recorded_labels=False)
+    unlabeled = LedgerPrompts(str(first.ledger), labels=False, limit=4)
+    run = LabelRun(unlabeled, Judge(), run_dir=str(tmp_path / "blind"), recorded_labels=False)
     report = run.run()
     assert (report["labelled"], report["figures"]["human_pairs"]) == (4, 0)
 

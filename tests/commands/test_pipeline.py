@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.commands.pipeline import Pipeline
+from lightning_rlhf.commands.pipeline import Pipeline, Stage
 
 
 ROOT = Path(__file__).parents[2]
@@ -149,8 +150,8 @@ def test_the_full_chain_ends_in_a_table_and_is_done_only_once(
         assert row["kl_stderr"] is not None and 0 <= row["win_rate"] <= 1
         assert row["labels"] == 4 and row["seconds"] > 0
     assert "| rlaif | " in (folder / "runs/chain/report.md").read_text()
-    labelled = [json.loads(line) for line in (folder / "runs/chain/03-labels/rows.jsonl").open()]
-    assert {row["probability"] for row in labelled} <= {0.9, 0.8}
+    labeled = [json.loads(line) for line in (folder / "runs/chain/03-labels/rows.jsonl").open()]
+    assert {row["probability"] for row in labeled} <= {0.9, 0.8}
     capfd.readouterr()
 
     main(["run", path, "--run_dir=runs/chain"])
@@ -260,6 +261,36 @@ def test_what_is_done_is_known_by_its_config_files_and_by_the_runs_it_builds_on(
     (folder / "mine.yaml").write_text("chunk: 3\n")
     with pytest.raises(ValueError, match="stage 'one' was done with other settings"):
         pipeline.run()
+
+
+def test_a_table_is_stale_when_its_baseline_or_its_judge_was_run_again(tmp_path: Path) -> None:
+    report = {"policies": ["policy"], "baseline": "${sft}/model", "options": {"reward.path": "${judge}/model"}}
+    content = {"run_dir": str(tmp_path), "stages": [{"name": n} for n in ("sft", "judge", "policy")], "report": report}
+    pipeline = Pipeline(write(tmp_path / "p.yaml", content))
+    assert pipeline.report is not None and pipeline.report.needs == ("sft", "judge")
+    options = {"reward.path": str(tmp_path / "02-judge/model"), "a": str(tmp_path / "03-policy/model")}
+    options |= dict.fromkeys(("b", "options.reference"), str(tmp_path / "01-sft/model"))
+    where = tmp_path / "report" / "policy"
+    made = Stage("policy", "evaluate", (), options, where, ("policy", "sft", "judge"))
+    done = {"arguments": [], "seconds": 1.0, "finished": 1.0}
+
+    def finish(stage: Stage, **changes: Any) -> None:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        (stage.folder / "done.json").write_text(json.dumps({**done, "digest": pipeline._digest(stage), **changes}))
+
+    for stage in (*pipeline.stages, made):
+        finish(stage)
+    (where / "report.json").write_text("{}")
+    assert pipeline.run() is not None
+    # a report of version 0.1 knew its policy alone
+    earlier = [arg.replace("--options.reference=", "--reference=") for arg in made.arguments]
+    finish(made, digest=pipeline._digest(replace(made, needs=("policy",)), earlier))
+    assert pipeline.run() is not None
+    for number in (0, 1):
+        finish(made)
+        finish(pipeline.stages[number], finished=2.0 + number)
+        with pytest.raises(ValueError, match="stage 'policy' was done with other settings, or on an earlier run"):
+            pipeline.run()
 
 
 def test_the_example_is_a_pipeline() -> None:

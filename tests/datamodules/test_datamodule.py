@@ -265,9 +265,9 @@ def test_attempts_are_counted_across_restarts(tmp_path: Path) -> None:
     assert [c.prompt.index for c in result.comparisons] == [0, 1, 2, 3]
 
 
-def test_only_pairs_worth_a_label_are_labelled_and_the_budget_is_met(tmp_path: Path, tiny_policy: Path) -> None:
+def test_only_pairs_worth_a_label_are_labeled_and_the_budget_is_met(tmp_path: Path, tiny_policy: Path) -> None:
     class Odd(VanillaSampler, AbstractSelectiveSampler):
-        """Wants every other pair labelled."""
+        """Wants every other pair labeled."""
 
         label_fraction = 0.5
 
@@ -295,7 +295,7 @@ class Ready(AbstractPairSampler):
         return [Comparison(prompt, *answers) for prompt in prompts]
 
 
-def test_a_budget_that_shrank_cuts_a_round_that_was_drawn_before(tmp_path: Path) -> None:
+def test_a_budget_that_shrank_cuts_a_round_that_was_sampled_before(tmp_path: Path) -> None:
     prompts = [Prompt(index, (0, 1), f"row {index}") for index in range(8)]
     with PreferenceStore(tmp_path / "ledger.sqlite") as store:
         collector = RoundCollector(store, Ready(), Moody(0), Key((0,)))
@@ -349,7 +349,7 @@ def test_a_round_without_labels_is_an_error(tmp_path: Path, tiny_policy: Path) -
             return [Label(None, "timeout") for _ in comparisons]
 
     with pytest.raises(
-        RuntimeError, match=r"round 0 has no labelled pair.*'timeout': 4.*larger data.rounds.label_attempts"
+        RuntimeError, match=r"round 0 has no labeled pair.*'timeout': 4.*larger data.rounds.label_attempts"
     ):
         trainer(tmp_path, 1).fit(module(tiny_policy), datamodule=data(VanillaSampler(), Mute(0)))
     again = data(VanillaSampler(), label_attempts=2)
@@ -390,7 +390,7 @@ def test_a_run_that_is_over_buys_nothing_when_it_is_started_again(
     assert torch.equal(spent[0][1], spent[1][1])
 
 
-def test_a_larger_budget_draws_nothing_more_for_old_rounds(tmp_path: Path, tiny_policy: Path) -> None:
+def test_a_larger_budget_samples_nothing_more_for_old_rounds(tmp_path: Path, tiny_policy: Path) -> None:
     for budget, rounds in ((10, {0: 4, 1: 4, 2: 2}), (15, {0: 4, 1: 4, 2: 2, 3: 4, 4: 1})):
         keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
         checkpoint = tmp_path / "checkpoints" / "last.ckpt"
@@ -487,7 +487,7 @@ def test_a_run_continues_bitwise_from_every_checkpoint(
     data_options = {k: v for k, v in options.items() if k not in ("reference", "lora", "dtype", "max_steps")}
 
     def fit(checkpoint: Path | None, *callbacks: Callback) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)  # adapters are drawn
+        torch.manual_seed(0)  # adapters are random
         policy = module(tiny_policy, **model_options)
         loaded = data(sampler(), **data_options)
         run = trainer(tmp_path, 3, *callbacks, max_steps=max_steps)
@@ -518,7 +518,7 @@ def test_a_run_continues_bitwise_from_every_checkpoint(
         assert all(torch.equal(straight[name], continued[name]) for name in straight), stops
 
 
-def test_a_sampler_goes_on_with_what_it_had_learnt_where_the_ledger_lacks_the_later_rounds(
+def test_a_sampler_goes_on_with_what_it_had_learned_where_the_ledger_lacks_the_later_rounds(
     tmp_path: Path, tiny_policy: Path
 ) -> None:
     drawn = []
@@ -534,7 +534,7 @@ def test_a_sampler_goes_on_with_what_it_had_learnt_where_the_ledger_lacks_the_la
         assert loaded.round.index == 2
         drawn.append([(c.a.ids, c.b.ids, c.weight, c.meta["tilt_probability"]) for c in loaded.round.comparisons])
     assert drawn[0] == drawn[1]
-    assert {probability for *_, probability in drawn[0]} != {0.5}  # it had learnt something
+    assert {probability for *_, probability in drawn[0]} != {0.5}  # it had learned something
 
 
 def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path, tiny_policy: Path) -> None:

@@ -262,8 +262,8 @@ def test_curvature_and_asymptotic_covariance_at_the_optimum(beta: float) -> None
     law, weights, z_bar = case.tpilaf()
     p_star = torch.sigmoid(differences(reward))
     slopes = beta * case.scores()
-    centred = slopes - (policy[..., None] * slopes).sum(1, keepdim=True)
-    covariances = torch.einsum("xy,xyi,xyj->xij", policy, centred, centred)
+    centered = slopes - (policy[..., None] * slopes).sum(1, keepdim=True)
+    covariances = torch.einsum("xy,xyi,xyj->xij", policy, centered, centered)
     sigma = covariances.mean(0)
 
     def hessian(function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -278,7 +278,7 @@ def test_curvature_and_asymptotic_covariance_at_the_optimum(beta: float) -> None
     hessian_j = hessian(case.j_of(reward))
     assert relative(hessian_j + sigma / beta, sigma / beta) < 1e-12
 
-    # Covariance of the score of one labelled pair, by enumeration of prompts, pairs and both labels.
+    # Covariance of the score of one labeled pair, by enumeration of prompts, pairs and both labels.
     slope_differences = slopes[:, :, None] - slopes[:, None, :]
     delta = differences(reward)
     second_moment = weights**2 * law * torch.sigmoid(delta) * torch.sigmoid(-delta) / PROMPTS
@@ -304,7 +304,7 @@ def test_curvature_and_asymptotic_covariance_at_the_optimum(beta: float) -> None
 
 
 def test_gap_of_maximum_likelihood_on_sampled_pairs_matches_theorem_two() -> None:
-    """n E[J* - J(theta_hat)] -> d (1 + zz) / (2 beta) for one prompt: draw pairs and labels, fit, measure; seeded."""
+    """n E[J* - J(theta_hat)] -> d (1 + zz) / (2 beta) for one prompt: sample pairs and labels, fit, measure; seeded."""
     beta, pairs, repetitions = 0.5, 3000, 400
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(RESPONSES, FEATURES, generator=generator, dtype=torch.float64)
@@ -337,7 +337,7 @@ def test_gap_of_maximum_likelihood_on_sampled_pairs_matches_theorem_two() -> Non
 
 @betas
 def test_mixed_logits_of_one_token_sample_the_exact_tilt(beta: float) -> None:
-    # Logits, not log-probabilities: normalisers of the two models cancel.
+    # Logits, not log-probabilities: normalizers of the two models cancel.
     policy, reference = 3 * direction(0) + 5, 2 * direction(1) - 7
     laws = tilted_distributions(policy.log_softmax(-1), reference.log_softmax(-1), beta)
     for sign, log_law in ((1, laws.log_plus), (-1, laws.log_minus)):

@@ -98,7 +98,7 @@ def test_cosh_is_clipped_and_never_overflows() -> None:
 
 
 def test_zz_from_all_pairs_of_equally_likely_draws_is_exact() -> None:
-    # Four draws stand for a uniform law over four responses: all 16 ordered pairs enumerate E[cosh delta].
+    # Four samples stand for a uniform distribution over four responses: all 16 ordered pairs enumerate E[cosh delta].
     log_ratio = logits(0, 2, 4)
     log_policy = torch.full((2, 4), -math.log(4), dtype=torch.float64)
     laws = tilted_distributions(log_policy, log_policy - log_ratio, 0.5)
@@ -139,7 +139,7 @@ def test_running_estimate_by_hand() -> None:
     assert running.zz(1) == pytest.approx((3 * 3 + 2) / 4, rel=1e-14)
     assert running.zz(2) == pytest.approx(3, rel=1e-14)
     running.observe([1], [five])
-    # sum 9 and count 3 are halved before 5 and 1 are added; prompt 0 was halved although it was not drawn
+    # sum 9 and count 3 are halved before 5 and 1 are added; prompt 0 was halved although it was not sampled
     bar = (4.5 + 5) / (1.5 + 1)
     assert running.zz_bar == pytest.approx(bar, rel=1e-14)
     assert running.zz(0) == pytest.approx((3 * bar + 3.5) / (3 + 1), rel=1e-14)
@@ -149,7 +149,7 @@ def test_running_estimate_by_hand() -> None:
     assert running.state_dict() == state
 
 
-def test_a_prompt_that_was_not_drawn_decays_once_per_round() -> None:
+def test_a_prompt_that_was_not_sampled_decays_once_per_round() -> None:
     running = RunningZZ(strength=1.0, decay=0.5)
     running.observe([0, 1], [math.acosh(9), math.acosh(2)])
     for _ in range(3):
@@ -173,7 +173,7 @@ def test_decay_of_one_averages_all_rounds_and_zero_keeps_the_last() -> None:
 
 
 def test_importance_removes_the_bias_of_unequal_branch_probabilities() -> None:
-    # Prompts with a large zz draw fewer base pairs: in proportion to 1 - p = 1/(1 + zz). Enumerate that expectation.
+    # Prompts with a large zz get fewer base pairs: in proportion to 1 - p = 1/(1 + zz). Enumerate that expectation.
     zz = [1.0, 3.0, 9.0]
     base_share = [1 - tilt_probability(value) for value in zz]
     counts = [round(20 * share) for share in base_share]

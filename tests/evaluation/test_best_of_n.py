@@ -1,4 +1,4 @@
-"""The estimators of best-of-n against all subsets and all orders, drawn up one by one."""
+"""The estimators of best-of-n against all subsets and all orders, enumerated one by one."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_shards_are_read_to_their_end_before_torch_loads_them(tmp_path: Path) ->
     flipped = whole[shard][:place] + b"\x01" + whole[shard][place + 1 :]
     evil = pickle.dumps(Evil(tmp_path / "evil"))
     cases: list[tuple[Path, bytes | None, str]] = [
-        (shard, flipped, "state_dict.w in .* is not what was written"),
+        (shard, flipped, "state_dict.w in .* differs from the one written"),
         (shard, whole[shard][:-100], "too short"),
         (shard, None, "is missing"),
         (newest / "meta.pt", None, "incomplete"),
@@ -227,7 +227,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(runs: Any) -> None:
     status, said = runs.run("--trainer.max_epochs=2", fault=f"step4=limit{half}")
     assert status == 1, said
     assert "raise the limit (ulimit -f)" in said
-    assert "what was written before is kept" in said
+    assert "earlier checkpoints are kept" in said
     checkpoints = runs.folder / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["epoch=0-step=2.ckpt", "last.ckpt"]
     assert damage(checkpoints / "last.ckpt") is None

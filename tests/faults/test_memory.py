@@ -1,4 +1,4 @@
-"""Memory that runs out while responses are drawn: fewer rows at a time, the same responses."""
+"""Memory that runs out while responses are sampled: fewer rows at a time, the same responses."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ def test_rows_are_halved_until_they_fit_and_responses_stay(tiny_policy: Path) ->
     figures, message = run(tiny_policy, "4096", "60")
     rows, later, different = map(int, figures.split())
     assert 1 <= rows < 4096
-    assert later <= rows  # the next engine of the same policy begins with what fitted
+    assert later <= rows  # the next engine of the same policy begins with the size that fitted
     assert different == 0
     assert "data.decoding.rows=" in message

@@ -101,14 +101,14 @@ def test_a_labeler_that_fails_on_rank_zero_ends_both_processes_with_its_error(ru
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-@pytest.mark.parametrize("moment", ["labelling", "importing"])
+@pytest.mark.parametrize("moment", ["labeling", "importing"])
 def test_a_killed_launcher_leaves_no_process_behind(runs: Any, moment: str) -> None:
     options = ["--config=trainer/ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
     process = runs.start(*options, fault="label1=sleep60", launcher=TWO)
     try:
         children: list[str] = []
         end = time.monotonic() + 120
-        while len(children) < 2 or (moment == "labelling" and not (runs.folder / "reached.0").exists()):
+        while len(children) < 2 or (moment == "labeling" and not (runs.folder / "reached.0").exists()):
             assert time.monotonic() < end, process.communicate()
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)

@@ -88,7 +88,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
             *("--data.rows_per_batch=4", "--model.optimizer.lr=1e-3", "--trainer.max_epochs=3"),
         ],
     ),
-    # while a round is labelled: the second half of round 1 in one process, round 3 in two
+    # while a round is labeled: the second half of round 1 in one process, round 3 in two
     "online": (
         "label4=term",
         [

@@ -109,7 +109,7 @@ def test_what_settings_take_away_is_said(
     said = caplog.text
     assert "enable_checkpointing=false: this run keeps no checkpoints" in said
     assert "leaves out FinalValidation, HFExport, Summary: no model/ folder" in said
-    assert "limit_train_batches=1: pairs that are sampled and labelled beyond" in said
+    assert "limit_train_batches=1: pairs that are sampled and labeled beyond" in said
     assert not (folder / "run" / "checkpoints").exists()
     del capsys
 

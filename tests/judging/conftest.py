@@ -1,4 +1,4 @@
-"""The fault server as a fixture: test folders are no packages, so a test cannot import its neighbour."""
+"""The fault server as a fixture: test folders are no packages, so a test cannot import its neighbor."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_control_tokens_in_a_response_are_no_control_tokens(server: JudgeServer,
     assert usage.tokens_in == len(local.prompt_ids(sent))
 
 
-def test_a_prompt_too_long_for_the_server_is_truncated_and_others_are_labelled(server: JudgeServer) -> None:
+def test_a_prompt_too_long_for_the_server_is_truncated_and_others_are_labeled(server: JudgeServer) -> None:
     good = Comparison(Prompt(0, (), "a walk"), Response((1,), PRAISE, "eos"), Response((2,), COMPLAINT, "eos"))
     long = Comparison(Prompt(1, (), "word " * 9000), Response((1,), PRAISE, "eos"), Response((2,), COMPLAINT, "eos"))
     labels = ServerLabeler(server, task="sentiment", shots=2).label([good, long], Key((0,)))

@@ -48,7 +48,7 @@ def test_a_label_for_the_worse_one_is_turned_round() -> None:
     assert preference(forward, reverse, "better").item() > 0.999
 
 
-def test_normalisation_comes_before_the_mean() -> None:
+def test_normalization_comes_before_the_mean() -> None:
     # the second order hardly answers with a label; it counts as much as the first all the same
     forward, reverse = torch.tensor([-0.1, -3.0]), torch.tensor([-20.1, -23.0])
     assert preference(forward, reverse).item() == pytest.approx(0.5)

@@ -177,7 +177,7 @@ def test_rationales_do_not_depend_on_the_batch(tiny_judge: Path) -> None:
     assert made.label(PAIRS, Key((8,))) != together
 
 
-def test_responses_that_do_not_fit_are_truncated_and_the_others_are_labelled(tiny_judge: Path) -> None:
+def test_responses_that_do_not_fit_are_truncated_and_the_others_are_labeled(tiny_judge: Path) -> None:
     made, judge = labeler(tiny_judge, likes_the_first)
     pairs = [PAIRS[0], comparison(9, "a" * 9_000, "b" * 900), comparison(8, "a", "b", context="c" * 20_000)]
     made.max_candidate_chars = 20_000

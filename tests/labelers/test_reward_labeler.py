@@ -55,7 +55,7 @@ def test_argmax_calls_only_equal_rewards_a_tie() -> None:
     assert [label.cost for label in labels] == [0.5, 0.5, 0.5]
 
 
-def test_labels_are_drawn_anew_for_other_responses_and_other_attempts() -> None:
+def test_labels_are_sampled_anew_for_other_responses_and_other_attempts() -> None:
     """Bernoulli labels at P = 0.5: whatever names the random number, 64 pairs that differ in it differ in labels."""
     labeler = RewardLabeler(TextReward())
     pair = comparison(3, 0.0, 0.0)
@@ -71,7 +71,7 @@ def test_labels_are_drawn_anew_for_other_responses_and_other_attempts() -> None:
 
 
 def test_bernoulli_labels_have_the_frequency_of_bradley_terry() -> None:
-    """4000 draws at P = sigmoid(1) = 0.731: within 4 standard errors (0.028) of it, and every label is hard."""
+    """4000 labels at P = sigmoid(1) = 0.731: within 4 standard errors (0.028) of it, and every label is hard."""
     labels = RewardLabeler(TextReward()).label([comparison(i, 1.0, 0.0) for i in range(4000)], KEY)
     probabilities = [label.probability for label in labels]
     assert set(probabilities) == {0.0, 1.0}

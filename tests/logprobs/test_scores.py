@@ -97,7 +97,7 @@ def test_values_are_those_of_the_states_before_each_token(name: str) -> None:
     for prompt, responses in GROUPS:
         for response in responses:
             hidden = trunk(input_ids=torch.tensor([[*prompt, *response]])).last_hidden_state[0]
-            # the first token is drawn at the end of the prompt, and nothing is drawn behind the last one
+            # the first token is sampled at the end of the prompt, and nothing is sampled behind the last one
             expected.append(head(hidden[len(prompt) - 1 : -1]).squeeze(1))
     for layout, tokens in (("auto", None), ("padded", None), ("auto", 25)):
         found = response_values(trunk, head, GROUPS, layout=layout, tokens_per_batch=tokens)

@@ -74,7 +74,7 @@ def exact_gradient(table: Tensor, beta: float) -> Tensor:
 
 
 def rollouts(table: Tensor, chosen: list[int], groups: Tensor, beta: float, reward: Tensor = REWARD) -> Episodes:
-    """What the module makes of drawn responses."""
+    """The batch that the module makes of sampled responses."""
     ratios = (per_token(table) - per_token(REFERENCE)).detach()[chosen]
     rewards = token_rewards(reward[chosen], ratios, LENGTHS[chosen], *objective_weights("convex", beta))
     return Episodes(rewards, LENGTHS[chosen], groups, values_of_states()[chosen])
@@ -251,7 +251,7 @@ def test_value_losses_by_hand() -> None:
 
 @pytest.mark.parametrize("placement", ["loss_k2", "loss_k3", "loss_k3_ratio"])
 def test_the_kl_in_the_loss_has_the_gradient_that_the_page_says(placement: str) -> None:
-    """Of the KL of the next token at each state drawn: backwards for k3, forwards for k2 and for k3 times the ratio."""
+    """Of the next token's KL at each sampled state: backwards for k3, forwards for k2 and for k3 times the ratio."""
     table = POLICY.clone().requires_grad_()
     probability = per_response(table).exp().detach()
     tokens = kl_loss(per_token(table), per_token(REFERENCE), placement)  # type: ignore[arg-type]

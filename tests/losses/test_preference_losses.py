@@ -252,7 +252,7 @@ def test_hard_labels_keep_their_digits_at_large_margins_in_float32() -> None:
     torch.testing.assert_close(gradient, torch.tensor([-0.1 * math.exp(-40), -0.1]), rtol=1e-5, atol=0)
 
 
-def test_ipo_normalises_each_response_by_its_own_length() -> None:
+def test_ipo_normalizes_each_response_by_its_own_length() -> None:
     batch = replace(
         pairs(n=1),
         policy_chosen=double(-3),

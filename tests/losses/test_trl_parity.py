@@ -2,7 +2,7 @@
 
 TRL's conventions, as of version 1: ``ipo`` divides each log-ratio by the length of its response (our default);
 ``robust`` reads ``label_smoothing``, ``sigmoid`` does not, and the smoothed loss (cDPO) survives only inside ``aot``,
-which equals it on a batch of one pair; ``hinge`` is normalised by the reference. TRL appends EOS to completions and
+which equals it on a batch of one pair; ``hinge`` is normalized by the reference. TRL appends EOS to completions and
 counts it.
 """
 

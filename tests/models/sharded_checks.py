@@ -65,13 +65,13 @@ def check_same(got: nn.Module | dict[str, Tensor], expected: nn.Module | dict[st
 
 def policy(path: str, mesh: DeviceMesh, lora: LoRA | None = None) -> None:
     """Weights, buffers, gradients and saved weights of a sharded policy are those of a whole one."""
-    torch.manual_seed(dist.get_rank())  # what rank zero draws counts
+    torch.manual_seed(dist.get_rank())  # the random numbers of rank zero count
     model = sharded_policy(path, mesh, lora=lora)
     state = torch.get_rng_state()
     torch.manual_seed(0)
     expected: Any = load_policy(path, lora=lora)
     if dist.get_rank() == 0:
-        assert torch.equal(state, torch.get_rng_state()), "other numbers were drawn than in one process"
+        assert torch.equal(state, torch.get_rng_state()), "other random numbers than in one process"
     assert model.training
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     check_same(model, expected)
@@ -99,7 +99,7 @@ def adapters(path: str, mesh: DeviceMesh) -> None:
 
 
 def scorer(path: str, mesh: DeviceMesh) -> None:
-    """Backbone, adapters and heads of a reward model; the heads are drawn."""
+    """Backbone, adapters and heads of a reward model; the heads are random."""
     options: dict[str, Any] = {"ensemble": Ensemble(kind="linear", size=2), "lora": LORA}
     torch.manual_seed(0)
     build = on_rank_zero_only(lambda meta: build_scorer(path, meta=meta, **options))

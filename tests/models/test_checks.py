@@ -123,9 +123,9 @@ def test_shards_must_all_be_there(tiny_policy: Path, tmp_path: Path) -> None:
         load_policy(str(folder))
 
 
-def test_quantised_weights_are_refused(policy: Path) -> None:
+def test_quantized_weights_are_refused(policy: Path) -> None:
     configure(policy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match=r"policy' is quantised .*gptq.*dequantize"):
+    with pytest.raises(ValueError, match=r"policy' is quantized .*gptq.*dequantize"):
         load_policy(str(policy))
     configure(policy, quantization_config=None)
 
@@ -280,7 +280,7 @@ def test_a_peft_reward_model_opens_with_its_head(tiny_policy: Path, tmp_path: Pa
         load_policy(str(tmp_path / "rm"))
     state = torch.get_rng_state()
     assert score(tmp_path / "rm") == score(tmp_path / "rm")
-    assert torch.equal(torch.get_rng_state(), state), "opening draws nothing"
+    assert torch.equal(torch.get_rng_state(), state), "opening uses no random numbers"
 
 
 def test_adapters_without_a_usable_head_are_no_reward_models(tiny_policy: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def model_file(tied: bool, kv_heads: int = 2, vocab: int = 300) -> tuple[bytes, 
 
 
 def forward(w: dict[str, Tensor], ids: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """What run.c computes, for a whole sequence: neighbours are turned, groups of heads share keys and values."""
+    """What run.c computes, for a whole sequence: neighbors are turned, groups of heads share keys and values."""
     size = w["cos"].shape[1] * 2
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:

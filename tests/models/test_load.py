@@ -89,7 +89,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def randomise_adapter(policy: nn.Module, seed: int = 1) -> None:
+def randomize_adapter(policy: nn.Module, seed: int = 1) -> None:
     """Give LoRA's B, which starts at zero, values that matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def logits(model: Any) -> Tensor:
 def lora_policy(folder: Path, **options: Any) -> PeftModel:
     policy = load_policy(str(folder), lora=LoRA(r=2, alpha=4, **options))
     assert isinstance(policy, PeftModel)
-    randomise_adapter(policy)
+    randomize_adapter(policy)
     return policy
 
 
@@ -242,7 +242,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(folder: Path, lora:
         torch.manual_seed(0)
         policy: Any = load_policy(str(folder), lora=lora, gradient_checkpointing=checkpointing)
         assert any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()) is checkpointing
-        randomise_adapter(policy)
+        randomize_adapter(policy)
         torch.manual_seed(1)
         policy(IDS).logits.pow(2).sum().backward()
         gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
@@ -304,7 +304,7 @@ def test_merging_equals_pefts_own_for_transposed_weights_and_embeddings() -> Non
         ),
     )
     assert isinstance(model, PeftModel)
-    randomise_adapter(model)
+    randomize_adapter(model)
     merged = merged_state_dict(model)
     merge: Any = model.merge_and_unload
     for name, tensor in merge().state_dict().items():
@@ -315,7 +315,7 @@ def test_merging_equals_pefts_own_for_transposed_weights_and_embeddings() -> Non
 def test_merging_rounds_once_in_bfloat16(folder: Path) -> None:
     policy = load_policy(str(folder), lora=LoRA(r=2, target_modules=["q_proj"]), dtype="bfloat16")
     assert isinstance(policy, PeftModel)
-    randomise_adapter(policy)
+    randomize_adapter(policy)
     layer: Any = policy.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = (layer.base_layer.weight.double() + 16 * (b.double() @ a.double())).to(torch.bfloat16)
@@ -400,7 +400,7 @@ def test_an_adapter_folder_is_merged_and_is_then_the_reference(folder: Path, tmp
     policy = load_policy(str(adapter), lora=LoRA(r=2))
     assert isinstance(policy, PeftModel)
     torch.testing.assert_close(logits(policy), expected, rtol=0, atol=1e-5)
-    randomise_adapter(policy, seed=7)
+    randomize_adapter(policy, seed=7)
     with build_reference(policy, "fixed").active() as reference:
         torch.testing.assert_close(reference(IDS).logits, expected, rtol=0, atol=1e-5)
     # the second adapter names a base on disk, so it opens by itself
@@ -554,7 +554,7 @@ def test_a_gguf_file_is_converted_once_to_a_folder_that_transformers_opens(tmp_p
     written = (converted / "model.safetensors").stat().st_mtime_ns
     policy = load_policy(str(file), lora=LoRA(r=2))
     assert isinstance(policy, PeftModel)
-    randomise_adapter(policy)
+    randomize_adapter(policy)
     saved = save_policy(policy, tokenizer, tmp_path / "saved")  # what a model straight from GGUF would refuse
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(saved)), logits(policy), rtol=0, atol=1e-5)
     assert (converted / "model.safetensors").stat().st_mtime_ns == written

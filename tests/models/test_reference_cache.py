@@ -137,7 +137,7 @@ def test_other_weights_types_and_ids_are_not_mistaken(tmp_path: Path, tiny_polic
     assert entry_key("", (1, 2), (3,)) != entry_key("", (1,), (2, 3))
 
 
-def test_a_reference_that_has_moved_and_drawn_responses_leave_no_trace(tmp_path: Path, tiny_policy: Path) -> None:
+def test_a_reference_that_has_moved_and_sampled_responses_leave_no_trace(tmp_path: Path, tiny_policy: Path) -> None:
     cache = ReferenceCache(tmp_path / "cache")
     moved = engine(tiny_policy)
     assert moved.reference is not None

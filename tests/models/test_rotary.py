@@ -97,7 +97,7 @@ def test_rows_are_scored_by_their_own_length(make: Callable[[], PreTrainedModel]
 
 
 @pytest.mark.parametrize("make", [longrope, dynamic])
-def test_scores_and_judgements_too(make: Callable[[], PreTrainedModel]) -> None:
+def test_scores_and_judgments_too(make: Callable[[], PreTrainedModel]) -> None:
     model: Any = make()
     head = torch.nn.Linear(32, 1, bias=False)
     with torch.no_grad():

@@ -67,7 +67,7 @@ def test_parameter_counts_are_those_of_the_paper(tiny_policy: Path, linear_folde
         assert count([p for p in scorer.parameters() if p.requires_grad]) == trained[kind]
 
 
-def test_the_second_phase_keeps_what_the_first_learnt_and_moves_no_backbone(
+def test_the_second_phase_keeps_what_the_first_learned_and_moves_no_backbone(
     tiny_policy: Path, linear_folder: Path
 ) -> None:
     first = open_scorer(str(linear_folder))
@@ -163,7 +163,7 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path, linear_folder: Path
         build_scorer(str(linear_folder), Ensemble("lora", 3), gradient_checkpointing=True)
     with pytest.raises(ValueError, match="independent members are trained whole"):
         build_scorer(str(tiny_policy), Ensemble("independent", 3), ADAPTERS)
-    with pytest.warns(UserWarning, match="has not learnt rewards.*kind=linear first"):
+    with pytest.warns(UserWarning, match="has not learned rewards.*kind=linear first"):
         build_scorer(str(tiny_policy), Ensemble("lora", 2), ADAPTERS)
     with pytest.raises(ValueError, match="size must be at least 2; got 1"):
         Ensemble("linear", 1)

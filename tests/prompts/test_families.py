@@ -22,7 +22,7 @@ from transformers import (
 from lightning_rlhf import PreferenceDataModule
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.generation.text import drawn_text
+from lightning_rlhf.generation.text import sampled_text
 from lightning_rlhf.labelers import RecordedLabeler
 from lightning_rlhf.models.stops import add_stop_ids, stop_ids
 from lightning_rlhf.modules import RewardModule
@@ -97,7 +97,7 @@ def test_prompt_and_completion_are_the_templates_ids_up_to_the_end_of_turn(name:
                 assert prompt.ids == template_ids(tokenizer, *messages, add_generation_prompt=True)
 
 
-def test_plain_texts_are_tokenised_as_one(name: str) -> None:
+def test_plain_texts_are_tokenized_as_one(name: str) -> None:
     tokenizer = made(name)
     for text, completion in (
         ("name the river.", " The Elbe."),
@@ -241,16 +241,16 @@ def test_generation_stops_where_recorded_turns_end(name: str) -> None:
     assert set(saved) == {end, tokenizer.eos_token_id}
 
 
-def test_a_drawn_text_continues_a_plain_prompt(name: str) -> None:
+def test_a_sampled_text_continues_a_plain_prompt(name: str) -> None:
     tokenizer = made(name)
     for text in (" the Elbe.", "\nthe Elbe", "s."):
         row = PromptRow("r", text="name the river", completion=text)
         (prompt,), _ = tokenize_rows([row], tokenizer, **LIMITS)
         assert prompt.completion is not None
-        assert drawn_text(tokenizer, prompt, prompt.completion.ids, ended=True) == text
+        assert sampled_text(tokenizer, prompt, prompt.completion.ids, ended=True) == text
 
 
-def test_reasoning_is_recorded_as_it_is_drawn() -> None:
+def test_reasoning_is_recorded_as_it_is_sampled() -> None:
     for name in ("qwen3", "r1"):
         tokenizer = made(name)
         asked = template_ids(tokenizer, USER, add_generation_prompt=True)

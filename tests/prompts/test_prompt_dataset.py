@@ -357,7 +357,7 @@ def test_the_finish_reason_of_a_conversation_is_that_of_its_last_turn(tmp_path: 
     assert [row.finish_reasons for row in DatasetCompletions(str(file)).load()] == [("length",)]
 
 
-def test_turns_that_cannot_be_learnt_are_counted(tmp_path: Path) -> None:
+def test_turns_that_cannot_be_learned_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     turns = [said("hi"), USER, said("a"), said("b")]
     file.write_text(json.dumps({"messages": turns}))

@@ -144,7 +144,7 @@ def test_template_without_an_end_gets_eos() -> None:
     assert tokenizer.convert_ids_to_tokens(list(pair[0].ids)) == ["h", "!", "<|im_end|>"]
 
 
-def test_eos_inside_a_completion_ends_it_as_it_would_have_ended_a_drawn_one() -> None:
+def test_eos_inside_a_completion_ends_it_as_it_would_have_ended_a_sampled_one() -> None:
     for row in (PromptRow("r", text="sky"), PromptRow("r", messages=HELLO)):
         row = replace(row, pair=RecordedPair("red </s> blue", "green </s>"))
         (prompt,), counts = tokenize_rows([row], word_tokenizer(), max_prompt_tokens=9, max_response_tokens=9)

@@ -104,7 +104,7 @@ class World:
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
-    """A random Llama with peaked next-token laws."""
+    """A random Llama with peaked next-token distributions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -130,7 +130,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def nucleus(probabilities: Sequence[float], top_p: float) -> list[float]:
-    """The smallest set of most probable tokens whose mass reaches top_p, renormalised; plain Python, as a twin."""
+    """The smallest set of most probable tokens whose mass reaches top_p, renormalized; plain Python, as a twin."""
     kept, mass = set(), 0.0
     for token in sorted(range(len(probabilities)), key=lambda token: -probabilities[token]):
         if mass >= top_p:
@@ -141,14 +141,14 @@ def nucleus(probabilities: Sequence[float], top_p: float) -> list[float]:
 
 
 class ToyEngine(AbstractEngine):
-    """Draws responses from a fixed categorical law, by the request's key alone; tilts it by the request's mix."""
+    """Samples responses from a categorical distribution, by the request's key alone; tilts it by the request's mix."""
 
     def __init__(self, beta: float = 0.5) -> None:
         self.beta = beta
         self.calls = 0
 
     def generate(self, requests: Sequence[Request], *, reference_logps: bool = False) -> list[Response]:
-        """Draw one response per request."""
+        """Sample one response per request."""
         self.calls += 1
         return [self._draw(request) for request in requests]
 
@@ -174,19 +174,19 @@ class ToyEngine(AbstractEngine):
 
 
 def product_law(first: Mapping[Ids, float], second: Mapping[Ids, float]) -> PairDistribution:
-    """The law of two independent draws."""
+    """The distribution of two independent samples."""
     return {(a, b): p * q for a, p in first.items() for b, q in second.items()}
 
 
 def assert_follows(observed: Iterable[Any], law: Mapping[Any, float], minimum: float = 1e-4) -> None:
-    """Check draws against an exact law: none outside its support, and a chi-square test with p above ``minimum``.
+    """Check samples against a distribution: none outside its support, a chi-square test with p above ``minimum``.
 
     Outcomes expected fewer than five times share one bin.
     """
     counts = Counter(observed)
     total = sum(counts.values())
     impossible = [outcome for outcome in counts if law.get(outcome, 0.0) <= 0.0]
-    assert not impossible, f"drawn, but of probability zero: {impossible[:3]}"
+    assert not impossible, f"sampled, but of probability zero: {impossible[:3]}"
     frequent = [outcome for outcome, p in law.items() if p * total >= 5.0]
     found = [float(counts[outcome]) for outcome in frequent]
     expected = [law[outcome] * total for outcome in frequent]
@@ -205,7 +205,7 @@ def assert_follows(observed: Iterable[Any], law: Mapping[Any, float], minimum: f
 
 
 def ids_of(comparisons: Iterable[Comparison]) -> list[tuple[Ids, Ids]]:
-    """What was drawn."""
+    """The pairs that were sampled."""
     return [(comparison.a.ids, comparison.b.ids) for comparison in comparisons]
 
 

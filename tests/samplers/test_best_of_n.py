@@ -28,7 +28,7 @@ class CountReward(AbstractReward):
 
 
 def best_of_three_law(law: dict[Any, float], score: dict[Any, float]) -> dict[Any, float]:
-    """P(best, worst) of three draws, over all triples, ties broken fairly."""
+    """P(best, worst) of three samples, over all triples, ties broken fairly."""
     pairs: dict[Any, float] = defaultdict(float)
     for triple in product(law, repeat=3):
         p = law[triple[0]] * law[triple[1]] * law[triple[2]]
@@ -67,10 +67,10 @@ def test_at_the_reference_all_candidates_tie_and_the_pair_is_random(make_world: 
     tools.assert_follows(tools.ids_of(comparisons), tools.product_law(world.law(), world.law()))
 
 
-def test_two_candidates_of_the_same_prompt_are_different_draws(toy_engine: Any, world: Any) -> None:
+def test_two_candidates_of_the_same_prompt_are_different_samples(toy_engine: Any, world: Any) -> None:
     comparisons = BestOfNSampler(n=2).sample(world.prompts(200), toy_engine, Key((4,)))
     assert any(c.a.ids != c.b.ids for c in comparisons)
-    assert any(c.a.ids == c.b.ids for c in comparisons)  # as independent draws will
+    assert any(c.a.ids == c.b.ids for c in comparisons)  # as independent samples will
 
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=8), st.integers(0, 10**6), st.sampled_from([1.0, TIE * 0.6]))

@@ -31,7 +31,7 @@ def blend(first: dict[Any, float], second: dict[Any, float], share: float) -> di
 
 @pytest.fixture(scope="module")
 def laws(world: Any, tools: Any) -> dict[str, Any]:
-    """Exact pair laws."""
+    """Exact distributions of pairs."""
     policy, reference = world.law(), world.law(mix=-1.0)
     plus, minus = world.law(mix=world.beta), world.law(mix=-world.beta)
     return {
@@ -43,7 +43,7 @@ def laws(world: Any, tools: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pilaf_pairs(world: Any) -> list[Comparison]:
-    """Pairs drawn by PILAF."""
+    """Pairs sampled by PILAF."""
     return PILAFSampler().sample(world.prompts(COUNT), world.engine(), Key((1,)))
 
 
@@ -94,7 +94,7 @@ def test_t_pilaf_tilts_with_probability_zz_over_one_plus_zz(world: Any, laws: di
     assert all(c.meta["tilt_probability"] == pytest.approx(0.8) for c in comparisons)
 
 
-def test_weighted_vanilla_draws_the_pairs_that_vanilla_draws(world: Any, tools: Any) -> None:
+def test_weighted_vanilla_samples_the_pairs_of_vanilla(world: Any, tools: Any) -> None:
     drawn = [
         s.sample(world.prompts(300), world.engine(), Key((7,))) for s in (VanillaSampler(), WeightedVanillaSampler())
     ]

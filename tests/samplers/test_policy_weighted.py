@@ -94,7 +94,7 @@ def test_greedy_pairs_lower_the_trace_most_at_every_step_and_look_elsewhere() ->
     assert loss(chosen[:4]) < loss(alone[:4])
 
 
-def test_a_share_of_the_pairs_is_labelled_and_counted(toy_engine: Any) -> None:
+def test_a_share_of_the_pairs_is_labeled_and_counted(toy_engine: Any) -> None:
     thrifty = PolicyWeightedSampler(n=4, dim=4, label_fraction=0.3)
     drawn = thrifty.sample(prompts(20), toy_engine, Key((5,)))
     chosen = thrifty.select_for_labeling(drawn)
@@ -115,7 +115,7 @@ def test_sampler_chooses_the_v_optimal_pair_of_its_pool(toy_engine: Any) -> None
     """With exact features no other pair of the pool has a greater value under the sampler's I and Sigma."""
     sampler = PolicyWeightedSampler(n=5, dim=4)
     for index in range(4):
-        weight = policy_weight(sampler.regularised_information(), sampler.sigma)
+        weight = policy_weight(sampler.regularized_information(), sampler.sigma)
         drawn = sampler.sample(prompts(40), toy_engine, Key((0, index)))
         for comparison in drawn:
             pool = unpacked(comparison.meta["pool"], comparison.meta["pool_scale"], 4)
@@ -148,7 +148,7 @@ def test_information_is_positive_definite_grows_and_is_the_sum_over_pairs(toy_en
             )
             expected += torch.outer(a - b, a - b) / (2 * math.cosh(comparison.meta["delta"] / 2)) ** 2
         torch.testing.assert_close(sampler.information, expected, rtol=2e-3, atol=1e-3)
-        eigenvalues = torch.linalg.eigvalsh(sampler.regularised_information())
+        eigenvalues = torch.linalg.eigvalsh(sampler.regularized_information())
         assert float(eigenvalues.min()) > 0
         smallest.append(float(torch.linalg.eigvalsh(sampler.information)[1]))
     # all four gradients add up to zero, so that one direction stays empty; the others fill
@@ -187,7 +187,7 @@ def test_sigma_is_shrunk_to_unity_by_draws_per_dimension_and_decays() -> None:
     torch.testing.assert_close(sampler.sigma, matrix([[2 / 3 * 2 + 1.25 / 3, 2 / 3], [2 / 3, 2 / 3 / 2 + 1.25 / 3]]))
     # the prior is as much information as `ridge` pairs of the policy, Sigma / 2 each, evenly spread
     expected = sampler.information + 0.5 * 2 * sampler.sigma / 2 + 100 * 1.25 * torch.eye(2, dtype=torch.float64) / 2
-    torch.testing.assert_close(sampler.regularised_information(), expected)
+    torch.testing.assert_close(sampler.regularized_information(), expected)
     # a later round: earlier scatter and its degrees of freedom count half, 4 + 2 = 2 + 2
     sampler.observe([comparison([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0]])])
     sample = matrix([[4.0, 2.0], [2.0, 1.0 + 2.0]]) / 4

@@ -49,7 +49,7 @@ def prompts_with_pairs(world: Any, count: int) -> list[Prompt]:
 
 
 def essence(comparison: Comparison) -> tuple[Any, ...]:
-    """What was drawn, without the numbers that rounding may touch."""
+    """The sampled pairs, without the numbers that rounding may touch."""
     a, b = comparison.a, comparison.b
     return comparison.prompt.index, a.ids, a.source, b.ids, b.source, comparison.branch, comparison.passes
 

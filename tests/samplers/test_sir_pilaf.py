@@ -92,7 +92,7 @@ def test_large_pools_give_t_pilafs_law_of_whole_responses() -> None:
         return float((law.reshape(5, 5) - exact).abs().sum() / 2)
 
     far, near = distance(2), distance(64)
-    # of two draws there is one pair, and that is Vanilla's
+    # of two responses there is one pair, and that is Vanilla's
     vanilla = product_pair_distribution(log_policy, log_policy)
     assert far == pytest.approx(float((vanilla - exact).abs().sum() / 2), abs=0.02)
     assert near < 0.02 < far / 3

@@ -33,7 +33,7 @@ def renumbered(comparisons: list[Comparison], index: int) -> list[Comparison]:
     return [replace(c, prompt=replace(c.prompt, index=index)) for c in comparisons]
 
 
-def test_zz_is_learnt_for_each_prompt(make_world: Any) -> None:
+def test_zz_is_learned_for_each_prompt(make_world: Any) -> None:
     worlds = [make_world(beta=0.25), make_world(beta=0.25, ids=(0, 3))]
     sampler = TPILAFSampler(limit=50.0)
     drawn: list[Comparison] = []
@@ -49,7 +49,7 @@ def test_zz_is_learnt_for_each_prompt(make_world: Any) -> None:
     assert sampler.estimate.zz(99) == sampler.estimate.zz_bar  # never seen: the mean over prompts
 
 
-def test_the_next_round_uses_what_was_learnt(world: Any) -> None:
+def test_the_next_round_uses_what_was_learned(world: Any) -> None:
     sampler = TPILAFSampler(prior_count=0.0)
     sampler.observe([pretend(0, math.acosh(2.0), 0.5), pretend(1, math.acosh(4.0), 0.5)])
     comparisons = sampler.sample(world.prompts(3), world.engine(), Key((0,)))

@@ -7,8 +7,8 @@ import torch
 
 from lightning_rlhf.worlds.feedback_bandit import (
     expected_reward,
-    learnt_by_imitation,
-    learnt_from_feedback,
+    learned_by_imitation,
+    learned_from_feedback,
     policy_around,
     reward_model,
     value_of_feedback,
@@ -38,8 +38,8 @@ def test_the_gradient_is_that_of_the_expected_loss() -> None:
 
 def test_without_training_nothing_changes() -> None:
     student = policy_around(40)
-    torch.testing.assert_close(learnt_from_feedback(student, steps=0), student)
-    torch.testing.assert_close(learnt_by_imitation(student, steps=0), torch.full_like(student, 0.01))
-    assert expected_reward(learnt_by_imitation(student, 1.0, 30_000)) == pytest.approx(
+    torch.testing.assert_close(learned_from_feedback(student, steps=0), student)
+    torch.testing.assert_close(learned_by_imitation(student, steps=0), torch.full_like(student, 0.01))
+    assert expected_reward(learned_by_imitation(student, 1.0, 30_000)) == pytest.approx(
         expected_reward(student), abs=0.5
     )

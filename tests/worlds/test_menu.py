@@ -32,7 +32,7 @@ def menu(text: str) -> Response:
     return Response((2,), text, "eos")
 
 
-def test_policy_is_small_and_has_learnt_that_menus_end_after_three_to_six_dishes(folder: Path) -> None:
+def test_policy_is_small_and_has_learned_that_menus_end_after_three_to_six_dishes(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
     tokenizer = load_tokenizer(str(folder))

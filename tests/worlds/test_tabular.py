@@ -10,8 +10,8 @@ import torch
 
 from lightning_rlhf.estimators.tabular import differences, expected_dpo_loss, tilted_distributions
 from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, PoolArm, ResampledArm, SecantArm, categorical
-from lightning_rlhf.worlds.laws import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
-from lightning_rlhf.worlds.learning import iterative, labelled, online, overfitted_start
+from lightning_rlhf.worlds.distributions import SAMPLERS, best_of_n, pilaf, secant, t_pilaf, vanilla, weighted_vanilla
+from lightning_rlhf.worlds.learning import iterative, labeled, online, overfitted_start
 from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import TabularWorld, deviation
 
@@ -72,7 +72,7 @@ def test_pair_laws_are_symmetric_laws_with_mean_weight_one(
     torch.testing.assert_close(mean, torch.ones(3, dtype=torch.float64))
 
 
-def test_best_of_n_law_by_enumerating_all_draws() -> None:
+def test_best_of_n_distribution_by_enumeration() -> None:
     log_policy = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
     log_reference = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64).log()
     reward = log_policy - log_reference
@@ -110,7 +110,7 @@ def test_a_reward_fitted_to_the_labels_gives_the_secant_of_the_truth_in_the_end(
     numbers = torch.stack([torch.rand(2, 20000, generator=g, dtype=torch.float64) for g in generators])
     prompts = (numbers[:, 0] * 4).long()
     drawn = DistributionArm(vanilla).draw(world, parameters, prompts, generators)
-    fitted.learn(*labelled(world, prompts, drawn, numbers[:, 1]))
+    fitted.learn(*labeled(world, prompts, drawn, numbers[:, 1]))
     laws = [arm.pair_distribution(world, parameters).probability for arm in (fitted, exact)]
     assert float((laws[0] - laws[1]).abs().sum((-1, -2)).max()) / 2 < 0.02
     assert float((start - laws[1]).abs().sum((-1, -2)).max()) / 2 > 0.1
@@ -164,7 +164,7 @@ def test_asymptotic_gap_is_what_maximum_likelihood_loses() -> None:
     start = truth.expand(repeats, -1)
     drawn = DistributionArm(vanilla).draw(copies, start, prompts, generators)
     uniforms = torch.stack([torch.rand(num_labels, generator=g, dtype=torch.float64) for g in generators])
-    gaps, labels = labelled(copies, prompts, drawn, uniforms)
+    gaps, labels = labeled(copies, prompts, drawn, uniforms)
     fitted = maximum_likelihood(gaps, labels, drawn.weight, start, ridge=1e-9)
     loss = num_labels * (world.best_j() - copies.objective(fitted).j)
     error = float(loss.std()) / repeats**0.5
@@ -216,7 +216,7 @@ def test_an_overfitted_start_is_far_and_poor() -> None:
 
 
 def test_the_chosen_pair_of_a_pool_teaches_more_than_a_random_one() -> None:
-    """Policy-weighted choice ends nearer to the optimum than the first two draws of the same pools, in every regime."""
+    """Policy-weighted choice ends nearer to the optimum than the first two of the same pools, in every regime."""
     seeds = list(range(20))
     for beta, spread in ((0.1, 2.0), (0.5, 2.0), (1.0, 4.0)):
         world = TabularWorld.draw(seeds, beta=beta, spread=spread)
