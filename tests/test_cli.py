@@ -70,7 +70,8 @@ def test_shipped_configs_fit_two_steps(in_folder: Path, tiny_policy: Path, confi
 
 
 MODEL_SAMPLERS = ["sampler/infomax", "sampler/thompson"]
-OVERLAYS = [n for n in config_names() if n.startswith("sampler/") and n not in MODEL_SAMPLERS] + [
+OVERLAYS = [name for name in config_names() if name.startswith("sampler/") and name not in MODEL_SAMPLERS]
+OVERLAYS += ["trainer/cpu", "debug"]
     "trainer/cpu",
     "debug",
 ]
