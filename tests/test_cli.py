@@ -72,9 +72,6 @@ def test_shipped_configs_fit_two_steps(in_folder: Path, tiny_policy: Path, confi
 MODEL_SAMPLERS = ["sampler/infomax", "sampler/thompson"]
 OVERLAYS = [name for name in config_names() if name.startswith("sampler/") and name not in MODEL_SAMPLERS]
 OVERLAYS += ["trainer/cpu", "debug"]
-    "trainer/cpu",
-    "debug",
-]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
