@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.ledger.silver import SilverTable
+from lightning_rlhf.ledger.silver import UNLABELED, SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.load import LoRA, load_policy, load_tokenizer, save_policy
 
@@ -117,33 +117,34 @@ data:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["trainer/ddp", "trainer/fsdp"])
-def test_two_processes_train_on_the_silver_pairs_of_one(tmp_path: Path, tiny_policy: Path, overlay: str) -> None:
+def test_two_processes_train_on_the_silver_pairs_of_one(tmp_path: Path, tiny_policy: Path) -> None:
     """Rounds of an odd number of pairs: the ranks have different shares of real and of silver pairs."""
     (tmp_path / "silver.yaml").write_text(SILVER)
-    options = [
-        "--config=silver.yaml",
-        "--data.sampler=InfomaxSampler",
-        "--data.sampler.n=3",
-        "--data.rounds.replay=last",
-    ]
-    options += ["--data.rounds.prompts_per_round=5", "--trainer.max_epochs=6"]
+    options = ["--config=silver.yaml", "--data.sampler=InfomaxSampler", "--data.sampler.n=3"]
+    options += ["--data.rounds.replay=last", "--data.rounds.prompts_per_round=5", "--trainer.max_epochs=6"]
     one = run(tmp_path, tiny_policy, "one", [], "--config=trainer/cpu", *options)
-    two = run(tmp_path, tiny_policy, "two", TWO, f"--config={overlay}", "--trainer.devices=2", *options)
-    check_same_pairs(one, two)
-    for epoch in (-1, 0, 3, 5):
-        found = []
-        for folder in (one, two):
-            with PreferenceStore(folder / "ledger.sqlite", read_only=True) as store:
-                found.append(SilverTable(store).pairs(epoch))
-        assert len(found[0]) == 5
-        for (a, label), (b, other) in zip(*found, strict=True):
-            assert (a.prompt, a.a.ids, a.b.ids) == (b.prompt, b.a.ids, b.b.ids)
-            if label is not None and other is not None:
-                assert label.probability == pytest.approx(other.probability, abs=1e-5)
-    single, several = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one, two))
-    for p, q in zip(single.parameters(), several.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    for name in ("ddp", "fsdp"):
+        two = run(tmp_path, tiny_policy, name, TWO, f"--config=trainer/{name}", "--trainer.devices=2", *options)
+        check_same_pairs(one, two)
+        check_same_silver_pairs(one, two)
+        single, several = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (one, two))
+        for p, q in zip(single.parameters(), several.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def check_same_silver_pairs(one: Path, two: Path) -> None:
+    """Fail unless both runs have the same unlabeled samples and silver pairs."""
+    with (
+        PreferenceStore(one / "ledger.sqlite", read_only=True) as expected,
+        PreferenceStore(two / "ledger.sqlite", read_only=True) as got,
+    ):
+        for epoch in (UNLABELED, 0, 3, 5):
+            found = [SilverTable(store).pairs(epoch) for store in (expected, got)]
+            assert len(found[0]) == 5
+            for (a, label), (b, other) in zip(*found, strict=True):
+                assert (a.prompt, a.a.ids, a.b.ids) == (b.prompt, b.a.ids, b.b.ids)
+                if label is not None and other is not None:
+                    assert label.probability == pytest.approx(other.probability, abs=1e-5)
 
 
 @pytest.mark.slow
