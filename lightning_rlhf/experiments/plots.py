@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_rlhf.experiments.curves import Curve
-from lightning_rlhf.experiments.efficiency import student_quantile
+from lightning_rlhf.experiments.efficiency import Arm, reach_of, student_quantile
 from lightning_rlhf.experiments.report import Grid
-from lightning_rlhf.experiments.statistics import Array, j_grid
+from lightning_rlhf.experiments.statistics import Array, common_grid, j_grid
 
 
 if TYPE_CHECKING:
@@ -134,6 +134,89 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
     note = "bands: 95 % intervals over seeds, without what arms of a seed share" if bands else "means over seeds"
     figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
     return figure
+
+
+def plot_efficiency(grid: Grid, path: Path, title: str, baseline: str, unit: str = "labels") -> None:
+    """Plot mean J against labels on a logarithmic axis; an arrow says with how many labels the best arm does as well.
+
+    Bands are Student's 95 % intervals over seeds. The arrow lies at the final J of the baseline, from the labels at
+    which it is reached to those of the arm that needs fewest (`share_of_labels`); no arrow where none needs fewer.
+
+    Args:
+        grid: runs by setting and arm.
+        path: the file to write, ``.png``.
+        title: text above the figure.
+        baseline: the arm that others are compared with.
+        unit: quantity on the horizontal axis.
+    """
+    efficiency_figure(grid, title, baseline, unit).savefig(path, dpi=140)
+
+
+def efficiency_figure(grid: Grid, title: str, baseline: str, unit: str = "labels") -> Figure:
+    """Make the figure of `plot_efficiency` without saving it."""
+
+    def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
+        labels, j = common_grid(curves)
+        # a logarithmic axis has no place for the start
+        labels, j = labels[labels > 0], j[:, labels > 0]
+        mean = j.mean(0)
+        axes.plot(labels, mean, color=style.colour, linestyle=style.line, linewidth=2.0, zorder=3)
+        axes.plot(labels[-1:], mean[-1:], style.marker, color=style.colour, markersize=5, zorder=4)
+        if len(j) > 1:
+            half = half_width(j)
+            axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.15, linewidth=0, zorder=1)
+
+    def finish(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+        last = max(curve.last.labels for curve in chain.from_iterable(arms.values()))
+        first = min(float(labels[labels > 0].min()) for labels, _ in map(common_grid, arms.values()))
+        # a tick at every halving of the largest budget, so that shares can be read off
+        ticks = [last / 2**k for k in range(20) if last / 2**k >= 0.99 * first]
+        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        axes.set_xlim(0.93 * first, 1.12 * last)
+        if baseline in arms:
+            mark_saving(axes, arms, baseline)
+
+    figure = panels(grid, title, draw, f"{unit}, logarithmic", "J = reward − β KL", finish)
+    note = f"bands: 95 % intervals over seeds; dotted: final J of {baseline}"
+    figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
+    return figure
+
+
+def mark_saving(axes: Axes, arms: Mapping[str, Sequence[Curve]], baseline: str) -> None:
+    """Draw the arrow of `plot_efficiency` at the final J of the baseline, from its labels to those of the best arm."""
+    from matplotlib.patheffects import withStroke
+
+    other = Arm(*common_grid(arms[baseline]))
+    found = [reach_of(Arm(*common_grid(curves)), other) for arm, curves in arms.items() if arm != baseline]
+    j = float(other.j.mean(0)[-1]) if not found else found[0].j
+    axes.axhline(j, color="0.4", linewidth=1.0, linestyle=":", zorder=2)
+    best = min(found, key=lambda reach: reach.arm, default=None)
+    if best is None or not 0 < best.arm < best.baseline:
+        return
+    axes.annotate(
+        "",
+        xy=(best.arm, j),
+        xytext=(best.baseline, j),
+        arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0},
+        zorder=5,
+    )
+    # the middle of the arrow on a logarithmic axis
+    middle = (best.arm * best.baseline) ** 0.5
+    saving = f"{best.baseline / best.arm:.1f}".removesuffix(".0")
+    axes.annotate(
+        f"same J at 1/{saving} of the labels",
+        xy=(middle, j),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="center",
+        fontsize="small",
+        fontweight="bold",
+        # legible over curves without hiding them
+        path_effects=[withStroke(linewidth=3.0, foreground="white")],
+        zorder=6,
+    )
 
 
 def plot_alignment(grid: Grid, path: Path, title: str) -> None:

@@ -60,6 +60,36 @@ def paired(
     return mean_interval([at(curve, moments[0]) - theirs[curve.seed] for curve in curves if curve.seed in theirs])
 
 
+def j_at(curve: Curve, labels: int) -> float:
+    """J of a run at a number of labels, by a straight line between evaluations; NaN outside of them.
+
+    Args:
+        curve: the run.
+        labels: the number of labels.
+    """
+    found = _j_by_labels(curve)
+    if not min(found) <= labels <= max(found):
+        return math.nan
+    return float(np.interp(labels, list(found), list(found.values())))
+
+
+def paired_at(curves: Sequence[Curve], baseline: Sequence[Curve], labels: int) -> Interval:
+    """Mean over common seeds of J at a number of labels less the baseline's J at its end, with Student's interval.
+
+    The number of labels is fixed before the runs: unlike a share of labels, the difference is a paired t test.
+
+    Args:
+        curves: runs of an arm in one setting.
+        baseline: runs of the arm it is compared with, which may be the same.
+        labels: labels of the arm.
+
+    Returns:
+        The difference; NaN where a run was not evaluated at so few or so many labels.
+    """
+    ends = {curve.seed: curve.last.j for curve in baseline}
+    return mean_interval([j_at(curve, labels) - ends[curve.seed] for curve in curves if curve.seed in ends])
+
+
 def mean_cosines(curves: Sequence[Curve], figure: str) -> dict[int, float]:
     """Mean over a run of one of its cosines, by seed; runs that know none are left out."""
     found = {}
