@@ -29,6 +29,9 @@ SAVING = 0.6
 Grid = Mapping[str, Mapping[str, Sequence[Curve]]]
 """Runs by setting and arm."""
 
+ArmFigures = Mapping[str, Any]
+"""All numbers of an arm in one setting, by name."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -212,7 +215,7 @@ def saving_verdict(share: Interval) -> str:
 
 
 def markdown(
-    figures: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    figures: Mapping[str, Mapping[str, ArmFigures]],
     claims: Sequence[Verdict],
     baseline: str,
     regime: Callable[[str], str],
@@ -243,7 +246,7 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+def table(arms: Mapping[str, ArmFigures], baseline: str) -> str:
     """The layout of Tables 2 and 3, with paired differences and label efficiency."""
     cosines = any("cosine" in found for found in arms.values())
     asked, ranked = any("calls" in found for found in arms.values()), any("agreement" in f for f in arms.values())
@@ -274,13 +277,13 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     return rows_table(header, rows)
 
 
-def budget_of(arms: Mapping[str, Mapping[str, Any]]) -> str:
+def budget_of(arms: Mapping[str, ArmFigures]) -> str:
     """Labels per run of the arms of a setting: ``1920``, or ``960 to 1920`` where arms differ."""
     budgets = sorted({found["labels"] for found in arms.values()})
     return str(budgets[0]) if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
 
 
-def efficiency_table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+def efficiency_table(arms: Mapping[str, ArmFigures], baseline: str) -> str:
     """Labels to reach the baseline's final J and half of its gain, and J at fixed labels with paired differences.
 
     Args:
@@ -302,7 +305,7 @@ def efficiency_table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> st
     return rows_table(header, rows)
 
 
-def cost_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def cost_table(figures: Mapping[str, Mapping[str, ArmFigures]]) -> str:
     """Passes and annotations per pair, as planned (Table 1 of PILAF) and as counted over all settings; times."""
     arms = list(dict.fromkeys(chain.from_iterable(figures.values())))
     header = ["arm", "passes per pair, planned", "counted", "annotations per pair", "time per run"]
@@ -317,7 +320,7 @@ def cost_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     for arm in arms:
         found = [setting[arm] for setting in figures.values() if arm in setting]
 
-        def mean(name: str, form: str, found: Sequence[Mapping[str, Any]] = found) -> str:
+        def mean(name: str, form: str, found: Sequence[ArmFigures] = found) -> str:
             # NaN in a setting whose runs do not count them
             known = [figure[name] for figure in found if not math.isnan(figure[name])]
             return form.format(sum(known) / len(known)) if known else "–"
