@@ -14,7 +14,7 @@ import numpy as np
 from lightning_rlhf.experiments.curves import Curve
 from lightning_rlhf.experiments.efficiency import Arm, reach_of, student_quantile
 from lightning_rlhf.experiments.report import Grid
-from lightning_rlhf.experiments.statistics import Array, common_grid, j_grid
+from lightning_rlhf.experiments.statistics import Array, common_grid
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
     bands = max(map(len, grid.values())) <= MANY
 
     def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
-        labels, j = j_grid(curves)
+        labels, j = common_grid(curves)
         effects = ease[curves[0].setting]
         # [runs, points] - [runs, 1]
         j = j - np.array([[effects[curve.seed]] for curve in curves])
@@ -124,7 +124,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
 
     def crop(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
         # the first third of the climb is steep and the same for all arms: leave it out of the axis
-        grids = [j_grid(curves)[1].mean(0) for curves in arms.values()]
+        grids = [common_grid(curves)[1].mean(0) for curves in arms.values()]
         top = max(float(j.max()) for j in grids)
         floor = min(float(j[len(j) // 3 :].min()) for j in grids)
         room = max(top - floor, 1e-9)
@@ -449,7 +449,6 @@ def half_width(values: Array) -> Array:
 
 
 def mean_path(curves: Sequence[Curve], figure: str) -> tuple[Array, Array]:
-    """Labels of the evaluations that all runs have, and the mean of a metric at them."""
-    labels, _ = j_grid(curves)
-    values = [{point.labels: getattr(point, figure) for point in curve.points} for curve in curves]
-    return labels, np.array([[found[int(n)] for n in labels] for found in values]).mean(0)
+    """Labels of the evaluations of an arm's runs, and the mean of a metric at them; see `common_grid`."""
+    labels, values = common_grid(curves, figure)
+    return labels, values.mean(0)

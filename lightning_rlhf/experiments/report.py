@@ -70,7 +70,7 @@ def figures_of(grid: Grid, baseline: str, at_labels: Sequence[int] = ()) -> dict
     for setting, arms in grid.items():
         report[setting] = {}
         for arm, curves in arms.items():
-            found: dict[str, Any] = {"seeds": len(curves), "labels": curves[0].last.labels}
+            found: dict[str, Any] = {"seeds": len(curves), "labels": max(c.last.labels for c in curves)}
             for name, _ in FIGURES:
                 found[name] = mean_interval([getattr(c.last, name) for c in curves])
                 if baseline in arms and arm != baseline:
@@ -93,7 +93,7 @@ def figures_of(grid: Grid, baseline: str, at_labels: Sequence[int] = ()) -> dict
             if spreads:
                 found["spread"] = mean_interval(spreads)
             if at_labels:
-                found["j_at"] = {str(n): mean_interval([j_at(curve, n) for curve in curves]) for n in at_labels}
+                found["j_at"] = {str(n): mean_interval(j_at(curves, n)) for n in at_labels}
             if at_labels and baseline in arms:
                 found["j_at_difference"] = {str(n): paired_at(curves, arms[baseline], n) for n in at_labels}
             report[setting][arm] = {**found, **costs_of(curves)}

@@ -99,8 +99,25 @@ def test_runs_that_were_evaluated_at_other_labels_are_interpolated() -> None:
     between = CurvePoint(1, 15, 0.0, 0.0, 9.0)
     odd = Curve("online", "PILAF", 2, (short.points[0], between, short.points[1]), 2.5, 2.0)
     labels, j = common_grid([curve("PILAF", 0, [0.0, 1.0, 2.0, 3.0]), short, odd])
-    assert labels.tolist() == [10.0, 15.0, 20.0]
-    assert j.tolist() == [[1.0, 1.5, 2.0], [1.0, 1.5, 2.0], [1.0, 9.0, 2.0]]
+    # runs that ended early keep their last J: one that collapsed counts until the end
+    assert labels.tolist() == [10.0, 15.0, 20.0, 30.0]
+    assert j.tolist() == [[1.0, 1.5, 2.0, 3.0], [1.0, 1.5, 2.0, 2.0], [1.0, 9.0, 2.0, 2.0]]
+    _, kl = common_grid([curve("PILAF", 0, [0.0, 1.0], kl=3.0), short], "kl")
+    assert kl.tolist() == [[3.0, 3.0], [1.0, 1.0]]
+
+
+def test_a_run_that_collapsed_is_not_left_out_of_the_figures() -> None:
+    baseline = [curve("Vanilla", s, [0.0, 1.0, 2.0, 3.0, 4.0]) for s in range(4)]
+    # one of four has nothing left to label after 20 labels
+    ours = [curve("silver", s, [0.0, 4.0, 8.0, 8.0, 8.0]) for s in range(3)] + [curve("silver", 3, [0.0, 1.0, -4.0])]
+    assert j_at(ours, 30) == [8.0, 8.0, 8.0, -4.0]
+    assert paired_at(ours, baseline, 30).value == pytest.approx(1.0)
+    figures = figures_of(grid_of([*baseline, *ours]), "Vanilla", at_labels=[30])
+    assert figures["online"]["silver"]["labels"] == 40
+    # mean J 5 at 20 labels passes 4 of the baseline at 40
+    assert label_share(ours, baseline).value == pytest.approx((10 + 10 * (4 - 3.25) / (5 - 3.25)) / 40)
+    drawn = label_figure(grid_of([*baseline, *ours]), "title").axes[0].lines[2]
+    assert drawn.get_xdata().tolist() == [0.0, 10.0, 20.0, 30.0, 40.0]
 
 
 def sparing(arm: str, seed: int, ease: float) -> Curve:
@@ -114,9 +131,9 @@ def test_j_at_labels_is_paired_with_the_end_of_the_baseline() -> None:
     baseline = [curve("Vanilla", s, [ease[s] + n for n in (0.0, 1.0, 2.0, 2.5, 3.0 + 0.1 * s)]) for s in range(4)]
     ours = [sparing("silver", s, ease[s]) for s in (2, 0, 1, 3)]
     # by a straight line between 8 and 16 labels
-    assert j_at(ours[1], 10) == pytest.approx(2.0)
-    assert j_at(ours[1], 20) == pytest.approx(4.0)
-    assert math.isnan(j_at(ours[1], 21))
+    assert j_at(ours[1:2], 10) == pytest.approx([2.0])
+    assert j_at(ours[:2], 20) == pytest.approx([0.0, 4.0])
+    assert math.isnan(j_at(ours, 21)[0])
     found = paired_at(ours, baseline, 10)
     expected = scipy.stats.t.interval(0.95, 3, -1.15, scipy.stats.sem([1.0, 1.1, 1.2, 1.3]))
     assert (found.value, found.low, found.high) == pytest.approx((-1.15, *expected), rel=1e-3)
