@@ -3,8 +3,9 @@
 Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept), and
 puts tables, machine and date between the markers of docs/results.md, and the figures and the runs' curves into
 docs/results/, so that a figure of the tables can be computed again without the runs. ``--smoke``
-does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only stories`` is about
-``compare/stories``, which takes longer, fetches a model with npm, and is left out otherwise.
+does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only`` also takes
+comparisons that are left out otherwise, because they take longer: ``menu_labels``, and ``stories`` and
+``stories_labels``, which fetch a model with npm.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from lightning_rlhf.experiments.curves import read_cell
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
-FIGURES = ("claims.png", "frontiers.png", "labels.png", "agreement.png", "alignment.png")
+FIGURES = ("efficiency.png", "claims.png", "frontiers.png", "labels.png", "agreement.png", "alignment.png")
 SMOKE = {
     "tabular": ["--experiment.seeds=2", "--experiment.arms=[Vanilla,PILAF,Policy-weighted]"],
     "menu": "compare/smoke",
     "rlaif": "compare/rlaif_smoke",
     "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
+    "menu_labels": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
+    "stories_labels": ["--experiment.seeds=2", "--experiment.labels=16", "--at_labels=[16]"],
 }
 """Makes a comparison short: arguments, or another comparison in its place."""
-ON_DEMAND = ("stories",)
+ON_DEMAND = ("stories", "menu_labels", "stories_labels")
 """Comparisons that are run only when asked for."""
 EXACT = ("tabular",)
 """Comparisons that give the same curves again within minutes; theirs are large and not kept."""

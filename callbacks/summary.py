@@ -42,9 +42,9 @@ class Summary(HeldOutCallback):
     The result: held-out mean reward before and after training with standard errors, the paired difference over the same
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
     nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
-    free ties (pairs of equal responses), where there are any. The first validation of the run counts as before, the
-    latest as after; both are kept in the checkpoint, as are the seconds. Unknown metrics, such as rewards without a
-    reward function, are left out of the line and null in the file.
+    free ties (pairs of equal responses), where there are any. The file has the CPU seconds of this process, too. The
+    first validation of the run counts as before, the latest as after; both are kept in the checkpoint, as are the
+    seconds. Unknown metrics, such as rewards without a reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.
@@ -56,10 +56,12 @@ class Summary(HeldOutCallback):
         self._after: Validation | None = None
         self._seconds_before = 0.0  # In earlier fits of the run.
         self._started: float | None = None
+        self._cpu_before = 0.0
+        self._cpu_started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
+        """Start the clocks."""
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Keep the first and the latest validation."""
@@ -70,7 +72,7 @@ class Summary(HeldOutCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the result."""
         # a second fit with this object goes on counting from here
-        self._seconds_before, self._started = self._seconds(), None
+        self._seconds_before, self._cpu_before, self._started = self._seconds(), self._cpu_seconds(), None
         source = preference_source(trainer)
         passes = source.passes_per_pair
         ties, silver = source.num_ties, source.num_silver_pairs
@@ -82,6 +84,7 @@ class Summary(HeldOutCallback):
             **({"silver_pairs": silver} if silver else {}),
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
+            "cpu_seconds": self._cpu_seconds(),
         }
         # only now: all ranks ask the ledger for the number of labels
         if not trainer.is_global_zero:
@@ -93,18 +96,25 @@ class Summary(HeldOutCallback):
         """Seconds spent in fit, restarts included."""
         return self._seconds_before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
+    def _cpu_seconds(self) -> float:
+        """CPU seconds of all threads of this process spent in fit, restarts included."""
+        return self._cpu_before + (0.0 if self._started is None else time.process_time() - self._cpu_started)
+
     def state_dict(self) -> State:
         """Both validations and the seconds so far, as plain data."""
         return {
             "before": None if self._before is None else asdict(self._before),
             "after": None if self._after is None else asdict(self._after),
             "seconds": self._seconds(),
+            "cpu_seconds": self._cpu_seconds(),
         }
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._before, self._after = (restored(state_dict[name]) for name in ("before", "after"))
         self._seconds_before, self._started = state_dict["seconds"], None
+        # checkpoints of 0.1 lack it
+        self._cpu_before = state_dict.get("cpu_seconds", 0.0)
 
 
 def restored(state: dict[str, Any] | None) -> Validation | None:

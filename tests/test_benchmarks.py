@@ -112,11 +112,13 @@ def test_results_run_a_world_on_demand_only_when_asked(tmp_path: Path, monkeypat
     monkeypatch.setattr(results, "main", lambda arguments: compared.append(arguments[1]))
     monkeypatch.setattr(results, "section", lambda folder, name, out: f"about {name} in {folder.name}")
     results.run([f"--out={tmp_path}"])
-    assert "compare/menu" in compared and "compare/stories" not in compared
-    compared.clear()
-    page = results.run([f"--out={tmp_path}", "--only=stories"])
-    assert compared == ["compare/stories"]
-    assert "<!-- begin stories -->\n\nabout stories in stories\n\n<!-- end stories -->" in page.read_text()
+    assert "compare/menu" in compared and not {f"compare/{name}" for name in results.ON_DEMAND} & set(compared)
+    for name in ("stories", "menu_labels", "stories_labels"):
+        compared.clear()
+        page = results.run([f"--out={tmp_path}", f"--only={name}"])
+        assert compared == [f"compare/{name}"]
+        marked = f"<!-- begin {name} -->\n\nabout {name} in {name}\n\n<!-- end {name} -->"
+        assert marked in page.read_text()
 
 
 def test_curves_are_stored_to_six_digits_and_the_same_each_time(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from lightning_rlhf.experiments.base import AbstractExperiment, Job
 from lightning_rlhf.experiments.claims import Claim
 from lightning_rlhf.experiments.curves import Curve, CurvePoint
-from lightning_rlhf.experiments.fits import FitExperiment, FitSetting
+from lightning_rlhf.experiments.fits import FitArm, FitExperiment, FitSetting
 from lightning_rlhf.experiments.run import CompareRun
 from lightning_rlhf.experiments.stages import FitStage, StagedArm, StagedExperiment, StagedSetting
 from lightning_rlhf.experiments.tabular import TabularExperiment, TabularSetting
@@ -15,6 +15,7 @@ __all__ = [
     "CompareRun",
     "Curve",
     "CurvePoint",
+    "FitArm",
     "FitExperiment",
     "FitSetting",
     "FitStage",

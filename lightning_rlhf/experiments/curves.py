@@ -53,6 +53,8 @@ class Curve:
         annotations: responses shown to the annotator per pair.
         seconds: wall-clock time of training, evaluations included; None where many runs share a process.
         calls: questions to the judge, those of reward models and earlier stages included; None if not counted.
+        cpu_seconds: CPU time of training, evaluations included; None where it was not measured.
+        silver_pairs: pairs that a preference model labeled for the loss; None for runs without one.
     """
 
     setting: str
@@ -64,6 +66,8 @@ class Curve:
     annotations: float = 2.0
     seconds: float | None = None
     calls: float | None = None
+    cpu_seconds: float | None = None
+    silver_pairs: float | None = None
 
     @property
     def last(self) -> CurvePoint:

@@ -171,6 +171,27 @@ def share_of_labels(
     return Share(value, min(low, value, beyond), max(high, value))
 
 
+class Reach(NamedTuple):
+    """Where the mean curve of an arm reaches the final J of a baseline.
+
+    Args:
+        j: the J: the end of the isotonic regression of the baseline's mean.
+        arm: labels at which the arm reaches it, infinite if it does not.
+        baseline: labels at which the baseline itself does.
+    """
+
+    j: float
+    arm: float
+    baseline: float
+
+
+def reach_of(arm: Arm, baseline: Arm) -> Reach:
+    """The labels whose ratio is `share_of_labels` at ``gain`` 1, for a figure."""
+    fit = isotonic(baseline.j.mean(0))
+    ours = first_reach(arm.labels, isotonic(arm.j.mean(0)), fit[-1])
+    return Reach(float(fit[-1]), float(ours), float(first_reach(baseline.labels, fit, fit[-1])))
+
+
 def ratio(arm: Arm, baseline: Arm, means: Array, base_means: Array, gain: float) -> tuple[Array, Array]:
     """Labels of an arm over the baseline's for many mean curves, and an upper version of it; two of shape [curves].
 

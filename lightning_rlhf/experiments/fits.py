@@ -33,6 +33,23 @@ class FitSetting:
     regime: str = ""
 
 
+@dataclass
+class FitArm:
+    """An arm with a label budget of its own, e.g. one that should reach the baseline's J with fewer labels.
+
+    Args:
+        args: arguments of ``lightning-rlhf fit``.
+        labels: labels per run, >= 1; default: those of the setting.
+    """
+
+    args: list[str]
+    labels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.labels < 1:
+            raise ValueError(f"labels of an arm must be at least 1; got {self.labels}")
+
+
 class FitExperiment(AbstractExperiment):
     """Compares by runs of ``lightning-rlhf fit`` that differ in their arguments alone.
 
@@ -40,11 +57,12 @@ class FitExperiment(AbstractExperiment):
     starts, `Summary`, held-out prompts, and ``trainer.max_epochs=-1``. The config ``worlds/menu`` has all that.
 
     Args:
-        arms: arguments of each arm by its name, e.g. ``PILAF: [--data.sampler=PILAFSampler]``.
+        arms: arguments of each arm by its name, e.g. ``PILAF: [--data.sampler=PILAFSampler]``, or a `FitArm` where it
+            spends another number of labels: ``{args: [--data.sampler=PILAFSampler], labels: 960}``.
         settings: how the arms are trained, by name.
         config: named configs or files that all runs build on, in order.
         args: further arguments of all runs.
-        labels: labels per run, the same for all arms, >= 1.
+        labels: labels per run, the same for all arms that do not set their own, >= 1.
         seeds: runs per arm and setting, >= 1; seeds count from ``first_seed``, and arms of equal seed share prompts,
             their order, and the random numbers of evaluation.
         first_seed: the first seed.
@@ -52,7 +70,7 @@ class FitExperiment(AbstractExperiment):
 
     def __init__(
         self,
-        arms: dict[str, list[str]],
+        arms: dict[str, list[str] | FitArm],
         settings: dict[str, FitSetting],
         config: list[str],
         labels: int,
@@ -62,7 +80,8 @@ class FitExperiment(AbstractExperiment):
     ) -> None:
         if labels < 1 or seeds < 1:
             raise ValueError(f"a comparison needs labels and seeds of at least 1; got {labels} and {seeds}")
-        self.arms, self.settings, self.config, self.labels = arms, settings, config, labels
+        self.arms = {name: arm if isinstance(arm, FitArm) else FitArm(arm) for name, arm in arms.items()}
+        self.settings, self.config, self.labels = settings, config, labels
         self.args, self.seeds, self.first_seed = args or [], seeds, first_seed
 
     def jobs(self) -> Sequence[Job]:
@@ -106,10 +125,10 @@ class FitExperiment(AbstractExperiment):
         return [*self._common(), *(self.settings[setting].start or [])]
 
     def _arm_args(self, setting: str, arm: str) -> list[str]:
-        own = self.settings[setting]
-        budget = ["--trainer.callbacks+=LabelBudget", f"--trainer.callbacks.labels={own.labels or self.labels}"]
+        own, labels = self.settings[setting], self.arms[arm].labels or self.settings[setting].labels or self.labels
+        budget = ["--trainer.callbacks+=LabelBudget", f"--trainer.callbacks.labels={labels}"]
         # the budget comes last: `callbacks.labels` is an argument of the callback that was appended last
-        return [*self._common(), *own.args, *self.arms[arm], *budget]
+        return [*self._common(), *own.args, *self.arms[arm].args, *budget]
 
 
 def fit_curve(folder: Path, identity: dict[str, Any], sampler: Any) -> Curve:
@@ -131,4 +150,8 @@ def fit_curve(folder: Path, identity: dict[str, Any], sampler: Any) -> Curve:
         planned_passes=float(sampler.passes_per_pair),
         annotations=float(sampler.annotations_per_pair),
         seconds=summary["seconds"],
+        # runs of earlier versions did not measure it
+        cpu_seconds=summary.get("cpu_seconds"),
+        # written by runs with a preference model
+        silver_pairs=summary.get("silver_pairs"),
     )

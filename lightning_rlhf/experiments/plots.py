@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_rlhf.experiments.curves import Curve
-from lightning_rlhf.experiments.efficiency import student_quantile
+from lightning_rlhf.experiments.efficiency import Arm, reach_of, student_quantile
 from lightning_rlhf.experiments.report import Grid
-from lightning_rlhf.experiments.statistics import Array, j_grid
+from lightning_rlhf.experiments.statistics import Array, common_grid
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
     bands = max(map(len, grid.values())) <= MANY
 
     def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
-        labels, j = j_grid(curves)
+        labels, j = common_grid(curves)
         effects = ease[curves[0].setting]
         # [runs, points] - [runs, 1]
         j = j - np.array([[effects[curve.seed]] for curve in curves])
@@ -124,7 +124,7 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
 
     def crop(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
         # the first third of the climb is steep and the same for all arms: leave it out of the axis
-        grids = [j_grid(curves)[1].mean(0) for curves in arms.values()]
+        grids = [common_grid(curves)[1].mean(0) for curves in arms.values()]
         top = max(float(j.max()) for j in grids)
         floor = min(float(j[len(j) // 3 :].min()) for j in grids)
         room = max(top - floor, 1e-9)
@@ -134,6 +134,89 @@ def label_figure(grid: Grid, title: str, unit: str = "labels") -> Figure:
     note = "bands: 95 % intervals over seeds, without the part shared by a seed" if bands else "means over seeds"
     figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
     return figure
+
+
+def plot_efficiency(grid: Grid, path: Path, title: str, baseline: str, unit: str = "labels") -> None:
+    """Plot mean J against labels on a logarithmic axis; an arrow says with how many labels the best arm does as well.
+
+    Bands are Student's 95 % intervals over seeds. The arrow lies at the final J of the baseline, from the labels at
+    which it is reached to those of the arm that needs fewest (`share_of_labels`); no arrow where none needs fewer.
+
+    Args:
+        grid: runs by setting and arm.
+        path: the file to write, ``.png``.
+        title: text above the figure.
+        baseline: the arm that others are compared with.
+        unit: quantity on the horizontal axis.
+    """
+    efficiency_figure(grid, title, baseline, unit).savefig(path, dpi=140)
+
+
+def efficiency_figure(grid: Grid, title: str, baseline: str, unit: str = "labels") -> Figure:
+    """Make the figure of `plot_efficiency` without saving it."""
+
+    def draw(axes: Axes, curves: Sequence[Curve], style: Style) -> None:
+        labels, j = common_grid(curves)
+        # a logarithmic axis has no place for the start
+        labels, j = labels[labels > 0], j[:, labels > 0]
+        mean = j.mean(0)
+        axes.plot(labels, mean, color=style.colour, linestyle=style.line, linewidth=2.0, zorder=3)
+        axes.plot(labels[-1:], mean[-1:], style.marker, color=style.colour, markersize=5, zorder=4)
+        if len(j) > 1:
+            half = half_width(j)
+            axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.15, linewidth=0, zorder=1)
+
+    def finish(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+        last = max(curve.last.labels for curve in chain.from_iterable(arms.values()))
+        first = min(float(labels[labels > 0].min()) for labels, _ in map(common_grid, arms.values()))
+        # a tick at every halving of the largest budget, so that shares can be read off
+        ticks = [last / 2**k for k in range(20) if last / 2**k >= 0.99 * first]
+        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        axes.set_xlim(0.93 * first, 1.12 * last)
+        if baseline in arms:
+            mark_saving(axes, arms, baseline)
+
+    figure = panels(grid, title, draw, f"{unit}, logarithmic", "J = reward − β KL", finish)
+    note = f"bands: 95 % intervals over seeds; dotted: final J of {baseline}"
+    figure.text(0.99, 0.005, note, ha="right", fontsize="x-small", color="0.35")
+    return figure
+
+
+def mark_saving(axes: Axes, arms: Mapping[str, Sequence[Curve]], baseline: str) -> None:
+    """Draw the arrow of `plot_efficiency` at the final J of the baseline, from its labels to those of the best arm."""
+    from matplotlib.patheffects import withStroke
+
+    other = Arm(*common_grid(arms[baseline]))
+    found = [reach_of(Arm(*common_grid(curves)), other) for arm, curves in arms.items() if arm != baseline]
+    j = float(other.j.mean(0)[-1]) if not found else found[0].j
+    axes.axhline(j, color="0.4", linewidth=1.0, linestyle=":", zorder=2)
+    best = min(found, key=lambda reach: reach.arm, default=None)
+    if best is None or not 0 < best.arm < best.baseline:
+        return
+    axes.annotate(
+        "",
+        xy=(best.arm, j),
+        xytext=(best.baseline, j),
+        arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0},
+        zorder=5,
+    )
+    # the middle of the arrow on a logarithmic axis
+    middle = (best.arm * best.baseline) ** 0.5
+    saving = f"{best.baseline / best.arm:.1f}".removesuffix(".0")
+    axes.annotate(
+        f"same J at 1/{saving} of the labels",
+        xy=(middle, j),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="center",
+        fontsize="small",
+        fontweight="bold",
+        # legible over curves without hiding them
+        path_effects=[withStroke(linewidth=3.0, foreground="white")],
+        zorder=6,
+    )
 
 
 def plot_alignment(grid: Grid, path: Path, title: str) -> None:
@@ -364,7 +447,6 @@ def half_width(values: Array) -> Array:
 
 
 def mean_path(curves: Sequence[Curve], figure: str) -> tuple[Array, Array]:
-    """Labels of the evaluations that all runs have, and the mean of a metric at them."""
-    labels, _ = j_grid(curves)
-    values = [{point.labels: getattr(point, figure) for point in curve.points} for curve in curves]
-    return labels, np.array([[found[int(n)] for n in labels] for found in values]).mean(0)
+    """Labels of the evaluations of an arm's runs, and the mean of a metric at them; see `common_grid`."""
+    labels, values = common_grid(curves, figure)
+    return labels, values.mean(0)

@@ -9,7 +9,15 @@ from itertools import chain
 from typing import Any
 
 from lightning_rlhf.experiments.curves import Curve
-from lightning_rlhf.experiments.statistics import Interval, label_share, mean_cosines, mean_interval, paired
+from lightning_rlhf.experiments.statistics import (
+    Interval,
+    j_at,
+    label_share,
+    mean_cosines,
+    mean_interval,
+    paired,
+    paired_at,
+)
 
 
 FIGURES = (("reward", "reward ↑"), ("kl", "KL ↓"), ("j", "J ↑"))
@@ -20,6 +28,9 @@ SAVING = 0.6
 
 Grid = Mapping[str, Mapping[str, Sequence[Curve]]]
 """Runs by setting and arm."""
+
+ArmFigures = Mapping[str, Any]
+"""All numbers of an arm in one setting, by name."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,19 @@ def grid_of(curves: Sequence[Curve]) -> dict[str, dict[str, list[Curve]]]:
     return grid
 
 
-def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
-    """All numbers of the tables as plain data: by setting and arm; intervals are [value, low, high]."""
+def figures_of(grid: Grid, baseline: str, at_labels: Sequence[int] = ()) -> dict[str, Any]:
+    """All numbers of the tables as plain data: by setting and arm; intervals are [value, low, high].
+
+    Args:
+        grid: runs by setting and arm.
+        baseline: the arm that others are compared with.
+        at_labels: numbers of labels at which J of each arm is compared with J of the baseline at its end.
+    """
     report: dict[str, Any] = {}
     for setting, arms in grid.items():
         report[setting] = {}
         for arm, curves in arms.items():
-            found: dict[str, Any] = {"seeds": len(curves), "labels": curves[0].last.labels}
+            found: dict[str, Any] = {"seeds": len(curves), "labels": max(c.last.labels for c in curves)}
             for name, _ in FIGURES:
                 found[name] = mean_interval([getattr(c.last, name) for c in curves])
                 if baseline in arms and arm != baseline:
@@ -75,14 +92,30 @@ def figures_of(grid: Grid, baseline: str) -> dict[str, Any]:
             spreads = [c.last.spread for c in curves if c.last.spread is not None]
             if spreads:
                 found["spread"] = mean_interval(spreads)
-            passes = [curve.passes for curve in curves if curve.passes is not None]
-            found["passes"] = sum(passes) / len(passes) if passes else math.nan
-            found["planned_passes"] = curves[0].planned_passes
-            found["annotations"] = curves[0].annotations
-            seconds = [curve.seconds for curve in curves if curve.seconds is not None]
-            found["seconds"] = sum(seconds) / len(seconds) if seconds else math.nan
-            report[setting][arm] = found
+            if at_labels:
+                found["j_at"] = {str(n): mean_interval(j_at(curves, n)) for n in at_labels}
+            if at_labels and baseline in arms:
+                found["j_at_difference"] = {str(n): paired_at(curves, arms[baseline], n) for n in at_labels}
+            report[setting][arm] = {**found, **costs_of(curves)}
     return report
+
+
+def costs_of(curves: Sequence[Curve]) -> dict[str, float]:
+    """Costs of an arm, means over its runs; NaN where they were not counted."""
+
+    def mean(values: Sequence[float | None]) -> float:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else math.nan
+
+    silver = [None if c.silver_pairs is None else c.silver_pairs / max(c.last.labels, 1) for c in curves]
+    return {
+        "passes": mean([curve.passes for curve in curves]),
+        "planned_passes": curves[0].planned_passes,
+        "annotations": curves[0].annotations,
+        "seconds": mean([curve.seconds for curve in curves]),
+        "cpu_seconds": mean([curve.cpu_seconds for curve in curves]),
+        "silver_pairs_per_label": mean(silver),
+    }
 
 
 def verdicts(grid: Grid, claimant: str, baseline: str, overfitted: Sequence[str] = ()) -> list[Verdict]:
@@ -182,7 +215,7 @@ def saving_verdict(share: Interval) -> str:
 
 
 def markdown(
-    figures: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    figures: Mapping[str, Mapping[str, ArmFigures]],
     claims: Sequence[Verdict],
     baseline: str,
     regime: Callable[[str], str],
@@ -199,10 +232,11 @@ def markdown(
     for setting, arms in figures.items():
         seeds = sorted({found["seeds"] for found in arms.values()})
         counted = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-        most = max(found["labels"] for found in arms.values())
-        labels = "" if any("calls" in found for found in arms.values()) else f"{most} labels per run, "
+        labels = "" if any("calls" in found for found in arms.values()) else f"{budget_of(arms)} labels per run, "
         head = f"#### {setting}\n\n{regime(setting)}; {labels}{counted}."
         parts.append(f"{head}\n\n{table(arms, baseline)}")
+        if baseline in arms and "j_at_difference" in arms[baseline]:
+            parts.append(efficiency_table(arms, baseline))
     if claims:
         parts.append("#### Claims\n\n" + claims_table(claims))
         rows = [[v.claim, v.setting, v.verdict, v.figures] for v in claims]
@@ -212,11 +246,14 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+def table(arms: Mapping[str, ArmFigures], baseline: str) -> str:
     """The layout of Tables 2 and 3, with paired differences and label efficiency."""
     cosines = any("cosine" in found for found in arms.values())
     asked, ranked = any("calls" in found for found in arms.values()), any("agreement" in f for f in arms.values())
-    header = ["arm", *(["judge calls"] if asked else []), *(title for _, title in FIGURES)]
+    # where calls are counted, labels of a score and of a pair are not the same
+    budgets = not asked and len({found["labels"] for found in arms.values()}) > 1
+    header = ["arm", *(["judge calls"] if asked else []), *(["labels"] if budgets else [])]
+    header += [title for _, title in FIGURES]
     header += ["ΔJ to " + baseline, "labels to reach its J"] if baseline in arms else []
     header += ["reward ranks as the oracle"] if ranked else []
     header += ["cosine with ∇J, batch / expected", "std of r_θ"] if cosines else []
@@ -226,6 +263,7 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     for arm, found in arms.items():
         row = [arm]
         row += [f"{found['calls']:.0f}" if "calls" in found else "–"] if asked else []
+        row += [str(found["labels"])] if budgets else []
         row += [f"**{plus_minus(found[n])}**" if best[n] == arm else plus_minus(found[n]) for n, _ in FIGURES]
         if baseline in arms:
             row.append(signed(found["j_difference"]) if "j_difference" in found else "–")
@@ -239,25 +277,57 @@ def table(arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     return rows_table(header, rows)
 
 
-def cost_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Passes and annotations per pair, as planned (Table 1 of PILAF) and as counted over all settings."""
+def budget_of(arms: Mapping[str, ArmFigures]) -> str:
+    """Labels per run of the arms of a setting: ``1920``, or ``960 to 1920`` where arms differ."""
+    budgets = sorted({found["labels"] for found in arms.values()})
+    return str(budgets[0]) if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
+
+
+def efficiency_table(arms: Mapping[str, ArmFigures], baseline: str) -> str:
+    """Labels to reach the baseline's final J and half of its gain, and J at fixed labels with paired differences.
+
+    Args:
+        arms: result of `figures_of` for a setting, with ``j_at``.
+        baseline: the arm that others are compared with; its own row gives differences to its end.
+    """
+    end, counts = arms[baseline]["labels"], list(arms[baseline]["j_at"])
+    header = ["arm", f"labels to J of {baseline} at {end}", "labels to half of its gain"]
+    header += [f"J at {n}, Δ to {end}" for n in counts]
+    rows = []
+    for arm, found in arms.items():
+        own = arm == baseline
+        row = [arm, *("100 %" if own else shares(found[name]) for name in ("label_share", "label_share_half"))]
+        for n in counts:
+            j, difference = found["j_at"][n], found["j_at_difference"][n]
+            # an arm may spend fewer labels
+            row.append("–" if math.isnan(j.value) else f"{plus_minus(j, 2)}, {signed(difference, 2)}")
+        rows.append(row)
+    return rows_table(header, rows)
+
+
+def cost_table(figures: Mapping[str, Mapping[str, ArmFigures]]) -> str:
+    """Passes and annotations per pair, as planned (Table 1 of PILAF) and as counted over all settings; times."""
     arms = list(dict.fromkeys(chain.from_iterable(figures.values())))
+    header = ["arm", "passes per pair, planned", "counted", "annotations per pair", "time per run"]
+    # measured by newer runs alone, and counted by runs with a preference model
+    further = {
+        "cpu_seconds": ("CPU time per run", "{:.1f} s"),
+        "silver_pairs_per_label": ("silver pairs a label", "{:.1f}"),
+    }
+    everywhere = list(chain.from_iterable(setting.values() for setting in figures.values()))
+    shown = [name for name in further if not all(math.isnan(found[name]) for found in everywhere)]
     rows = []
     for arm in arms:
         found = [setting[arm] for setting in figures.values() if arm in setting]
-        # NaN in a setting whose runs do not count them
-        passes = [f["passes"] for f in found if not math.isnan(f["passes"])]
-        seconds = [f["seconds"] for f in found if not math.isnan(f["seconds"])]
-        rows.append(
-            [
-                arm,
-                f"{found[0]['planned_passes']:g}",
-                f"{sum(passes) / len(passes):.2f}" if passes else "–",
-                f"{found[0]['annotations']:g}",
-                f"{sum(seconds) / len(seconds):.0f} s" if seconds else "–",
-            ]
-        )
-    return rows_table(["arm", "passes per pair, planned", "counted", "annotations per pair", "time per run"], rows)
+
+        def mean(name: str, form: str, found: Sequence[ArmFigures] = found) -> str:
+            # NaN in a setting whose runs do not count them
+            known = [figure[name] for figure in found if not math.isnan(figure[name])]
+            return form.format(sum(known) / len(known)) if known else "–"
+
+        row = [arm, f"{found[0]['planned_passes']:g}", mean("passes", "{:.2f}"), f"{found[0]['annotations']:g}"]
+        rows.append([*row, mean("seconds", "{:.0f} s"), *(mean(name, further[name][1]) for name in shown)])
+    return rows_table([*header, *(further[name][0] for name in shown)], rows)
 
 
 def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -27,6 +27,7 @@ from lightning_rlhf.experiments.plots import (
     plot_agreement,
     plot_alignment,
     plot_claims,
+    plot_efficiency,
     plot_frontiers,
     plot_labels,
 )
@@ -53,6 +54,9 @@ class CompareRun:
         minutes: start no more cells after this time; the report is then about those that are there. No limit when not
             given.
         title: heading of report and figures.
+        at_labels: numbers of labels, >= 0, at which J of each arm is compared with J of the baseline at its end, fixed
+            before the runs. With them the report is about label efficiency: it has a table of these differences and of
+            the labels to reach the baseline's J and half of its gain, and ``efficiency.png``.
     """
 
     def __init__(
@@ -66,11 +70,14 @@ class CompareRun:
         processes: int | None = None,
         minutes: float | None = None,
         title: str = "Comparison",
+        at_labels: list[int] | None = None,
     ) -> None:
+        if any(labels < 0 for labels in at_labels or []):
+            raise ValueError(f"at_labels are numbers of labels, not negative; got {at_labels}")
         if processes is not None and processes < 1:
             raise ValueError(f"processes must be at least 1; got {processes}")
         self.experiment, self.baseline, self.claimant = experiment, baseline, claimant
-        self.overfitted, self.claims = overfitted or [], claims
+        self.overfitted, self.claims, self.at_labels = overfitted or [], claims, at_labels or []
         self.run_dir, self.title, self.minutes = Path(run_dir).absolute(), title, minutes
         self.processes = processes or len(os.sched_getaffinity(0))
 
@@ -163,7 +170,7 @@ class CompareRun:
         if not curves:
             raise RuntimeError(f"no cell was finished{failures(self.run_dir, failed)}")
         grid = grid_of(complete(curves))
-        figures = figures_of(grid, self.baseline)
+        figures = figures_of(grid, self.baseline, self.at_labels)
         judged = judge_claims(grid, self.claims or [])
         if self.claims is None:
             claims = verdicts(grid, self.claimant, self.baseline, self.overfitted)
@@ -175,6 +182,10 @@ class CompareRun:
         pictures = ["frontiers.png", "labels.png"]
         plot_frontiers(grid, self.run_dir / pictures[0], f"{self.title}: reward against KL")
         plot_labels(grid, self.run_dir / pictures[1], f"{self.title}: J along the runs", self.experiment.unit)
+        if self.at_labels:
+            pictures.insert(0, "efficiency.png")
+            heading = f"{self.title}: labels for the same J"
+            plot_efficiency(grid, self.run_dir / pictures[0], heading, self.baseline, self.experiment.unit)
         if judged:
             pictures.insert(0, "claims.png")
             plot_claims(judged, self.run_dir / pictures[0], f"{self.title}: verdicts on the claims")

@@ -60,6 +60,37 @@ def paired(
     return mean_interval([at(curve, moments[0]) - theirs[curve.seed] for curve in curves if curve.seed in theirs])
 
 
+def j_at(curves: Sequence[Curve], labels: int) -> list[float]:
+    """J of the runs of an arm at a number of labels, as `common_grid` has it; NaN outside of it.
+
+    Args:
+        curves: runs of an arm in one setting.
+        labels: the number of labels.
+    """
+    grid, j = common_grid(curves)
+    if not grid[0] <= labels <= grid[-1]:
+        return [math.nan] * len(curves)
+    return [float(np.interp(labels, grid, run)) for run in j]
+
+
+def paired_at(curves: Sequence[Curve], baseline: Sequence[Curve], labels: int) -> Interval:
+    """Mean over common seeds of J at a number of labels less the baseline's J at its end, with Student's interval.
+
+    The number of labels is fixed before the runs: unlike a share of labels, the difference is a paired t test.
+
+    Args:
+        curves: runs of an arm in one setting.
+        baseline: runs of the arm it is compared with, which may be the same.
+        labels: labels of the arm.
+
+    Returns:
+        The difference; NaN where the arm was not evaluated at so few or so many labels.
+    """
+    ends = {curve.seed: curve.last.j for curve in baseline}
+    ours = zip(curves, j_at(curves, labels), strict=True)
+    return mean_interval([j - ends[curve.seed] for curve, j in ours if curve.seed in ends])
+
+
 def mean_cosines(curves: Sequence[Curve], figure: str) -> dict[int, float]:
     """Mean over a run of one of its cosines, by seed; runs that know none are left out."""
     found = {}
@@ -70,30 +101,28 @@ def mean_cosines(curves: Sequence[Curve], figure: str) -> dict[int, float]:
     return found
 
 
-def j_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
-    """Labels of the evaluations, [points], and J at them, [runs, points]; evaluations that all runs have."""
-    runs = [_j_by_labels(curve) for curve in curves]
-    labels = sorted(set.intersection(*map(set, runs)))
-    return np.asarray(labels, dtype=np.float64), np.asarray([list(map(run.__getitem__, labels)) for run in runs])
-
-
-def _j_by_labels(curve: Curve) -> dict[int, float]:
-    """J of a run by the labels that it had bought, in their order."""
+def _by_labels(curve: Curve, figure: str = "j") -> dict[int, float]:
+    """A metric of a run by the labels that it had bought, in their order."""
     # the last evaluation at a number of labels: a run may be validated again before it buys more
-    found = {point.labels: point.j for point in curve.points}
+    found = {point.labels: float(getattr(point, figure)) for point in curve.points}
     return dict(sorted(found.items()))
 
 
-def common_grid(curves: Sequence[Curve]) -> tuple[Array, Array]:
-    """Labels of evaluations, [points], and J of each run at them, [runs, points].
+def common_grid(curves: Sequence[Curve], figure: str = "j") -> tuple[Array, Array]:
+    """Labels of evaluations of the runs of an arm, [points], and a metric of each run at them, [runs, points].
 
-    Runs that were evaluated at other labels are interpolated linearly, between the last first evaluation and the first
-    last one of all runs.
+    Runs that were evaluated at other labels (free ties buy none) are interpolated linearly, from the last first
+    evaluation on. A run that ended before the others keeps its last value: it collapsed to equal responses, and had
+    nothing left to label.
+
+    Args:
+        curves: runs of an arm in one setting, with equal budgets.
+        figure: ``reward``, ``kl``, ``j`` or ``agreement``.
     """
-    runs = [_j_by_labels(curve) for curve in curves]
-    # beyond its own labels np.interp would repeat the end of a run
-    start, end = max(min(run) for run in runs), min(max(run) for run in runs)
-    labels = np.asarray(sorted({n for run in runs for n in run if start <= n <= end}), dtype=np.float64)
+    runs = [_by_labels(curve, figure) for curve in curves]
+    # before its own first evaluation np.interp would repeat it
+    start = max(min(run) for run in runs)
+    labels = np.asarray(sorted({n for run in runs for n in run if n >= start}), dtype=np.float64)
     return labels, np.asarray([np.interp(labels, list(run), list(run.values())) for run in runs])
 
 

@@ -6,17 +6,19 @@ from lightning_rlhf.models.builtin.menu import menu_policy
 from lightning_rlhf.models.builtin.policies import world_policy
 from lightning_rlhf.models.builtin.stories import stories_policy
 from lightning_rlhf.worlds.judges import MenuJudgeLabeler, MenuScoreReward
-from lightning_rlhf.worlds.menu import MenuPrompts, MenuReward
-from lightning_rlhf.worlds.stories import StoryPrompts
+from lightning_rlhf.worlds.menu import MenuHarmonyReward, MenuPrompts, MenuReward
+from lightning_rlhf.worlds.stories import StoryEndingReward, StoryPrompts
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld
 
 
 __all__ = [
+    "MenuHarmonyReward",
     "MenuJudgeLabeler",
     "MenuPrompts",
     "MenuReward",
     "MenuScoreReward",
     "Objective",
+    "StoryEndingReward",
     "StoryPrompts",
     "TabularWorld",
     "menu_policy",

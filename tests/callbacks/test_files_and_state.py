@@ -197,6 +197,7 @@ def test_the_summary_is_the_last_line_and_a_file(
     )
     result = json.loads((tmp_path / "summary.json").read_text())
     assert result.pop("seconds") > 0
+    assert result.pop("cpu_seconds") > 0
     assert result == {
         "beta": 0.1,
         "step_before": 0,
@@ -231,8 +232,9 @@ def test_the_summary_of_a_resumed_run_looks_back_to_its_first_start(toy: ModuleT
     (summary,) = cut_and_resume(toy, tmp_path, lambda: [Summary()])
     result = json.loads((tmp_path / "summary.json").read_text())
     assert (result["step_before"], result["reward_before"], result["reward_difference"]) == (0, 1.5, 4.0)
-    first = torch.load(tmp_path / "ckpt" / "one.ckpt")["callbacks"]["Summary"]["seconds"]
-    assert result["seconds"] > first > 0
+    first = torch.load(tmp_path / "ckpt" / "one.ckpt")["callbacks"]["Summary"]
+    assert result["seconds"] > first["seconds"] > 0
+    assert result["cpu_seconds"] > first["cpu_seconds"] > 0
     assert isinstance(summary, Summary)
 
 

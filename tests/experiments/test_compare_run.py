@@ -23,6 +23,9 @@ from lightning_rlhf.experiments import (
     CompareRun,
     Curve,
     CurvePoint,
+    FitArm,
+    FitExperiment,
+    FitSetting,
     Job,
     TabularExperiment,
     TabularSetting,
@@ -135,15 +138,20 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
     page = (tmp_path / "results.md").read_text()
     assert "2 seeds" in page.partition("<!-- begin menu -->")[2]
     pictures = re.findall(r"\]\((results/menu_\w+\.png)\)", page)
-    assert len(set(pictures)) == 2
+    assert len(set(pictures)) == 3
     assert all((tmp_path / picture).stat().st_size > 0 for picture in pictures)
     figures = json.loads((folder / "report.json").read_text())
     assert set(figures["settings"]) == {"online", "overfitted"}
+    half = "Vanilla, half the labels"
     for arms in figures["settings"].values():
-        # equal budgets, both seeds, costs as counted
-        assert {arm: (found["labels"], found["seeds"]) for arm, found in arms.items()} == dict.fromkeys(
-            ("Vanilla", "PILAF", "Policy-weighted"), (32, 2)
-        )
+        # budgets as configured, both seeds, costs as counted
+        budgets = {**dict.fromkeys(("Vanilla", "PILAF", "Policy-weighted"), (32, 2)), half: (16, 2)}
+        assert {arm: (found["labels"], found["seeds"]) for arm, found in arms.items()} == budgets
+        assert all(found["cpu_seconds"] > 0 for found in arms.values())
+        # the same run, cut: J at 16 labels differs by nothing
+        assert arms[half]["j_at"]["16"] == arms["Vanilla"]["j_at"]["16"]
+        assert arms[half]["j_at_difference"]["32"] == [None, None, None]
+        assert arms["Vanilla"]["j_at_difference"]["32"] == [0.0, 0.0, 0.0]
         assert (arms["Vanilla"]["passes"], arms["Policy-weighted"]["passes"]) == (2.0, 4.0)
     for cell in folder.rglob("cell.json"):
         curves, identity = read_cell(cell)
@@ -152,7 +160,7 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
             continue
         assert [p.j for p in curves[0].points] == [p.j for p in read_frontier(cell.parent / "frontier.csv")]
         with PreferenceStore(cell.parent / "ledger.sqlite") as store:
-            assert store.count_labels(before=1000) == 32
+            assert store.count_labels(before=1000) == (16 if identity["arm"] == half else 32)
     # all arms of a seed start from one policy, and an overfitted one has moved away from the reference
     starts = [
         read_cell(folder / "cells" / "overfitted" / arm / "0" / "cell.json")[0][0].points[0]
@@ -163,8 +171,28 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
     assert abs(starts[0].kl) > 1e-4
 
 
+def test_arms_may_have_label_budgets_of_their_own() -> None:
+    arms: dict[str, list[str] | FitArm] = {
+        "long": ["--data.sampler=VanillaSampler"],
+        "short": FitArm(["--data.sampler=VanillaSampler"], labels=24),
+    }
+    settings = {"a": FitSetting(), "b": FitSetting(labels=48)}
+    experiment = FitExperiment(arms, settings, ["worlds/menu"], labels=96, seeds=1)
+    budgets = {job.name: job.identity["args"][-1] for job in experiment.jobs()}
+    assert budgets == {
+        "a/long/0": "--trainer.callbacks.labels=96",
+        "a/short/0": "--trainer.callbacks.labels=24",
+        "b/long/0": "--trainer.callbacks.labels=48",
+        "b/short/0": "--trainer.callbacks.labels=24",
+    }
+    with pytest.raises(ValueError, match="labels of an arm"):
+        FitArm([], labels=0)
+    with pytest.raises(ValueError, match="at_labels"):
+        CompareRun(experiment, at_labels=[240, -1])
+
+
 def test_named_comparisons_parse() -> None:
-    for name in ("tabular", "menu", "stories", "smoke", "smollm2"):
+    for name in ("tabular", "menu", "menu_labels", "stories", "stories_labels", "smoke", "smollm2"):
         assert yaml.safe_load(find_config(f"compare/{name}").read_text())["experiment"]
         with pytest.raises(SystemExit) as ended:
             main(["compare", f"compare/{name}", "--print_config"])

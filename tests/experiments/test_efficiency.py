@@ -15,6 +15,7 @@ from lightning_rlhf.experiments.efficiency import (
     first_reach,
     isotonic,
     not_told_apart,
+    reach_of,
     seed_weights,
     share_of_labels,
 )
@@ -78,6 +79,17 @@ def test_a_shorter_arm_is_not_said_to_need_more_than_it_was_seen_to() -> None:
     found = share_of_labels(short, long)
     assert found.value == math.inf and found.high == math.inf
     assert found.low == pytest.approx(0.5)
+
+
+def test_the_labels_of_the_figure_are_those_of_the_share() -> None:
+    generator = np.random.default_rng(1)
+    slow = arm(*(np.arange(9) + 0.3 * generator.standard_normal((5, 9))).tolist())
+    # evaluated on a grid of its own, with half of the budget
+    fast = Arm(np.linspace(0.0, 40.0, 11), 2.5 * np.linspace(0.0, 4.0, 11) + 0.3 * generator.standard_normal((5, 11)))
+    found = reach_of(fast, slow)
+    assert found.arm / found.baseline == pytest.approx(share_of_labels(fast, slow).value)
+    assert found.j == pytest.approx(isotonic(slow.j.mean(0))[-1])
+    assert reach_of(slow._replace(j=slow.j - 5), slow).arm == math.inf
 
 
 def test_grids_need_not_agree() -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import scipy.stats
 
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, read_cell, write_cell
 from lightning_rlhf.experiments.efficiency import student_quantile
-from lightning_rlhf.experiments.plots import alignment_figure, frontier_figure, label_figure, seed_effects
+from lightning_rlhf.experiments.plots import (
+    alignment_figure,
+    efficiency_figure,
+    frontier_figure,
+    label_figure,
+    seed_effects,
+)
 from lightning_rlhf.experiments.report import (
     Interval,
     figures_of,
@@ -22,7 +30,7 @@ from lightning_rlhf.experiments.report import (
     verdicts,
 )
 from lightning_rlhf.experiments.run import complete
-from lightning_rlhf.experiments.statistics import common_grid, label_share, mean_interval, paired
+from lightning_rlhf.experiments.statistics import common_grid, j_at, label_share, mean_interval, paired, paired_at
 
 
 def curve(arm: str, seed: int, j: list[float], kl: float = 1.0, cosine: float | None = None) -> Curve:
@@ -91,8 +99,92 @@ def test_runs_that_were_evaluated_at_other_labels_are_interpolated() -> None:
     between = CurvePoint(1, 15, 0.0, 0.0, 9.0)
     odd = Curve("online", "PILAF", 2, (short.points[0], between, short.points[1]), 2.5, 2.0)
     labels, j = common_grid([curve("PILAF", 0, [0.0, 1.0, 2.0, 3.0]), short, odd])
-    assert labels.tolist() == [10.0, 15.0, 20.0]
-    assert j.tolist() == [[1.0, 1.5, 2.0], [1.0, 1.5, 2.0], [1.0, 9.0, 2.0]]
+    # runs that ended early keep their last J: one that collapsed counts until the end
+    assert labels.tolist() == [10.0, 15.0, 20.0, 30.0]
+    assert j.tolist() == [[1.0, 1.5, 2.0, 3.0], [1.0, 1.5, 2.0, 2.0], [1.0, 9.0, 2.0, 2.0]]
+    _, kl = common_grid([curve("PILAF", 0, [0.0, 1.0], kl=3.0), short], "kl")
+    assert kl.tolist() == [[3.0, 3.0], [1.0, 1.0]]
+
+
+def test_a_run_that_collapsed_is_not_left_out_of_the_figures() -> None:
+    baseline = [curve("Vanilla", s, [0.0, 1.0, 2.0, 3.0, 4.0]) for s in range(4)]
+    # one of four has nothing left to label after 20 labels
+    ours = [curve("silver", s, [0.0, 4.0, 8.0, 8.0, 8.0]) for s in range(3)] + [curve("silver", 3, [0.0, 1.0, -4.0])]
+    assert j_at(ours, 30) == [8.0, 8.0, 8.0, -4.0]
+    assert paired_at(ours, baseline, 30).value == pytest.approx(1.0)
+    figures = figures_of(grid_of([*baseline, *ours]), "Vanilla", at_labels=[30])
+    assert figures["online"]["silver"]["labels"] == 40
+    # mean J 5 at 20 labels passes 4 of the baseline at 40
+    assert label_share(ours, baseline).value == pytest.approx((10 + 10 * (4 - 3.25) / (5 - 3.25)) / 40)
+    drawn = label_figure(grid_of([*baseline, *ours]), "title").axes[0].lines[2]
+    assert drawn.get_xdata().tolist() == [0.0, 10.0, 20.0, 30.0, 40.0]
+
+
+def sparing(arm: str, seed: int, ease: float) -> Curve:
+    """A run with half of the budget, evaluated at other labels than `curve`, and three silver pairs per label."""
+    points = tuple(CurvePoint(i, n, ease + n / 5, 0.0, ease + n / 5) for i, n in enumerate((0, 8, 16, 20)))
+    return Curve("online", arm, seed, points, 2.0, 2.0, seconds=4.0, cpu_seconds=3.0 + seed, silver_pairs=60.0)
+
+
+def test_j_at_labels_is_paired_with_the_end_of_the_baseline() -> None:
+    ease = [0.0, 7.0, -4.0, 30.0]
+    baseline = [curve("Vanilla", s, [ease[s] + n for n in (0.0, 1.0, 2.0, 2.5, 3.0 + 0.1 * s)]) for s in range(4)]
+    ours = [sparing("silver", s, ease[s]) for s in (2, 0, 1, 3)]
+    # by a straight line between 8 and 16 labels
+    assert j_at(ours[1:2], 10) == pytest.approx([2.0])
+    assert j_at(ours[:2], 20) == pytest.approx([0.0, 4.0])
+    assert math.isnan(j_at(ours, 21)[0])
+    found = paired_at(ours, baseline, 10)
+    expected = scipy.stats.t.interval(0.95, 3, -1.15, scipy.stats.sem([1.0, 1.1, 1.2, 1.3]))
+    assert (found.value, found.low, found.high) == pytest.approx((-1.15, *expected), rel=1e-3)
+    # an arm of another budget, a seed that the baseline lacks, and the baseline itself
+    assert math.isnan(paired_at(ours, baseline, 40).value)
+    assert paired_at([*ours, sparing("silver", 9, 99.0)], baseline, 10) == found
+    assert paired_at(baseline, baseline, 20).value == pytest.approx(-1.15)
+
+
+def test_the_report_of_label_efficiency_copes_with_budgets_and_grids_of_their_own() -> None:
+    baseline = [curve("Vanilla", s, [s + n for n in (0.0, 1.0, 2.0, 3.0, 4.0)]) for s in range(4)]
+    grid = grid_of([*baseline, *(sparing("silver", s, s) for s in range(4))])
+    figures = figures_of(grid, "Vanilla", at_labels=[10, 20, 40])
+    found = figures["online"]["silver"]
+    assert found["label_share"] == pytest.approx((0.5, 0.5, 0.5))
+    assert found["label_share_half"] == pytest.approx((0.5, 0.5, 0.5))
+    assert found["j_at_difference"]["20"] == pytest.approx((0.0, 0.0, 0.0))
+    assert (found["silver_pairs_per_label"], found["cpu_seconds"]) == (3.0, 4.5)
+    text = markdown(figures, [], "Vanilla", str)
+    assert "20 to 40 labels per run, 4 seeds." in text
+    assert "| arm | labels | reward ↑ |" in text
+    assert (
+        "| arm | labels to J of Vanilla at 40 | labels to half of its gain | J at 10, Δ to 40 | J at 20, Δ to 40 |"
+        in text
+    )
+    (row,) = [line for line in text.splitlines() if line.startswith("| silver | 50 %")]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:3] == ["silver", "50 % [50, 50]", "50 % [50, 50]"]
+    assert cells[3].endswith("-2.00 [-2.00, -2.00]") and cells[5] == "–"
+    assert "| silver | 2 | 2.00 | 2 | 4 s | 4.5 s | 3.0 |" in text
+    assert "| Vanilla | 2 | 2.50 | 2 | – | – | – |" in text
+    # without fixed labels the report is as before
+    plain = markdown(figures_of(grid, "Vanilla"), [], "Vanilla", str)
+    assert "Δ to 40" not in plain
+
+
+def test_the_arrow_of_the_figure_spans_the_share() -> None:
+    baseline = [curve("Vanilla", s, [0.1 * s + n for n in (0.0, 1.0, 2.0, 3.0, 4.0)]) for s in range(4)]
+    grid = grid_of([*baseline, *(sparing("silver", s, 0.1 * s) for s in range(4))])
+    axes = efficiency_figure(grid, "title", "Vanilla").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["", "same J at 1/2 of the labels"]
+    arrow = axes.texts[0]
+    assert (arrow.xy, arrow.xyann) == (pytest.approx((20.0, 4.15)), pytest.approx((40.0, 4.15)))
+    assert axes.get_xscale() == "log"
+    # halvings of the budget, and no evaluation at 0 labels
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["40", "20", "10"]
+    assert min(float(line.get_xdata()[0]) for line in axes.lines[:2]) > 0
+    # an arm that needs more labels, or never gets there, has no arrow
+    slow = grid_of([*baseline, *(curve("silver", s, [0.0, 0.5, 1.0, 2.0, 3.0]) for s in range(4))])
+    assert not efficiency_figure(slow, "title", "Vanilla").axes[0].texts
+    assert not efficiency_figure(grid_of(baseline), "title", "Vanilla").axes[0].texts
 
 
 def test_verdicts_follow_the_intervals() -> None:
@@ -139,6 +231,17 @@ def test_cells_survive_the_disk(tmp_path: pytest.TempPathFactory) -> None:
     path = tmp_path / "cell.json"  # type: ignore[operator]
     write_cell(path, example(), {"seeds": 4})
     assert read_cell(path) == (example(), {"seeds": 4})
+
+
+def test_cells_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "cell.json"
+    write_cell(path, [sparing("silver", 0, 0.0)], None)
+    content = json.loads(path.read_text())
+    for name in ("cpu_seconds", "silver_pairs"):
+        del content["curves"][0][name]
+    path.write_text(json.dumps(content))
+    (found,), _ = read_cell(path)
+    assert (found.seconds, found.cpu_seconds, found.silver_pairs) == (4.0, None, None)
 
 
 def test_seeds_that_an_arm_lacks_are_left_out_of_all() -> None:

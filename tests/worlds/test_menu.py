@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf.models.builtin.menu import DISHES, build_policy, corpus_menus
+from lightning_rlhf.models.builtin.menu import DISHES, GUESTS, build_policy, corpus_menus
 from lightning_rlhf.models.builtin.policies import world_policy
 from lightning_rlhf.models.load import load_tokenizer, resolve_checkpoint
 from lightning_rlhf.prompts.tokenize import tokenize_rows
 from lightning_rlhf.types import Prompt, Response
-from lightning_rlhf.worlds import MenuPrompts, MenuReward
+from lightning_rlhf.worlds import MenuHarmonyReward, MenuPrompts, MenuReward
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,70 @@ def test_reward_is_the_sum_over_dishes_minus_repeats() -> None:
     assert float(MenuReward(scale=2.0).score([ann], [menu("soup")]).mean) == pytest.approx(2 * score("soup"))
     with pytest.raises(ValueError, match="ann monday sun"):
         score("soup", prompt("write a poem please"))
+
+
+@pytest.mark.parametrize(
+    ("tastes", "expected"),
+    [(0, ("-0x1.80819430c4ea2p+1", "-0x1.02c94345904cap+2")), (3, ("-0x1.3e3359c359116p-1", "0x1.f502aaf16acfap-1"))],
+)
+def test_the_first_oracle_is_the_one_of_earlier_results(tastes: int, expected: tuple[str, str]) -> None:
+    prompts, menus = ("ann monday sun", "hana friday snow"), ("soup rice soup", "apple veal jam kale")
+    found = MenuReward(2.0, tastes=tastes).score(list(map(prompt, prompts)), list(map(menu, menus))).mean
+    assert found.tolist() == [float.fromhex(value) for value in expected]
+
+
+def harmony(text: str, of: str = "ann monday sun") -> float:
+    return float(MenuHarmonyReward().score([prompt(of)], [menu(text)]).mean)
+
+
+def test_harmony_is_the_mean_over_dishes_of_taste_and_of_what_goes_together() -> None:
+    assert harmony("") == 0
+    # r(a) = liking(a), r(a b) = (liking(a) + liking(b) + harmony(a, b)) / 2
+    together = {
+        (a, b): 2 * harmony(f"{a} {b}") - harmony(a) - harmony(b) for a, b in pairwise(("soup", "rice", "soup", "soup"))
+    }
+    dishes = ("soup", "rice", "soup", "soup")
+    total = sum(map(harmony, dishes)) + sum(together[pair] for pair in pairwise(dishes))
+    assert harmony(" ".join(dishes)) == pytest.approx(total / 4)
+    # the order counts, the guest does not change what goes together
+    assert harmony("soup rice") != pytest.approx(harmony("rice soup"))
+    ben = [harmony(text, "ben tuesday sun") for text in ("soup rice", "soup", "rice")]
+    assert 2 * ben[0] - ben[1] - ben[2] == pytest.approx(together["soup", "rice"])
+    assert harmony("soup") != harmony("soup", "ben monday sun")
+    assert harmony("soup") == harmony("soup", "ann friday sun")
+    # words that are no dishes are neither liked nor disliked, and part the dishes beside them
+    assert harmony("soup monday rice") == pytest.approx((harmony("soup") + harmony("rice")) / 3)
+    # the tastes are others than those of the first oracle
+    prompts, menus = [prompt("ann monday sun")] * len(DISHES), list(map(menu, DISHES))
+    tastes = torch.stack([oracle.score(prompts, menus).mean for oracle in (MenuReward(), MenuHarmonyReward())])
+    assert abs(float(torch.corrcoef(tastes)[0, 1])) < 0.5
+    with pytest.raises(ValueError, match="MenuHarmonyReward needs a finite scale"):
+        MenuHarmonyReward(scale=float("nan"))
+    with pytest.raises(ValueError, match="MenuHarmonyReward knows prompts like"):
+        harmony("soup", "write a poem please")
+
+
+def test_length_and_repeats_describe_the_first_oracle_and_not_the_second() -> None:
+    # 500 menus of the corpus for each guest, on a monday with sun
+    rows = torch.tensor([[1, 2 + guest, 10, 17] for guest in range(len(GUESTS))]).repeat_interleave(500, 0)
+    menus, length = corpus_menus(rows, torch.Generator().manual_seed(0))
+    words = [[DISHES[d] for d in found[:n]] for found, n in zip(menus.tolist(), length.tolist(), strict=True)]
+    repeats = torch.tensor([len(found) - len(set(found)) for found in words])
+    features = torch.stack([length, repeats, length**2, repeats**2, length * repeats], 1).double()
+
+    def within(values: torch.Tensor) -> torch.Tensor:
+        groups = values.unflatten(0, (len(GUESTS), 500))
+        return (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
+
+    features, explained = within(features), []
+    prompts = [prompt(f"{guest} monday sun") for guest in GUESTS for _ in range(500)]
+    for oracle in (MenuReward(), MenuHarmonyReward()):
+        rewards = within(oracle.score(prompts, [menu(" ".join(found)) for found in words]).mean)
+        fit = features @ torch.linalg.lstsq(features, rewards[:, None]).solution[:, 0]
+        explained.append(1 - float((rewards - fit).square().mean() / rewards.square().mean()))
+        # equal scales: std of 1.2 or so
+        assert 0.9 < float(rewards.square().mean().sqrt()) < 1.5
+    assert explained[0] > 0.15 and explained[1] < 0.03
 
 
 def test_prompts_of_both_splits_are_disjoint_and_cover_guests_and_weathers() -> None:
