@@ -160,11 +160,11 @@ def efficiency_figure(grid: Grid, title: str, baseline: str, unit: str = "labels
         # a logarithmic axis has no place for the start
         labels, j = labels[labels > 0], j[:, labels > 0]
         mean = j.mean(0)
-        axes.plot(labels, mean, color=style.colour, linestyle=style.line, linewidth=2.0, zorder=3)
-        axes.plot(labels[-1:], mean[-1:], style.marker, color=style.colour, markersize=5, zorder=4)
+        axes.plot(labels, mean, color=style.color, linestyle=style.line, linewidth=2.0, zorder=3)
+        axes.plot(labels[-1:], mean[-1:], style.marker, color=style.color, markersize=5, zorder=4)
         if len(j) > 1:
             half = half_width(j)
-            axes.fill_between(labels, mean - half, mean + half, color=style.colour, alpha=0.15, linewidth=0, zorder=1)
+            axes.fill_between(labels, mean - half, mean + half, color=style.color, alpha=0.15, linewidth=0, zorder=1)
 
     def finish(axes: Axes, arms: Mapping[str, Sequence[Curve]]) -> None:
         axes.set_xscale("log", base=2)
