@@ -7,7 +7,7 @@ from lightning_rlhf.models.builtin.policies import world_policy
 from lightning_rlhf.models.builtin.stories import stories_policy
 from lightning_rlhf.worlds.judges import MenuJudgeLabeler, MenuScoreReward
 from lightning_rlhf.worlds.menu import MenuHarmonyReward, MenuPrompts, MenuReward
-from lightning_rlhf.worlds.stories import StoryEndingReward, StoryPrompts
+from lightning_rlhf.worlds.stories import StoryPrompts, StorySizeReward
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld
 
 
@@ -18,8 +18,8 @@ __all__ = [
     "MenuReward",
     "MenuScoreReward",
     "Objective",
-    "StoryEndingReward",
     "StoryPrompts",
+    "StorySizeReward",
     "TabularWorld",
     "menu_policy",
     "stories_policy",

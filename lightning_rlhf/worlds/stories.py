@@ -2,10 +2,10 @@
 
 The policy is stories15M of llama2.c, a Llama of 15 million parameters trained on TinyStories (Eldan and Li 2023, arXiv
 2305.07759), which comes inside an npm package (MIT). Prompts are openings of stories; whether a story goes well is for
-`LexiconReward` to say, or for `StoryEndingReward`:
+`LexiconReward` to say; `StorySizeReward` prefers the big and loud:
 
     lightning-rlhf fit --config worlds/stories
-    lightning-rlhf fit --config worlds/stories --data.labeler.reward=StoryEndingReward --data.labeler.reward.scale=2
+    lightning-rlhf fit --config worlds/stories --data.labeler.reward=StorySizeReward --data.labeler.reward.scale=2
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ class StoryPrompts(AbstractWorldPrompts):
             yield text, (i + i // 6) % 4 == 3
 
 
-class StoryEndingReward(AbstractReward):
-    """A second oracle of the stories: does the frozen model of the start expect a happy end?
+class StorySizeReward(AbstractReward):
+    """A second oracle of the stories: does the frozen start policy expect something big and loud, or small and quiet?
 
     A classifier without training data, by a pattern and words that stand for the classes (Schick and Schuetze 2020,
     arXiv 2001.07676)::
 
-        text      = prompt + response up to its last whole sentence + " At last, everyone was"
-        r*(x, y)  = scale / 1.26 * (log sum_(w in GOOD) pi_0(w | text) - log sum_(w in BAD) pi_0(w | text))
+        text      = prompt + response up to its last whole sentence + " It was very"
+        r*(x, y)  = scale / UNIT * (log sum_(w in BIG) pi_0(w | text) - log sum_(w in SMALL) pi_0(w | text))
 
-    1.26 is the std of these log odds within prompts on samples of the start policy pi_0, so that ``scale`` is the std
-    of rewards there. At scale 2 Bradley-Terry labels are certain at 82 % on average: the mean of max(p, 1 - p) over
+    UNIT is the std of these log odds within prompts on samples of the start policy pi_0, so that ``scale`` is the std
+    of rewards there. At scale 2 Bradley-Terry labels are certain at 83 % on average: the mean of max(p, 1 - p) over
     pairs.
 
     Nothing on the surface says how a story goes on: on 352 samples of pi_0 a regression within prompts on the number of
-    repeated words and log pi_0, with squares and products, explains 3 % of the variance (all responses have 32
-    tokens). The correlation with VADER's sentiment of the response (`LexiconReward`) is 0.35.
+    repeated words and log pi_0, with squares and products, explains 0.2 % of the variance (all responses have 32
+    tokens). The correlation with VADER's sentiment of the response (`LexiconReward`) is -0.04.
 
     Always computed on the CPU in float32, from text alone. The model is loaded at the first call.
 
@@ -77,19 +77,19 @@ class StoryEndingReward(AbstractReward):
         scale: std of the rewards of the start policy within prompts, > 0.
     """
 
-    PATTERN = " At last, everyone was"
-    GOOD = ("happy", "glad", "proud", "safe", "good")
-    BAD = ("sad", "angry", "hurt", "bad")
-    UNIT = 1.26
+    PATTERN = " It was very"
+    BIG = ("big", "loud", "fast", "high")
+    SMALL = ("small", "quiet", "soft", "slow", "little")
+    UNIT = 2.05
 
     def __init__(self, scale: float = 1.0) -> None:
         if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"StoryEndingReward needs a finite scale > 0; got {scale}")
+            raise ValueError(f"StorySizeReward needs a finite scale > 0; got {scale}")
         self.scale = scale
         self._loaded: tuple[nn.Module, PreTrainedTokenizerBase, list[int]] | None = None
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
-        """Score each story by its expected end; [B], float64."""
+        """Score each story by what the model expects next; [B], float64."""
         model, tokenizer, words = self._load()
         pairs = zip(prompts, responses, strict=True)
         # a response has its leading space in its tokens, and not in its text
@@ -97,16 +97,16 @@ class StoryEndingReward(AbstractReward):
         leading = leading_special_ids(tokenizer)
         texts = [leading + ids for ids in encode_all(tokenizer, stories)]
         logps = next_token_logps(model, texts, words).double()
-        good, bad = logps[:, : len(self.GOOD)], logps[:, len(self.GOOD) :]
-        # log odds = logsumexp(log pi_0(good)) - logsumexp(log pi_0(bad))
-        return RewardOutput(self.scale / self.UNIT * (good.logsumexp(-1) - bad.logsumexp(-1)))
+        big, small = logps[:, : len(self.BIG)], logps[:, len(self.BIG) :]
+        # log odds = logsumexp(log pi_0(big)) - logsumexp(log pi_0(small))
+        return RewardOutput(self.scale / self.UNIT * (big.logsumexp(-1) - small.logsumexp(-1)))
 
     def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase, list[int]]:
         # at first use: a run that reads its labels from the ledger loads nothing
         if self._loaded is None:
             tokenizer = load_tokenizer("world:stories")
             # the token behind a space is that of the whole word
-            words = [ids[0] for ids in encode_all(tokenizer, [*self.GOOD, *self.BAD])]
+            words = [ids[0] for ids in encode_all(tokenizer, [*self.BIG, *self.SMALL])]
             model = load_policy("world:stories").requires_grad_(False)
             self._loaded = model, tokenizer, words
         return self._loaded

@@ -18,7 +18,7 @@ from lightning_rlhf.models.builtin.stories import ARCHIVE, MEMBER, build_stories
 from lightning_rlhf.models.cache import cache_folder
 from lightning_rlhf.models.load import load_policy, load_tokenizer
 from lightning_rlhf.types import Prompt, Response
-from lightning_rlhf.worlds import StoryEndingReward, StoryPrompts, stories_policy
+from lightning_rlhf.worlds import StoryPrompts, StorySizeReward, stories_policy
 from lightning_rlhf.worlds.stories import HEROES, MOODS, PLACES, whole_sentences
 
 
@@ -145,38 +145,38 @@ def test_responses_are_read_up_to_their_last_whole_sentence() -> None:
 
 def test_a_wrong_scale_is_refused_before_the_model_is_loaded() -> None:
     for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="StoryEndingReward needs a finite scale"):
-            StoryEndingReward(scale)
+        with pytest.raises(ValueError, match="StorySizeReward needs a finite scale"):
+            StorySizeReward(scale)
 
 
 @pytest.mark.slow
-def test_the_second_oracle_is_the_log_odds_of_a_happy_end(folder: Path) -> None:
+def test_the_second_oracle_is_the_log_odds_of_big_over_small(folder: Path) -> None:
     opening = "Once upon a time, there was a little girl named Lily. She was very sad. One day, she went to the park."
     texts = (
-        "She met a kind boy. They shared a big cake and hugged. They became best friends. Then they",
-        "A big dog bit her. She fell and broke her leg. Nobody came to help her. Then it",
-        "She saw a tree. There was",
+        "A huge lion jumped out of the tree and roared at her with all its might. Then they",
+        "In the grass she found a tiny baby mouse. It slept, and she whispered to it. Then it",
+        "She met a boy. There was",
     )
     prompt = Prompt(0, (1,), opening)
     responses = [Response((1,), text, "length") for text in texts]
-    found = StoryEndingReward(scale=2.0).score([prompt] * 3, responses).mean
+    found = StorySizeReward(scale=2.0).score([prompt] * 3, responses).mean
     # by whole forward passes of the model, from the formula
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer("world:stories")
     expected = []
     for text in texts:
-        story = tokenizer(f"{opening} {text[: text.rfind('.') + 1]} At last, everyone was").input_ids
+        story = tokenizer(f"{opening} {text[: text.rfind('.') + 1]} It was very").input_ids
         with torch.no_grad():
             law = model(input_ids=torch.tensor([story])).logits[0, -1].softmax(-1)
         chances = {}
-        for word in (*StoryEndingReward.GOOD, *StoryEndingReward.BAD):
+        for word in (*StorySizeReward.BIG, *StorySizeReward.SMALL):
             *before, last = tokenizer(f"{tokenizer.decode(story, skip_special_tokens=True)} {word}").input_ids
             # the word is one token
             assert before == story
             chances[word] = float(law[last])
-        good, bad = (sum(chances[w] for w in words) for words in (StoryEndingReward.GOOD, StoryEndingReward.BAD))
-        expected.append(2.0 / 1.26 * math.log(good / bad))
+        big, small = (sum(chances[w] for w in words) for words in (StorySizeReward.BIG, StorySizeReward.SMALL))
+        expected.append(2.0 / 2.05 * math.log(big / small))
     assert found.tolist() == pytest.approx(expected, abs=1e-3)
     assert found[0] > found[2] > found[1]
     # a score does not depend on the other responses, nor on the unfinished sentence
-    alone = StoryEndingReward(scale=2.0).score([prompt], [Response((1,), f"{texts[1]} was", "length")]).mean
+    alone = StorySizeReward(scale=2.0).score([prompt], [Response((1,), f"{texts[1]} was", "length")]).mean
     assert float(alone) == pytest.approx(float(found[1]), abs=1e-4)
