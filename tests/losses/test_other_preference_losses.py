@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_rlhf import losses
 from lightning_rlhf.losses import (
     AbstractPreferenceLoss,
     AOTLoss,
@@ -233,6 +236,13 @@ def test_the_first_loss_where_the_policy_equals_the_reference(loss: AbstractPref
 def test_arguments_out_of_range_are_refused(build: Callable[[], AbstractPreferenceLoss], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_page_about_losses_has_a_row_for_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    named = {name for name in losses.__all__ if name.endswith("Loss")} - {"AbstractPreferenceLoss", "SigmoidLoss"}
+    assert rows == named
 
 
 # -- losses of log-ratios ----------------------------------------------------------------------------------------------
