@@ -185,6 +185,18 @@ def test_one_switch_per_idea(in_folder: Path, tiny_policy: Path) -> None:
     assert config["model"]["init_args"]["loss"]["class_path"] == "lightning_rlhf.losses.IPOLoss"
 
 
+def test_a_loss_within_another_trains_on_pairs_accepted_by_a_reward(in_folder: Path, tiny_policy: Path) -> None:
+    fit(
+        *("--config", "quickstart", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
+        *("--data.sampler=RSOSampler", "--data.sampler.n=3", "--data.sampler.reward=LexiconReward"),
+        *("--model.loss=NLLTermLoss", "--model.loss.base=SimPOLoss", "--model.loss.base.gamma=1.0"),
+    )
+    config = yaml.safe_load(next((in_folder / "run").rglob("config.yaml")).read_text())
+    assert config["model"]["init_args"]["loss"]["init_args"]["base"]["init_args"] == {"gamma": 1.0}
+    with PreferenceStore(in_folder / "run" / "ledger.sqlite", read_only=True) as store:
+        assert {p.comparison.branch for p in store.preferences()} == {"rso"}
+
+
 def test_interpolation_follows_the_command_line(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_folder / "mine.yaml").write_text(
         "data: {class_path: lightning_rlhf.PreferenceDataModule, init_args: "

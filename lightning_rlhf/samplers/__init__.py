@@ -10,6 +10,7 @@ from lightning_rlhf.samplers.model_based import AbstractModelSampler
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.samplers.pilaf import PILAFSampler
 from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
+from lightning_rlhf.samplers.rso import RSOSampler
 from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.thompson import ThompsonSampler
@@ -28,6 +29,7 @@ __all__ = [
     "OfflineSampler",
     "PILAFSampler",
     "PolicyWeightedSampler",
+    "RSOSampler",
     "SIRPILAFSampler",
     "TPILAFSampler",
     "ThompsonSampler",

@@ -34,12 +34,12 @@ def policy_pairs(prompts: Sequence[Prompt], key: Key) -> list[Request]:
     return requests
 
 
-def pool_requests(prompts: Sequence[Prompt], count: int, key: Key) -> list[Request]:
-    """Requests for a pool of ``count`` independent samples of pi_theta per prompt, prompt by prompt."""
+def pool_requests(prompts: Sequence[Prompt], count: int, key: Key, mix: float = 0.0) -> list[Request]:
+    """Requests for a pool of ``count`` independent samples per prompt, prompt by prompt; of pi_theta by default."""
     requests: list[Request] = []
     for prompt in prompts:
         # streams from COIN + 1 on, since FIRST and SECOND belong to samplers of two responses
-        requests.extend(Request(prompt, key.fold(prompt.index, COIN + 1 + i)) for i in range(count))
+        requests.extend(Request(prompt, key.fold(prompt.index, COIN + 1 + i), mix) for i in range(count))
     return requests
 
 

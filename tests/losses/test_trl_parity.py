@@ -2,12 +2,15 @@
 
 TRL's conventions, as of version 1: ``ipo`` divides each log-ratio by the length of its response (our default);
 ``robust`` reads ``label_smoothing``, ``sigmoid`` does not, and the smoothed loss (cDPO) survives only inside ``aot``,
-which equals it on a batch of one pair; ``hinge`` is normalized by the reference. TRL appends EOS to completions and
-counts it.
+which equals it on a batch of one pair; ``hinge`` is normalized by the reference. ``bco_pair`` has no reward shift, and
+``sft`` is the mean over the tokens of all chosen responses, which is ours where they are equally long. TRL appends EOS
+to completions and counts it. Its CPO and ORPO trainers are experimental; ORPO's likelihood counts the prompt, of which
+a single token has no likelihood.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,25 @@ from torch import Tensor
 
 from lightning_rlhf.losses import (
     AbstractPreferenceLoss,
+    AOTLoss,
+    APODownLoss,
+    APOZeroLoss,
+    BCOLoss,
     CDPOLoss,
+    CPOLoss,
+    DiscoPOPLoss,
     DPOLoss,
+    EXOLoss,
     HingeLoss,
     IPOLoss,
+    LNDPOLoss,
+    NCALoss,
+    NLLTermLoss,
+    ORPOLoss,
     PairLogps,
     RobustLoss,
+    SimPOLoss,
+    SPPOLoss,
     clipped_loss,
     implicit_rewards,
     kl_loss,
@@ -150,6 +166,127 @@ def test_loss_and_gradients_equal_those_of_trl(
     expected, got = gradients_of(trainer.model, theirs), gradients_of(trainer.model, ours)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        ({"loss_type": ["sigmoid_norm"]}, LNDPOLoss()),
+        ({"loss_type": ["exo_pair"], "label_smoothing": 0.01}, EXOLoss(0.01)),
+        ({"loss_type": ["nca_pair"]}, NCALoss()),
+        ({"loss_type": ["bco_pair"]}, BCOLoss()),
+        ({"loss_type": ["sppo_hard"]}, SPPOLoss()),
+        ({"loss_type": ["aot"], "label_smoothing": 0.1}, AOTLoss(label_smoothing=0.1)),
+        ({"loss_type": ["aot_unpaired"]}, AOTLoss(paired=False)),
+        ({"loss_type": ["apo_zero"]}, APOZeroLoss()),
+        ({"loss_type": ["apo_down"]}, APODownLoss()),
+        ({"loss_type": ["discopop"], "discopop_tau": 0.7}, DiscoPOPLoss(0.7)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, AbstractPreferenceLoss) else "",
+)
+def test_losses_of_log_ratios_equal_those_of_trl_in_float64(
+    options: dict[str, Any], loss: AbstractPreferenceLoss, tmp_path: Path
+) -> None:
+    trainer, batch = trainer_and_batch(tmp_path, ROWS, **options)
+    assert_equal_in_float64(trainer, batch, loss)
+
+
+def test_the_nll_term_equals_that_of_trl_in_float64(tmp_path: Path) -> None:
+    # equally long chosen responses: TRL weighs tokens, and we weigh pairs
+    rows = [{**row, "chosen": chosen} for row, chosen in zip(ROWS, (" c d", " a e", " d h"), strict=True)]
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.4]}
+    trainer, batch = trainer_and_batch(tmp_path, rows, **options)
+    assert_equal_in_float64(trainer, batch, NLLTermLoss(0.4))
+
+
+def assert_equal_in_float64(trainer: Any, batch: dict[str, Tensor], loss: AbstractPreferenceLoss) -> None:
+    for network in (trainer.model, trainer.ref_model):
+        network.double().register_forward_hook(with_float64_head, with_kwargs=True)
+    theirs = trainer.compute_loss(trainer.model, batch)
+    ours = loss(our_pairs(trainer, batch), BETA).mean()
+    # TRL rounds the label smoothing of EXO to float32
+    tolerance = 1e-7 if isinstance(loss, EXOLoss) else 1e-11
+    assert_same_loss_and_gradients(trainer.model, ours, theirs, tolerance)
+
+
+def with_float64_head(network: Any, args: tuple[Any, ...], inputs: dict[str, Any], outputs: Any) -> Any:
+    """TRL's fused head is float32; with the log-probabilities of a plain head its losses are float64."""
+    if "fused_lm_head" in inputs:
+        hidden = network.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+        labels = inputs["labels"][:, 1:]
+        logps = network.lm_head(hidden)[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        logps = logps.masked_fill(labels == -100, 0.0)
+        # the same numbers as those of the head of TRL
+        torch.testing.assert_close(outputs.log_probs[:, -logps.shape[1] :].double(), logps, rtol=1e-5, atol=1e-5)
+        outputs.log_probs = logps
+    return outputs
+
+
+def assert_same_loss_and_gradients(network: Any, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
+    expected, got = gradients_of(network, theirs), gradients_of(network, ours)
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    torch.testing.assert_close(got, expected, rtol=100 * tolerance, atol=100 * tolerance)
+
+
+def pairs_without_reference(network: Any, batch: dict[str, Tensor]) -> PairLogps:
+    """Pairs of a batch of TRL's CPO and ORPO trainers; their reference is NaN."""
+    logps, lengths = [], []
+    for side in ("chosen", "rejected"):
+        ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"]
+        full = {"input_ids": ids, "attention_mask": batch[f"{side}_attention_mask"], "completion_mask": labels != -100}
+        logps.append(summed_logps(network, full))
+        lengths.append((labels != -100).sum(1))
+    nan, no = torch.full_like(logps[0], float("nan")).detach(), torch.zeros_like(lengths[0], dtype=torch.bool)
+    one = torch.ones_like(nan)
+    return PairLogps(logps[0], logps[1], nan, nan, lengths[0], lengths[1], no, no, one, one)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "loss"),
+    [
+        ("CPO", {"loss_type": "sigmoid", "cpo_alpha": 0.0}, CPOLoss(0.0)),
+        ("CPO", {"loss_type": "sigmoid", "cpo_alpha": 0.7}, CPOLoss(0.7)),
+        ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.4}, SimPOLoss(0.4)),
+        ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.7, "simpo_gamma": 0.4}, NLLTermLoss(0.7, SimPOLoss(0.4))),
+        ("ORPO", {}, ORPOLoss()),
+    ],
+)
+def test_losses_without_reference_equal_those_of_trl_in_float64(
+    name: str, options: dict[str, Any], loss: AbstractPreferenceLoss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    experimental = importlib.import_module(f"trl.experimental.{name.lower()}")
+    # prompts of one token and equally long chosen responses: there the likelihoods of TRL are ours
+    rows = [
+        {"prompt": "h", "chosen": " c d", "rejected": " b c d"},
+        {"prompt": "g", "chosen": " d h", "rejected": " e"},
+    ]
+    args = getattr(experimental, f"{name}Config")(
+        output_dir=str(tmp_path),
+        beta=BETA,
+        per_device_train_batch_size=len(rows),
+        max_length=16,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        **options,
+    )
+    trainer = getattr(experimental, f"{name}Trainer")(
+        model=model(0),
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    network = trainer.model.double()
+    theirs, _ = trainer.get_batch_loss_metrics(network, batch)
+    pairs = pairs_without_reference(network, batch)
+    assert sorted(pairs.rejected_length.tolist()) == [2, 4]
+    ours = loss(pairs, BETA).mean()
+    # TRL rounds the log-probabilities of ORPO to float32
+    assert_same_loss_and_gradients(network, ours, theirs, tolerance=1e-7 if name == "ORPO" else 1e-11)
 
 
 def test_smoothed_labels_equal_trl_on_single_pairs(tmp_path: Path) -> None:

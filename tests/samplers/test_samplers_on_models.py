@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.samplers import (
     AbstractPairSampler,
     BestOfNSampler,
@@ -17,12 +19,20 @@ from lightning_rlhf.samplers import (
     OfflineSampler,
     PILAFSampler,
     PolicyWeightedSampler,
+    RSOSampler,
     SIRPILAFSampler,
     TPILAFSampler,
     VanillaSampler,
     WeightedVanillaSampler,
 )
 from lightning_rlhf.types import Comparison, Prompt, RecordedPair, Response
+
+
+class TokenReward(AbstractReward):
+    """Rewards by the first token."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
+        return RewardOutput(torch.tensor([float(response.ids[0]) for response in responses]))
 
 
 SAMPLERS: dict[str, Callable[[], AbstractPairSampler]] = {
@@ -34,6 +44,8 @@ SAMPLERS: dict[str, Callable[[], AbstractPairSampler]] = {
     "weighted_vanilla": WeightedVanillaSampler,
     "policy_weighted": lambda: PolicyWeightedSampler(n=4, dim=8),
     "policy_weighted_tilted": lambda: PolicyWeightedSampler(n=4, dim=8, tilt=0.5),
+    "rso": lambda: RSOSampler(TokenReward(), n=4, temperature=1.0),
+    "rso_policy": lambda: RSOSampler(TokenReward(), n=4, temperature=1.0, proposal="policy"),
     "sir_pilaf": lambda: SIRPILAFSampler(n=4),
     "offline": OfflineSampler,
     "mixture": lambda: MixtureSampler([VanillaSampler(), TPILAFSampler(), BestOfNSampler(n=2)]),
