@@ -19,6 +19,7 @@ from lightning_rlhf.callbacks.reward import RewardMonitor
 from lightning_rlhf.callbacks.rollouts import RolloutMonitor
 from lightning_rlhf.callbacks.summary import LossSummary, PairSummary, Summary
 from lightning_rlhf.callbacks.throughput import Throughput
+from lightning_rlhf.callbacks.weights import WeightMonitor
 
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "Summary",
     "Throughput",
     "WeightAverage",
+    "WeightMonitor",
 ]

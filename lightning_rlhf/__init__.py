@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.ledger.store import PreferenceStore
     from lightning_rlhf.models.options import ModelOptions
     from lightning_rlhf.modules import (
+        DifferenceModule,
         DPOModule,
         DRLAIFModule,
         EfficientExplorationModule,
@@ -40,6 +41,7 @@ __all__ = [
     "DPOModule",
     "DRLAIFModule",
     "Decoding",
+    "DifferenceModule",
     "EfficientExplorationModule",
     "FitExperiment",
     "Key",
@@ -72,6 +74,7 @@ _MODULES = {
     "modules": (
         "DPOModule",
         "DRLAIFModule",
+        "DifferenceModule",
         "EfficientExplorationModule",
         "PolicyGradientModule",
         "RewardModule",

@@ -187,6 +187,11 @@ class Label:
         """Whether this is the label of equal responses, see `free_tie`."""
         return self.meta.get(FREE_TIE) is True
 
+    @property
+    def weight(self) -> float:
+        """Weight that the labeler gives the pair, >= 0; 1 unless ``meta`` has an entry `PAIR_WEIGHT`."""
+        return float(self.meta.get(PAIR_WEIGHT, 1.0))
+
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.probability is not None):
             raise ValueError(
@@ -194,7 +199,14 @@ class Label:
             )
         if self.probability is not None and not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"P(a preferred) must lie in [0, 1]; got {self.probability}")
+        if not 0.0 <= self.weight < float("inf"):
+            raise ValueError(
+                f"meta[{PAIR_WEIGHT!r}], the weight of a pair in the loss, must be >= 0; got {self.weight}"
+            )
 
+
+PAIR_WEIGHT = "pair_weight"
+"""Entry of a label's ``meta``: the factor on the weight of its pair in the loss."""
 
 FREE_TIE = "free_tie"
 """Entry of a label's ``meta`` that marks free ties."""
@@ -224,6 +236,11 @@ class Preference:
         """P(a preferred) in [0, 1]."""
         assert self.label.probability is not None
         return self.label.probability
+
+    @property
+    def weight(self) -> float:
+        """Weight in the loss, >= 0: that of the comparison times that of the label."""
+        return self.comparison.weight * self.label.weight
 
 
 @dataclass(frozen=True)

@@ -386,8 +386,9 @@ def test_a_policy_of_another_family_is_refused(tmp_path: Path, tiny_policy: Path
         ),
         ("fsdp", ["--model.ensemble.kind=linear", "--model.ensemble.size=2"]),
         ("fsdp", ["--model.lora.r=2", "--model.lora.target_modules=[q_proj]"]),
+        ("ddp", ["--config=difference_model", "--data.decoding.max_new_tokens=16", "--model.optimizer.lr=3e-3"]),
     ],
-    ids=["single", "adapters", "sharded", "sharded_lora"],
+    ids=["single", "adapters", "sharded", "sharded_lora", "differences"],
 )
 def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str, model: list[str]) -> None:
     # 22 rows: the last batch and the validation are uneven
@@ -417,7 +418,10 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str
     assert summaries[0]["pairs"] == 7
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-    assert models[0].stds == pytest.approx(models[1].stds, rel=1e-4)
+    if models[0].stds is not None:
+        assert models[0].stds == pytest.approx(models[1].stds, rel=1e-4)
+    means = [getattr(model.config, "mean_coefficients", None) for model in models]
+    assert means[0] == (means[1] and pytest.approx(means[1], rel=1e-4))
 
 
 def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path) -> None:

@@ -98,7 +98,7 @@ def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
         chosen=[r.ids for r in chosen],
         rejected=[r.ids for r in rejected],
         label=_float64(labels),
-        weight=_float64([p.comparison.weight for p in preferences]),
+        weight=_float64([p.weight for p in preferences]),
         reference_chosen_logps=_float64([_total(r.reference_logps) for r in chosen]),
         reference_rejected_logps=_float64([_total(r.reference_logps) for r in rejected]),
         sampling_chosen_logps=_float64([_total(r.policy_logps) for r in chosen]),

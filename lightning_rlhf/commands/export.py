@@ -147,7 +147,7 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
         }
     row |= {
         "probability": probability,
-        "weight": comparison.weight,
+        "weight": preference.weight,
         "round": preference.round,
         "branch": comparison.branch,
         "prompt_index": comparison.prompt.index,

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from lightning_rlhf.estimators.choice import choice_variance, gaussian_samples
+from lightning_rlhf.estimators.difference import (
+    antisymmetric_difference,
+    difference_weight,
+    effective_sample_size,
+)
 from lightning_rlhf.estimators.kl import categorical_kl, k1, k2, k3, kl_per_sequence, kl_per_token, pad_ragged
 from lightning_rlhf.estimators.pilaf import (
     RunningZZ,
@@ -39,10 +44,13 @@ from lightning_rlhf.estimators.tabular import (
 __all__ = [
     "RunningZZ",
     "TiltedDistributions",
+    "antisymmetric_difference",
     "categorical_kl",
     "choice_variance",
     "cosh_delta",
+    "difference_weight",
     "differences",
+    "effective_sample_size",
     "expected_dpo_loss",
     "gae",
     "gaussian_samples",

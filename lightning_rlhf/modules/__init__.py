@@ -2,6 +2,7 @@
 
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule, ItemLosses
+from lightning_rlhf.modules.difference import DifferenceModule
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.drlaif import DRLAIFModule
 from lightning_rlhf.modules.efficient_exploration import Anchor, EfficientExplorationModule
@@ -24,6 +25,7 @@ __all__ = [
     "CosineWithWarmup",
     "DPOModule",
     "DRLAIFModule",
+    "DifferenceModule",
     "EfficientExplorationModule",
     "ItemLosses",
     "KLControl",

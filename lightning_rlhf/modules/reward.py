@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -95,6 +95,9 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         lr_scheduler: makes the schedule of an optimizer; it advances with every optimizer step.
         options: how the checkpoint is loaded and run.
     """
+
+    READING: ClassVar[str] = "template"
+    """Entry ``reward_reading`` in the config of the saved model: its texts, and the token it is read at."""
 
     def __init__(
         self,
@@ -242,6 +245,16 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         members = self._scores(groups, self.options.scoring_batch_tokens).view(len(batch), 2, -1)
         labels = torch.tensor([p.recorded.probability for p in batch if p.recorded is not None]).to(members)
         lengths = torch.tensor([[len(a.ids), len(b.ids)] for a, b in pairs])
+        self.update_metrics(members, labels, lengths)
+
+    def update_metrics(self, members: Tensor, labels: Tensor, lengths: Tensor) -> None:
+        """Take held-out pairs into the metrics.
+
+        Args:
+            members: rewards of both responses by every member, [pairs, 2, members].
+            labels: P(first preferred) in [0, 1], [pairs].
+            lengths: tokens of both responses, [pairs, 2].
+        """
         self.pair_metrics.update(members.mean(2), labels, lengths)
         for member, rewards in enumerate(self.member_rewards):
             rewards.update(members[..., member])
@@ -288,7 +301,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
             padding = self.scorer.config.pad_token_id
             tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
             for model in self.scorer.models:
-                model.config.reward_reading = "template"
+                model.config.reward_reading = self.READING
             self.scorer.save(folder, tokenizer, state)
 
     def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:

@@ -45,7 +45,8 @@ class LedgerPrompts(AbstractPromptSource):
                 # without labels the first response counts as chosen, since a pair needs some order
                 probability = 1.0 if label is None or not self.labels else label.probability
                 assert probability is not None
-                pair = RecordedPair(comparison.a.text, comparison.b.text, probability, comparison.weight)
+                weight = comparison.weight * (1.0 if label is None or not self.labels else label.weight)
+                pair = RecordedPair(comparison.a.text, comparison.b.text, probability, weight)
                 reason = unusable_pair(pair)
                 if reason is not None:
                     self.report[reason] += 1

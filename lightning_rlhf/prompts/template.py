@@ -38,6 +38,23 @@ class TurnFormat:
         ended = self.end is not None and answer[-1:] == (self.end,)
         return answer + self.closing if ended and self.asks(prompt) else answer
 
+    def joined(
+        self, prompt: Sequence[int], first: tuple[int, ...], second: tuple[int, ...], eos: int
+    ) -> tuple[int, ...]:
+        """Two answers to one prompt as one text: the second follows as another turn of the assistant.
+
+        Args:
+            prompt: token ids of the prompt.
+            first: token ids of the first answer.
+            second: token ids of the second answer.
+            eos: id that ends the first answer where nothing else does, as when it was cut.
+        """
+        first = self.closed(prompt, first)
+        turn = (self.end, *self.closing)
+        ended = first[-1:] == (eos,) or (self.end is not None and first[-len(turn) :] == turn)
+        opening = self.opening if self.asks(prompt) else ()
+        return first + (() if ended else (eos,)) + opening + self.closed(prompt, second)
+
 
 PROBE = "Elbe"
 """Answer that is rendered to find its end; a word that no template contains."""

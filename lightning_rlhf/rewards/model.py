@@ -90,6 +90,7 @@ class RewardModelReward(AbstractReward):
         if isinstance(resolve_checkpoint(path, trust_remote_code=trust_remote_code), Path):
             self._check_statistics(*read_statistics(path))
             scorer = open_scorer(path, trust_remote_code=trust_remote_code, meta=True)
+            self._check_reads_one_response(scorer)
             if is_plain_decoder(scorer):
                 load_tokenizer(path, trust_remote_code=trust_remote_code, ends_texts=False)
             else:
@@ -177,6 +178,14 @@ class RewardModelReward(AbstractReward):
         # a single model has a disagreement of 0, which would pass for certainty
         return RewardOutput(mean, std, members) if scorer.size > 1 else RewardOutput(mean)
 
+    def _check_reads_one_response(self, scorer: Scorer | ClassifierScorer) -> None:
+        # a difference model would give single responses numbers without a meaning
+        if getattr(scorer.config, "reward_reading", None) == "pair":
+            raise ValueError(
+                f"{self.path!r} is a difference model, which compares two responses and scores no single one; use "
+                f"DifferenceLabeler, or train a reward model with --config reward_model"
+            )
+
     def _check_statistics(self, size: int, stds: Sequence[float] | None) -> bool:
         """Whether the stds of the members are known and positive; some settings need them.
 
@@ -202,6 +211,7 @@ class RewardModelReward(AbstractReward):
         # at first use: a run that reads its rewards from the ledger loads nothing
         if self._loaded is None:
             scorer = open_scorer(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+            self._check_reads_one_response(scorer)
             scorer.requires_grad_(False)
             # a std of 0 would divide by zero in `standardised`
             if not self._check_statistics(scorer.size, scorer.stds):
