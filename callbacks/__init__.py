@@ -11,6 +11,7 @@ from lightning_rlhf.callbacks.budget import LabelBudget
 from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.final import FinalValidation
+from lightning_rlhf.callbacks.forecast import SilverMonitor
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
@@ -36,6 +37,7 @@ __all__ = [
     "RewardAgreement",
     "RewardMonitor",
     "RolloutMonitor",
+    "SilverMonitor",
     "Summary",
     "Throughput",
     "WeightAverage",

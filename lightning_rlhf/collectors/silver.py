@@ -12,6 +12,7 @@ from functools import partial
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
@@ -97,6 +98,25 @@ class SilverOptions:
         return max(self.steps_per_round // self.steps_per_sampling, 1)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """How well a preference model predicted the labels of a round before it was fitted to them.
+
+    Args:
+        round: the round.
+        fitted: real labels that the model was fitted to.
+        nll: mean negative log-likelihood of the labels, nats; ln 2 = 0.693 for a model that knows nothing.
+        accuracy: share of the labels on the side of the posterior mean; soft labels count by their larger side.
+        labels: labels of the round, free ties left out.
+    """
+
+    round: int
+    fitted: int
+    nll: float
+    accuracy: float
+    labels: int
+
+
 class SilverCollector:
     """Fits the preference model, and makes the training items of silver epochs; through the ledger.
 
@@ -113,6 +133,8 @@ class SilverCollector:
         self.options, self.key = options, key.fold(Stream.SILVER)
         self.labels_fitted = 0
         """Real labels that the model was fitted to; 0 before the first fit."""
+        self.forecast: Forecast | None = None
+        """Prediction of the newest round; None before the first one that a fitted model saw."""
 
     @property
     def model(self) -> AbstractPreferenceModel | None:
@@ -165,6 +187,11 @@ class SilverCollector:
             due: the newest round.
         """
         options, known = self.options, 0
+        before = sum(not p.label.is_free_tie for index in range(due) for p in rounds[index])
+        # once per round, and never labels that the model was fitted to
+        is_new = self.forecast is None or self.forecast.round < due
+        if is_new and 0 < self.labels_fitted <= before:
+            self._predict(rounds[due], due)
         last: list[Preference] | None = None
         for index in range(due + 1):
             known += sum(not preference.label.is_free_tie for preference in rounds[index])
@@ -178,6 +205,29 @@ class SilverCollector:
                     options.model.fit(last)
         if last is not None and options.model.REFITS:
             options.model.fit(last)
+
+    def _predict(self, preferences: Sequence[Preference], index: int) -> None:
+        """Predict the labels of a round that the model has not seen (prequential validation)."""
+        labeled = [preference for preference in preferences if not preference.label.is_free_tie]
+        if not labeled:
+            return
+        mean, variance = self._gaps([preference.comparison for preference in labeled])
+        predicted = win_probability(mean, variance)
+        label = torch.tensor([preference.probability for preference in labeled], dtype=torch.float64)
+        # -(p log q + (1 - p) log(1 - q))
+        nll = torch.nn.functional.binary_cross_entropy(predicted, label).item()
+        # a mean of 0 is a guess
+        right = torch.where(mean == 0, 0.5, ((mean > 0) == (label > 0.5)).double()).mean().item()
+        self.forecast = Forecast(index, self.labels_fitted, nll, right, len(labeled))
+
+    def _gaps(self, pairs: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance of the reward gap of each pair; [pairs] each."""
+        responses: list[Response] = []
+        for pair in pairs:
+            responses += [pair.a, pair.b]
+        posterior = self.options.model.posterior(repeated([pair.prompt for pair in pairs], 2), responses)
+        first = torch.arange(0, 2 * len(pairs), 2)
+        return posterior.gap(first, first + 1)
 
     def items(
         self,
@@ -263,12 +313,7 @@ class SilverCollector:
 
     def _label(self, pairs: Sequence[Comparison], epoch: int, store: PreferenceStore | None) -> list[SilverPair]:
         """Label pairs by the posterior and write them into the ledger; on rank zero."""
-        responses: list[Response] = []
-        for pair in pairs:
-            responses += [pair.a, pair.b]
-        posterior = self.options.model.posterior(repeated([pair.prompt for pair in pairs], 2), responses)
-        first = torch.arange(0, 2 * len(pairs), 2)
-        mean, variance = posterior.gap(first, first + 1)
+        mean, variance = self._gaps(pairs)
         damping = variance if self.options.damping else torch.zeros_like(variance)
         probabilities = win_probability(mean, damping, self.options.kappa).tolist()
         labeled: list[SilverPair] = []

@@ -17,7 +17,7 @@ from lightning_rlhf.batching.collate import collate_preferences
 from lightning_rlhf.batching.steps import Step
 from lightning_rlhf.collectors.preferences import Round, RoundCollector
 from lightning_rlhf.collectors.reference_logps import refreshed
-from lightning_rlhf.collectors.silver import SilverCollector, SilverOptions
+from lightning_rlhf.collectors.silver import Forecast, SilverCollector, SilverOptions
 from lightning_rlhf.datamodules.base import DEFAULT_DECODING
 from lightning_rlhf.datamodules.options import (
     DEFAULT_BATCHING,
@@ -129,6 +129,11 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def label_fraction(self) -> float:
         """Fraction of the pairs of a round that are labeled."""
         return self.sampler.label_fraction if isinstance(self.sampler, AbstractSelectiveSampler) else 1.0
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """How well the preference model predicted the newest round; None without one, or before its first fit."""
+        return None if self._silver is None else self._silver.forecast
 
     @property
     def num_silver_pairs(self) -> int:

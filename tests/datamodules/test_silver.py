@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +17,12 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lightning_rlhf import DPOModule, PreferenceDataModule
-from lightning_rlhf.callbacks import LabelBudget
+from lightning_rlhf.callbacks import LabelBudget, SilverMonitor
 from lightning_rlhf.collectors.silver import SilverOptions
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RewardLabeler
+from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.preference_models import AbstractPreferenceModel, ModelStart, Posterior, win_probability
 from lightning_rlhf.prompts import BuiltinPrompts
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
@@ -131,7 +134,12 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[LabelBudget(12), items, ModelCheckpoint(folder / "steps", save_top_k=-1, every_n_train_steps=1)],
+        callbacks=[
+            LabelBudget(12),
+            items,
+            SilverMonitor(),
+            ModelCheckpoint(folder / "steps", save_top_k=-1, every_n_train_steps=1),
+        ],
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     return module, data, items
@@ -185,6 +193,26 @@ def test_labels_are_those_of_the_posterior(whole: tuple[Path, DPOModule, Items, 
         assert preference.label.meta["mean"] == pytest.approx(float(mean))
         assert preference.label.meta["variance"] == pytest.approx(float(variance))
         assert preference.probability == pytest.approx(float(win_probability(mean, variance, 2.0)))
+
+
+def test_forecasts_are_made_before_the_labels_are_learned(whole: tuple[Path, DPOModule, Items, Ridge]) -> None:
+    """The labels of round 2 under the model that was fitted to the eight labels of rounds 0 and 1."""
+    folder = whole[0]
+    (row,) = csv.DictReader((folder / "silver.csv").read_text().splitlines())
+    assert (row["round"], row["fitted"], row["labels"]) == ("2", "8", "4")
+    with PreferenceStore(folder / "ledger.sqlite", read_only=True) as store:
+        preferences = list(store.preferences())
+    model, new = Ridge(), [p for p in preferences if p.round == 2]
+    model.fit([p for p in preferences if p.round < 2])
+    losses, right = [], []
+    for preference in new:
+        pair = preference.comparison
+        mean, variance = model.posterior([pair.prompt] * 2, [pair.a, pair.b]).gap(torch.tensor([0]), torch.tensor([1]))
+        predicted = float(win_probability(mean, variance))
+        losses.append(-math.log(predicted if preference.probability == 1 else 1 - predicted))
+        right.append((predicted > 0.5) == (preference.probability == 1))
+    assert float(row["nll"]) == pytest.approx(sum(losses) / 4)
+    assert float(row["accuracy"]) == sum(right) / 4
 
 
 def test_nothing_counts_silver_labels(whole: tuple[Path, DPOModule, Items, Ridge]) -> None:
