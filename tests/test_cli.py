@@ -187,7 +187,7 @@ def test_one_switch_per_idea(in_folder: Path, tiny_policy: Path) -> None:
 
 def test_a_loss_within_another_trains_on_pairs_accepted_by_a_reward(in_folder: Path, tiny_policy: Path) -> None:
     fit(
-        *("--config", "quickstart", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
+        *("--config", "dpo_online", f"--model.policy={tiny_policy}", *ONLINE, "--run_dir=run"),
         *("--data.sampler=RSOSampler", "--data.sampler.n=3", "--data.sampler.reward=LexiconReward"),
         *("--model.loss=NLLTermLoss", "--model.loss.base=SimPOLoss", "--model.loss.base.gamma=1.0"),
     )

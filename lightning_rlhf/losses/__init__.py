@@ -64,6 +64,7 @@ from lightning_rlhf.losses.preference import (
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 from lightning_rlhf.losses.ties import DavidsonLoss, RaoKupperLoss, davidson_logps, rao_kupper_logps, tie_loss
 from lightning_rlhf.losses.transport import AOTLoss, aot_loss
+from lightning_rlhf.losses.unpaired import kto_loss
 
 
 SigmoidLoss = DPOLoss
@@ -116,6 +117,7 @@ __all__ = [
     "implicit_rewards",
     "ipo_loss",
     "kl_loss",
+    "kto_loss",
     "log_odds",
     "nca_loss",
     "nuclear_norm_ratio",

@@ -6,6 +6,7 @@ from lightning_rlhf.modules.difference import DifferenceModule
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.drlaif import DRLAIFModule
 from lightning_rlhf.modules.efficient_exploration import Anchor, EfficientExplorationModule
+from lightning_rlhf.modules.kto import KTOModule
 from lightning_rlhf.modules.policy import AbstractAlignedPolicyModule, AbstractPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.policy_gradient import KLControl, PolicyGradientModule, PolicyLoss, ValueModel
 from lightning_rlhf.modules.reward import RewardLoss, RewardModule
@@ -29,6 +30,7 @@ __all__ = [
     "EfficientExplorationModule",
     "ItemLosses",
     "KLControl",
+    "KTOModule",
     "LinearWithWarmup",
     "ModelOptions",
     "PolicyGradientModule",

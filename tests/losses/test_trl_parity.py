@@ -5,7 +5,7 @@ TRL's conventions, as of version 1: ``ipo`` divides each log-ratio by the length
 which equals it on a batch of one pair; ``hinge`` is normalized by the reference. ``bco_pair`` has no reward shift, and
 ``sft`` is the mean over the tokens of all chosen responses, which is ours where they are equally long. TRL appends EOS
 to completions and counts it. Its CPO and ORPO trainers are experimental; ORPO's likelihood counts the prompt, of which
-a single token has no likelihood.
+a single token has no likelihood. KTO's reference point is the mean log-ratio of mismatched rows of the batch.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from lightning_rlhf.losses import (
     clipped_loss,
     implicit_rewards,
     kl_loss,
+    kto_loss,
     response_weights,
     reward_accuracy,
 )
@@ -287,6 +288,46 @@ def test_losses_without_reference_equal_those_of_trl_in_float64(
     ours = loss(pairs, BETA).mean()
     # TRL rounds the log-probabilities of ORPO to float32
     assert_same_loss_and_gradients(network, ours, theirs, tolerance=1e-7 if name == "ORPO" else 1e-11)
+
+
+def test_kto_equals_that_of_trl(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a b", "completion": " c d e f", "label": True},
+        {"prompt": "h", "completion": " a", "label": False},
+        {"prompt": "c c c", "completion": " d h", "label": True},
+    ]
+    args = trl.KTOConfig(
+        output_dir=str(tmp_path),
+        beta=BETA,
+        desirable_weight=1.5,
+        undesirable_weight=0.8,
+        per_device_train_batch_size=len(rows),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_dropout=True,
+    )
+    trainer = trl.KTOTrainer(
+        model=model(3),
+        ref_model=model(0),
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer.compute_loss(trainer.model, batch)
+    mismatched = {name: batch[f"KL_{name}"] for name in ("input_ids", "attention_mask", "completion_mask")}
+
+    def ratio(part: dict[str, Tensor]) -> Tensor:
+        return summed_logps(trainer.model, part) - summed_logps(trainer.ref_model, part).detach()
+
+    kl = ratio(mismatched).mean().clamp(min=0)
+    assert kl > 0.1
+    ours = kto_loss(ratio(batch), batch["label"].float(), kl, BETA, 1.5, 0.8).mean()
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-6)
+    expected, got = gradients_of(trainer.model, theirs), gradients_of(trainer.model, ours)
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5)
 
 
 def test_smoothed_labels_equal_trl_on_single_pairs(tmp_path: Path) -> None:

