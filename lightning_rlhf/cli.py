@@ -18,6 +18,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from lightning_rlhf.commands import annotate
 from lightning_rlhf.commands.config_files import classes_in_configs, config_of, note_once
 from lightning_rlhf.commands.evaluate import EvaluationRun
 from lightning_rlhf.commands.export import export_ledger
@@ -93,6 +94,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str], args: list[str] | None) -> None:
+    if argv[:1] == ["annotate"]:
+        annotate.main(argv[1:])
+        return
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")

@@ -335,8 +335,8 @@ ACTIVE = "SELECT id FROM annotators WHERE state = 'active' AND role <> 'trainer'
 """People who get pairs."""
 SELECT_VOTES = (
     "SELECT v.*, n.name AS name, s.uid AS old, i.key AS key, i.kind AS kind, i.gold AS gold, q.name AS queue "
-    "FROM {table} v JOIN annotators n ON n.id = v.annotator JOIN items i ON i.id = v.item JOIN queues q ON q.id = i.queue "
-    "LEFT JOIN votes s ON s.id = v.supersedes"
+    "FROM {table} v JOIN annotators n ON n.id = v.annotator JOIN items i ON i.id = v.item "
+    "JOIN queues q ON q.id = i.queue LEFT JOIN votes s ON s.id = v.supersedes"
 )
 
 
