@@ -31,7 +31,7 @@ from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.renamed import renamed_arguments
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import without
-from lightning_rlhf.runtime.preemption import Stopped
+from lightning_rlhf.runtime.preemption import Stopped, Waiting
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -108,7 +108,11 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         run_pipeline(argv[1:])
         return
     if argv and argv[0] in COMMANDS:
-        run_command(argv[0], argv[1:])
+        try:
+            run_command(argv[0], argv[1:])
+        except Waiting as waiting:
+            print(waiting.reason, file=sys.stderr)
+            raise
         return
     try:
         RLHFCLI(args=args)

@@ -282,7 +282,7 @@ class Queues:
             need = count + 1
         # more votes than there are people who may still vote would be waited for without end
         able = len(people - {vote["annotator"] for vote in votes})
-        need = min(need, count + able)
+        need = max(min(need, count + able), 1)
         given_up = skips >= options.max_skips or (skips > 0 and able == 0)
         # a pair with votes is never given up: they were paid for
         settled = count >= need if count else given_up
@@ -331,8 +331,11 @@ class Queues:
         return identity, options
 
 
-ACTIVE = "SELECT id FROM annotators WHERE state = 'active' AND role <> 'trainer'"
-"""People who get pairs."""
+ACTIVE = (
+    "SELECT id FROM annotators n WHERE state = 'active' AND (role = 'annotator' OR "
+    "(role = 'admin' AND EXISTS (SELECT 1 FROM votes v WHERE v.annotator = n.id)))"
+)
+"""People whose votes are waited for. An admin may vote, and counts from the first vote on."""
 SELECT_VOTES = (
     "SELECT v.*, n.name AS name, s.uid AS old, i.key AS key, i.kind AS kind, i.gold AS gold, q.name AS queue "
     "FROM {table} v JOIN annotators n ON n.id = v.annotator JOIN items i ON i.id = v.item "

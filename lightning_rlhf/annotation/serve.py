@@ -19,6 +19,7 @@ from lightning_rlhf.annotation.people import Role
 from lightning_rlhf.annotation.store import AnnotationStore
 
 
+UNDO_SECONDS = 20.0
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -135,13 +136,16 @@ def read_gold(path: str | Path) -> list[Gold]:
     return questions
 
 
-def serve(run_dir: str | Path, address: Address, gold: list[Gold] | None = None) -> None:
+def serve(
+    run_dir: str | Path, address: Address, gold: list[Gold] | None = None, undo_seconds: float = UNDO_SECONDS
+) -> None:
     """Serve until a signal ends the process.
 
     Args:
         run_dir: folder of the run; files lie in its folder ``annotation``.
         address: where to listen.
         gold: gold questions to add.
+        undo_seconds: time for which a person may undo a vote; labels wait for it to pass.
 
     Raises:
         ImportError: if the extra ``human`` is not installed.
@@ -153,7 +157,7 @@ def serve(run_dir: str | Path, address: Address, gold: list[Gold] | None = None)
 
     from lightning_rlhf.annotation.app import Site
 
-    store = AnnotationStore(folder(run_dir) / "annotation.sqlite")
+    store = AnnotationStore(folder(run_dir) / "annotation.sqlite", undo_seconds=undo_seconds)
     with contextlib.closing(store), contextlib.closing(listening(address)) as sock:
         if gold:
             store.add_gold(gold)

@@ -13,7 +13,7 @@ from lightning_rlhf.annotation.client import Client, NoServerError
 from lightning_rlhf.annotation.extra import check_installed
 from lightning_rlhf.annotation.people import PersonState, Role
 from lightning_rlhf.annotation.report import agreement_rows, report, votes_jsonl
-from lightning_rlhf.annotation.serve import Address, folder, read_gold, read_secrets, serve
+from lightning_rlhf.annotation.serve import UNDO_SECONDS, Address, folder, read_gold, read_secrets, serve
 from lightning_rlhf.annotation.store import opened
 from lightning_rlhf.annotation.votes import JSON
 from lightning_rlhf.runtime import preemption
@@ -32,6 +32,7 @@ def annotate(
     resume: str | None = None,
     remove: str | None = None,
     gold: str | None = None,
+    undo_seconds: float = UNDO_SECONDS,
     show_report: bool = False,
     export: str | None = None,
     anonymous: bool = False,
@@ -54,6 +55,7 @@ def annotate(
         resume: give pairs to a paused person again.
         remove: sign a person out for good; votes stay.
         gold: file of gold questions to serve besides, rows with prompt or messages, chosen, rejected, explanation.
+        undo_seconds: time for which a person may undo a vote; a label waits for it, or for three later votes.
         show_report: print how far people agree.
         export: write all votes to this file, as JSON lines.
         anonymous: export without names and rationales.
@@ -82,7 +84,7 @@ def annotate(
     if end_with_parent:
         preemption.end_with_parent()
     address = Address(host, port, certfile, keyfile, behind_proxy)
-    serve(run_dir, address, None if gold is None else read_gold(gold))
+    serve(run_dir, address, None if gold is None else read_gold(gold), undo_seconds)
 
 
 def main(args: list[str]) -> None:

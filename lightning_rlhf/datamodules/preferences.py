@@ -170,8 +170,9 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
 
     def labels_before(self, store: PreferenceStore, index: int) -> int:
-        """Labels with a verdict in rounds before ``index``."""
-        return store.count_labels(before=index)
+        """Labels with a verdict in rounds before ``index``, and pairs of the last one that may still get a label."""
+        # a budget must hold when the late labels have come
+        return store.count_labels(before=index) + int((store.round_info(index - 1) or {}).get("open", 0))
 
     def state_dict(self) -> State:
         """Id of the ledger and state of the sampler, for the checkpoint; the pairs are in the ledger."""

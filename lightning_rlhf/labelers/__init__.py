@@ -1,10 +1,11 @@
 """Labelers: comparison -> label, P(first response preferred). A plug-in folder: subclass `AbstractLabeler`."""
 
 from lightning_rlhf.labelers.base import AbstractLabeler
+from lightning_rlhf.labelers.human import HumanLabeler
 from lightning_rlhf.labelers.llm import LLMLabeler
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.labelers.reward import RewardLabeler
 from lightning_rlhf.labelers.server import ServerLabeler
 
 
-__all__ = ["AbstractLabeler", "LLMLabeler", "RecordedLabeler", "RewardLabeler", "ServerLabeler"]
+__all__ = ["AbstractLabeler", "HumanLabeler", "LLMLabeler", "RecordedLabeler", "RewardLabeler", "ServerLabeler"]

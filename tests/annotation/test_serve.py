@@ -8,14 +8,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_rlhf.annotation.client import Client, NoServerError, RefusedError
 from lightning_rlhf.annotation.queues import Item, QueueOptions
-from lightning_rlhf.annotation.serve import Address, read_gold, read_secrets
+from lightning_rlhf.annotation.serve import Address, read_gold
 
 
 pytest.importorskip("starlette")
@@ -24,39 +25,9 @@ PAIRS = [Item(f"k{n}", ({"role": "user", "content": f"q{n}"},), f"a{n}", f"b{n}"
 ANNOTATE = [sys.executable, "-m", "lightning_rlhf", "annotate"]
 
 
-class Server:
-    """A server in a process of its own, on a free port."""
-
-    def __init__(self, run_dir: Path, *extra: str, port: int = 0) -> None:
-        self.run_dir = run_dir
-        command = [*ANNOTATE, f"--run_dir={run_dir}", f"--port={port}", *extra]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.lines = [self.process.stdout.readline() for _ in range(2)]
-        found = re.search(r"http://\S+:(\d+)", self.lines[0])
-        assert found is not None, self.process.communicate(timeout=20)
-        self.url, self.port = found.group(), int(found.group(1))
-
-    def client(self) -> Client:
-        secrets = read_secrets(self.run_dir)
-        assert secrets is not None
-        return Client(self.url, secrets.trainer)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        status = self.process.wait(timeout=20)
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-        return status
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    yield server
-    if server.process.poll() is None:
-        server.stop(signal.SIGKILL)
+def server(start_server: Callable[..., Any], tmp_path: Path) -> Any:
+    return start_server(tmp_path)
 
 
 def verb(run_dir: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -65,8 +36,8 @@ def verb(run_dir: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_kill_and_restart_keep_pairs_people_and_tokens(server: Server) -> None:
-    client = server.client()
+def test_kill_and_restart_keep_pairs_people_and_tokens(server: Any, start_server: Callable[..., Any]) -> None:
+    client = server.client
     assert client.push("run", PAIRS, QueueOptions(overlap=0.0)) == 3
     mode = (server.run_dir / "annotation" / "server.json").stat().st_mode
     assert mode & 0o077 == 0
@@ -77,14 +48,14 @@ def test_kill_and_restart_keep_pairs_people_and_tokens(server: Server) -> None:
     server.stop(signal.SIGKILL)
     with pytest.raises(NoServerError, match="does not answer"):
         client.progress("run")
-    again = Server(server.run_dir, port=server.port)
+    again = start_server(server.run_dir, port=server.port)
     assert client.progress("run")["open"] == 3, "the same token works"
     assert client.push("run", PAIRS) == 0
     assert client.results("run", wait=0) == (0, [])
     assert again.stop() in (0, -signal.SIGTERM)
 
 
-def test_verbs_act_through_the_server_and_without_it(server: Server, tmp_path: Path) -> None:
+def test_verbs_act_through_the_server_and_without_it(server: Any, tmp_path: Path) -> None:
     added = verb(tmp_path, "--add=ann")
     assert added.returncode == 0, added.stderr
     assert re.search(r"/join#c=[\w-]{32}\n", added.stdout)
