@@ -194,8 +194,9 @@ class RoundCollector:
             if not open_ and not late:
                 continue
             with self.progress(f"round {index}: labelling", len(open_)) as bar:
-                labelled = sum(label is not None for _, _, label in rows)
-                for ids, answers in self._answers(open_, late, labelled, chunk, key.fold(attempt)):
+                # a restart counts skipped pairs, too: they have their answer
+                answered = sum(id_ in to_label for id_, _, _ in rows) - len(open_)
+                for ids, answers in self._answers(open_, late, answered, chunk, key.fold(attempt)):
                     labels = [answer.label for answer in answers]
                     # the cost of earlier attempts is added once
                     if attempt:
@@ -209,7 +210,7 @@ class RoundCollector:
         return bought
 
     def _answers(
-        self, open_: Sequence[_Open], late: Sequence[_Open], labelled: int, chunk: int, key: Key
+        self, open_: Sequence[_Open], late: Sequence[_Open], answered: int, chunk: int, key: Key
     ) -> Iterator[tuple[list[int], list[Answer]]]:
         """Ids and their answers: chunk by chunk, or of a whole round as they come."""
         if not getattr(self.labeler, "whole_rounds", False):
@@ -232,7 +233,7 @@ class RoundCollector:
             Question(f"{run}/{id_}/{attempts[id_]}", comparison, is_late=place >= len(own))
             for place, (id_, comparison) in enumerate(pairs)
         ]
-        for answers in self.labeler.stream(questions, labelled + len(given), key):
+        for answers in self.labeler.stream(questions, answered + len(given), key):
             yield [pairs[place][0] for place, _ in answers], [answer for _, answer in answers]
 
     def _is_final(self, id_: int, attempt: int) -> bool:

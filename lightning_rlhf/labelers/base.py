@@ -65,7 +65,7 @@ class AbstractLabeler(KeepsArguments, ABC):
         comparison that could not be judged gets a label with another status than ``"ok"``, never a made-up probability.
         """
 
-    def stream(self, questions: Sequence[Question], labelled: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
+    def stream(self, questions: Sequence[Question], answered: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
         """Answer questions as answers come, for labelers with ``whole_rounds``.
 
         Answers are written to the ledger before more are asked for. Questions without an answer when the iterator ends
@@ -73,13 +73,13 @@ class AbstractLabeler(KeepsArguments, ABC):
 
         Args:
             questions: pairs without a label.
-            labelled: pairs of the round that have one, e.g. from before a restart.
+            answered: pairs of the round that have an answer, e.g. from before a restart.
             key: randomness, as in `label`.
 
         Yields:
             Positions in ``questions``, each with its answer.
         """
-        del labelled
+        del answered
         labels = self.label([question.comparison for question in questions], key)
         yield [(place, Answer(label)) for place, label in enumerate(labels)]
 

@@ -134,7 +134,7 @@ class HumanLabeler(AbstractLabeler):
             labels |= {labels_wanted[place]: answer.label for place, answer in answers}
         return [labels[name] for name in names]
 
-    def stream(self, questions: Sequence[Question], labelled: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
+    def stream(self, questions: Sequence[Question], answered: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
         """Push the questions, and yield answers as they become final.
 
         Raises:
@@ -144,7 +144,7 @@ class HumanLabeler(AbstractLabeler):
         """
         own = sum(not question.is_late for question in questions)
         # ceil, less a rounding error: 0.9 of 10 pairs are 9
-        needed = math.ceil(self.enough * (labelled + own) - 1e-9) - labelled
+        needed = math.ceil(self.enough * (answered + own) - 1e-9) - answered
         yield from self._answers(questions, needed, key)
 
     def _answers(self, questions: Sequence[Question], needed: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:

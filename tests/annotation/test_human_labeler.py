@@ -143,8 +143,8 @@ class Slow(AbstractLabeler):
         del key
         return [Label(1.0) for _ in comparisons]
 
-    def stream(self, questions: Sequence[Question], labelled: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
-        del labelled, key
+    def stream(self, questions: Sequence[Question], answered: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
+        del answered, key
         self.asked.append([(question.comparison.prompt.index, question.is_late) for question in questions])
         for place, question in enumerate(questions):
             if question.is_late or question.comparison.prompt.index % 2:

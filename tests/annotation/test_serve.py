@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from lightning_rlhf.annotation.client import Client, NoServerError, RefusedError
 from lightning_rlhf.annotation.queues import Item, QueueOptions
-from lightning_rlhf.annotation.serve import Address, read_gold
+from lightning_rlhf.annotation.serve import Address, read_gold, read_secrets
 
 
 pytest.importorskip("starlette")
@@ -53,6 +54,28 @@ def test_kill_and_restart_keep_pairs_people_and_tokens(server: Any, start_server
     assert client.push("run", PAIRS) == 0
     assert client.results("run", wait=0) == (0, [])
     assert again.stop() in (0, -signal.SIGTERM)
+
+
+def test_pages_hear_of_new_pairs_and_a_stop_does_not_wait_for_them(server: Any) -> None:
+    secrets = read_secrets(server.run_dir)
+    assert secrets is not None
+    request = urllib.request.Request(
+        f"{server.url}/api/v1/events", headers={"Authorization": f"Bearer {secrets.admin}"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+
+        def news() -> dict[str, object]:
+            for line in stream:
+                if line.startswith(b"data: "):
+                    found: dict[str, object] = json.loads(line.removeprefix(b"data: "))
+                    return found
+            raise AssertionError("the stream has ended")
+
+        assert news()["total"] == 0
+        server.client.push("run", PAIRS)
+        assert news() == {"mine": 0, "done": 0, "total": 3, "left": 3, "has_work": True}
+        assert server.stop() in (0, -signal.SIGTERM)
 
 
 def test_verbs_act_through_the_server_and_without_it(server: Any, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@
   };
   const vote = (value) => {
     const pair = $("pair-id");
-    if (!pair || busy || sending || stage.classList.contains("sent")) return;
+    if (!pair || busy || sending) return;
     const match = /^(left|right)([123])?$/.exec(value);
     const ballot = {
       id: pair.value, uid: crypto.randomUUID ? crypto.randomUUID() : Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join(""),
