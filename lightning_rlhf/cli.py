@@ -18,6 +18,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from lightning_rlhf.commands import annotate
 from lightning_rlhf.commands.config_files import classes_in_configs, config_of, note_once
 from lightning_rlhf.commands.evaluate import EvaluationRun
 from lightning_rlhf.commands.export import export_ledger
@@ -30,7 +31,7 @@ from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.renamed import renamed_arguments
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.fingerprint import without
-from lightning_rlhf.runtime.preemption import Stopped
+from lightning_rlhf.runtime.preemption import Stopped, Waiting
 
 
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
@@ -93,6 +94,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str], args: list[str] | None) -> None:
+    if argv[:1] == ["annotate"]:
+        annotate.main(argv[1:])
+        return
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
@@ -104,7 +108,11 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         run_pipeline(argv[1:])
         return
     if argv and argv[0] in COMMANDS:
-        run_command(argv[0], argv[1:])
+        try:
+            run_command(argv[0], argv[1:])
+        except Waiting as waiting:
+            print(waiting.reason, file=sys.stderr)
+            raise
         return
     try:
         RLHFCLI(args=args)

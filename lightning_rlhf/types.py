@@ -22,7 +22,9 @@ the chat template as they are.
 """
 
 FinishReason = Literal["eos", "length"]
-LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "timeout"]
+LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "timeout", "skipped", "tie", "both_bad"]
+FINAL_STATUSES = frozenset({"skipped", "tie", "both_bad"})
+"""Answers of people that give no label, and are not asked for again: a skip, and ties where a run drops them."""
 
 
 @dataclass(frozen=True)

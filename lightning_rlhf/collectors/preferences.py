@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -10,18 +10,19 @@ from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
-from lightning_rlhf.labelers.base import AbstractLabeler, booked_once
+from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Question, booked_once
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.runtime.plugins import returned
 from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler
-from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+from lightning_rlhf.types import FINAL_STATUSES, Comparison, Label, Preference, Prompt
 
 
 LedgerRow: TypeAlias = tuple[int, Comparison, Label | None]
 """Id of a comparison in the ledger, the comparison, and its label if it has one."""
+_Open: TypeAlias = tuple[int, Comparison]
 
 
 @dataclass
@@ -120,7 +121,10 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         # a round without a single label cannot be trained on: it stays open for more attempts
         labels = [label for _, _, label in self._rows(index, num_prompts)]
         if not failed or any(label is not None and not label.is_free_tie for label in labels):
-            self._ledger.close_round(index, {"prompts": num_prompts, "failed": failed})
+            info = {"prompts": num_prompts, "failed": failed, "upto": self._ledger.last_attempt()}
+            # pairs that may still get a label, which then belongs to a later round
+            awaited = self._awaited(index, num_prompts) if getattr(self.labeler, "whole_rounds", False) else []
+            self._ledger.close_round(index, {**info, "open": len(awaited)} if awaited else info)
         return bought
 
     def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:
@@ -147,27 +151,75 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             asked = self.store.attempts(index)
             rows = self._rows(index, num_prompts)
             open_ = [
-                (id_, c) for id_, c, label in rows if id_ in to_label and label is None and asked.get(id_, 0) == attempt
+                (id_, c)
+                for id_, c, label in rows
+                if id_ in to_label
+                and label is None
+                and asked.get(id_, 0) == attempt
+                and not self._is_final(id_, attempt)
             ]
-            if not open_:
+            late = self._late(index) if attempt == 0 else []
+            if not open_ and not late:
                 continue
             with self.progress(f"round {index}: labeling", len(open_)) as bar:
-                for start in range(0, len(open_), chunk):
-                    preemption.check()
-                    part = open_[start : start + chunk]
-                    # the key folds the attempt, so that a random labeler does not repeat its failure
-                    labels = labeled(
-                        self.sampler, self.labeler, [comparison for _, comparison in part], key.fold(attempt)
-                    )
+                # a restart counts skipped pairs, too: they have their answer
+                answered = sum(id_ in to_label for id_, _, _ in rows) - len(open_)
+                for ids, answers in self._answers(open_, late, answered, chunk, key.fold(attempt)):
+                    labels = [answer.label for answer in answers]
                     # the cost of earlier attempts is added once
                     if attempt:
-                        earlier = [self.store.history(id_) for id_, _ in part]
+                        earlier = [self.store.history(id_) for id_ in ids]
                         labels = [booked_once(label, before) for label, before in zip(labels, earlier, strict=True)]
-                    # chunk by chunk: a run that is killed has lost one chunk of paid labels at most
-                    self.store.add_labels([id_ for id_, _ in part], labels)
+                    # answer by answer: a run that is killed has lost one chunk of paid labels at most
+                    guidelines = {name: text for answer in answers for name, text in answer.guidelines.items()}
+                    self.store.add_labels(ids, labels, [answer.votes for answer in answers], guidelines)
                     bought += sum(label.status == "ok" for label in labels)
-                    bar.update(len(part))
+                    bar.update(len(ids))
         return bought
+
+    def _answers(
+        self, open_: Sequence[_Open], late: Sequence[_Open], answered: int, chunk: int, key: Key
+    ) -> Iterator[tuple[list[int], list[Answer]]]:
+        """Ids and their answers: chunk by chunk, or of a whole round as they come."""
+        if not getattr(self.labeler, "whole_rounds", False):
+            for start in range(0, len(open_), chunk):
+                preemption.check()
+                part = open_[start : start + chunk]
+                labels = labeled(self.sampler, self.labeler, [comparison for _, comparison in part], key)
+                yield [id_ for id_, _ in part], [Answer(label) for label in labels]
+            return
+        # labels that came with the responses are not asked for
+        verdicts = getattr(self.sampler, "verdicts", None)
+        known = verdicts([comparison for _, comparison in open_]) if verdicts is not None else [None] * len(open_)
+        given = [(id_, Answer(label)) for (id_, _), label in zip(open_, known, strict=True) if label is not None]
+        if given:
+            yield [id_ for id_, _ in given], [answer for _, answer in given]
+        own = [pair for pair, label in zip(open_, known, strict=True) if label is None]
+        pairs = [*own, *late]
+        run, attempts = self._ledger.run_id, {id_: len(self._ledger.history(id_)) for id_, _ in pairs}
+        questions = [
+            Question(f"{run}/{id_}/{attempts[id_]}", comparison, is_late=place >= len(own))
+            for place, (id_, comparison) in enumerate(pairs)
+        ]
+        for answers in self.labeler.stream(questions, answered + len(given), key):
+            yield [pairs[place][0] for place, _ in answers], [answer for _, answer in answers]
+
+    def _is_final(self, id_: int, attempt: int) -> bool:
+        """Whether people gave an answer that is no label, and will not be asked again."""
+        return attempt > 0 and self._ledger.history(id_)[-1].status in FINAL_STATUSES
+
+    def _late(self, index: int) -> list[_Open]:
+        """Pairs of the last closed rounds that were asked about and have no answer yet."""
+        lag = self.labeler.max_lag if getattr(self.labeler, "whole_rounds", False) else 0
+        found = []
+        for earlier in range(max(index - lag, 0), index):
+            found += self._awaited(earlier, (self._ledger.round_info(earlier) or {}).get("prompts"))
+        return found
+
+    def _awaited(self, index: int, num_prompts: int | None) -> list[_Open]:
+        rows, asked = self._rows(index, num_prompts), self._ledger.attempts(index)
+        to_label = self._to_label(rows)
+        return [(id_, c) for id_, c, label in rows if id_ in to_label and label is None and id_ not in asked]
 
     def _to_label(self, rows: Sequence[LedgerRow]) -> set[int]:
         """Ids of the comparisons of a round that are labeled: all, unless the sampler selects some."""
@@ -196,9 +248,26 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
     def _read(self, result: Round, index: int) -> None:
         result.preferences, result.comparisons, result.failed = distributed.from_rank_zero(lambda: self._kept(index))
 
+    def count_labels(self, index: int) -> int:
+        """Labels that a closed round is trained on, free ties left out; on rank zero."""
+        return sum(not preference.label.is_free_tie for preference in self._kept(index)[0])
+
     def _kept(self, index: int) -> tuple[list[Preference], list[Comparison], dict[str, int]]:
-        rows = self._rows(index, (self._ledger.round_info(index) or {}).get("prompts"))
+        info = self._ledger.round_info(index) or {}
+        rows, upto = self._rows(index, info.get("prompts")), info.get("upto")
         preferences = [Preference(comparison, label, index) for _, comparison, label in rows if label is not None]
+        if upto is not None:
+            # a label that arrived after the round was closed must not change it, whenever it is read
+            numbers = self._ledger.label_attempts(index)
+            preferences = [
+                Preference(comparison, label, index)
+                for id_, comparison, label in rows
+                # free ties have no attempt
+                if label is not None and numbers.get(id_, 0) <= upto
+            ]
+            after = (self._ledger.round_info(index - 1) or {}).get("upto")
+            if after is not None:
+                preferences += self._ledger.late_labels(index, after, upto)
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
 
 

@@ -140,7 +140,9 @@ class RLHFCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
         parser = LightningArgumentParser(**kwargs)
-        parser.epilog = "Other commands: compare, evaluate, export, label, plan, run; each explains itself with --help."
+        parser.epilog = (
+            "Other commands: annotate, compare, evaluate, export, label, plan, run; each explains itself with --help."
+        )
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import ClassVar
 
@@ -161,8 +162,11 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         assert self.silver is not None
         if self._first_silver_round is None:
             closed = distributed.from_rank_zero(lambda: self._store.rounds() if self._store is not None else [])
+            labels, collector = 0, self._collector()
             for index in range(min(len(closed), epoch + 1)):
-                if self._labels_before(index + 1) >= self.silver.min_labels:
+                # as the round was closed: labels that arrive later do not move it
+                labels += distributed.from_rank_zero(partial(collector.count_labels, index))
+                if labels >= self.silver.min_labels:
                     self._first_silver_round = index
                     break
         return self._first_silver_round
@@ -266,8 +270,9 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self._collector().sample(index, self._round_prompts(index), self._engine(), self._chunk())
 
     def labels_before(self, store: PreferenceStore, index: int) -> int:
-        """Labels with a verdict in rounds before ``index``."""
-        return store.count_labels(before=index)
+        """Labels with a verdict in rounds before ``index``, and pairs of the last one that may still get a label."""
+        # a budget must hold when the late labels have come
+        return store.count_labels(before=index) + int((store.round_info(index - 1) or {}).get("open", 0))
 
     def state_dict(self) -> State:
         """Id of the ledger and state of the sampler, for the checkpoint; the pairs are in the ledger."""

@@ -3,19 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
+from lightning_rlhf.annotation.votes import Vote
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Comparison, Label
+
+
+@dataclass(frozen=True)
+class Question:
+    """A comparison that a labeler is asked about.
+
+    Args:
+        id: names it over restarts: run, comparison and attempt.
+        comparison: the pair.
+        is_late: whether its round is closed, so that the round which is open now does not wait for it.
+    """
+
+    id: str
+    comparison: Comparison
+    is_late: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A label with the votes behind it.
+
+    Args:
+        label: the label.
+        votes: votes of people; none for other labelers.
+        guidelines: texts of guidelines by the hash that the votes name.
+    """
+
+    label: Label
+    votes: tuple[Vote, ...] = ()
+    guidelines: Mapping[str, str] = field(default_factory=dict)
 
 
 class AbstractLabeler(KeepsArguments, ABC):
     """Says which of two responses is better, and how sure it is.
 
     Subclass it, implement `label`, and name your class by its path: ``--data.labeler=my_file.MyLabeler``.
+
+    Attributes:
+        whole_rounds: whether `stream` is asked about all pairs of a round at once, rather than `label` chunk by chunk.
+        max_lag: closed rounds whose open pairs are asked about again, with `stream`.
     """
+
+    whole_rounds: ClassVar[bool] = False
+    max_lag: int = 0
 
     @abstractmethod
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
@@ -25,6 +64,24 @@ class AbstractLabeler(KeepsArguments, ABC):
         happens, and are never asked for again. A random labeler folds ``comparison.prompt.index`` into ``key``. A
         comparison that could not be judged gets a label with another status than ``"ok"``, never a made-up probability.
         """
+
+    def stream(self, questions: Sequence[Question], answered: int, key: Key) -> Iterator[list[tuple[int, Answer]]]:
+        """Answer questions as answers come, for labelers with ``whole_rounds``.
+
+        Answers are written to the ledger before more are asked for. Questions without an answer when the iterator ends
+        stay open; those of the last ``max_lag`` rounds are asked again.
+
+        Args:
+            questions: pairs without a label.
+            answered: pairs of the round that have an answer, e.g. from before a restart.
+            key: randomness, as in `label`.
+
+        Yields:
+            Positions in ``questions``, each with its answer.
+        """
+        del answered
+        labels = self.label([question.comparison for question in questions], key)
+        yield [(place, Answer(label)) for place, label in enumerate(labels)]
 
 
 def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:

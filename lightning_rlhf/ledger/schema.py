@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeAlias, cast
 
+from lightning_rlhf.ledger.people import PEOPLE_SCHEMA
 from lightning_rlhf.types import Comparison, Label, Prompt, RecordedPair, Response, Rollout, free_tie
 
 
@@ -86,6 +87,7 @@ SCHEMA = [
     *ROLLOUT_SCHEMA,
     *TIE_SCHEMA,
     *SILVER_SCHEMA,
+    *PEOPLE_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning_rlhf.annotation.votes import Vote
 from lightning_rlhf.ledger.database import (
     check_is_ledger,
     connect,
@@ -31,6 +32,7 @@ from lightning_rlhf.ledger.database import (
     set_value,
     take_lease,
 )
+from lightning_rlhf.ledger.people import insert_guidelines, insert_votes, select_votes
 from lightning_rlhf.ledger.schema import (
     INSERT_ATTEMPT,
     INSERT_COMPARISON,
@@ -239,7 +241,13 @@ class PreferenceStore:
             db.executemany(INSERT_COMPARISON, inserts)
         return ids
 
-    def add_labels(self, ids: Sequence[int], labels: Sequence[Label]) -> None:
+    def add_labels(
+        self,
+        ids: Sequence[int],
+        labels: Sequence[Label],
+        votes: Sequence[Sequence[Vote]] | None = None,
+        guidelines: Mapping[str, str] | None = None,
+    ) -> None:
         """Append label attempts, failed ones too; they are on the disk when this returns.
 
         The attempt with status ``"ok"`` is the label of its comparison. All are stored, or on an error none.
@@ -247,6 +255,8 @@ class PreferenceStore:
         Args:
             ids: comparisons, as numbered by `add_comparisons`.
             labels: one per comparison, in order.
+            votes: votes of people behind each label, in order; stored once each, by their uid.
+            guidelines: texts of guidelines by the hash that votes name.
 
         Raises:
             ValueError: if a comparison is unknown or already has a label: it would have been bought twice.
@@ -271,6 +281,11 @@ class PreferenceStore:
                         f"ask only for comparisons whose label is None"
                     )
                 db.execute(INSERT_ATTEMPT, row)
+            # in the same transaction: no label without its votes
+            for identity, given in zip(ids, votes or [], strict=votes is not None):
+                insert_votes(db, identity, given)
+            for name, text in (guidelines or {}).items():
+                insert_guidelines(db, name, text)
             # in the same transaction, so that totals and attempts always agree
             db.execute(
                 "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
@@ -446,14 +461,64 @@ class PreferenceStore:
             return [r for (r,) in db.execute("SELECT round FROM rounds ORDER BY round")]
 
     def count_labels(self, before: int) -> int:
-        """Number of labels with status ``"ok"`` in rounds before round ``before``."""
+        """Number of labels with status ``"ok"`` that rounds before round ``before`` were trained on.
+
+        Labels that arrived after their round was closed count from the next round on.
+        """
+        upto = (self.round_info(before - 1) or {}).get("upto")
         with self.reading() as db:
+            if upto is not None:
+                query = "SELECT COUNT(*) FROM attempts WHERE status = 'ok' AND id <= ?"
+                return int(db.execute(query, (upto,)).fetchone()[0])
             query = (
                 # from the attempts, since the table of totals does not tell rounds apart
                 "SELECT COUNT(*) FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
                 "WHERE c.round < ?"
             )
             return int(db.execute(query, (before,)).fetchone()[0])
+
+    def last_attempt(self) -> int:
+        """Number of the newest label attempt; 0 if there is none. Rounds store it when they are closed."""
+        with self.reading() as db:
+            return int(db.execute("SELECT COALESCE(MAX(id), 0) FROM attempts").fetchone()[0])
+
+    def label_attempts(self, round: int) -> dict[int, int]:
+        """Number of the attempt that gave each labeled comparison of a round its label, by id."""
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT c.id, l.id FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
+                "WHERE c.round = ?",
+                (round,),
+            ).fetchall()
+        return dict(rows)
+
+    def late_labels(self, before: int, after: int, upto: int) -> list[Preference]:
+        """Labels of rounds before round ``before`` whose attempts have numbers in (after, upto], by round and position.
+
+        They arrived when their own round was closed, and belong to the round that was open then.
+        """
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT c.id, c.round FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
+                "WHERE c.round < ? AND l.id > ? AND l.id <= ?",
+                (before, after, upto),
+            ).fetchall()
+        wanted = {identity for identity, _ in rows}
+        found = []
+        for round in sorted({round for _, round in rows}):
+            for identity, comparison, label in self.comparisons(round):
+                if identity in wanted and label is not None:
+                    found.append(Preference(comparison, label, round))
+        return found
+
+    def votes(self, rounds: Sequence[int] | None = None) -> list[tuple[int, int, Vote]]:
+        """Votes of people with the round and position of their comparison, oldest first.
+
+        Args:
+            rounds: the rounds; default: all.
+        """
+        with self.reading() as db:
+            return select_votes(db, rounds) if schema_version(db) >= 5 else []
 
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""

@@ -312,31 +312,32 @@ class StopOnSignal(L.Callback):
         if not isinstance(exception, preemption.Stopped) or self._told:
             return
         if self._sampling:
-            self._end(trainer, exception.signal)
+            self._end(trainer, exception)
         else:
-            self._tell(trainer, exception.signal, "; the same command goes on from there")
+            self._tell(trainer, exception, "; the same command goes on from there")
 
     def _end_if_asked(self, trainer: L.Trainer) -> None:
         # one rank may hear of the signal before others, but all must save together
         number = distributed.largest(preemption.asked_by())
         if number:
-            self._end(trainer, number)
-            raise preemption.Stopped(number)
+            stopped = preemption.Stopped(number)
+            self._end(trainer, stopped)
+            raise stopped
 
     _told = False
 
-    def _end(self, trainer: L.Trainer, number: int) -> None:
+    def _end(self, trainer: L.Trainer, stopped: preemption.Stopped) -> None:
         self._told = True
         where = "nothing was saved, since the run keeps no checkpoints"
         if self.save is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             where = f"checkpoint {self.save(trainer)}; the same command goes on from there"
-        self._tell(trainer, number, f" after step {trainer.global_step}: {where}")
+        self._tell(trainer, stopped, f" after step {trainer.global_step}: {where}")
 
-    def _tell(self, trainer: L.Trainer, number: int, how: str) -> None:
+    def _tell(self, trainer: L.Trainer, stopped: preemption.Stopped, how: str) -> None:
         if not trainer.is_global_zero:
             return
-        print(f"stopped by {preemption.name_of(number)}{how}", flush=True)
-        if number == requeue_signal(trainer):
+        print(f"{stopped.reason}{how}", flush=True)
+        if stopped.signal == requeue_signal(trainer):
             print(preemption.requeue_job(), flush=True)
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from lightning_rlhf.runtime.preemption import Stopped
+from lightning_rlhf.runtime.preemption import Stopped, Waiting
 
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def leave() -> None:
 
 
 _Outcome: TypeAlias = tuple[Literal["value", "stopped", "error"], object]
-"""Result of a rank: a value, or the error; other ranks get the number of the signal or the text of the error."""
+"""Result of a rank: a value, or the error; other ranks get the number of the signal, or the text."""
 
 
 def _outcome(compute: Callable[[], object]) -> _Outcome:
@@ -118,6 +118,8 @@ def _outcome(compute: Callable[[], object]) -> _Outcome:
 
 def _sendable(outcome: _Outcome) -> _Outcome:
     kind, value = outcome
+    if isinstance(value, Waiting):
+        return kind, value.text
     if isinstance(value, Stopped) and kind == "stopped":
         return kind, value.signal
     # not the error itself, which may not pickle
@@ -131,7 +133,7 @@ def _raise_first(outcomes: list[_Outcome], mine: _Outcome | None) -> None:
         raise cast(BaseException, mine[1])
     for number, (kind, value) in enumerate(outcomes):
         if kind == "stopped":
-            raise Stopped(cast(int, value))
+            raise Waiting(value) if isinstance(value, str) else Stopped(cast(int, value))
         if kind == "error":
             raise RankError(f"process {number} of {world_size()} stopped with {value}")
 

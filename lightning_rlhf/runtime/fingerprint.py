@@ -30,10 +30,12 @@ from lightning_rlhf.renamed import renamed_config
 
 FREE_OF_SERVERS = {
     *("base_url", "api_key_env", "requests", "prices", "journal"),
+    # of the server on which people judge, and of how long a run waits for them
+    *("server_dir", "token_env", "queue", "wait", "enough", "max_lag", "guidelines"),
     # by their names of version 0.1
     *("concurrency", "timeout", "retries", "max_wait", "price_in", "price_out"),
 }
-"""Settings of a `JudgeServer` that may change within a run: address, requests and prices."""
+"""Settings of judges and annotation servers that may change within a run: addresses, requests, prices, waits."""
 
 FREE_OF_MODELS = {"device", "scoring_batch_tokens", "tokens_per_batch"}
 """Settings of labelers, rewards and samplers that say where and how fast they compute."""

@@ -26,6 +26,9 @@ from types import FrameType
 STATUS = 128 + signal.SIGTERM
 """Exit status of a run that SIGTERM ended, as shells report it."""
 
+WAITING = 75
+"""Exit status of a run that waits for people: EX_TEMPFAIL of sysexits.h, try again later."""
+
 FORWARDED = 2.0
 """Seconds within which a second SIGINT of a rank is the first one, forwarded by its launcher."""
 
@@ -43,6 +46,29 @@ class Stopped(SystemExit):
     def __init__(self, number: int | None = None) -> None:
         self.signal = number or _asked_by or int(signal.SIGTERM)
         super().__init__(128 + self.signal)
+
+    @property
+    def reason(self) -> str:
+        """Why the run ends, for a message."""
+        return f"stopped by {name_of(self.signal)}"
+
+
+class Waiting(Stopped):
+    """The run ends because it waits for people; the exit status is `WAITING`, and the same command goes on.
+
+    Args:
+        text: what it waits for.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        # no signal was sent, so no job is queued again
+        self.text, self.signal, self.code, self.args = text, 0, WAITING, (text,)
+
+    @property
+    def reason(self) -> str:
+        """Why the run ends, for a message."""
+        return self.text
 
 
 def listen(requeue: int | None = None) -> None:
