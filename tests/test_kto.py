@@ -125,13 +125,11 @@ def test_a_step_follows_the_formula(tmp_path: Path, tiny_policy: Path, lora: LoR
     points: list[float] = []
 
     class Watch(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: PreferenceBatch, _: int) -> None:
-            n = len(batch)
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: PreferenceBatch, *_: Any) -> None:
             kl, losses = [], []
-            for i in range(n):
-                other = (i + 1) % n
-                for response in (batch.chosen[other], batch.rejected[other]):
-                    kl.append(log_ratio(pl_module, batch.prompts[i], response))
+            pairs = sorted(zip(batch.chosen, batch.rejected, batch.prompts, strict=True))
+            for (_, _, prompt), (chosen, rejected, _) in zip(pairs, [*pairs[1:], pairs[0]], strict=True):
+                kl += [log_ratio(pl_module, prompt, response) for response in (chosen, rejected)]
             points.append(max(sum(kl) / len(kl), 0.0))
             for prompt, chosen, rejected, label in zip(
                 batch.prompts, batch.chosen, batch.rejected, batch.label.tolist(), strict=True

@@ -19,6 +19,7 @@ from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
+from lightning_rlhf.runtime import distributed
 
 
 class KTOModule(DPOModule):
@@ -30,9 +31,9 @@ class KTOModule(DPOModule):
     labels of a prompt contradict each other, KTO goes to the majority, and DPO to their mean.
 
     z0 = max(0, mean of h over mismatched responses) is an estimate of KL(pi || pi_ref), without gradient: each prompt
-    of an optimizer step with the responses to the next prompt of the same process, averaged over processes. That takes
-    a forward pass of policy and reference more than DPO. z0 is 0 in a step of one pair per process. Not supported: rows
-    of single responses, and models sharded over processes.
+    of an optimizer step, over all processes, with both responses of another pair. That takes a forward pass of policy
+    and reference more than DPO. z0 is 0 in a step of one pair. Not supported: rows of single responses, and models
+    sharded over processes.
 
     Logged on training steps: ``train/kto_kl``, z0 in nats.
 
@@ -124,11 +125,14 @@ class KTOModule(DPOModule):
         assert self.reference is not None
         # padding pairs come last, and are left out
         count = len(batch) - batch.num_padding
+        mine = list(zip(batch.chosen[:count], batch.rejected[:count], batch.prompts[:count], strict=True))
+        # in an order that the number of processes does not change, and the prompt does not decide
+        pairs = sorted(distributed.interleave(lambda: mine))
+        # (x_i, y_j) with j = i + 1 over the step, where each process takes its share: responses to other prompts
+        shares = range(distributed.rank(), len(pairs) if len(pairs) > 1 else 0, distributed.world_size())
+        groups = [(pairs[i][2], pairs[(i + 1) % len(pairs)][:2]) for i in shares]
         total = torch.zeros(2, device=self.device)
-        if count > 1:
-            # (x_i, y_j) with j = i + 1: the mean of log pi/pi_ref over responses to other prompts
-            neighbors = [(i, (i + 1) % count) for i in range(count)]
-            groups = [(batch.prompts[i], (batch.chosen[j], batch.rejected[j])) for i, j in neighbors]
+        if groups:
             limit, layout = self.options.scoring_batch_tokens, self.options.layout
             with torch.no_grad():
                 ratio = summed_logps(self.policy, groups, layout=layout, tokens_per_batch=limit)
@@ -136,6 +140,6 @@ class KTOModule(DPOModule):
                     ratio = ratio - summed_logps(reference, groups, layout=layout, tokens_per_batch=limit)
             total = torch.stack([ratio.float().sum(), torch.full_like(total[0], len(ratio))])
         if self.trainer.world_size > 1:
-            # sums, not means: ranks may have different numbers of pairs
+            # sums, not means: the shares may differ by a pair
             total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
         return (total[0] / total[1].clamp(min=1)).clamp(min=0)
