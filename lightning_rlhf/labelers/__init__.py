@@ -3,9 +3,18 @@
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.difference import DifferenceLabeler
 from lightning_rlhf.labelers.llm import LLMLabeler
+from lightning_rlhf.labelers.principle import PrincipleLabeler
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.labelers.reward import RewardLabeler
 from lightning_rlhf.labelers.server import ServerLabeler
 
 
-__all__ = ["AbstractLabeler", "DifferenceLabeler", "LLMLabeler", "RecordedLabeler", "RewardLabeler", "ServerLabeler"]
+__all__ = [
+    "AbstractLabeler",
+    "DifferenceLabeler",
+    "LLMLabeler",
+    "PrincipleLabeler",
+    "RecordedLabeler",
+    "RewardLabeler",
+    "ServerLabeler",
+]
