@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlhf.batching.batches import PreferenceBatch, ResponseBatch
-    from lightning_rlhf.datamodules import CompletionDataModule, PreferenceDataModule, RolloutDataModule
+    from lightning_rlhf.datamodules import (
+        CompletionDataModule,
+        PreferenceDataModule,
+        PrincipleDataModule,
+        RolloutDataModule,
+    )
     from lightning_rlhf.experiments import FitExperiment, StagedExperiment, TabularExperiment
     from lightning_rlhf.generation.base import Decoding, Request
     from lightning_rlhf.ledger.store import PreferenceStore
@@ -54,6 +59,7 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceDataModule",
     "PreferenceStore",
+    "PrincipleDataModule",
     "Prompt",
     "Request",
     "Response",
@@ -68,7 +74,7 @@ __all__ = [
 
 _MODULES = {
     "batching.batches": ("PreferenceBatch", "ResponseBatch"),
-    "datamodules": ("CompletionDataModule", "PreferenceDataModule", "RolloutDataModule"),
+    "datamodules": ("CompletionDataModule", "PreferenceDataModule", "PrincipleDataModule", "RolloutDataModule"),
     "experiments": ("FitExperiment", "StagedExperiment", "TabularExperiment"),
     "generation.base": ("Decoding", "Request"),
     "ledger.store": ("PreferenceStore",),

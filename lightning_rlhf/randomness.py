@@ -29,6 +29,7 @@ class Stream(IntEnum):
     ORDER = 4
     WINDOWS = 5
     SILVER = 6
+    PRINCIPLES = 7
     DROPOUT = 100
     HELDOUT = 101
     ANSWERS = 201

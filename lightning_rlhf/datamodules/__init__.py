@@ -3,6 +3,7 @@
 from lightning_rlhf.datamodules.base import AbstractStepDataModule
 from lightning_rlhf.datamodules.completions import CompletionDataModule
 from lightning_rlhf.datamodules.preferences import PreferenceDataModule
+from lightning_rlhf.datamodules.principles import PrincipleDataModule
 from lightning_rlhf.datamodules.rollouts import RolloutDataModule
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 
@@ -12,5 +13,6 @@ __all__ = [
     "AbstractStepDataModule",
     "CompletionDataModule",
     "PreferenceDataModule",
+    "PrincipleDataModule",
     "RolloutDataModule",
 ]

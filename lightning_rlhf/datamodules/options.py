@@ -60,6 +60,33 @@ class PreferenceRoundOptions(RoundOptions):
 
 
 @dataclass(frozen=True)
+class PrincipleRoundOptions(PreferenceRoundOptions):
+    """How rounds are cut, labeled and replayed, and how principles are sampled in an epoch (arXiv 2310.05910).
+
+    Args:
+        prompts_per_round, epochs_per_round, replay, label_attempts, ledger: as in `PreferenceRoundOptions`.
+        stop: parameter of the geometric distribution of the number of principles of a pair, in (0, 1).
+        most_principles: largest number, >= 1.
+        negated: probability that a principle is negated, in [0, 1].
+        flipped: probability that a label is taken to be wrong, in [0, 1/2): labels are 1 - flipped or flipped.
+    """
+
+    stop: float = 0.2
+    most_principles: int = 8
+    negated: float = 0.5
+    flipped: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(rounds__most_principles=self.most_principles)
+        if not (0 < self.stop < 1 and 0 <= self.negated <= 1 and 0 <= self.flipped < 0.5):
+            raise ValueError(
+                f"data.rounds.stop must be in (0, 1), negated in [0, 1] and flipped in [0, 0.5); got {self.stop}, "
+                f"{self.negated} and {self.flipped}"
+            )
+
+
+@dataclass(frozen=True)
 class BatchOptions:
     """How an optimizer step is split into micro-batches.
 
@@ -102,4 +129,5 @@ class PromptOptions:
 
 # frozen, so that all DataModules can share them as default arguments
 DEFAULT_ROUNDS, DEFAULT_PREFERENCE_ROUNDS = RoundOptions(), PreferenceRoundOptions()
+DEFAULT_PRINCIPLE_ROUNDS = PrincipleRoundOptions(epochs_per_round=None)
 DEFAULT_BATCHING, DEFAULT_PROMPTS = BatchOptions(), PromptOptions()

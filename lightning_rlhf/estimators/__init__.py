@@ -19,6 +19,14 @@ from lightning_rlhf.estimators.pilaf import (
     vanilla_pair_weight,
     zz_from_deltas,
 )
+from lightning_rlhf.estimators.principles import (
+    dominant_score,
+    geometric_count,
+    order_consistent,
+    principle_signs,
+    variance_scaled,
+    weighted_subset,
+)
 from lightning_rlhf.estimators.returns import (
     gae,
     group_relative,
@@ -50,10 +58,12 @@ __all__ = [
     "cosh_delta",
     "difference_weight",
     "differences",
+    "dominant_score",
     "effective_sample_size",
     "expected_dpo_loss",
     "gae",
     "gaussian_samples",
+    "geometric_count",
     "group_relative",
     "k1",
     "k2",
@@ -66,8 +76,10 @@ __all__ = [
     "mix_logits",
     "objective_j",
     "objective_weights",
+    "order_consistent",
     "pad_ragged",
     "pair_weight",
+    "principle_signs",
     "product_pair_distribution",
     "returns_to_go",
     "tilt_probability",
@@ -76,6 +88,8 @@ __all__ = [
     "token_rewards",
     "tpilaf_pair_distribution",
     "vanilla_pair_weight",
+    "variance_scaled",
+    "weighted_subset",
     "whiten",
     "zz_from_deltas",
 ]

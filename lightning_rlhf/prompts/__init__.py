@@ -16,6 +16,7 @@ from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.hh import HHPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
+from lightning_rlhf.prompts.principles import PrincipledPrompts
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
 
@@ -28,6 +29,7 @@ __all__ = [
     "DatasetPrompts",
     "HHPrompts",
     "LedgerPrompts",
+    "PrincipledPrompts",
     "text_prompts",
     "tokenize_rows",
 ]

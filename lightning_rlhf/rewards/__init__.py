@@ -6,6 +6,7 @@ from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
 from lightning_rlhf.rewards.posterior import PosteriorReward
+from lightning_rlhf.rewards.principle import PrincipleReward
 from lightning_rlhf.rewards.server import ServerScoreReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 
@@ -15,6 +16,7 @@ __all__ = [
     "LLMScoreReward",
     "LexiconReward",
     "PosteriorReward",
+    "PrincipleReward",
     "RewardModelReward",
     "RewardOutput",
     "ServerScoreReward",

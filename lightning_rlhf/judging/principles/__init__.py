@@ -1,0 +1,1 @@
+"""Sets of principles as data, read by `lightning_rlhf.judging.principle.load_principles`."""
