@@ -161,7 +161,7 @@ def test_a_single_pair_has_no_reference_point(tmp_path: Path, tiny_policy: Path)
 def test_several_processes_and_wrong_weights_are_refused(tmp_path: Path, tiny_policy: Path) -> None:
     policy = module(tiny_policy)
     policy.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match="KTOModule runs in one process; use --trainer.devices=1"):
+    with pytest.raises(ValueError, match=r"KTOModule runs in one process; use --trainer\.devices=1"):
         policy.setup("fit")
     with pytest.raises(ValueError, match=r"model.undesirable_weight must be finite and >= 0; got -1.0"):
         module(tiny_policy, undesirable_weight=-1.0)
