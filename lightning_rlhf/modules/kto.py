@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_rlhf.batching.batches import PreferenceBatch
@@ -31,9 +30,9 @@ class KTOModule(DPOModule):
     labels of a prompt contradict each other, KTO goes to the majority, and DPO to their mean.
 
     z0 = max(0, mean of h over mismatched responses) is an estimate of KL(pi || pi_ref), without gradient: each prompt
-    of an optimizer step, over all processes, with both responses of another pair. That takes a forward pass of policy
-    and reference more than DPO. z0 is 0 in a step of one pair. Not supported: rows of single responses, and models
-    sharded over processes.
+    of an optimizer step with both responses of another pair. That takes a forward pass of policy
+    and reference more than DPO. z0 is 0 in a step of one pair. Not supported: rows of single responses, and several
+    processes.
 
     Logged on training steps: ``train/kto_kl``, z0 in nats.
 
@@ -86,15 +85,11 @@ class KTOModule(DPOModule):
         """Check strategy, precision and optimizer before the model is loaded.
 
         Raises:
-            ValueError: if models are sharded, among others.
+            ValueError: if there are several processes, among others.
         """
         super().setup(stage)
-        # ranks may have different numbers of forward passes for z0, and those of sharded models are collectives
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                "KTOModule does not run sharded; use --config trainer/ddp or one process, and model.lora where memory "
-                "is short"
-            )
+        if self.trainer.world_size > 1:
+            raise ValueError("KTOModule runs in one process; use --trainer.devices=1")
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Estimate the reference point of the optimizer step, and compute the loss of its pairs.
