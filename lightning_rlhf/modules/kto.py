@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,7 +18,6 @@ from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
-from lightning_rlhf.runtime import distributed
 
 
 class KTOModule(DPOModule):
@@ -116,25 +115,20 @@ class KTOModule(DPOModule):
         return {**super().sums_to_log(metrics), "kto_kl": metrics["kto_kl"].sum()}
 
     def _reference_point(self, batch: PreferenceBatch) -> Tensor:
-        """z0 of a step, nats, the same on all ranks; scalar."""
+        """z0 of a step, nats; scalar."""
         assert self.reference is not None
         # padding pairs come last, and are left out
         count = len(batch) - batch.num_padding
-        mine = list(zip(batch.chosen[:count], batch.rejected[:count], batch.prompts[:count], strict=True))
-        # in an order that the number of processes does not change, and the prompt does not decide
-        pairs = sorted(distributed.interleave(lambda: mine))
-        # (x_i, y_j) with j = i + 1 over the step, where each process takes its share: responses to other prompts
-        shares = range(distributed.rank(), len(pairs) if len(pairs) > 1 else 0, distributed.world_size())
-        groups = [(pairs[i][2], pairs[(i + 1) % len(pairs)][:2]) for i in shares]
-        total = torch.zeros(2, device=self.device)
-        if groups:
-            limit, layout = self.options.scoring_batch_tokens, self.options.layout
-            with torch.no_grad():
-                ratio = summed_logps(self.policy, groups, layout=layout, tokens_per_batch=limit)
-                with self.reference.active() as reference:
-                    ratio = ratio - summed_logps(reference, groups, layout=layout, tokens_per_batch=limit)
-            total = torch.stack([ratio.float().sum(), torch.full_like(total[0], len(ratio))])
-        if self.trainer.world_size > 1:
-            # sums, not means: the shares may differ by a pair
-            total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
-        return (total[0] / total[1].clamp(min=1)).clamp(min=0)
+        # in an order that micro-batches do not change, and the prompt does not decide
+        pairs = sorted(zip(batch.chosen[:count], batch.rejected[:count], batch.prompts[:count], strict=True))
+        if len(pairs) < 2:
+            return torch.zeros((), device=self.device)
+        # (x_i, y_j) with j = i + 1 over the step: responses to other prompts
+        groups = [(pairs[i][2], pairs[(i + 1) % len(pairs)][:2]) for i in range(len(pairs))]
+        limit, layout = self.options.scoring_batch_tokens, self.options.layout
+        with torch.no_grad():
+            ratio = summed_logps(self.policy, groups, layout=layout, tokens_per_batch=limit)
+            with self.reference.active() as reference:
+                ratio = ratio - summed_logps(reference, groups, layout=layout, tokens_per_batch=limit)
+        # z0 = max(0, mean h)
+        return ratio.float().mean().clamp(min=0)
