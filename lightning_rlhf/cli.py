@@ -6,7 +6,6 @@ by path; several merge from left to right, and a file may name its bases under `
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import os
 import signal
@@ -116,11 +115,12 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         return
     try:
         RLHFCLI(args=args)
-    except Stopped:
-        atexit.register(distributed.leave)
+    except Stopped as stopped:
         if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            distributed.leave_at_exit(0)
             # a rank that Lightning's rank zero has started: it would kill itself over another status than 0
             raise SystemExit(0) from None
+        distributed.leave_at_exit(int(stopped.code or 0))
         raise
     # at the exit, because another run may follow; and not after an error, when ranks may be left in a collective
-    atexit.register(distributed.leave)
+    distributed.leave_at_exit(0)

@@ -6,6 +6,10 @@ asks a judge, which may take hours. An error of one rank is raised on all, so th
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal, TypeAlias, TypeVar, cast
@@ -93,13 +97,39 @@ def largest(number: int) -> int:
     return int(most.item())
 
 
-def leave() -> None:
-    """End the process groups, where there are any, before the interpreter ends; Lightning does it for NCCL.
+def leave_at_exit(status: int) -> None:
+    """End the process groups, where there are any, before the interpreter ends, and then the process; NCCL too.
 
-    Threads of gloo that still run may abort the process, and a launcher then takes a finished run for a failed one.
+    Threads of gloo that still run, or groups that some object still holds, may abort the process while Python clears
+    its modules, and a launcher then takes a finished run for a failed one. So that last part is left out.
+
+    Args:
+        status: exit status of the process.
     """
+    global _status
+    if dist.is_available() and dist.is_initialized():
+        _status = status
+        atexit.register(leave)
+
+
+_status: int | None = None
+
+
+def leave() -> None:
+    """End the process groups, where there are any."""
+    global _own
+    _own = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@atexit.register  # by importing this module: exit handlers run last in, first out, and this one after those of a run
+def _end() -> None:
+    if _status is not None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
 
 
 _Outcome: TypeAlias = tuple[Literal["value", "stopped", "error"], object]

@@ -260,7 +260,9 @@ def test_sharded_checkpoints_that_are_damaged_or_cannot_be_written(runs: Any) ->
 
     status, said = place.start(("step7=limit50000", place.command("dpo", "dpo/stopped", *longer, older)))
     assert status != 0
-    assert re.search(r"OSError: .*(raise the limit \(ulimit -f\)|check that the disk has room).* before is kept", said)
+    assert re.search(
+        r"OSError: .*(raise the limit \(ulimit -f\)|check that the disk has room).*earlier checkpoints are kept", said
+    )
     assert sorted(path.name for path in checkpoints.iterdir()) == [*reversed(names), "last.ckpt"]
 
     assert place.drive(("", place.command("dpo", "dpo/stopped", *longer, older))) == [0]

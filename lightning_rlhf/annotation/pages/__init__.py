@@ -1,0 +1,1 @@
+"""Pages of the annotation server, as Jinja templates."""
