@@ -17,8 +17,16 @@ def main() -> None:
         annotate(sys.argv[2:])
         return
     from lightning_rlhf.cli import main as run
+    from lightning_rlhf.runtime.distributed import end_with
 
-    run()
+    try:
+        run()
+    except SystemExit as ended:
+        # a text is the message of an error
+        if isinstance(ended.code, int):
+            end_with(ended.code)
+        raise
+    end_with(0)
 
 
 if __name__ == "__main__":

@@ -115,12 +115,11 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         return
     try:
         RLHFCLI(args=args)
-    except Stopped as stopped:
+    except Stopped:
+        distributed.leave_at_exit()
         if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
-            distributed.leave_at_exit(0)
             # a rank that Lightning's rank zero has started: it would kill itself over another status than 0
             raise SystemExit(0) from None
-        distributed.leave_at_exit(int(stopped.code or 0))
         raise
     # at the exit, because another run may follow; and not after an error, when ranks may be left in a collective
-    distributed.leave_at_exit(0)
+    distributed.leave_at_exit()

@@ -97,8 +97,14 @@ def largest(number: int) -> int:
     return int(most.item())
 
 
-def leave_at_exit(status: int) -> None:
-    """End the process groups, where there are any, before the interpreter ends, and then the process; NCCL too.
+def leave_at_exit() -> None:
+    """End the process groups, where there are any, when the interpreter ends; Lightning does it for NCCL."""
+    if dist.is_available() and dist.is_initialized():
+        atexit.register(leave)
+
+
+def end_with(status: int) -> None:
+    """End this process with a status once its exit handlers have run, where there is a process group.
 
     Threads of gloo that still run, or groups that some object still holds, may abort the process while Python clears
     its modules, and a launcher then takes a finished run for a failed one. So that last part is left out.
@@ -109,7 +115,6 @@ def leave_at_exit(status: int) -> None:
     global _status
     if dist.is_available() and dist.is_initialized():
         _status = status
-        atexit.register(leave)
 
 
 _status: int | None = None
