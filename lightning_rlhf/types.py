@@ -7,6 +7,7 @@ from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -209,6 +210,17 @@ class Label:
 
 PAIR_WEIGHT = "pair_weight"
 """Entry of a label's ``meta``: the factor on the weight of its pair in the loss."""
+
+
+def pair_rows(comparisons: Sequence[Comparison]) -> tuple[list[Prompt], list[Response]]:
+    """Prompts and responses of pairs, in the order a_0, b_0, a_1, b_1, ...; [2 * comparisons] each."""
+    prompts: list[Prompt] = []
+    responses: list[Response] = []
+    for comparison in comparisons:
+        prompts += [comparison.prompt] * 2
+        responses += [comparison.a, comparison.b]
+    return prompts, responses
+
 
 FREE_TIE = "free_tie"
 """Entry of a label's ``meta`` that marks free ties."""

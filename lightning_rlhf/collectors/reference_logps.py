@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.models.reference_cache import ReferenceCache
-from lightning_rlhf.types import Comparison, Preference, Prompt, Response
+from lightning_rlhf.types import Comparison, Preference, pair_rows
 
 
 def with_reference_logps(
@@ -20,12 +20,7 @@ def with_reference_logps(
     """
     if engine.reference is None:
         return list(comparisons)
-    prompts: list[Prompt] = []
-    responses: list[Response] = []
-    # responses: a_0, b_0, a_1, b_1, ...; [2 * comparisons]
-    for comparison in comparisons:
-        prompts += [comparison.prompt] * 2
-        responses += [comparison.a, comparison.b]
+    prompts, responses = pair_rows(comparisons)
     if cache is not None:
         scored = cache.complete(engine.reference, prompts, responses, engine.with_reference_logps)
     else:

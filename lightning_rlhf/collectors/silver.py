@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_rlhf.batching.steps import epoch_order
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Request
@@ -26,7 +28,10 @@ from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.samplers.draws import pool_requests, repeated
-from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response, State
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt, Response, State, pair_rows
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -169,9 +174,7 @@ class SilverCollector:
             responses = distributed.interleave(lambda: _generate(engine, mine))
             samples = [(Comparison(chosen[i], responses[2 * i], responses[2 * i + 1]), None) for i in range(count)]
             distributed.from_rank_zero(lambda: _table(store).add(UNLABELED, samples))
-        unlabeled: list[tuple[Prompt, Response]] = []
-        for pair, _ in samples:
-            unlabeled += [(pair.prompt, pair.a), (pair.prompt, pair.b)]
+        unlabeled = list(zip(*pair_rows([pair for pair, _ in samples]), strict=True))
         self.options.model.setup(
             ModelStart(module.checkpoint, module.options, module.device, unlabeled, self.key.fold(1))
         )
@@ -186,46 +189,40 @@ class SilverCollector:
             rounds: the real pairs by round, from round 0 on.
             due: the newest round.
         """
-        options, known = self.options, 0
-        before = sum(not p.label.is_free_tie for index in range(due) for p in rounds[index])
-        # once per round, and never labels that the model was fitted to
-        is_new = self.forecast is None or self.forecast.round < due
-        if is_new and 0 < self.labels_fitted <= before:
-            self._predict(rounds[due], due)
+        options = self.options
         last: list[Preference] | None = None
+        seen: list[Preference] = []
         for index in range(due + 1):
-            known += sum(not preference.label.is_free_tie for preference in rounds[index])
+            new = [preference for preference in rounds[index] if not preference.label.is_free_tie]
+            # once per round, and never labels that the model was fitted to
+            is_new = index == due and (self.forecast is None or self.forecast.round < due)
+            if new and is_new and last is None and 0 < self.labels_fitted <= len(seen):
+                self.forecast = self._predict(new, due)
+            seen += new
             needed = self.labels_fitted + options.refit_every if self.labels_fitted else options.min_labels
-            if known >= needed:
-                seen = chain.from_iterable(rounds[i] for i in range(index + 1))
-                last = [preference for preference in seen if not preference.label.is_free_tie]
-                self.labels_fitted = known
+            if len(seen) >= needed:
+                last = list(seen)
+                self.labels_fitted = len(seen)
                 # a model that trains on must see every fit; for the others only the newest one counts
                 if not options.model.REFITS:
                     options.model.fit(last)
         if last is not None and options.model.REFITS:
             options.model.fit(last)
 
-    def _predict(self, preferences: Sequence[Preference], index: int) -> None:
+    def _predict(self, preferences: Sequence[Preference], index: int) -> Forecast:
         """Predict the labels of a round that the model has not seen (prequential validation)."""
-        labeled = [preference for preference in preferences if not preference.label.is_free_tie]
-        if not labeled:
-            return
-        mean, variance = self._gaps([preference.comparison for preference in labeled])
+        mean, variance = self._gaps([preference.comparison for preference in preferences])
         predicted = win_probability(mean, variance)
-        label = torch.tensor([preference.probability for preference in labeled], dtype=torch.float64)
+        label = torch.tensor([preference.probability for preference in preferences], dtype=torch.float64)
         # -(p log q + (1 - p) log(1 - q))
         nll = torch.nn.functional.binary_cross_entropy(predicted, label).item()
         # a mean of 0 is a guess
         right = torch.where(mean == 0, 0.5, ((mean > 0) == (label > 0.5)).double()).mean().item()
-        self.forecast = Forecast(index, self.labels_fitted, nll, right, len(labeled))
+        return Forecast(index, self.labels_fitted, nll, right, len(preferences))
 
     def _gaps(self, pairs: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of the reward gap of each pair; [pairs] each."""
-        responses: list[Response] = []
-        for pair in pairs:
-            responses += [pair.a, pair.b]
-        posterior = self.options.model.posterior(repeated([pair.prompt for pair in pairs], 2), responses)
+        posterior = self.options.model.posterior(*pair_rows(pairs))
         first = torch.arange(0, 2 * len(pairs), 2)
         return posterior.gap(first, first + 1)
 
@@ -256,7 +253,7 @@ class SilverCollector:
             pairs = distributed.from_rank_zero(partial(self._label, unlabeled, epoch, store))
         silver = [Preference(comparison, label) for comparison, label in pairs if label is not None]
         count = options.steps_per_sampling * real_pairs_per_step if options.real_weight > 0 else 0
-        replayed = self._replay(epoch, real, count)
+        replayed = _shuffled(real, count, self.key.fold(3, epoch))
         total = len(silver) + len(replayed)
         # the loss of a step is a mean over n = n_s + n_r items: weights n / n_s and w n / n_r make it
         # mean(silver) + w mean(real)
@@ -270,13 +267,11 @@ class SilverCollector:
         return {"labels_fitted": self.labels_fitted, "model": self.options.model.state_dict()}
 
     def _sample(self, epoch: int, prompts: Sequence[Prompt], engine: PolicyEngine) -> list[Comparison]:
-        """Fresh pools of the policy on random prompts; the pairs of a pool are chosen when they are labeled."""
+        """Fresh pairs of the policy on random prompts, without labels."""
         options = self.options
         key = self.key.fold(2, epoch)
         count = options.steps_per_sampling * options.pairs_per_step // options.pairs_per_prompt
-        # without replacement, then all over again where there are fewer prompts
-        order = torch.randperm(len(prompts), generator=key.generator()).tolist()
-        chosen = [prompts[order[i % len(order)]] for i in range(count)]
+        chosen = _shuffled(prompts, count, key)
         places = range(distributed.rank(), count, distributed.world_size())
 
         def sample() -> list[list[Comparison]]:
@@ -323,10 +318,11 @@ class SilverCollector:
         _table(store).add(epoch, labeled)
         return labeled
 
-    def _replay(self, epoch: int, real: Sequence[Preference], count: int) -> list[Preference]:
-        """Real pairs of all rounds: ``count`` of them, without replacement while there are as many."""
-        order = torch.randperm(len(real), generator=self.key.fold(3, epoch).generator()).tolist()
-        return [real[order[i % len(order)]] for i in range(count)]
+
+def _shuffled(items: Sequence[T], count: int, key: Key) -> list[T]:
+    """``count`` items in random order: without replacement, then all over again where there are fewer."""
+    order = epoch_order(len(items), key)
+    return [items[order[i % len(order)]] for i in range(count)]
 
 
 def _generate(engine: PolicyEngine, requests: Sequence[Request], reference_logps: bool = False) -> list[Response]:

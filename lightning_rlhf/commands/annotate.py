@@ -38,9 +38,9 @@ def annotate(
     anonymous: bool = False,
     end_with_parent: bool = False,
 ) -> None:
-    """Serve pairs to people in a browser; with a verb such as ``--add``, look after them instead.
+    """Serve pairs to people in a browser; with an option such as ``--add``, look after them instead.
 
-    Verbs go through the server that runs in ``run_dir``, or use its file if none runs.
+    These options go through the server that runs in ``run_dir``, or use its file if none runs.
 
     Args:
         run_dir: folder of the run; the server keeps its files in the folder ``annotation`` there.

@@ -13,7 +13,7 @@ from lightning_rlhf.estimators.preference_gp import Laplace, choose_variances, l
 from lightning_rlhf.preference_models.base import AbstractPreferenceModel, ModelStart, Posterior
 from lightning_rlhf.preference_models.trunk import FrozenTrunk, content
 from lightning_rlhf.preference_models.whitening import Whitening, fit_whitening
-from lightning_rlhf.types import Preference, Prompt, Response
+from lightning_rlhf.types import Preference, Prompt, Response, pair_rows
 
 
 SQUARED_NORM, PROMPT_SQUARED_NORM = 2.0, 4.0
@@ -303,13 +303,8 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         return choose_variances(grams, self._variances, probabilities, groups)
 
     def _contrasts(self, preferences: Sequence[Preference]) -> Contrasts:
-        prompts: list[Prompt] = []
-        responses: list[Response] = []
         # in the order of the ledger, so that full chunks of the trunk stay the same from fit to fit
-        for preference in preferences:
-            prompts += [preference.comparison.prompt] * 2
-            responses += [preference.comparison.a, preference.comparison.b]
-        features = self._features(prompts, responses)
+        features = self._features(*pair_rows([preference.comparison for preference in preferences]))
         return Contrasts(features[0::2], features[1::2])
 
     def _features(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Features:

@@ -14,7 +14,7 @@ from lightning_rlhf.preference_models.base import AbstractPreferenceModel, Model
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.types import Prompt, Response
+from lightning_rlhf.types import Prompt, Response, pair_rows
 
 
 class PosteriorReward(AbstractReward):
@@ -70,9 +70,7 @@ class PosteriorReward(AbstractReward):
             raise ValueError(f"{self.ledger} has no labels to fit a preference model to; run fit or label first")
         # without stored samples of the reference, the labeled responses serve for statistics
         pairs = pairs or [preference.comparison for preference in preferences]
-        samples: list[tuple[Prompt, Response]] = []
-        for pair in pairs:
-            samples += [(pair.prompt, pair.a), (pair.prompt, pair.b)]
+        samples = list(zip(*pair_rows(pairs), strict=True))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.setup(ModelStart(self.policy, self.options, device, samples, Key((0,))))
         self.model.fit(preferences)

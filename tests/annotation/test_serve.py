@@ -31,8 +31,8 @@ def server(start_server: Callable[..., Any], tmp_path: Path) -> Any:
     return start_server(tmp_path)
 
 
-def verb(run_dir: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """A verb of the command line."""
+def annotate(run_dir: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run ``lightning-rlhf annotate`` with options."""
     command = [*ANNOTATE, f"--run_dir={run_dir}", *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -44,7 +44,7 @@ def test_kill_and_restart_keep_pairs_people_and_tokens(server: Any, start_server
     assert mode & 0o077 == 0
     with pytest.raises(RefusedError, match="trainer may not"):
         client.get("/admin/report.json")
-    second = verb(server.run_dir, "--port=0")
+    second = annotate(server.run_dir, "--port=0")
     assert second.returncode == 1 and "open in another annotation server" in second.stderr
     server.stop(signal.SIGKILL)
     with pytest.raises(NoServerError, match="does not answer"):
@@ -79,18 +79,18 @@ def test_pages_hear_of_new_pairs_and_a_stop_does_not_wait_for_them(server: Any) 
 
 
 def test_verbs_act_through_the_server_and_without_it(server: Any, tmp_path: Path) -> None:
-    added = verb(tmp_path, "--add=ann")
+    added = annotate(tmp_path, "--add=ann")
     assert added.returncode == 0, added.stderr
     assert re.search(r"/join#c=[\w-]{32}\n", added.stdout)
     token = re.search(r"again: ([\w-]{32})", added.stdout)
     assert token is not None
     assert Client(server.url, token.group(1)).get("/api/v1/next")["pair"] is None
-    assert "ann is paused" in verb(tmp_path, "--pause=ann").stdout
+    assert "ann is paused" in annotate(tmp_path, "--pause=ann").stdout
     server.stop()
-    assert "ann is active" in verb(tmp_path, "--resume=ann").stdout
-    nobody = verb(tmp_path, "--pause=nobody")
+    assert "ann is active" in annotate(tmp_path, "--resume=ann").stdout
+    nobody = annotate(tmp_path, "--pause=nobody")
     assert nobody.returncode == 1 and "there is no nobody; known are admin, trainer, ann" in nobody.stderr
-    shown = verb(tmp_path, "--show_report=true", f"--export={tmp_path / 'votes.jsonl'}")
+    shown = annotate(tmp_path, "--show_report=true", f"--export={tmp_path / 'votes.jsonl'}")
     assert "Votes: 0 on 0 pairs" in shown.stdout and "wrote 0 votes" in shown.stdout
 
 
