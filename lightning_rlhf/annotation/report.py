@@ -35,8 +35,11 @@ def report(store: AnnotationStore) -> JSON:
     by_pair: defaultdict[tuple[str, str], list[KeptVote]] = defaultdict(list)
     for each in pairs:
         by_pair[each.queue, each.key].append(each)
-    units = [[cast(int, each.vote.signed) for each in votes] for votes in by_pair.values()]
-    sides = [[(value > 0) - (value < 0) for value in values] for values in units]
+    units, sides = [], []
+    for votes in by_pair.values():
+        values = [cast(int, each.vote.signed) for each in votes]
+        units.append(values)
+        sides.append([(value > 0) - (value < 0) for value in values])
     whole: JSON = {
         "queues": {name: vars(store.queues.progress(name)) for name in store.queues.names() if name != "gold"},
         "votes": len(pairs),
@@ -53,9 +56,11 @@ def report(store: AnnotationStore) -> JSON:
 
 def _agreement(sides: Sequence[Sequence[int]], units: Sequence[Sequence[int]]) -> JSON:
     with_ties, all_votes = pairwise_agreement(sides)
-    equal, decided = pairwise_agreement([[side for side in values if side] for values in sides])
-    sizes = {len(values) for values in sides if len(values) > 1}
-    kappa = {str(size): fleiss_kappa([values for values in sides if len(values) == size]) for size in sorted(sizes)}
+    equal, decided = pairwise_agreement([list(filter(None, values)) for values in sides])
+    by_size: defaultdict[int, list[Sequence[int]]] = defaultdict(list)
+    for values in sides:
+        by_size[len(values)].append(values)
+    kappa = {str(size): fleiss_kappa(by_size[size]) for size in sorted(by_size) if size > 1}
     return {
         "agreement": {"share": _share(equal, decided), "interval": wilson_interval(equal, decided), "count": decided},
         "agreement_with_ties": {
@@ -183,7 +188,8 @@ def votes_jsonl(store: AnnotationStore, anonymous: bool = False) -> str:
         anonymous: leave rationales out, and number people in place of names.
     """
     kept = store.votes(standing=False)
-    numbers = {name: f"person-{n}" for n, name in enumerate(sorted({each.vote.annotator for each in kept}), 1)}
+    names = sorted({each.vote.annotator for each in kept})
+    numbers = {name: f"person-{n}" for n, name in enumerate(names, 1)}
     lines = []
     for each in kept:
         vote = each.vote

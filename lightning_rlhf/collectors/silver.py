@@ -298,7 +298,7 @@ class SilverCollector:
             mean = self.options.model.posterior(repeated(prompts, size), responses).mean.reshape(-1, size)
             # (highest, lowest), (second highest, second lowest), ...; a stable sort, so that ties stay in order
             order = mean.argsort(dim=1, descending=True, stable=True).tolist()
-            chosen = [[(places[i], places[-1 - i]) for i in range(wanted)] for places in order]
+            chosen = [list(zip(places[:wanted], reversed(places), strict=False)) for places in order]
         pools = []
         for number, (prompt, places) in enumerate(zip(prompts, chosen, strict=True)):
             pool = responses[number * size : (number + 1) * size]
