@@ -136,8 +136,9 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done
     page = (tmp_path / "results.md").read_text()
-    assert "2 seeds" in page.partition("<!-- begin menu -->")[2]
-    pictures = re.findall(r"\]\((results/menu_\w+\.png)\)", page)
+    section = page.partition("<!-- begin menu -->")[2].partition("<!-- end menu -->")[0]
+    assert "2 seeds" in section
+    pictures = re.findall(r"\]\((results/menu_\w+\.png)\)", section)
     assert len(set(pictures)) == 3
     assert all((tmp_path / picture).stat().st_size > 0 for picture in pictures)
     figures = json.loads((folder / "report.json").read_text())
