@@ -7,7 +7,7 @@ from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -62,6 +62,7 @@ class PromptRow:
             otherwise.
         finish_reasons: why the recorded completions ended, in the same order; empty if all of them ended by
             themselves.
+        columns: other columns of the row, for rewards; they play no part in the identity of a row.
     """
 
     source: str
@@ -72,6 +73,7 @@ class PromptRow:
     template_options: dict[str, Any] = field(default_factory=dict)
     answers: tuple[Message, ...] = ()
     finish_reasons: tuple[FinishReason, ...] = ()
+    columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Prompt:
         recorded: ``pair`` as text, with its label.
         completion: tokenized recorded completion, for supervised rows; ledgers do not keep it.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
+        columns: other columns of the row, such as the right answer, for rewards; ledgers do not keep them, and
+            collectors put them back by ``index``.
     """
 
     index: int
@@ -97,6 +101,8 @@ class Prompt:
     recorded: RecordedPair | None = None
     completion: Response | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
+    # read-only, and shared with the row; two prompts that differ in it alone are the same to a ledger
+    columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.rewards.base import check_rows
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import Prompt, State
 
@@ -137,6 +138,12 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             self._rows = digest_of_rows(self._prompts)
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
+            self.check_rewards()
+
+    def check_rewards(self) -> None:
+        """Let the rewards check that the rows have the columns that they read; before any model is loaded."""
+        if self.heldout_reward is not None:
+            check_rows(self.heldout_reward, self._heldout)
 
     def state_dict(self) -> State:
         """A digest of the rows, for the checkpoint: a resumed run must have the same rows."""
@@ -294,6 +301,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             max_response_tokens=self.decoding.max_new_tokens,
             on_long_prompt=self.prompt_options.on_long_prompt,
             system_prompt=self.prompt_options.system_prompt,
+            chat=self.prompt_options.chat,
             end_ids=module.configured_end_ids,
         )
         end = turn_format(module.tokenizer).end

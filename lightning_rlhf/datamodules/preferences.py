@@ -38,6 +38,7 @@ from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.protocols import SilverModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.rewards.base import check_rows
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler, MixtureSampler
@@ -196,6 +197,12 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         return replace(
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
         )
+
+    def check_rewards(self) -> None:
+        """Let the rewards check the rows that they score."""
+        if isinstance(self.labeler, RewardLabeler):
+            check_rows(self.labeler.reward, self._prompts)
+        super().check_rewards()
 
     def forget_rounds(self) -> None:
         """Forget all rounds, and reset the sampler to its initial state."""

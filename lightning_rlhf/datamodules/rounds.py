@@ -20,7 +20,7 @@ from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, It
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, RoundOptions
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.ledger.same_run import check_same_run, note_code, note_heldout
+from lightning_rlhf.ledger.same_run import check_same_run, note_code, note_columns, note_heldout
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.protocols import RoundData, RoundModule, module_of
@@ -214,6 +214,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
                     f"which was sampled with the model as it was then; pass ckpt_path to go on, or use another folder"
                 )
             note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
+            note_columns(self._store, self._prompts, self._named_source())
             note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
         except BaseException:
             # else the ledger would stay locked, and a corrected fit in this process could not open it

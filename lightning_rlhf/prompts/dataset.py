@@ -23,6 +23,7 @@ from lightning_rlhf.prompts.files import Row, describe, read_rows
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
+    other_columns,
     parse_answer,
     parse_finish_reasons,
     parse_messages,
@@ -43,7 +44,8 @@ class DatasetPrompts(AbstractPromptSource):
     """Prompts, with recorded pairs where there are any, from a file, a folder or the Hugging Face Hub.
 
     Rows whose completions are identical or empty hold no preference: they are left out and counted. Any
-    other row that cannot be used raises an error which names it. Columns that are not listed here are ignored.
+    other row that cannot be used raises an error which names it. Other columns with text, numbers or lists of them
+    are kept for rewards, which read the right answer or a test there.
 
     Args:
         path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
@@ -107,9 +109,13 @@ class DatasetPrompts(AbstractPromptSource):
             raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
         return rows_of_part(kept, self.part, self.heldout_share)
 
+    @property
+    def _pair_columns(self) -> tuple[str, str]:
+        return self.chosen_column, self.rejected_column
+
     def _takes_pairs(self, columns: list[str]) -> bool:
         """Decide from the columns of all rows whether to read pairs, and check that all needed columns exist."""
-        pair_columns = [self.chosen_column, self.rejected_column]
+        pair_columns = list(self._pair_columns)
         has_pairs = all(name in columns for name in pair_columns)
         take_pairs = self.kind == "preference" or (self.kind == "auto" and has_pairs)
         # the prompt column may be missing where pairs imply the prompt
@@ -147,6 +153,7 @@ class DatasetPrompts(AbstractPromptSource):
             text=prompt if isinstance(prompt, str) else None,
             messages=None if isinstance(prompt, str) else prompt,
             template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+            columns=other_columns(row, {self.prompt_column, *(self._pair_columns if take_pairs else ())}),
         )
         if not take_pairs:
             return parsed

@@ -7,6 +7,7 @@ writes them.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 
 from lightning_rlhf.prompts.files import Row, describe
@@ -189,6 +190,25 @@ def parse_template_options(
             raise field_error(source, name, f"may not hold {key!r}", "drop it: the library says so itself")
         options |= value
     return options
+
+
+def other_columns(row: Row, used: Collection[str]) -> dict[str, object]:
+    """Columns for rewards: text, numbers, and lists of them, without those that the source reads itself.
+
+    Values are those of the row, not copies, and names are shared between rows.
+
+    Args:
+        row: the row.
+        used: columns that the source reads.
+    """
+    left_out = {*used, TOOLS, TEMPLATE_OPTIONS, *NO_TEXT}
+    return {sys.intern(name): value for name, value in row.items() if name not in left_out and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, str | int | float) for item in value)
+    return isinstance(value, str | int | float)
 
 
 def parse_finish_reasons(row: Row, names: tuple[str, ...]) -> tuple[FinishReason, ...]:
