@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from lightning_rlhf.batching.loader import RankSampler
 from lightning_rlhf.batching.steps import epoch_order
-from lightning_rlhf.collectors.progress import Bar
+from lightning_rlhf.collectors.progress import Bar, bar_of
 from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, Item
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, RoundOptions
 from lightning_rlhf.generation import PolicyEngine
@@ -302,13 +301,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def _engine(self) -> PolicyEngine | None:
         return self._module().engine(self.decoding)
 
-    @contextmanager
-    def _progress(self, description: str, total: int) -> Iterator[Bar]:
-        bar = self.trainer.progress_bar_callback
-        # no bar on other ranks, nor where the progress bar of the Trainer is off
-        disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
-        with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
-            yield progress
+    def _progress(self, description: str, total: int) -> AbstractContextManager[Bar]:
+        return bar_of(self.trainer, description, total, self.UNIT)
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.builtin import BuiltinPrompts
 from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
+from lightning_rlhf.prompts.files import DatasetFiles
 from lightning_rlhf.prompts.hh import HHPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
@@ -26,6 +27,7 @@ __all__ = [
     "AbstractPromptSource",
     "BuiltinPrompts",
     "DatasetCompletions",
+    "DatasetFiles",
     "DatasetPrompts",
     "HHPrompts",
     "LedgerPrompts",

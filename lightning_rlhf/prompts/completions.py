@@ -12,11 +12,12 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from lightning_rlhf.prompts.base import AbstractPromptSource
+from lightning_rlhf.prompts.base import AbstractPromptSource, note_data
 from lightning_rlhf.prompts.dataset import EMPTY
-from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, name_of, read_rows
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
@@ -42,7 +43,9 @@ class DatasetCompletions(AbstractPromptSource):
     and completions of a teacher come from ``lightning-rlhf sample`` and ``export``.
 
     Args:
-        path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
+        path: local .jsonl, .json, .csv (each also .gz) or .parquet file, which may have ``*``, local folder, or Hub id
+            such as "owner/name"; several of them as a list; `DatasetFiles`, the arguments of `load_dataset`; or rows in
+            memory, as a list of dictionaries or a `datasets.Dataset`.
         split: split of a folder or of a Hub data set; a single file has none.
         limit: read only the first rows of the data, >= 1; null reads all.
         prompt_column: name of the column with the prompt.
@@ -55,7 +58,7 @@ class DatasetCompletions(AbstractPromptSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str] | DatasetFiles | Sequence[Mapping[str, object]],
         split: str = "train",
         limit: int | None = None,
         prompt_column: str = "prompt",
@@ -64,7 +67,9 @@ class DatasetCompletions(AbstractPromptSource):
         turns: Literal["last", "all"] = "last",
         ignored_fields: list[str] | None = None,
     ) -> None:
-        self.path, self.split, self.limit = path, split, limit
+        self.path, self.split, self.limit = name_of(path), split, limit
+        self._data = path
+        note_data(self, path)
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.turns = messages_column, turns
         self.ignored_fields = tuple(ignored_fields or ())
@@ -77,7 +82,7 @@ class DatasetCompletions(AbstractPromptSource):
         """
         self.report.clear()
         kept = []
-        for source, row in read_rows(self.path, self.split, self.limit):
+        for source, row in read_rows(self._data, self.split, self.limit):
             for parsed in self._parse(row, source):
                 if (parsed.completion or "").strip():
                     kept.append(parsed)

@@ -15,11 +15,12 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.base import AbstractPromptSource, note_data
+from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, name_of, read_rows
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
@@ -48,7 +49,9 @@ class DatasetPrompts(AbstractPromptSource):
     are kept for rewards, which read the right answer or a test there.
 
     Args:
-        path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
+        path: local .jsonl, .json, .csv (each also .gz) or .parquet file, which may have ``*``, local folder, or Hub id
+            such as "owner/name"; several of them as a list; `DatasetFiles`, the arguments of `load_dataset`; or rows in
+            memory, as a list of dictionaries or a `datasets.Dataset`.
         split: split of a folder or of a Hub data set; a single file has none.
         limit: read only the first rows of the data, >= 1; null reads all.
         prompt_column: name of the column with the prompt.
@@ -62,7 +65,7 @@ class DatasetPrompts(AbstractPromptSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str] | DatasetFiles | Sequence[Mapping[str, object]],
         split: str = "train",
         limit: int | None = None,
         prompt_column: str = "prompt",
@@ -73,7 +76,8 @@ class DatasetPrompts(AbstractPromptSource):
         heldout_share: float = 0.2,
         ignored_fields: list[str] | None = None,
     ) -> None:
-        self.path = path
+        self.path, self._data = name_of(path), path
+        note_data(self, path)
         self.split = split
         self.limit = limit
         self.prompt_column = prompt_column
@@ -91,7 +95,7 @@ class DatasetPrompts(AbstractPromptSource):
             ValueError: if the data is missing or empty, lacks a column, or has a malformed row (named with its number).
         """
         self.report.clear()
-        rows = read_rows(self.path, self.split, self.limit)
+        rows = read_rows(self._data, self.split, self.limit)
         # the union over rows: optional columns may be missing in the first ones
         columns: dict[str, None] = {}  # ordered
         for _, row in rows:

@@ -207,7 +207,7 @@ def test_missing_and_unreadable_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="no-such-owner/no-such-data: cannot read split 'train' of this Hub data set"):
         DatasetPrompts("no-such-owner/no-such-data").load()
     for name, content, message in (
-        ("rows.csv", b"prompt\nx\n", "cannot tell the format from the name: use one of .jsonl"),
+        ("rows.txt", b"prompt\nx\n", "cannot tell the format from the name: use one of .jsonl"),
         ("rows.jsonl", b"\n\n", "has no rows"),
         ("rows.json", b"[]", "has no rows"),
         ("rows.json", b"[1", "not valid JSON"),
