@@ -28,11 +28,12 @@ from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.same_run import RowDigest, digest_of_rows, row_differences
 from lightning_rlhf.prompts import AbstractPromptSource, DatasetCompletions, DatasetPrompts, tokenize_rows
 from lightning_rlhf.prompts.files import RowData, holds_rows
+from lightning_rlhf.prompts.mixture import SOURCE_COLUMN
 from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
-from lightning_rlhf.rewards.base import check_rows
+from lightning_rlhf.rewards.base import check_rows, columns_read
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, State
@@ -347,8 +348,30 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
                 f"from now on, and the saved model does"
             )
         counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
-        rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
+        form = getattr(source, "format_name", None)
+        rank_zero_info(
+            f"{what} prompts: {len(prompts)}"
+            + (f", read as {form}" if form else "")
+            + (f"; dropped or truncated: {counts}" if counts else "")
+        )
+        unread = self._unread(source, prompts)
+        if unread:
+            rank_zero_info(f"{what} prompts: nothing reads the columns {', '.join(unread)}")
         return prompts
+
+    def _unread(self, source: AbstractPromptSource, prompts: Sequence[Prompt]) -> list[str]:
+        """Columns of the rows that neither the source nor a reward reads."""
+        names = dict.fromkeys(getattr(source, "unread_columns", ()))
+        for prompt in prompts:
+            names |= dict.fromkeys(prompt.columns)
+        read: set[str] = set()
+        for reward in self.rewards():
+            read |= columns_read(reward, list(names))
+        return [name for name in names if name not in read and name != SOURCE_COLUMN]
+
+    def rewards(self) -> list[AbstractReward]:
+        """Rewards of the run, which may read columns of the rows."""
+        return [] if self.heldout_reward is None else [self.heldout_reward]
 
     def _max_tokens_per_micro_batch(self) -> int | None:
         limit = self.batching.max_tokens_per_micro_batch

@@ -198,6 +198,13 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
         )
 
+    def rewards(self) -> list[AbstractReward]:
+        """Rewards of the run, which may read columns of the rows."""
+        labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler) else []
+        # best-of-N and others score their candidates
+        own = getattr(self.sampler, "reward", None)
+        return [*labels, *([own] if isinstance(own, AbstractReward) else []), *super().rewards()]
+
     def check_rewards(self) -> None:
         """Let the rewards check the rows that they score."""
         if isinstance(self.labeler, RewardLabeler):

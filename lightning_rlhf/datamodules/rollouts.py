@@ -151,6 +151,10 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
         )
 
+    def rewards(self) -> list[AbstractReward]:
+        """Rewards of the run, which may read columns of the rows."""
+        return [self.reward, *super().rewards()]
+
     def check_rewards(self) -> None:
         """Let the rewards check the rows that they score."""
         check_rows(self.reward, self._prompts)

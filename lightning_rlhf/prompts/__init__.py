@@ -17,6 +17,7 @@ from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.files import DatasetFiles
 from lightning_rlhf.prompts.hh import HHPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
+from lightning_rlhf.prompts.mixture import MixedPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
@@ -31,6 +32,7 @@ __all__ = [
     "DatasetPrompts",
     "HHPrompts",
     "LedgerPrompts",
+    "MixedPrompts",
     "PrincipledPrompts",
     "text_prompts",
     "tokenize_rows",

@@ -4,7 +4,8 @@ Each row is an object with some of these columns; text is a string or a list of 
 
 - prompt-only: ``prompt``;
 - preference: ``prompt``, ``chosen``, ``rejected``;
-- preference with implicit prompt: ``chosen`` and ``rejected``, two conversations with the same beginning;
+- preference with implicit prompt: ``chosen`` and ``rejected``, conversations or texts with the same beginning;
+- rows of UltraFeedback, Nectar, HelpSteer2, HelpSteer3, ShareGPT and Alpaca (`lightning_rlhf.prompts.formats`);
 - optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0;
   ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit cut the completion off;
 - optional, with conversations: ``tools`` and ``chat_template_kwargs``, for the chat template.
@@ -21,6 +22,7 @@ from typing import Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource, note_data
 from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, name_of, read_rows
+from lightning_rlhf.prompts.formats import SourcedRow, convert_rows, format_of, resemblance
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
@@ -36,6 +38,15 @@ from lightning_rlhf.prompts.messages import (
 from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
 
+
+PAIR_FIELDS = (
+    *("probability", "label", "weight", "margin"),
+    *("finish_reason_chosen", "finish_reason_rejected", "tools", "chat_template_kwargs"),
+)
+"""Columns beside the prompt and the completions that are read."""
+
+MADE = {"completion", "messages"}
+"""Columns that the conversion of a format may add."""
 
 IDENTICAL = "identical completions"
 EMPTY = "empty completion"
@@ -87,6 +98,10 @@ class DatasetPrompts(AbstractPromptSource):
         self.part: Part = part
         self.heldout_share = heldout_share
         self.ignored_fields = tuple(ignored_fields or ())
+        self.format_name: str | None = None
+        """Format that the last `load` has converted; None if rows were as they are read."""
+        self.unread_columns: list[str] = []
+        """Columns that the last `load` has left out."""
 
     def load(self) -> list[PromptRow]:
         """Read and check all rows, in the order of the data.
@@ -95,12 +110,9 @@ class DatasetPrompts(AbstractPromptSource):
             ValueError: if the data is missing or empty, lacks a column, or has a malformed row (named with its number).
         """
         self.report.clear()
-        rows = read_rows(self._data, self.split, self.limit)
-        # the union over rows: optional columns may be missing in the first ones
-        columns: dict[str, None] = {}  # ordered
-        for _, row in rows:
-            columns |= dict.fromkeys(row)
-        take_pairs = self._takes_pairs(list(columns))
+        rows = self._in_known_format(read_rows(self._data, self.split, self.limit))
+        columns = columns_of(rows)
+        take_pairs = self._takes_pairs(columns)
         kept = []
         for source, row in rows:
             parsed = self._parse(row, source, take_pairs)
@@ -111,7 +123,38 @@ class DatasetPrompts(AbstractPromptSource):
                 self.report[reason] += 1
         if not kept:
             raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
+        # what a conversion has made beside the prompt is no column of the data
+        known = self._read_columns | (MADE if self.format_name else set())
+        self.unread_columns = [name for name in columns if name not in known and name not in kept[0].columns]
         return rows_of_part(kept, self.part, self.heldout_share)
+
+    @property
+    def _read_columns(self) -> set[str]:
+        """Columns that this source itself reads."""
+        return {self.prompt_column, *self._pair_columns, *PAIR_FIELDS, *self.ignored_fields}
+
+    def _in_known_format(self, rows: list[SourcedRow]) -> list[SourcedRow]:
+        """Rows of another format as rows of this one, where the columns to be read are not there."""
+        columns = columns_of(rows)
+        has_pairs = all(name in columns for name in self._pair_columns)
+        self.format_name = None
+        if self.prompt_column in columns and (has_pairs or self.kind != "preference"):
+            return rows
+        # two answers before one: a format with pairs has prompts, too
+        form = format_of(columns, pairs=True)
+        if form is None and self.kind != "preference":
+            form = format_of(columns, pairs=False)
+        if form is None:
+            return rows
+        self.format_name = form.name
+        names = dict(zip(("prompt", "chosen", "rejected"), (self.prompt_column, *self._pair_columns), strict=True))
+        converted = convert_rows(form, rows, self.report, names)
+        if not converted:
+            raise ValueError(
+                f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}), read as {form.name}: check "
+                f"the data"
+            )
+        return converted
 
     @property
     def _pair_columns(self) -> tuple[str, str]:
@@ -127,9 +170,9 @@ class DatasetPrompts(AbstractPromptSource):
         missing = [name for name in needed if name not in columns]
         if missing:
             raise ValueError(
-                f"{self.path}: no column {' and '.join(map(repr, missing))}; its columns are {columns}: set "
-                f"prompt_column, chosen_column or rejected_column to the names in the data, or kind to another than "
-                f"{self.kind!r}"
+                f"{self.path}: no column {' and '.join(map(repr, missing))}; its columns are {columns}; "
+                f"{resemblance(columns)}: set prompt_column, chosen_column or rejected_column to the names in the "
+                f"data, or kind to another than {self.kind!r}"
             )
         return take_pairs
 
@@ -150,6 +193,8 @@ class DatasetPrompts(AbstractPromptSource):
             raise field_error(source, self.prompt_column, "is missing", "add it")
         else:
             prompt = self._implicit_prompt(chosen, rejected, source)
+            if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
 
         conversational = not isinstance(prompt, str)
         parsed = PromptRow(
@@ -166,6 +211,7 @@ class DatasetPrompts(AbstractPromptSource):
             for name, value in ((self.chosen_column, chosen), (self.rejected_column, rejected))
         )
         first, second = map(turn_text, answers)
+        self._refuse_margin(row, source)
         weight = parse_number(row, "weight", source, math.inf, default=1.0)
         return replace(
             parsed,
@@ -175,16 +221,24 @@ class DatasetPrompts(AbstractPromptSource):
             finish_reasons=parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected")),
         )
 
-    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> tuple[Message, ...]:
-        """Find the messages with which both conversations begin."""
+    def _refuse_margin(self, row: Row, source: str) -> None:
+        # no loss here takes a margin for each pair: to leave it out in silence would train something else
+        if row.get("margin") not in (None, 0) and "margin" not in self.ignored_fields:
+            problem = "asks for a margin of its own, which no loss here reads"
+            remedy = "set ignored_fields=[margin]; model.loss.margin of RewardModule is one for all pairs"
+            raise field_error(source, "margin", problem, remedy)
+
+    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> str | tuple[Message, ...]:
+        """Find the words, or the messages, with which both completions begin."""
         if isinstance(chosen, str) or isinstance(rejected, str):
-            hh = any(isinstance(value, str) and "\n\nHuman:" in value for value in (chosen, rejected))
-            remedy = (
-                "read Human/Assistant transcripts with HHPrompts"
-                if hh
-                else f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
-            )
-            problem = "is missing, and where the prompt ends cannot be told from plain text"
+            texts = [value for value in (chosen, rejected) if isinstance(value, str)]
+            shared = common_words(*texts) if len(texts) == 2 else ""
+            if shared and not any("\n\nHuman:" in text for text in texts):
+                return shared
+            remedy = f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
+            if any("\n\nHuman:" in text for text in texts):
+                remedy = "read Human/Assistant transcripts with HHPrompts"
+            problem = "is missing, and the completions are no texts with a common beginning"
             raise field_error(source, self.prompt_column, problem, remedy)
         first = parse_messages(chosen, source, self.chosen_column, self.ignored_fields)
         second = parse_messages(rejected, source, self.rejected_column, self.ignored_fields)
@@ -196,6 +250,24 @@ class DatasetPrompts(AbstractPromptSource):
             problem = f"begins with another message than {self.rejected_column!r}, or has a single one"
             raise field_error(source, self.chosen_column, problem, f"add a column {self.prompt_column!r}")
         return without_final_answer(first[:length], source, self.chosen_column)
+
+
+def columns_of(rows: Sequence[SourcedRow]) -> list[str]:
+    """Columns of rows, in the order of their appearance: optional ones may be missing in the first rows."""
+    columns: dict[str, None] = {}
+    for _, row in rows:
+        columns |= dict.fromkeys(row)
+    return list(columns)
+
+
+def common_words(first: str, second: str) -> str:
+    """Longest common beginning of two texts that ends between words: TRL's rule, which never splits one here."""
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    shared = first[:length]
+    # back to the white space before the first difference, which belongs to the completions
+    return shared[: max((place for place, letter in enumerate(shared) if letter.isspace()), default=0)]
 
 
 def unusable_pair(pair: RecordedPair | None) -> str | None:

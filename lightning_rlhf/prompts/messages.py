@@ -7,12 +7,16 @@ writes them.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection
 
 from lightning_rlhf.prompts.files import Row, describe
 from lightning_rlhf.types import FinishReason, Message
 
+
+ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+"""Roles of the speakers in transcripts of HH-RLHF."""
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation")
 TOOLS = "tools"
@@ -231,3 +235,13 @@ def turn_text(message: Message) -> str:
         if name not in ("role", "content")
     ]
     return "\n".join([content, *fields] if content else fields)
+
+
+def split_turns(transcript: str) -> list[Message]:
+    """Split a transcript into turns, without white space around each; text before the first mark is a system turn."""
+    # [text before, name, content, name, content, ...]
+    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for name, content in zip(parts[::2], parts[1::2], strict=True):
+        turns.append({"role": ROLE_OF[name], "content": content.strip()})
+    return turns

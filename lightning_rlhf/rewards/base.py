@@ -54,6 +54,13 @@ class AbstractReward(KeepsArguments, ABC):
         """
         del prompts
 
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that the reward reads, of those that the rows have; for a note on columns that nothing reads.
+
+        The default is all: a reward of your own may read any.
+        """
+        return set(names) if not type(self).__module__.startswith("lightning_rlhf.") else set()
+
     def observe(self, output: RewardOutput) -> None:
         """Learn from a finished round of rollouts.
 
@@ -98,6 +105,11 @@ def as_output(reward: AbstractReward, made: object, count: int) -> RewardOutput:
     members = None if made.members is None else _numbers(name, "members", made.members, count, ndim=2)
     parts = {part: _numbers(name, f"parts[{part!r}]", values, count) for part, values in made.parts.items()}
     return RewardOutput(mean, std, members, parts)
+
+
+def columns_read(reward: AbstractReward, names: Sequence[str]) -> set[str]:
+    """Columns that a reward reads; all, for an object without `AbstractReward.columns_read`."""
+    return reward.columns_read(names) if hasattr(reward, "columns_read") else set(names)
 
 
 def check_rows(reward: AbstractReward, prompts: Sequence[Prompt]) -> None:

@@ -80,6 +80,12 @@ class FunctionReward(AbstractReward):
                 f"the argument, add the column, or give the argument a default"
             )
 
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that the function names; all, for one with ``**kwargs``."""
+        parameters = _parameters(self._function)
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        return set(names) if takes_all else set(names) & set(parameters)
+
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Call the function on the batch.
 

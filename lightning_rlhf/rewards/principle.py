@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_rlhf.estimators.principles import weighted_subset
 from lightning_rlhf.judging.principle import conditioned, load_principles, named, statement
 from lightning_rlhf.randomness import Key, Stream
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows, columns_read
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, Response
 
@@ -79,6 +79,10 @@ class PrincipleReward(AbstractReward):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Let the reward check the rows."""
         check_rows(self.reward, prompts)
+
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that the reward reads."""
+        return columns_read(self.reward, names)
 
     def observe(self, output: RewardOutput) -> None:
         """Let the reward learn from a round."""

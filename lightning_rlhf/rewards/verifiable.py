@@ -59,6 +59,10 @@ class ExactAnswerReward(AbstractReward):
         for prompt in prompts:
             self._gold(prompt)
 
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """The column with the answer."""
+        return set(names) & {self.column}
+
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Compare the answer of each response with that of its row."""
         right = [float(self._is_right(p, r.text)) for p, r in zip(prompts, responses, strict=True)]
@@ -153,6 +157,10 @@ class JSONSchemaReward(AbstractReward):
         """
         for prompt in prompts:
             self._validator(prompt)
+
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """The column with the schema."""
+        return set(names) & {self.column}
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Read and check each response."""

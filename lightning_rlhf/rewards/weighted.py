@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows, columns_read
 from lightning_rlhf.rewards.function import FunctionReward
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, Response
@@ -53,6 +53,10 @@ class WeightedReward(AbstractReward):
         """Let every reward check the rows."""
         for reward in self.rewards.values():
             check_rows(reward, prompts)
+
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that any of the rewards reads."""
+        return set().union(*(columns_read(reward, names) for reward in self.rewards.values()))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score each response by all rewards."""
