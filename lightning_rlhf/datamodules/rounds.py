@@ -127,6 +127,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         return self._labels_before(self.round.index + 1 if self.round is not None else 0)
 
     @property
+    def label_cost(self) -> float:
+        """Price of all labels so far, in the labeler's unit; 0 without a ledger. Every rank must ask."""
+        return distributed.from_rank_zero(lambda: 0.0 if self._store is None else self._store.total_cost)
+
+    @property
     def ledger(self) -> Path:
         """Path of the ledger; under ``fast_dev_run`` in a folder that is gone when the run ends."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
