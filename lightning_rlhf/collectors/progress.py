@@ -118,7 +118,7 @@ class _RichLine:
 
     def set_postfix_str(self, s: str = "") -> None:
         """Show a text behind the description."""
-        # drawn by Lightning's thread: tokens come too often for a refresh each
+        # Lightning's thread refreshes it: tokens come too often for a refresh each
         self._progress.update(self._task, description=f"{self._description} {s}")
         self._progress.soft_refresh()
 

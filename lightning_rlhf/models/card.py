@@ -1,4 +1,4 @@
-"""The model card of a trained model: a ``README.md`` for its folder, made of the facts of its run."""
+"""Model cards: the facts of a run in the README of a model folder."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class DatasetPrompts(AbstractPromptSource):
                 self.report[reason] += 1
         if not kept:
             raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
-        # what a conversion has made beside the prompt is no column of the data
+        # columns that a conversion adds are no columns of the data
         known = self._read_columns | (MADE if self.format_name else set())
         self.unread_columns = [name for name in columns if name not in known and name not in kept[0].columns]
         return rows_of_part(kept, self.part, self.heldout_share)
