@@ -115,6 +115,10 @@ class RoundData(StepData, Protocol):
     decoding: Decoding
     heldout_reward: AbstractReward | None
 
+    @property
+    def answers_heldout(self) -> bool:
+        """Whether validation generates answers to held-out prompts."""
+
     def sample_only(self, rounds: list[int]) -> None:
         """Sample rounds into the ledger and buy no label."""
 

@@ -62,6 +62,7 @@ class PromptRow:
             otherwise.
         finish_reasons: why the recorded completions ended, in the same order; empty if all of them ended by
             themselves.
+        subset: name of the part of the data that the row belongs to, for metrics by source; empty if it has none.
     """
 
     source: str
@@ -72,6 +73,7 @@ class PromptRow:
     template_options: dict[str, Any] = field(default_factory=dict)
     answers: tuple[Message, ...] = ()
     finish_reasons: tuple[FinishReason, ...] = ()
+    subset: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Prompt:
         recorded: ``pair`` as text, with its label.
         completion: tokenized recorded completion, for supervised rows; ledgers do not keep it.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
+        subset: name of the part of the data that the row belongs to; empty if it has none. Ledgers do not keep it.
     """
 
     index: int
@@ -97,6 +100,7 @@ class Prompt:
     recorded: RecordedPair | None = None
     completion: Response | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
+    subset: str = ""
 
 
 @dataclass(frozen=True)

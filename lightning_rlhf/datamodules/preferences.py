@@ -52,8 +52,9 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         prompts: where training prompts (or recorded pairs) come from.
         sampler: generates the pair of responses that is shown to the labeler.
         labeler: labels which response is better.
-        heldout: prompts for validation; default: no validation.
-        reward: scores held-out responses; default: the labeler's own reward if it has one.
+        heldout: rows for validation: recorded pairs are evaluated by the loss, prompts are answered by the policy;
+            default: no validation.
+        reward: scores generated answers to held-out prompts; default: the labeler's own reward if it has one.
         decoding: length, temperature and batch of decoding.
         rounds: how rounds are cut, labeled and replayed. One batch per round is online DPO.
         pairs_per_batch: pairs per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
@@ -66,6 +67,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {
         "reward",
         "rounds.label_attempts",
+        "rounds.heldout_generate",
     }
     ITEMS: ClassVar[str] = "pairs_per_batch"
 
@@ -101,6 +103,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self.sampler, self.labeler = sampler, labeler
         self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler) else None)
         self.replay, self.label_attempts = rounds.replay, rounds.label_attempts
+        self.heldout_generate = rounds.heldout_generate
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
@@ -125,6 +128,28 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         """Pairs of equal responses in the rounds up to the newest one; every rank must ask."""
         before = self.round.index + 1 if self.round is not None else 0
         return distributed.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
+
+    @property
+    def answers_heldout(self) -> bool:
+        """Whether validation generates answers to held-out prompts."""
+        if self.heldout_generate is not None:
+            return self.heldout_generate
+        # an offline run decodes nothing, unless there is nothing else to look at
+        return self.sampler.needs_engine or all(prompt.pair is None for prompt in self._heldout)
+
+    def setup(self, stage: str) -> None:
+        """Read and check the rows, before any model is loaded, and open the ledger.
+
+        Raises:
+            ValueError: if there is nothing to evaluate in the held-out rows, among others.
+        """
+        super().setup(stage)
+        if self._heldout and not self.answers_heldout and all(prompt.pair is None for prompt in self._heldout):
+            raise ValueError(
+                f"{self._named_source(self.heldout_source, 'held-out rows')} have no recorded pairs, and with "
+                f"data.rounds.heldout_generate=false their prompts are not answered: give rows with 'chosen' and "
+                f"'rejected', or leave the setting out"
+            )
 
     @property
     def label_fraction(self) -> float:

@@ -104,6 +104,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         """Labels that a prompt of a round costs."""
         return 1
 
+    @property
+    def answers_heldout(self) -> bool:
+        """Whether validation generates answers to held-out prompts."""
+        return True
+
     @abstractmethod
     def forget_rounds(self) -> None:
         """Forget the rounds of an earlier fit and all state from them: a fit reads its own rounds from its ledger."""

@@ -70,12 +70,17 @@ class DifferenceModule(RewardModule):
         sums = super().sums_to_log(metrics)
         return {name: sums[name] for name in ("rewards/margins", "rewards/accuracies")}
 
-    def update_metrics(self, members: Tensor, labels: Tensor, lengths: Tensor) -> None:
+    def update_metrics(self, members: Tensor, labels: Tensor) -> None:
         """Take held-out pairs into the metrics, and their coefficients into the means."""
-        super().update_metrics(members, labels, lengths)
+        super().update_metrics(members, labels)
         difference = (members[:, 0] - members[:, 1]).mean(1)
         for rule, metric in self._by_rule():
             metric.update(difference_weight(difference, labels, rule))
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Metrics of D; f in one order says nothing about a response."""
+        metrics = super().held_out_metrics()
+        return {name: value for name, value in metrics.items() if not name.endswith(("/chosen", "/rejected"))}
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and keep the mean coefficients."""

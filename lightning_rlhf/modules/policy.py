@@ -236,7 +236,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
             with scattered(self):
                 self.reference.update(self.policy, rule, self.reference_update.ema_decay)
 
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any] | None:
         """Answer held-out prompts and score the responses; the callbacks make reward, KL and J of them."""
         del batch_idx
         datamodule = datamodule_of(self.trainer, RoundData, type(self).__name__)

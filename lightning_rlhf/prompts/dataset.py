@@ -7,6 +7,7 @@ Each row is an object with some of these columns; text is a string or a list of 
 - preference with implicit prompt: ``chosen`` and ``rejected``, two conversations with the same beginning;
 - optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0;
   ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit cut the completion off;
+- optional: ``source``, a text that names the part of the data a row belongs to, for held-out metrics by source;
 - optional, with conversations: ``tools`` and ``chat_template_kwargs``, for the chat template.
 
 Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: the chat template gets them.
@@ -147,6 +148,8 @@ class DatasetPrompts(AbstractPromptSource):
             text=prompt if isinstance(prompt, str) else None,
             messages=None if isinstance(prompt, str) else prompt,
             template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+            # data may have a column of this name with other things in it
+            subset=subset if isinstance(subset := row.get("source"), str) else "",
         )
         if not take_pairs:
             return parsed

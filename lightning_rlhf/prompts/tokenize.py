@@ -181,7 +181,15 @@ def _drafts(
         if len(ids) > max_prompt_tokens and on_long_prompt == "drop":
             counts[LONG_PROMPT] += 1
             continue
-        prompt = Prompt(index, ids, one.text, one.messages, recorded=row.pair, template_options=row.template_options)
+        prompt = Prompt(
+            index,
+            ids,
+            one.text,
+            one.messages,
+            recorded=row.pair,
+            template_options=row.template_options,
+            subset=row.subset,
+        )
         drafts.append(_Draft(row, prompt, bare, one))
     return drafts
 
