@@ -77,7 +77,8 @@ class HeldOutPairs:
         columns = (rewards[:, 0], rewards[:, 1], labels, losses, weights, lengths[:, 0], lengths[:, 1])
         # one transfer for all columns, [pairs, 7]; moved before the conversion, since MPS has no float64
         table = torch.stack([column.detach().float().to(rewards.device) for column in columns], 1).cpu().tolist()
-        self._rows += [HeldOutPair(*row, subset=subset) for row, subset in zip(table, subsets, strict=True)]
+        for (a, b, label, loss, weight, length_a, length_b), subset in zip(table, subsets, strict=True):
+            self._rows.append(HeldOutPair(a, b, label, loss, weight, length_a, length_b, subset))
 
     def compute(self) -> dict[str, float]:
         """Metrics of all pairs of all ranks by name, empty without pairs; every rank must call. See `pair_means`."""
