@@ -20,7 +20,7 @@ from jsonargparse import (
 from lightning_rlhf.commands import annotate
 from lightning_rlhf.commands.config_files import classes_in_configs, config_of, note_once
 from lightning_rlhf.commands.evaluate import EvaluationRun
-from lightning_rlhf.commands.export import export_ledger
+from lightning_rlhf.commands.exports import export
 from lightning_rlhf.commands.fit import RLHFCLI, hush, told_by_constructors
 from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.commands.pipeline import Pipeline
@@ -97,8 +97,7 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         annotate.main(argv[1:])
         return
     if argv[:1] == ["export"]:
-        written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
-        print(f"wrote {written} rows")
+        print(auto_cli(export, args=argv[1:], as_positional=False))
         return
     if argv[:1] == ["plan"]:
         print(auto_cli(plan_run, args=argv[1:], as_positional=False))

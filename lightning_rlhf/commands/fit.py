@@ -14,9 +14,10 @@ import lightning as L
 from jsonargparse import (
     Namespace,
 )
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -45,6 +46,7 @@ from lightning_rlhf.commands.export import export_comparisons
 from lightning_rlhf.commands.settings import _plain, fingerprint
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.renamed import renamed_arguments
+from lightning_rlhf.runtime.checkpoint_io import SafeCheckpointIO
 from lightning_rlhf.runtime.checkpoints import (
     ExplicitCheckpoints,
     NotedSignals,
@@ -84,6 +86,8 @@ class RLHFTrainer(L.Trainer):
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         # in place of the connectors that the constructor of Lightning has made
         self._signal_connector = NotedSignals(self)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's own stays
+            self.strategy.checkpoint_io = SafeCheckpointIO()
         self._checkpoint_connector = ExplicitCheckpoints(self)
 
     def sample(
@@ -216,6 +220,10 @@ class RLHFCLI(LightningCLI):
         own = None
         if self._get(self.config_init, "trainer.enable_checkpointing") is not False:
             own = self._run_checkpoint(callbacks)
+            for callback in callbacks:
+                # else Lightning takes the folder of the first logger, another one at each start
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(self.run_dir / "checkpoints" / "user")
             # always there, and behind those of the user: its state then holds theirs
             callbacks = [*(callback for callback in callbacks if callback is not own), own]
         callbacks = [*callbacks, StopOnSignal(own.save_now if own else None)]

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys  # has no public name
 
 from lightning_rlhf.batching.batches import PreferenceBatch, StepBatch
 from lightning_rlhf.batching.collate import collate_preferences
@@ -21,9 +22,9 @@ from lightning_rlhf.evaluation.held_out_pairs import HeldOutPairs
 from lightning_rlhf.logprobs.packing import split_by_tokens
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.modules.fitting import FittedModule
-from lightning_rlhf.runtime.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.fingerprint import CLASS_PATH, KeepsArguments, class_path, described, rebuildable
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
-from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt, State
 
 
 Batch = TypeVar("Batch", bound=StepBatch)
@@ -171,6 +172,36 @@ class AbstractStepModule(KeepsArguments, FittedModule, Generic[Batch], ABC):
         self.log("train/loss", mean, prog_bar=True, batch_size=num_items)
         for name, value in sums.items():
             self.log(f"train/{name}", torch.tensor(value / items), batch_size=num_items)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        """Keep class and arguments: ``load_from_checkpoint`` and ``lightning-rlhf export`` build the module of them."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CLASS_PATH] = class_path(type(self))
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
+            # Lightning's own function for arguments as a config has them
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            **rebuildable({**described(self)["init_args"], **described(self.described_optimizer())}),
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Restore weights; frozen ones that the checkpoint leaves out are those of the model it was trained from.
+
+        Raises:
+            ValueError: if a trained weight is missing.
+        """
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        missing = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing &= set(keys.missing_keys)
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} trained weights of {type(self).__name__}, such as "
+                f"{min(missing)}: it is of another model or another adapter; check model.lora and the checkpoint"
+            )
+        return _IncompatibleKeys([], keys.unexpected_keys)
 
 
 class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch], ABC):

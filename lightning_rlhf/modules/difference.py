@@ -17,6 +17,7 @@ from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.reward import RewardModule
+from lightning_rlhf.types import State
 
 
 class DifferenceModule(RewardModule):
@@ -92,6 +93,16 @@ class DifferenceModule(RewardModule):
         self.mean_coefficients = means
         for _, metric in self._by_rule():
             metric.reset()
+
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        """Keep trained weights, and the mean coefficients of the last validation."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["mean_coefficients"] = self.mean_coefficients
+
+    def on_load_checkpoint(self, checkpoint: State) -> None:
+        """Restore the mean coefficients; checkpoints of 0.1 have none."""
+        super().on_load_checkpoint(checkpoint)
+        self.mean_coefficients = checkpoint.get("mean_coefficients")
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that `DifferenceLabeler` opens; every rank calls, rank zero writes."""

@@ -128,6 +128,7 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only."""
+        super().on_save_checkpoint(checkpoint)
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.lora is not None and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

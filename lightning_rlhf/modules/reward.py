@@ -36,7 +36,7 @@ from lightning_rlhf.prompts.template import TurnFormat, turn_format
 from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.combine import disagreement
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, State
 
 
 @dataclass(frozen=True)
@@ -283,12 +283,20 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         for metric in (*self.member_rewards, self.member_accuracy, self.member_std):
             metric.reset()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights."""
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        """Keep trained weights, and the moments of rewards of the last validation."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reward_moments"] = {"means": self.scorer.means, "stds": self.scorer.stds}
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.frozen_backbone and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: State) -> None:
+        """Restore the moments; checkpoints of 0.1 have none."""
+        super().on_load_checkpoint(checkpoint)
+        moments = checkpoint.get("reward_moments", {"means": None, "stds": None})
+        self.scorer.means, self.scorer.stds = moments["means"], moments["stds"]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that `RewardModelReward` opens; every rank calls, rank zero writes.
