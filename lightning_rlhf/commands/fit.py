@@ -42,6 +42,7 @@ from lightning_rlhf.commands.config_files import (
     nested_nulls,
     note_once,
 )
+from lightning_rlhf.commands.errors import RunParser
 from lightning_rlhf.commands.export import export_comparisons
 from lightning_rlhf.commands.settings import _plain, fingerprint
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
@@ -143,7 +144,7 @@ class RLHFCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
-        parser = LightningArgumentParser(**kwargs)
+        parser = RunParser(**{"prog": "lightning-rlhf", **kwargs})
         parser.epilog = (
             "Other commands: annotate, compare, evaluate, export, label, plan, run; each explains itself with --help."
         )
@@ -177,6 +178,19 @@ class RLHFCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             parser.error(str(error))
+        if isinstance(args, list):
+            self._seed_everything(args)
+
+    def _seed_everything(self, args: list[str]) -> None:
+        """Let ``--seed_everything=N`` on the command line decide the seed of the DataModule, unless that is given."""
+        given = {arg.partition("=")[0] for arg in args}
+        config = self.config[self.config["subcommand"]]
+        seed, arguments = config.get("seed_everything"), config.get("data.init_args")
+        if "--seed_everything" not in given or given & {"--data.seed", "--data.init_args.seed"}:
+            return
+        # True asks Lightning for a random seed, which a run could not be continued with
+        if isinstance(seed, int) and not isinstance(seed, bool) and arguments is not None and "seed" in arguments:
+            arguments["seed"] = seed
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: the command line wins over the settings in a checkpoint."""
@@ -351,6 +365,8 @@ def hush() -> None:
     for message in (
         r".*is_gradient_checkpointing.* is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+        # the arguments are handed over after old names in them were replaced
+        r"LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))

@@ -7,6 +7,7 @@ a round is read from the ledger, so that a killed run continues with the pairs a
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,6 +137,18 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
             return self.heldout_generate
         # an offline run decodes nothing, unless there is nothing else to look at
         return self.sampler.needs_engine or all(prompt.pair is None for prompt in self._heldout)
+
+    def failure_causes(self, index: int) -> str:
+        """Address of the judge and its most frequent fault in a round; every rank must ask."""
+        faults = Counter(
+            distributed.from_rank_zero(lambda: self._store.faults(index) if self._store is not None else [])
+        )
+        if not faults:
+            return ""
+        address = getattr(getattr(self.labeler, "server", None), "base_url", None)
+        (fault, count), *others = faults.most_common()
+        more = f" ({len(others)} other reasons are in the ledger)" if others else ""
+        return f"; {count} times{f' {address}' if address else ''}: {fault}{more}"
 
     def setup(self, stage: str) -> None:
         """Read and check the rows, before any model is loaded, and open the ledger.

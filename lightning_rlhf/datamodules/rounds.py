@@ -94,6 +94,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def labels_before(self, store: PreferenceStore, index: int) -> int:
         """Labels bought in rounds before ``index``; called on rank zero."""
 
+    def failure_causes(self, index: int) -> str:
+        """Reasons of failed labels of a round, as a clause of an error; every rank must ask. Default: none."""
+        del index
+        return ""
+
     @property
     def label_fraction(self) -> float:
         """Fraction of the prompts of a round that are labeled, in (0, 1]."""
@@ -154,7 +159,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
                 f"round {due} has no labeled {self.UNIT} to train on "
-                f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
+                f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}){self.failure_causes(due)}; "
+                f"{remedy}"
             )
         return items
 

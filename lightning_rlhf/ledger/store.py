@@ -369,6 +369,12 @@ class PreferenceStore:
             ).fetchall()
         return [Label(probability, status, cost, json.loads(meta)) for probability, status, cost, meta in rows]
 
+    def faults(self, round: int) -> list[str]:
+        """Reasons that the labeler noted for the last attempts of a round that failed, one per comparison."""
+        attempts = (self.history(id_) for id_, _, label in self.comparisons(round) if label is None)
+        last = (labels[-1] for labels in attempts if labels)
+        return [str(label.meta["fault"]) for label in last if "fault" in label.meta]
+
     def failed(self, round: int) -> dict[str, int]:
         """Count the comparisons of a round that were tried and have no label, by the status of the last attempt."""
         with self.reading() as db:
