@@ -20,7 +20,6 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
@@ -44,6 +43,7 @@ from lightning_rlhf.commands.config_files import (
 )
 from lightning_rlhf.commands.errors import RunParser
 from lightning_rlhf.commands.export import export_comparisons
+from lightning_rlhf.commands.loggers import keep_in_run_folder, loggers_of, tell_settings
 from lightning_rlhf.commands.settings import _plain, fingerprint
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.renamed import renamed_arguments
@@ -202,6 +202,7 @@ class RLHFCLI(LightningCLI):
             TypeError: if one would not be built, because the argument that it is given to has no type.
             ValueError: with the message of a constructor and its name.
         """
+        keep_in_run_folder(self._get(self.config, "trainer.logger"), self.run_dir)
         with told_by_constructors(self.config[self.subcommand]):
             super().instantiate_classes()
 
@@ -212,11 +213,7 @@ class RLHFCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; logs and a checkpoint per epoch go to the run folder unless said otherwise."""
-        if self._get(self.config_init, "trainer.logger") in (None, True):
-            kwargs["logger"] = [
-                CSVLogger(self.run_dir, name="metrics"),
-                TensorBoardLogger(self.run_dir, name="", version="tensorboard"),
-            ]
+        kwargs["logger"] = loggers_of(self._get(self.config_init, "trainer.logger"), self.run_dir)
         callbacks = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if self._get(self.config_init, "trainer.logger") is False:
@@ -294,6 +291,7 @@ class RLHFCLI(LightningCLI):
             return
         # before the first epoch, whose checkpoint could not be written
         check_writable(self.run_dir)
+        tell_settings(self.trainer.loggers, _plain(settings))
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         self._name_what_is_missing()
