@@ -36,12 +36,9 @@ def test_wandb_beside_csv(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOME_API_KEY", "a-secret-of-mine")
     # answers of held-out prompts are shown as a table, too
-    wandb = [
-        "--trainer.logger=WandbLogger",
-        "--trainer.logger.offline=true",
-        "--trainer.logger.project=a-secret-of-mine",
-    ]
-    fit(tmp_path, tiny_policy, *wandb, "--data.rounds.heldout_generate=true", "--data.reward=LexiconReward")
+    logger = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true"]
+    logger += ["--trainer.logger.project=a-secret-of-mine"]
+    fit(tmp_path, tiny_policy, *logger, "--data.rounds.heldout_generate=true", "--data.reward=LexiconReward")
     wandb.finish()
     # nothing beside the run folder
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "run"}
