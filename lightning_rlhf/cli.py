@@ -91,8 +91,10 @@ def explain(command: str, args: list[str]) -> bool:
     asked = asked_for_help(args)
     if asked is None:
         return False
-    given = {name.removeprefix("--").rstrip("+"): value for name, _, value in (arg.partition("=") for arg in args)}
-    given = classes_in_configs(args) | {name.replace("init_args.", ""): value for name, value in given.items() if value}
+    given = classes_in_configs(args)
+    for arg in args:
+        name_given, _, value = arg.partition("=")
+        given[name_given.removeprefix("--").rstrip("+").replace("init_args.", "")] = value
     if command in COMMANDS:
         whole = Part("", [COMMANDS[command]], COMMANDS[command])
         inner = {name: whole.inner(name, given) for name in whole.names()}

@@ -43,7 +43,7 @@ def export_checkpoint(checkpoint: str, out: str) -> int:
     checked(path)
     content = meta(path)
     # the tensors of shards are read only now: the index alone holds no weights
-    whole = cast(State, _load_distributed_checkpoint(path.resolve())) if path.is_dir() else content
+    whole = _load_distributed_checkpoint(path.resolve()) if path.is_dir() else content
     module = build_module(content, path)
     module.configure_model()
     module.on_load_checkpoint(whole)

@@ -120,7 +120,10 @@ class Part:
         if self.owner is not None:
             lines += [f"--{self.path}: {described_argument(self.owner, self.path.rpartition('.')[2])}", ""]
         groups = [kind for kind in self.kinds if not dataclasses.is_dataclass(kind)]
-        choices = sorted({name for kind in groups for name, found in subclasses(kind).items() if _ours(found)})
+        found: dict[str, type] = {}
+        for kind in groups:
+            found |= subclasses(kind)
+        choices = sorted(name for name, kind in found.items() if _ours(kind))
         if choices:
             lines += [f"classes: {', '.join(choices)}; or module.Class of your own", ""]
             lines += [f"--{self.path}.help={choices[0]} explains one of them; --{self.path}=NAME chooses it", ""]

@@ -86,15 +86,9 @@ class HeldOutPairs:
         if not rows:
             return {}
         metrics = PairMetrics(sync_on_compute=False)
-        table = {
-            name: torch.tensor([getattr(row, name) for row in rows], dtype=torch.float64)
-            for name in ("reward_a", "reward_b", "label", "length_a", "length_b")
-        }
-        metrics.update(
-            torch.stack([table["reward_a"], table["reward_b"]], 1),
-            table["label"],
-            torch.stack([table["length_a"], table["length_b"]], 1),
-        )
+        columns = [[r.reward_a, r.reward_b, r.label, r.length_a, r.length_b] for r in rows]
+        table = torch.tensor(columns, dtype=torch.float64)
+        metrics.update(table[:, :2], table[:, 2], table[:, 3:])
         found = pair_means(rows) | {name: value.item() for name, value in metrics.compute().items()}
         subsets = sorted({row.subset for row in rows} - {""})
         if len(subsets) <= MOST_SUBSETS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -22,7 +22,14 @@ from lightning_rlhf.evaluation.held_out_pairs import HeldOutPairs
 from lightning_rlhf.logprobs.packing import split_by_tokens
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.modules.fitting import FittedModule
-from lightning_rlhf.runtime.fingerprint import CLASS_PATH, KeepsArguments, class_path, described, rebuildable
+from lightning_rlhf.runtime.fingerprint import (
+    CLASS_PATH,
+    KeepsArguments,
+    Settings,
+    class_path,
+    described,
+    rebuildable,
+)
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
 from lightning_rlhf.types import Comparison, Label, Preference, Prompt, State
 
@@ -182,7 +189,7 @@ class AbstractStepModule(KeepsArguments, FittedModule, Generic[Batch], ABC):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
             # Lightning's own function for arguments as a config has them
             "_instantiator": "lightning.pytorch.cli.instantiate_module",
-            **rebuildable({**described(self)["init_args"], **described(self.described_optimizer())}),
+            **rebuildable({**cast(Settings, described(self))["init_args"], **described(self.described_optimizer())}),
         }
 
     def load_state_dict(

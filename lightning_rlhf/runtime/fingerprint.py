@@ -367,9 +367,10 @@ def _without_empty(value: object) -> object:
         return [_without_empty(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    kept = {name: _without_empty(inner) for name, inner in value.items()}
-    if "class_path" in kept and isinstance(kept.get("init_args"), dict) and kept["init_args"].get("args") == []:
-        kept["init_args"].pop("args")
+    kept: Settings = {name: _without_empty(inner) for name, inner in value.items()}
+    arguments = kept.get("init_args")
+    if "class_path" in kept and isinstance(arguments, dict) and arguments.get("args") == []:
+        arguments.pop("args")
     return kept
 
 
