@@ -119,7 +119,8 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     argv = sys.argv[1:] if args is None else args
     if answered(argv):
-        return
+        # as argparse ends after its own help
+        raise SystemExit(0)
     hush()
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``
@@ -139,7 +140,7 @@ def _call(function: Callable[..., str], argv: list[str]) -> str:
 
 def _run(argv: list[str], args: list[str] | None) -> None:
     if argv and argv[0] in ("fit", "validate", "sample", *COMMANDS) and explain(argv[0], argv[1:]):
-        return
+        raise SystemExit(0)
     if argv[:1] == ["annotate"]:
         annotate.main(argv[1:])
         return

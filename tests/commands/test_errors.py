@@ -28,13 +28,19 @@ def failed(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
     return told.err.splitlines()
 
 
+def helped(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Text of a command line that asks for help."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_every_command_is_in_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
-    shown = capsys.readouterr().out
+    shown = helped(capsys, "--help")
     assert all(f"\n  {name} " in shown for name in COMMANDS)
     assert "exit statuses" in shown
-    main(["--version"])
-    assert capsys.readouterr().out.startswith("lightning-rlhf 0.")
+    assert helped(capsys, "--version").startswith("lightning-rlhf 0.")
 
 
 @pytest.mark.parametrize(
@@ -98,8 +104,7 @@ def test_the_cause_comes_first_and_usage_after_it(
     ids=str,
 )
 def test_help_at_every_level(capsys: pytest.CaptureFixture[str], args: list[str], texts: list[str]) -> None:
-    main(args)
-    shown = capsys.readouterr().out
+    shown = helped(capsys, *args)
     for text in texts:
         assert text in shown
     # bases are no choices
