@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.average import WeightAverage
 from lightning_rlhf.callbacks.reporting import root
+from lightning_rlhf.models.card import RunFacts, write_cards
 from lightning_rlhf.protocols import TrainedModule, module_of
+from lightning_rlhf.runtime.fingerprint import described
+from lightning_rlhf.runtime.run_record import versions
 
 
 class HFExport(Callback):
     """Writes the policy as a Hugging Face folder when the run ends.
 
-    It holds the tokenizer too; ``AutoModelForCausalLM.from_pretrained`` opens it (``PeftModel`` for a LoRA policy).
+    It holds the tokenizer too; ``AutoModelForCausalLM.from_pretrained`` opens it (``PeftModel`` for a LoRA policy). Its
+    model card says what was trained, on which data, how, at what cost and with which results, from ``run.json`` and the
+    last validation; an adapter has one of its own.
 
     Args:
         folder: where to write it, relative to ``trainer.default_root_dir``, or an absolute path.
+        license: license of the weights for the card, an SPDX identifier such as ``apache-2.0``; default: not stated.
     """
 
-    def __init__(self, folder: str = "model") -> None:
-        self.folder = folder
+    def __init__(self, folder: str = "model", license: str | None = None) -> None:
+        self.folder, self.license = folder, license
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export; all ranks take part, since a sharded policy must be gathered, and rank zero writes."""
@@ -33,3 +40,28 @@ class HFExport(Callback):
         # a trial writes into its own folder, whatever this one is
         folder: Path = root(trainer) / (Path(self.folder).name if trainer.fast_dev_run else self.folder)  # type: ignore[attr-defined]
         module_of(trainer, TrainedModule, "HFExport").save_pretrained(folder)
+        # only now: all ranks ask the ledger for the number of labels
+        facts = self._facts(trainer, pl_module)
+        if trainer.is_global_zero and folder.is_dir():
+            write_cards(folder, facts, folder.parent.resolve().name if folder.name == "model" else folder.name)
+
+    def _facts(self, trainer: Trainer, pl_module: LightningModule) -> RunFacts:
+        """Facts of the run for its card."""
+        datamodule: object = getattr(trainer, "datamodule", None)
+        record = root(trainer) / "run.json"
+        if record.is_file():
+            start = json.loads(record.read_text(encoding="utf-8"))["starts"][-1]
+            settings, known = start["config"], start["versions"]
+        else:
+            settings, known = {"model": described(pl_module), "data": described(datamodule)}, versions()
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return RunFacts(
+            base=str(getattr(pl_module, "checkpoint", "an unnamed model")),
+            settings=settings,
+            metrics=metrics,
+            steps=trainer.global_step,
+            labels=getattr(datamodule, "num_labels", 0),
+            cost=getattr(datamodule, "label_cost", None),
+            versions=known,
+            license=self.license,
+        )

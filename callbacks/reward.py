@@ -22,7 +22,8 @@ class RewardMonitor(HeldOutCallback):
     ``train/rewards/rejected`` and ``train/rewards/margins`` (implicit rewards, beta times log ratio),
     ``train/rewards/accuracies`` (agreement with the label; a tie of either counts 0.5), ``train/logps/chosen`` and
     ``train/logps/rejected`` (nats per response). At the end of each epoch: ``train/reward``, the mean reward of the
-    policy's responses of the round, if the labeler keeps rewards. On each validation: ``val/reward`` and
+    policy's responses of the round, if the labeler keeps rewards, and ``train/reward/<part>`` for each part of the
+    reward. On each validation: ``val/reward`` and
     ``val/reward_stderr``, ``val/objective/j`` (mean reward - beta * KL, the objective of RLHF),
     ``val/response_length`` (tokens) and ``val/eos_rate`` (share of responses that ended with EOS).
 
@@ -51,7 +52,7 @@ class RewardMonitor(HeldOutCallback):
         """Log the mean reward of the round."""
         round_ = preference_source(trainer).round
         if round_ is not None:
-            log_known(pl_module, {"train/reward": round_reward(round_)})
+            log_known(pl_module, {"train/reward": round_reward(round_), **part_rewards(round_)})
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Log the held-out metrics."""
@@ -82,12 +83,25 @@ def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, Tensor | float]:
     }
 
 
-def round_reward(round_: Round) -> float | None:
-    """Mean reward of the policy's responses in a round; None if the labeler keeps no rewards."""
+def round_reward(round_: Round, part: str = "") -> float | None:
+    """Mean reward of the policy's responses in a round; None if the labeler keeps no rewards.
+
+    Args:
+        round_: the round.
+        part: ``/<name>`` of a part of the reward; default: the reward itself.
+    """
     rewards: list[float] = []
     for preference in round_.preferences:
         comparison, meta = preference.comparison, preference.label.meta
-        for name, response in (("reward_a", comparison.a), ("reward_b", comparison.b)):
+        for name, response in ((f"reward_a{part}", comparison.a), (f"reward_b{part}", comparison.b)):
             if response.source == "policy" and name in meta:
                 rewards.append(float(meta[name]))
     return sum(rewards) / len(rewards) if rewards else None
+
+
+def part_rewards(round_: Round) -> dict[str, float | None]:
+    """Means of the parts of the reward in a round, ``train/reward/<name>``; empty for a reward without parts."""
+    names: set[str] = set()
+    for preference in round_.preferences:
+        names |= {key.partition("/")[2] for key in preference.label.meta if key.startswith(("reward_a/", "reward_b/"))}
+    return {f"train/reward/{name}": round_reward(round_, f"/{name}") for name in sorted(names)}

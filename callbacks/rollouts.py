@@ -20,6 +20,7 @@ class RolloutMonitor(Callback):
 
     At the end of each epoch, for the round it trained on, under ``rollout/``: the metrics of
     `lightning_rlhf.evaluation.rollouts.round_metrics` (reward, KL, length, share ended by EOS, repetition, and others).
+    Each part of the reward has a curve of its own, ``rollout/rewards/<name>/mean`` and ``/std``.
     After each round ``top_rollouts.md`` and ``.csv`` in ``trainer.default_root_dir`` hold the most rewarded
     responses of the rounds since the run was last started, the newest round first; TensorBoard and W&B show them too.
 
@@ -55,6 +56,11 @@ class RolloutMonitor(Callback):
         metrics = round_metrics(round_.groups, round_.rewards)
         # a metric that a round does not have is NaN, and is left out
         log_known(pl_module, {f"rollout/{k}": None if math.isnan(v) else v for k, v in metrics.items()})
+        # names as in TRL: rewards/<function>/mean
+        for name, part in round_.parts.items():
+            if part["count"]:
+                values = {f"rollout/rewards/{name}/{kind}": part[kind] for kind in ("mean", "std")}
+                log_known(pl_module, values)
 
 
 def rollout_round(trainer: Trainer) -> RolloutRound:

@@ -11,6 +11,7 @@ reward. The command line puts the parts together: ``lightning-rlhf fit --config 
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -103,5 +104,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, also those that are not imported yet."""
-    return sorted({*globals(), *__all__})
+    """The public names, also those that are not imported yet, and the packages that are."""
+    return sorted(
+        {*__all__, "__version__", *(name for name, value in globals().items() if isinstance(value, ModuleType))}
+    )

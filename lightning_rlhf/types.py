@@ -7,7 +7,7 @@ from text; lengths, never pad ids, define masks. Log-probabilities are in nats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -63,6 +63,7 @@ class PromptRow:
         finish_reasons: why the recorded completions ended, in the same order; empty if all of them ended by
             themselves.
         subset: name of the part of the data that the row belongs to, for metrics by source; empty if it has none.
+        columns: other columns of the row, for rewards; they play no part in the identity of a row.
     """
 
     source: str
@@ -74,6 +75,7 @@ class PromptRow:
     answers: tuple[Message, ...] = ()
     finish_reasons: tuple[FinishReason, ...] = ()
     subset: str = ""
+    columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Prompt:
         completion: tokenized recorded completion, for supervised rows; ledgers do not keep it.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
         subset: name of the part of the data that the row belongs to; empty if it has none. Ledgers do not keep it.
+        columns: other columns of the row, such as the right answer, for rewards; ledgers do not keep them, and
+            collectors put them back by ``index``.
     """
 
     index: int
@@ -101,6 +105,8 @@ class Prompt:
     completion: Response | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     subset: str = ""
+    # read-only, and shared with the row; two prompts that differ in it alone are the same to a ledger
+    columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

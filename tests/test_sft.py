@@ -68,7 +68,8 @@ def test_rows_of_every_kind(tmp_path: Path, tiny_policy: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "x"}, r"row 1: field 'completion' and 'messages' are both missing"),
+        ({"prompt": "x"}, r"no column 'completion' or 'messages'; its columns are \['prompt'\]"),
+        ({"prompt": "x", "messages": None}, r"row 1: field 'completion' and 'messages' are both missing"),
         ({"completion": "x"}, r"row 1: field 'prompt' is missing"),
         ({"messages": [USER]}, r"does not end with the assistant's answer"),
         ({"prompt": "x", "completion": 3}, r"row 1: field 'completion' must be text"),

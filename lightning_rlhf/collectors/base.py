@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -43,6 +44,7 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
 
     def __init__(self, store: PreferenceStore | None, key: Key, progress: Progress | None = None) -> None:
         self.store, self.key = store, key
+        self._columns: dict[int, Mapping[str, object]] = {}
         self.progress: Progress = progress or silent
 
     def collect(self, index: int, prompts: Sequence[Prompt], source: Source, chunk: int) -> Result:
@@ -70,6 +72,8 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
 
     def sample(self, index: int, prompts: Sequence[Prompt], source: Source, chunk: int) -> None:
         """Sample the items of a round that the ledger does not hold yet."""
+        # prompts that are read from the ledger have none
+        self._columns = {prompt.index: prompt.columns for prompt in prompts if prompt.columns}
         held = set(distributed.from_rank_zero(lambda: self._held(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
@@ -85,6 +89,11 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
                 everyone = distributed.interleave(partial(self._sample_chunk, mine, source, key))
                 distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
                 bar.update(len(positions))
+
+    def _with_columns(self, prompt: Prompt) -> Prompt:
+        """A prompt of the ledger, which keeps no columns, with those of its row."""
+        columns = self._columns.get(prompt.index)
+        return prompt if columns is None else replace(prompt, columns=columns)
 
     @property
     def _ledger(self) -> PreferenceStore:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from lightning_rlhf.collectors.base import AbstractRoundCollector
@@ -185,7 +185,8 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             for start in range(0, len(open_), chunk):
                 preemption.check()
                 part = open_[start : start + chunk]
-                labels = labeled(self.sampler, self.labeler, [comparison for _, comparison in part], key)
+                pairs_of_rows = [replace(pair, prompt=self._with_columns(pair.prompt)) for _, pair in part]
+                labels = labeled(self.sampler, self.labeler, pairs_of_rows, key)
                 yield [id_ for id_, _ in part], [Answer(label) for label in labels]
             return
         # labels that came with the responses are not asked for

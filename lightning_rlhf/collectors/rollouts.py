@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
+from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
@@ -18,6 +20,20 @@ from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, RewardOutput, checked_output
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.types import Preference, Prompt, Rollout
+
+
+class PartMoments(TypedDict):
+    """Statistics of one part of a reward over the responses of a round to which it applies.
+
+    Attributes:
+        mean: mean value.
+        std: standard deviation, divided by the number of values.
+        count: number of values.
+    """
+
+    mean: float
+    std: float
+    count: int
 
 
 @dataclass
@@ -32,6 +48,8 @@ class RolloutRound:
         sampling_seconds: wall time of sampling in this process.
         labeling_seconds: wall time of scoring in this process.
         labels_bought: scores bought in this process; those read back from the ledger are not counted.
+        parts: mean, std and number of the values of each part of the reward, by name, over the scores that this
+            process bought last; empty for a reward without parts.
         failed: always empty: a reward that cannot score stops the run.
         preferences: always empty; for callbacks that report on pairs.
         ties: always 0, likewise.
@@ -43,6 +61,7 @@ class RolloutRound:
     sampling_seconds: float = 0.0
     labeling_seconds: float = 0.0
     labels_bought: int = 0
+    parts: dict[str, PartMoments] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
     preferences: Sequence[Preference] = ()
     ties: int = 0
@@ -111,8 +130,10 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         self._rollouts.add(index, items, positions)
 
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
-        bought = self._score(index, chunk * self.responses_per_prompt)
-        self._ledger.close_round(index, {"prompts": num_prompts})
+        bought, values = self._score(index, chunk * self.responses_per_prompt)
+        info: dict[str, object] = {"prompts": num_prompts}
+        parts = {name: part_moments(part) for name, part in values.items()}
+        self._ledger.close_round(index, {**info, "parts": parts} if parts else info)
         return bought
 
     def _read(self, result: RolloutRound, index: int) -> None:
@@ -120,22 +141,46 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         # rows come by position, so that the rollouts of a place are adjacent
         for _, same in groupby(rows, key=lambda row: row[1]):
             result.groups.append([rollout for _, _, rollout in same])
+        info = distributed.from_rank_zero(lambda: self._ledger.round_info(index)) or {}
+        result.parts = info.get("parts", {})
 
-    def _score(self, index: int, chunk: int) -> int:
-        """Buy the scores that are missing, chunk by chunk in the order of the round; returns how many."""
+    def _score(self, index: int, chunk: int) -> tuple[int, dict[str, list[Tensor]]]:
+        """Buy the scores that are missing, chunk by chunk in the order of the round.
+
+        Returns:
+            Number of scores bought, and the values of the parts of the reward by name, a tensor per chunk.
+        """
         assert self.table is not None
         rows = self.table.rollouts(index)
         missing = [(identity, rollout) for identity, _, rollout in rows if rollout.reward is None]
+        parts: dict[str, list[Tensor]] = {}
         if not missing:
-            return 0
+            return 0, parts
         with self.progress(f"round {index}: scoring", len(missing)) as bar:
             for start in range(0, len(missing), chunk):
                 preemption.check()
                 part = missing[start : start + chunk]
                 rollouts = [rollout for _, rollout in part]
-                output = checked_output(self.reward, [r.prompt for r in rollouts], [r.response for r in rollouts])
+                prompts = [self._with_columns(rollout.prompt) for rollout in rollouts]
+                output = checked_output(self.reward, prompts, [rollout.response for rollout in rollouts])
+                for name, values in output.parts.items():
+                    parts.setdefault(name, []).append(values)
                 stds = [None] * len(part) if output.std is None else output.std.tolist()
                 # chunk by chunk: a run that is killed has lost one chunk of paid scores at most
                 self.table.add_scores([identity for identity, _ in part], output.mean.tolist(), stds)
                 bar.update(len(part))
-        return len(missing)
+        return len(missing), parts
+
+
+def part_moments(chunks: Sequence[Tensor]) -> PartMoments:
+    """Statistics of the values of a part of a reward; NaN marks responses to which it does not apply.
+
+    Args:
+        chunks: values, [responses] each.
+    """
+    values = torch.cat(list(chunks)).double()
+    known = values[~values.isnan()]
+    # an empty tensor would give NaN, which is no JSON
+    if not len(known):
+        return PartMoments(mean=0.0, std=0.0, count=0)
+    return PartMoments(mean=known.mean().item(), std=known.std(correction=0).item(), count=len(known))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import lightning as L
 import torch
@@ -22,15 +22,20 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.batching.batches import StepBatch
 from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
 from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, plan
+from lightning_rlhf.collectors.progress import restore_other_bars, silence_other_bars
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, at_least_one
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.ledger.same_run import RowDigest, digest_of_rows, row_differences
-from lightning_rlhf.prompts import AbstractPromptSource, tokenize_rows
+from lightning_rlhf.prompts import AbstractPromptSource, DatasetCompletions, DatasetPrompts, tokenize_rows
+from lightning_rlhf.prompts.files import RowData, holds_rows
+from lightning_rlhf.prompts.mixture import SOURCE_COLUMN
 from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.rewards.base import check_rows, columns_read
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, State
 
 
@@ -59,12 +64,14 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         ITEMS: the argument that ``items_per_batch`` comes from, for errors.
         UNIT: name of an item in progress bars and speeds.
         RESPONSE_LIMIT: the argument that limits responses, for errors.
+        ROW_SOURCE: reads rows that are given as they are, as a list of dictionaries or a `datasets.Dataset`.
     """
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "batching.max_tokens_per_micro_batch"})
     ITEMS: ClassVar[str] = "items_per_batch"
     UNIT: ClassVar[str] = "pair"
     RESPONSE_LIMIT: ClassVar[str] = "decoding.max_new_tokens"
+    ROW_SOURCE: ClassVar[type[DatasetPrompts] | type[DatasetCompletions]] = DatasetPrompts
 
     def __init__(
         self,
@@ -80,7 +87,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         super().__init__()
         self.trainer: L.Trainer
         at_least_one(**{self.ITEMS: items_per_batch})
-        self.prompt_source, self.heldout_source = prompts, heldout
+        self.prompt_source = self._source("prompts", prompts)
+        self.heldout_source = None if heldout is None else self._source("heldout", heldout)
         self.heldout_reward: AbstractReward | None = None
         """Scores held-out responses."""
         self.decoding = decoding
@@ -100,6 +108,23 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: RowDigest = digest_of_rows([])
         self._accumulate = 1
+        self._silenced_bars = False
+
+    def _source(self, name: str, given: object) -> AbstractPromptSource:
+        """The source of rows that an argument gives: one, or rows themselves (dictionaries or `datasets.Dataset`).
+
+        Raises:
+            TypeError: if it is neither.
+        """
+        if isinstance(given, AbstractPromptSource):
+            return given
+        if holds_rows(given):
+            source = self.ROW_SOURCE(cast(RowData, given))
+            # the digest of the rows names them in a ledger, where the rows themselves would fill it
+            self.__dict__["_arguments"][name] = source
+            return source
+        check_plugin(f"data.{name}", given, AbstractPromptSource)
+        return cast(AbstractPromptSource, given)
 
     @abstractmethod
     def items(self, epoch: int) -> Sequence[Item]:
@@ -120,6 +145,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
 
     def setup(self, stage: str) -> None:
         """Read and check the rows, before any model is loaded."""
+        self._silenced_bars = silence_other_bars(self.trainer) or self._silenced_bars
         if stage == "fit":
             # the hook that resamples: Lightning asks for the training loader anew in every epoch
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -137,6 +163,12 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             self._rows = digest_of_rows(self._prompts)
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
+            self.check_rewards()
+
+    def check_rewards(self) -> None:
+        """Let the rewards check that the rows have the columns that they read; before any model is loaded."""
+        if self.heldout_reward is not None:
+            check_rows(self.heldout_reward, self._heldout)
 
     def state_dict(self) -> State:
         """A digest of the rows, for the checkpoint: a resumed run must have the same rows."""
@@ -260,9 +292,20 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
 
     def teardown(self, stage: str) -> None:
         """Give the accumulation back to the Trainer."""
+        self._restore_bars()
         if stage == "fit":
             # a second fit with this Trainer takes over the same number again
             self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, 1
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave the process as it was: a notebook goes on."""
+        super().on_exception(exception)
+        self._restore_bars()
+
+    def _restore_bars(self) -> None:
+        if self._silenced_bars:
+            restore_other_bars()
+        self._silenced_bars = False
 
     def _collate(self, items: list[tuple[list[Item], Step]]) -> StepBatch:
         ((mine, step),) = items
@@ -294,6 +337,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             max_response_tokens=self.decoding.max_new_tokens,
             on_long_prompt=self.prompt_options.on_long_prompt,
             system_prompt=self.prompt_options.system_prompt,
+            chat=self.prompt_options.chat,
             end_ids=module.configured_end_ids,
         )
         end = turn_format(module.tokenizer).end
@@ -304,8 +348,30 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
                 f"from now on, and the saved model does"
             )
         counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
-        rank_zero_info(f"{what} prompts: {len(prompts)}" + (f"; dropped or truncated: {counts}" if counts else ""))
+        form = getattr(source, "format_name", None)
+        rank_zero_info(
+            f"{what} prompts: {len(prompts)}"
+            + (f", read as {form}" if form else "")
+            + (f"; dropped or truncated: {counts}" if counts else "")
+        )
+        unread = self._unread(source, prompts)
+        if unread:
+            rank_zero_info(f"{what} prompts: nothing reads the columns {', '.join(unread)}")
         return prompts
+
+    def _unread(self, source: AbstractPromptSource, prompts: Sequence[Prompt]) -> list[str]:
+        """Columns of the rows that neither the source nor a reward reads."""
+        names = dict.fromkeys(getattr(source, "unread_columns", ()))
+        for prompt in prompts:
+            names |= dict.fromkeys(prompt.columns)
+        read: set[str] = set()
+        for reward in self.rewards():
+            read |= columns_read(reward, list(names))
+        return [name for name in names if name not in read and name != SOURCE_COLUMN]
+
+    def rewards(self) -> list[AbstractReward]:
+        """Rewards of the run, which may read columns of the rows."""
+        return [] if self.heldout_reward is None else [self.heldout_reward]
 
     def _max_tokens_per_micro_batch(self) -> int | None:
         limit = self.batching.max_tokens_per_micro_batch

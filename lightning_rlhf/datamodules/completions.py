@@ -18,7 +18,7 @@ from lightning_rlhf.datamodules.options import (
     at_least_one,
 )
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.prompts import AbstractPromptSource, DatasetCompletions, DatasetPrompts
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.types import Prompt
 
@@ -40,6 +40,7 @@ class CompletionDataModule(AbstractStepDataModule[Prompt]):
     ITEMS: ClassVar[str] = "rows_per_batch"
     UNIT: ClassVar[str] = "row"
     RESPONSE_LIMIT: ClassVar[str] = "max_completion_tokens"
+    ROW_SOURCE: ClassVar[type[DatasetPrompts] | type[DatasetCompletions]] = DatasetCompletions
 
     def __init__(
         self,

@@ -122,11 +122,13 @@ class PromptOptions:
         max_prompt_tokens: longest prompt; default: the context window less the longest response.
         on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
         system_prompt: system turn put before conversational prompts; default: none.
+        chat: take plain prompts as the user's turns, and render them with the chat template.
     """
 
     max_prompt_tokens: int | None = None
     on_long_prompt: Literal["error", "drop", "truncate"] = "error"
     system_prompt: str | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
         at_least_one(prompt_options__max_prompt_tokens=self.max_prompt_tokens)

@@ -39,6 +39,7 @@ from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.protocols import SilverModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.rewards.base import check_rows
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler, MixtureSampler
@@ -234,6 +235,19 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         return replace(
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
         )
+
+    def rewards(self) -> list[AbstractReward]:
+        """Rewards of the run, which may read columns of the rows."""
+        labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler) else []
+        # best-of-N and others score their candidates
+        own = getattr(self.sampler, "reward", None)
+        return [*labels, *([own] if isinstance(own, AbstractReward) else []), *super().rewards()]
+
+    def check_rewards(self) -> None:
+        """Let the rewards check the rows that they score."""
+        if isinstance(self.labeler, RewardLabeler):
+            check_rows(self.labeler.reward, self._prompts)
+        super().check_rewards()
 
     def forget_rounds(self) -> None:
         """Forget all rounds, and reset the sampler to its initial state."""

@@ -37,6 +37,7 @@ from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.protocols import RolloutModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
+from lightning_rlhf.rewards.base import check_rows
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout, State
 
@@ -149,6 +150,15 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         return replace(
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
         )
+
+    def rewards(self) -> list[AbstractReward]:
+        """Rewards of the run, which may read columns of the rows."""
+        return [self.reward, *super().rewards()]
+
+    def check_rewards(self) -> None:
+        """Let the rewards check the rows that they score."""
+        check_rows(self.reward, self._prompts)
+        super().check_rewards()
 
     def forget_rounds(self) -> None:
         """Forget the round and the statistics of the rewards, and reset the reward to its initial state."""

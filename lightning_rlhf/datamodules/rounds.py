@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from lightning_rlhf.batching.loader import RankSampler
 from lightning_rlhf.batching.steps import epoch_order
-from lightning_rlhf.collectors.progress import Bar
+from lightning_rlhf.collectors.progress import Bar, bar_of
 from lightning_rlhf.datamodules.base import _TRAINED, AbstractStepDataModule, Item
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, RoundOptions
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.ledger.same_run import check_same_run, note_code, note_heldout
+from lightning_rlhf.ledger.same_run import check_same_run, note_code, note_columns, note_heldout
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.protocols import RoundData, RoundModule, module_of
@@ -138,6 +137,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         return self._labels_before(self.round.index + 1 if self.round is not None else 0)
 
     @property
+    def label_cost(self) -> float:
+        """Price of all labels so far, in the labeler's unit; 0 without a ledger. Every rank must ask."""
+        return distributed.from_rank_zero(lambda: 0.0 if self._store is None else self._store.total_cost)
+
+    @property
     def ledger(self) -> Path:
         """Path of the ledger; under ``fast_dev_run`` in a folder that is gone when the run ends."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -225,6 +229,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
                     f"which was sampled with the model as it was then; pass ckpt_path to go on, or use another folder"
                 )
             note_code(self._store, code_of_plugins(self.trainer.lightning_module, self))
+            note_columns(self._store, self._prompts, self._named_source())
             note_heldout(self._store, self._heldout, self._named_source(self.heldout_source, "held-out rows"))
         except BaseException:
             # else the ledger would stay locked, and a corrected fit in this process could not open it
@@ -312,13 +317,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def _engine(self) -> PolicyEngine | None:
         return self._module().engine(self.decoding)
 
-    @contextmanager
-    def _progress(self, description: str, total: int) -> Iterator[Bar]:
-        bar = self.trainer.progress_bar_callback
-        # no bar on other ranks, nor where the progress bar of the Trainer is off
-        disable = self.trainer.global_rank > 0 or bar is None or not getattr(bar, "is_enabled", True)
-        with tqdm(total=total, desc=description, unit=self.UNIT, leave=False, disable=disable) as progress:
-            yield progress
+    def _progress(self, description: str, total: int) -> AbstractContextManager[Bar]:
+        return bar_of(self.trainer, description, total, self.UNIT)
 
 
 if TYPE_CHECKING:

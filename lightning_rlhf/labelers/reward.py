@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -9,7 +10,7 @@ import torch
 
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.rewards.base import AbstractReward, checked_score
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Comparison, Label
 
@@ -48,7 +49,8 @@ class RewardLabeler(AbstractLabeler):
 
     The annotator prefers ``a`` with probability P* = sigmoid(r(a) - r(b)). Labels depend on seed, round, prompt and
     responses alone, not on the batches or the number of processes. ``meta`` of a label holds ``reward_a`` and
-    ``reward_b``. A reward that is not finite stops the run with an error.
+    ``reward_b``, and ``reward_a/<part>`` for each part of a reward that has parts. A reward that is not finite stops
+    the run with an error.
 
     Args:
         reward: the reward that the annotator follows.
@@ -77,13 +79,33 @@ class RewardLabeler(AbstractLabeler):
         prompts = [comparison.prompt for comparison in comparisons]
         responses = [comparison.a for comparison in comparisons] + [comparison.b for comparison in comparisons]
         # one call for both sides: rewards are models, and batches pay
-        rewards = checked_score(self.reward, prompts + prompts, responses).tolist()
+        output = checked_output(self.reward, prompts + prompts, responses)
+        rewards = output.mean.tolist()
         rewards_a, rewards_b = rewards[: len(comparisons)], rewards[len(comparisons) :]
+        parts = [parts_of(output, place, place + len(comparisons)) for place in range(len(comparisons))]
         return [
             Label(
                 probability=verdict(a, b, self.rule, comparison_key(key, comparison).uniforms(1).item()),
                 cost=self.cost,
-                meta={"reward_a": a, "reward_b": b},
+                meta={"reward_a": a, "reward_b": b, **part},
             )
-            for comparison, a, b in zip(comparisons, rewards_a, rewards_b, strict=True)
+            for comparison, a, b, part in zip(comparisons, rewards_a, rewards_b, parts, strict=True)
         ]
+
+
+def parts_of(output: RewardOutput, a: int, b: int) -> dict[str, float]:
+    """Parts of the rewards of two responses as entries of a label, without those that do not apply.
+
+    Args:
+        output: rewards of a batch.
+        a: place of the first response.
+        b: place of the second response.
+    """
+    found = {}
+    for name, values in output.parts.items():
+        for side, place in (("a", a), ("b", b)):
+            value = values[place].item()
+            # a ledger holds no NaN
+            if not math.isnan(value):
+                found[f"reward_{side}/{name}"] = value
+    return found

@@ -29,7 +29,7 @@ from lightning_rlhf.runtime.fingerprint import (
 from lightning_rlhf.types import Prompt, Response
 
 
-ROWS, HELDOUT_ROWS, CODE = "training_rows", "heldout_rows", "code"
+ROWS, HELDOUT_ROWS, CODE, COLUMNS = "training_rows", "heldout_rows", "code", "columns"
 """Keys under which a ledger stores digests of the rows, and of the code of a user's own classes."""
 NAMED = 100_000
 """Rows up to which a digest of each is kept, so that a message can name the first that differs."""
@@ -260,6 +260,24 @@ def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
     if {**before, **code} != before:
         # stored also after a warning, so that one change of the code warns once
         store.set_values({CODE: {**before, **code}})
+
+
+def note_columns(store: PreferenceStore, prompts: Sequence[Prompt], source: str) -> None:
+    """Warn if other columns of the rows have changed: rewards that read them may score later rounds differently."""
+    if not any(prompt.columns for prompt in prompts):
+        return
+    # apart from the digest of the rows, so that a ledger of a version without columns continues
+    whole = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        whole.update(json.dumps(dict(prompt.columns), sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+    now, before = whole.hexdigest(), store.value(COLUMNS)
+    if before not in (None, now):
+        rank_zero_warn(
+            f"{source}: columns that rewards may read have changed since the run began; the rounds that the ledger "
+            f"holds stay as they were scored"
+        )
+    if before != now:
+        store.set_values({COLUMNS: now})
 
 
 def note_heldout(store: PreferenceStore, heldout: Sequence[Prompt], source: str) -> None:

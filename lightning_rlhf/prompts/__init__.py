@@ -14,8 +14,10 @@ from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.builtin import BuiltinPrompts
 from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
+from lightning_rlhf.prompts.files import DatasetFiles
 from lightning_rlhf.prompts.hh import HHPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
+from lightning_rlhf.prompts.mixture import MixedPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
@@ -26,9 +28,11 @@ __all__ = [
     "AbstractPromptSource",
     "BuiltinPrompts",
     "DatasetCompletions",
+    "DatasetFiles",
     "DatasetPrompts",
     "HHPrompts",
     "LedgerPrompts",
+    "MixedPrompts",
     "PrincipledPrompts",
     "text_prompts",
     "tokenize_rows",

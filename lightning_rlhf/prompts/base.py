@@ -6,8 +6,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from functools import cached_property
 
+from lightning_rlhf.prompts.files import Data, holds_rows, name_of
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
 from lightning_rlhf.types import PromptRow
+
+
+def note_data(source: KeepsArguments, data: Data) -> None:
+    """Note rows in memory by name alone in the arguments of a source: a ledger keeps a digest of the rows."""
+    if holds_rows(data):
+        source.__dict__["_arguments"]["path"] = name_of(data)
 
 
 class AbstractPromptSource(KeepsArguments, ABC):

@@ -4,6 +4,7 @@ Each row is an object with some of these columns; text is a string or a list of 
 
 - prompt-completion: ``prompt`` and ``completion``;
 - conversational: ``messages``, which end with the assistant's turn;
+- rows of ShareGPT and Alpaca (`lightning_rlhf.prompts.formats`);
 - optional: ``finish_reason``, "length" where a token limit cut the completion off, so that no end of turn follows;
 - optional, with conversations: ``tools`` and ``chat_template_kwargs``, for the chat template.
 
@@ -12,12 +13,16 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.dataset import EMPTY
-from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.base import AbstractPromptSource, note_data
+from lightning_rlhf.prompts.dataset import EMPTY, columns_of
+from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, name_of, read_rows
+from lightning_rlhf.prompts.formats import SourcedRow, convert_rows, format_of, resemblance
 from lightning_rlhf.prompts.messages import (
+    TEMPLATE_OPTIONS,
+    TOOLS,
     field_error,
     holds_text_alone,
     parse_answer,
@@ -42,7 +47,9 @@ class DatasetCompletions(AbstractPromptSource):
     and completions of a teacher come from ``lightning-rlhf sample`` and ``export``.
 
     Args:
-        path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
+        path: local .jsonl, .json, .csv (each also .gz) or .parquet file, which may have ``*``, local folder, or Hub id
+            such as "owner/name"; several of them as a list; `DatasetFiles`, the arguments of `load_dataset`; or rows in
+            memory, as a list of dictionaries or a `datasets.Dataset`.
         split: split of a folder or of a Hub data set; a single file has none.
         limit: read only the first rows of the data, >= 1; null reads all.
         prompt_column: name of the column with the prompt.
@@ -55,7 +62,7 @@ class DatasetCompletions(AbstractPromptSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str] | DatasetFiles | Sequence[Mapping[str, object]],
         split: str = "train",
         limit: int | None = None,
         prompt_column: str = "prompt",
@@ -64,10 +71,16 @@ class DatasetCompletions(AbstractPromptSource):
         turns: Literal["last", "all"] = "last",
         ignored_fields: list[str] | None = None,
     ) -> None:
-        self.path, self.split, self.limit = path, split, limit
+        self.path, self.split, self.limit = name_of(path), split, limit
+        self._data = path
+        note_data(self, path)
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.turns = messages_column, turns
         self.ignored_fields = tuple(ignored_fields or ())
+        self.format_name: str | None = None
+        """Format that the last `load` has converted; None if rows were as they are read."""
+        self.unread_columns: list[str] = []
+        """Columns that the last `load` has left out."""
 
     def load(self) -> list[PromptRow]:
         """Read and check all rows, in the order of the data.
@@ -77,7 +90,11 @@ class DatasetCompletions(AbstractPromptSource):
         """
         self.report.clear()
         kept = []
-        for source, row in read_rows(self.path, self.split, self.limit):
+        rows = self._in_known_format(read_rows(self._data, self.split, self.limit))
+        used = {self.prompt_column, self.completion_column, self.messages_column, "label", TOOLS, TEMPLATE_OPTIONS}
+        used |= {"finish_reason", f"finish_reason_{self.completion_column}", *self.ignored_fields}
+        self.unread_columns = [name for name in columns_of(rows) if name not in used]
+        for source, row in rows:
             for parsed in self._parse(row, source):
                 if (parsed.completion or "").strip():
                     kept.append(parsed)
@@ -86,6 +103,21 @@ class DatasetCompletions(AbstractPromptSource):
         if not kept:
             raise ValueError(f"{self.path}: no row can be used ({dict(self.report)}): check the data")
         return kept
+
+    def _in_known_format(self, rows: list[SourcedRow]) -> list[SourcedRow]:
+        """Rows of ShareGPT and Alpaca as rows of this source."""
+        columns, self.format_name = columns_of(rows), None
+        if self.completion_column in columns or self.messages_column in columns:
+            return rows
+        form = format_of(columns, pairs=False)
+        if form is None or form.has_pairs:
+            raise ValueError(
+                f"{self.path}: no column {self.completion_column!r} or {self.messages_column!r}; its columns are "
+                f"{columns}; {resemblance(columns)}: set completion_column or messages_column to the name in the data"
+            )
+        self.format_name = form.name
+        names = {"completion": self.completion_column, "messages": self.messages_column, "prompt": self.prompt_column}
+        return convert_rows(form, rows, self.report, names)
 
     def _parse(self, row: Row, source: str) -> list[PromptRow]:
         completion = row.get(self.completion_column)

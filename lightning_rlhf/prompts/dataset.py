@@ -4,7 +4,8 @@ Each row is an object with some of these columns; text is a string or a list of 
 
 - prompt-only: ``prompt``;
 - preference: ``prompt``, ``chosen``, ``rejected``;
-- preference with implicit prompt: ``chosen`` and ``rejected``, two conversations with the same beginning;
+- preference with implicit prompt: ``chosen`` and ``rejected``, conversations or texts with the same beginning;
+- rows of UltraFeedback, Nectar, HelpSteer2, HelpSteer3, ShareGPT and Alpaca (`lightning_rlhf.prompts.formats`);
 - optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0;
   ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit cut the completion off;
 - optional: ``source``, a text that names the part of the data a row belongs to, for held-out metrics by source;
@@ -16,14 +17,17 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.files import Row, describe, read_rows
+from lightning_rlhf.prompts.base import AbstractPromptSource, note_data
+from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, name_of, read_rows
+from lightning_rlhf.prompts.formats import SourcedRow, convert_rows, format_of, resemblance
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
+    other_columns,
     parse_answer,
     parse_finish_reasons,
     parse_messages,
@@ -36,6 +40,15 @@ from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
 
 
+PAIR_FIELDS = (
+    *("probability", "label", "weight", "margin"),
+    *("finish_reason_chosen", "finish_reason_rejected", "tools", "chat_template_kwargs"),
+)
+"""Columns beside the prompt and the completions that are read."""
+
+MADE = {"completion", "messages"}
+"""Columns that the conversion of a format may add."""
+
 IDENTICAL = "identical completions"
 EMPTY = "empty completion"
 
@@ -44,10 +57,13 @@ class DatasetPrompts(AbstractPromptSource):
     """Prompts, with recorded pairs where there are any, from a file, a folder or the Hugging Face Hub.
 
     Rows whose completions are identical or empty hold no preference: they are left out and counted. Any
-    other row that cannot be used raises an error which names it. Columns that are not listed here are ignored.
+    other row that cannot be used raises an error which names it. Other columns with text, numbers or lists of them
+    are kept for rewards, which read the right answer or a test there.
 
     Args:
-        path: local .jsonl, .jsonl.gz, .json or .parquet file, local folder, or Hub id such as "owner/name".
+        path: local .jsonl, .json, .csv (each also .gz) or .parquet file, which may have ``*``, local folder, or Hub id
+            such as "owner/name"; several of them as a list; `DatasetFiles`, the arguments of `load_dataset`; or rows in
+            memory, as a list of dictionaries or a `datasets.Dataset`.
         split: split of a folder or of a Hub data set; a single file has none.
         limit: read only the first rows of the data, >= 1; null reads all.
         prompt_column: name of the column with the prompt.
@@ -61,7 +77,7 @@ class DatasetPrompts(AbstractPromptSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str] | DatasetFiles | Sequence[Mapping[str, object]],
         split: str = "train",
         limit: int | None = None,
         prompt_column: str = "prompt",
@@ -72,7 +88,8 @@ class DatasetPrompts(AbstractPromptSource):
         heldout_share: float = 0.2,
         ignored_fields: list[str] | None = None,
     ) -> None:
-        self.path = path
+        self.path, self._data = name_of(path), path
+        note_data(self, path)
         self.split = split
         self.limit = limit
         self.prompt_column = prompt_column
@@ -82,6 +99,10 @@ class DatasetPrompts(AbstractPromptSource):
         self.part: Part = part
         self.heldout_share = heldout_share
         self.ignored_fields = tuple(ignored_fields or ())
+        self.format_name: str | None = None
+        """Format that the last `load` has converted; None if rows were as they are read."""
+        self.unread_columns: list[str] = []
+        """Columns that the last `load` has left out."""
 
     def load(self) -> list[PromptRow]:
         """Read and check all rows, in the order of the data.
@@ -90,12 +111,9 @@ class DatasetPrompts(AbstractPromptSource):
             ValueError: if the data is missing or empty, lacks a column, or has a malformed row (named with its number).
         """
         self.report.clear()
-        rows = read_rows(self.path, self.split, self.limit)
-        # the union over rows: optional columns may be missing in the first ones
-        columns: dict[str, None] = {}  # ordered
-        for _, row in rows:
-            columns |= dict.fromkeys(row)
-        take_pairs = self._takes_pairs(list(columns))
+        rows = self._in_known_format(read_rows(self._data, self.split, self.limit))
+        columns = columns_of(rows)
+        take_pairs = self._takes_pairs(columns)
         kept = []
         for source, row in rows:
             parsed = self._parse(row, source, take_pairs)
@@ -106,11 +124,46 @@ class DatasetPrompts(AbstractPromptSource):
                 self.report[reason] += 1
         if not kept:
             raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
+        # what a conversion has made beside the prompt is no column of the data
+        known = self._read_columns | (MADE if self.format_name else set())
+        self.unread_columns = [name for name in columns if name not in known and name not in kept[0].columns]
         return rows_of_part(kept, self.part, self.heldout_share)
+
+    @property
+    def _read_columns(self) -> set[str]:
+        """Columns that this source itself reads."""
+        return {self.prompt_column, *self._pair_columns, *PAIR_FIELDS, *self.ignored_fields}
+
+    def _in_known_format(self, rows: list[SourcedRow]) -> list[SourcedRow]:
+        """Rows of another format as rows of this one, where the columns to be read are not there."""
+        columns = columns_of(rows)
+        has_pairs = all(name in columns for name in self._pair_columns)
+        self.format_name = None
+        if self.prompt_column in columns and (has_pairs or self.kind != "preference"):
+            return rows
+        # two answers before one: a format with pairs has prompts, too
+        form = format_of(columns, pairs=True)
+        if form is None and self.kind != "preference":
+            form = format_of(columns, pairs=False)
+        if form is None:
+            return rows
+        self.format_name = form.name
+        names = dict(zip(("prompt", "chosen", "rejected"), (self.prompt_column, *self._pair_columns), strict=True))
+        converted = convert_rows(form, rows, self.report, names)
+        if not converted:
+            raise ValueError(
+                f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}), read as {form.name}: check "
+                f"the data"
+            )
+        return converted
+
+    @property
+    def _pair_columns(self) -> tuple[str, str]:
+        return self.chosen_column, self.rejected_column
 
     def _takes_pairs(self, columns: list[str]) -> bool:
         """Decide from the columns of all rows whether to read pairs, and check that all needed columns exist."""
-        pair_columns = [self.chosen_column, self.rejected_column]
+        pair_columns = list(self._pair_columns)
         has_pairs = all(name in columns for name in pair_columns)
         take_pairs = self.kind == "preference" or (self.kind == "auto" and has_pairs)
         # the prompt column may be missing where pairs imply the prompt
@@ -118,9 +171,9 @@ class DatasetPrompts(AbstractPromptSource):
         missing = [name for name in needed if name not in columns]
         if missing:
             raise ValueError(
-                f"{self.path}: no column {' and '.join(map(repr, missing))}; its columns are {columns}: set "
-                f"prompt_column, chosen_column or rejected_column to the names in the data, or kind to another than "
-                f"{self.kind!r}"
+                f"{self.path}: no column {' and '.join(map(repr, missing))}; its columns are {columns}; "
+                f"{resemblance(columns)}: set prompt_column, chosen_column or rejected_column to the names in the "
+                f"data, or kind to another than {self.kind!r}"
             )
         return take_pairs
 
@@ -141,6 +194,8 @@ class DatasetPrompts(AbstractPromptSource):
             raise field_error(source, self.prompt_column, "is missing", "add it")
         else:
             prompt = self._implicit_prompt(chosen, rejected, source)
+            if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
 
         conversational = not isinstance(prompt, str)
         parsed = PromptRow(
@@ -150,6 +205,7 @@ class DatasetPrompts(AbstractPromptSource):
             template_options=parse_template_options(row, source, conversational, self.ignored_fields),
             # data may have a column of this name with other things in it
             subset=subset if isinstance(subset := row.get("source"), str) else "",
+            columns=other_columns(row, {self.prompt_column, *(self._pair_columns if take_pairs else ())}),
         )
         if not take_pairs:
             return parsed
@@ -158,6 +214,7 @@ class DatasetPrompts(AbstractPromptSource):
             for name, value in ((self.chosen_column, chosen), (self.rejected_column, rejected))
         )
         first, second = map(turn_text, answers)
+        self._refuse_margin(row, source)
         weight = parse_number(row, "weight", source, math.inf, default=1.0)
         return replace(
             parsed,
@@ -167,16 +224,24 @@ class DatasetPrompts(AbstractPromptSource):
             finish_reasons=parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected")),
         )
 
-    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> tuple[Message, ...]:
-        """Find the messages with which both conversations begin."""
+    def _refuse_margin(self, row: Row, source: str) -> None:
+        # no loss here takes a margin for each pair: to leave it out in silence would train something else
+        if row.get("margin") not in (None, 0) and "margin" not in self.ignored_fields:
+            problem = "asks for a margin of its own, which no loss here reads"
+            remedy = "set ignored_fields=[margin]; model.loss.margin of RewardModule is one for all pairs"
+            raise field_error(source, "margin", problem, remedy)
+
+    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> str | tuple[Message, ...]:
+        """Find the words, or the messages, with which both completions begin."""
         if isinstance(chosen, str) or isinstance(rejected, str):
-            hh = any(isinstance(value, str) and "\n\nHuman:" in value for value in (chosen, rejected))
-            remedy = (
-                "read Human/Assistant transcripts with HHPrompts"
-                if hh
-                else f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
-            )
-            problem = "is missing, and where the prompt ends cannot be told from plain text"
+            texts = [value for value in (chosen, rejected) if isinstance(value, str)]
+            shared = common_words(*texts) if len(texts) == 2 else ""
+            if shared and not any("\n\nHuman:" in text for text in texts):
+                return shared
+            remedy = f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
+            if any("\n\nHuman:" in text for text in texts):
+                remedy = "read Human/Assistant transcripts with HHPrompts"
+            problem = "is missing, and the completions are no texts with a common beginning"
             raise field_error(source, self.prompt_column, problem, remedy)
         first = parse_messages(chosen, source, self.chosen_column, self.ignored_fields)
         second = parse_messages(rejected, source, self.rejected_column, self.ignored_fields)
@@ -188,6 +253,24 @@ class DatasetPrompts(AbstractPromptSource):
             problem = f"begins with another message than {self.rejected_column!r}, or has a single one"
             raise field_error(source, self.chosen_column, problem, f"add a column {self.prompt_column!r}")
         return without_final_answer(first[:length], source, self.chosen_column)
+
+
+def columns_of(rows: Sequence[SourcedRow]) -> list[str]:
+    """Columns of rows, in the order of their appearance: optional ones may be missing in the first rows."""
+    columns: dict[str, None] = {}
+    for _, row in rows:
+        columns |= dict.fromkeys(row)
+    return list(columns)
+
+
+def common_words(first: str, second: str) -> str:
+    """Longest common beginning of two texts that ends between words: TRL's rule, which never splits one here."""
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    shared = first[:length]
+    # back to the white space before the first difference, which belongs to the completions
+    return shared[: max((place for place, letter in enumerate(shared) if letter.isspace()), default=0)]
 
 
 def unusable_pair(pair: RecordedPair | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Raw rows, as dictionaries, of local JSONL, JSON and Parquet files, of folders, and of data sets on the Hub.
+"""Raw rows, as dictionaries, of local files and folders, of data sets on the Hub, and of objects in memory.
 
 Every row comes with its origin, ``"file.jsonl row 12"``, for error messages.
 """
@@ -10,8 +10,10 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -22,18 +24,67 @@ Row: TypeAlias = dict[str, Any]
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 JSON_SUFFIXES = (".json", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = JSONL_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
+CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+SUFFIXES = JSONL_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES + CSV_SUFFIXES
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
-def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[tuple[str, Row]]:
-    """Read the rows of a file, of a folder or of a data set on the Hub, each with its origin.
+@dataclass(frozen=True)
+class DatasetFiles:
+    """Arguments of `datasets.load_dataset`, for data that a path alone does not name.
 
     Args:
-        path: local file (.jsonl, .json, each also .gz, or .parquet), local folder, or Hub id such as
-            ``"trl-lib/ultrafeedback_binarized"``; a local file or folder takes precedence.
+        path: id of a data set on the Hub, local folder, or name of a format such as ``csv``.
+        name: subset of the data set.
+        data_dir: folder within it.
+        data_files: files within it, or of the format; may have ``*``.
+        revision: branch, tag or commit of a data set on the Hub.
+        streaming: read rows as they are needed, rather than the whole data set first; goes well with ``limit``.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | None = None
+    revision: str | None = None
+    streaming: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.path, self.name, self.data_dir, self.data_files, self.revision and f"@{self.revision}"]
+        return " ".join(str(part) for part in parts if part)
+
+
+RowData: TypeAlias = Sequence[Mapping[str, object]]
+"""Rows in memory: a list of dictionaries. A `datasets.Dataset` is taken as well."""
+
+Data: TypeAlias = str | list[str] | DatasetFiles | RowData
+
+IN_MEMORY = "rows in memory"
+
+
+def holds_rows(data: object) -> bool:
+    """Whether an object is rows: a list of dictionaries, or a `datasets.Dataset`, also an iterable one."""
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        return all(isinstance(row, Mapping) for row in data)
+    return hasattr(data, "column_names") and hasattr(data, "__iter__")
+
+
+def name_of(data: Data) -> str:
+    """Data in words, for messages and fingerprints."""
+    if holds_rows(data):
+        return IN_MEMORY
+    return ", ".join(map(str, data)) if isinstance(data, list) else str(data)
+
+
+def read_rows(data: Data, split: str = "train", limit: int | None = None) -> list[tuple[str, Row]]:
+    """Read the rows of some data, each with its origin.
+
+    Args:
+        data: local file (.jsonl, .json, .csv, .tsv, each also .gz, or .parquet), which may have ``*``; local folder, or
+            Hub id such as ``"trl-lib/ultrafeedback_binarized"``; a list of these; arguments of `load_dataset`; or rows
+            in memory. A local file or folder takes precedence over a Hub id.
         split: split of a folder or Hub data set; a single file has none.
         limit: maximum number of rows, >= 1. Default: all.
 
@@ -42,21 +93,40 @@ def read_rows(path: str, split: str = "train", limit: int | None = None) -> list
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or null for all rows; got {limit}")
+    # a generator: JSON lines and Parquet batches behind the limit are not parsed
+    result = list(islice(_all_rows(data, split), limit))
+    if not result:
+        raise ValueError(f"{name_of(data)}: has no rows: check the file, or choose another split than {split!r}")
+    return result
+
+
+def _all_rows(data: Data, split: str) -> Iterator[tuple[str, Row]]:
+    if holds_rows(data):
+        # a data set of the Hub's library has no type
+        return _objects(enumerate(cast(Iterable[object], data), start=1), IN_MEMORY)
+    if isinstance(data, DatasetFiles):
+        return _dataset_rows(Path(data.path).expanduser(), data, split)
+    if not isinstance(data, str):
+        return chain.from_iterable(_rows_at(str(path), split) for path in data)
+    return _rows_at(data, split)
+
+
+def _rows_at(path: str, split: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a path: a file, files by a pattern, a folder, or an id on the Hub."""
     local = Path(path).expanduser()
     if local.is_file():
-        rows = _file_rows(local, path)
+        return _file_rows(local, path)
+    if re.search(r"[*?\[]", path):
+        # sorted, since every rank must read the same order
+        files = sorted(glob(str(local), recursive=True))
+        if files:
+            return chain.from_iterable(_file_rows(Path(file), file) for file in files)
     elif path and (local.is_dir() or _is_hub_id(path)):
-        rows = _dataset_rows(local, path, split)
-    else:
-        raise ValueError(
-            f"{path}: no such file or folder (relative paths count from {Path.cwd()}): check the path, or give a Hub "
-            f"data set by its id, 'owner/name'"
-        )
-    # rows is a generator: JSON lines and Parquet batches behind the limit are not parsed
-    result = list(islice(rows, limit))
-    if not result:
-        raise ValueError(f"{path}: has no rows: check the file, or choose another split than {split!r}")
-    return result
+        return _dataset_rows(local, path, split)
+    raise ValueError(
+        f"{path}: no such file or folder (relative paths count from {Path.cwd()}): check the path, or give a Hub "
+        f"data set by its id, 'owner/name'"
+    )
 
 
 def _is_hub_id(path: str) -> bool:
@@ -72,16 +142,23 @@ def _file_rows(local: Path, path: str) -> Iterator[tuple[str, Row]]:
         values = _json_line_values(_lines(local, path), path)
     elif name.endswith(JSON_SUFFIXES):
         values = _json_values(local, path)
+    elif name.endswith(CSV_SUFFIXES):
+        values = _csv_values(local, path)
     else:
         raise ValueError(f"{path}: cannot tell the format from the name: use one of {', '.join(SUFFIXES)}")
+    return _objects(values, path)
+
+
+def _objects(values: Iterable[tuple[int, object]], path: str) -> Iterator[tuple[str, Row]]:
+    """Check that numbered values are objects, and name their origin."""
     for number, value in values:
         source = f"{path} row {number}"
-        if not isinstance(value, dict):
+        if not isinstance(value, Mapping):
             raise ValueError(
                 f"{source}: expected an object with named fields, got {describe(value)}: write rows such as "
                 f'{{"prompt": "..."}}'
             )
-        yield source, value
+        yield source, dict(value)
 
 
 def _lines(local: Path, path: str) -> Iterator[tuple[int, bytes]]:
@@ -143,7 +220,23 @@ def _parquet_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
         raise ValueError(f"{path}: not a readable Parquet file ({error}): write it again") from error
 
 
-def _dataset_rows(local: Path, path: str, split: str) -> Iterator[tuple[str, Row]]:
+def _csv_values(local: Path, path: str) -> Iterator[tuple[int, object]]:
+    # takes a second to import, and JSONL does without it
+    import pyarrow
+    import pyarrow.csv
+
+    # a quoted text may span lines
+    separator = "\t" if ".tsv" in local.suffixes else ","
+    options = pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    try:
+        rows = pyarrow.csv.read_csv(local, parse_options=options).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable CSV file ({error}): write it again") from error
+    for number, value in enumerate(rows, start=1):
+        yield number, {name: cell for name, cell in value.items() if cell is not None}
+
+
+def _dataset_rows(local: Path, path: str | DatasetFiles, split: str) -> Iterator[tuple[str, Row]]:
     # takes a second to import, and single files do without it
     import datasets
 
@@ -157,7 +250,16 @@ def _dataset_rows(local: Path, path: str, split: str) -> Iterator[tuple[str, Row
                     raise ValueError(f"no split {split!r} among {sorted(loaded)}")
                 loaded = loaded[split]
         else:
-            loaded = datasets.load_dataset(str(local) if local.is_dir() else path, split=split)
+            given = path if isinstance(path, DatasetFiles) else DatasetFiles(str(path))
+            loaded = datasets.load_dataset(
+                str(local) if local.is_dir() else given.path,
+                given.name,
+                data_dir=given.data_dir,
+                data_files=given.data_files,
+                revision=given.revision,
+                split=split,
+                streaming=given.streaming,
+            )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = " / ".join(str(part) for part in (error, error.__cause__) if part is not None)
         kind = "folder" if local.is_dir() else "Hub data set"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from itertools import pairwise
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.dataset import parse_number, parse_probability, unusable_pair
 from lightning_rlhf.prompts.files import Row, read_rows
-from lightning_rlhf.prompts.messages import field_error, parse_finish_reasons, parse_text
+from lightning_rlhf.prompts.messages import field_error, parse_finish_reasons, parse_text, split_turns
 from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
-
-
-ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 
 
 class HHPrompts(AbstractPromptSource):
@@ -87,16 +83,6 @@ def parse_pair(row: Row, source: str) -> PromptRow | str:
     pair = RecordedPair(chosen[-1]["content"], rejected[-1]["content"], parse_probability(row, source), weight)
     reasons = parse_finish_reasons(row, ("finish_reason_chosen", "finish_reason_rejected"))
     return unusable_pair(pair) or PromptRow(source, messages=tuple(chosen[:-1]), pair=pair, finish_reasons=reasons)
-
-
-def split_turns(transcript: str) -> list[Message]:
-    """Split a transcript into turns, without white space around each; text before the first mark is a system turn."""
-    # [text before, name, content, name, content, ...]
-    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
-    for name, content in zip(parts[::2], parts[1::2], strict=True):
-        turns.append({"role": ROLE_OF[name], "content": content.strip()})
-    return turns
 
 
 def find_problem(turns: list[Message]) -> str | None:

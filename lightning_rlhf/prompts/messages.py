@@ -7,11 +7,16 @@ writes them.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Collection
 
 from lightning_rlhf.prompts.files import Row, describe
 from lightning_rlhf.types import FinishReason, Message
 
+
+ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+"""Roles of the speakers in transcripts of HH-RLHF."""
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation")
 TOOLS = "tools"
@@ -191,6 +196,25 @@ def parse_template_options(
     return options
 
 
+def other_columns(row: Row, used: Collection[str]) -> dict[str, object]:
+    """Columns for rewards: text, numbers, and lists of them, without those that the source reads itself.
+
+    Values are those of the row, not copies, and names are shared between rows.
+
+    Args:
+        row: the row.
+        used: columns that the source reads.
+    """
+    left_out = {*used, TOOLS, TEMPLATE_OPTIONS, *NO_TEXT}
+    return {sys.intern(name): value for name, value in row.items() if name not in left_out and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, str | int | float) for item in value)
+    return isinstance(value, str | int | float)
+
+
 def parse_finish_reasons(row: Row, names: tuple[str, ...]) -> tuple[FinishReason, ...]:
     """Finish reasons of the recorded completions of a row; empty if none was cut off by a token limit."""
     found: tuple[FinishReason, ...] = tuple("length" if row.get(name) == "length" else "eos" for name in names)
@@ -211,3 +235,13 @@ def turn_text(message: Message) -> str:
         if name not in ("role", "content")
     ]
     return "\n".join([content, *fields] if content else fields)
+
+
+def split_turns(transcript: str) -> list[Message]:
+    """Split a transcript into turns, without white space around each; text before the first mark is a system turn."""
+    # [text before, name, content, name, content, ...]
+    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for name, content in zip(parts[::2], parts[1::2], strict=True):
+        turns.append({"role": ROLE_OF[name], "content": content.strip()})
+    return turns

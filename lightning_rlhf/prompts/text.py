@@ -28,7 +28,10 @@ def text_prompts(rows: Sequence[PromptRow]) -> list[Prompt]:
             chosen, rejected = text_response(recorded.chosen), text_response(recorded.rejected)
             pair = (replace(chosen, finish_reason=ends[0]), replace(rejected, finish_reason=ends[1]))
         ids = tuple(text.encode())
-        prompts.append(Prompt(index, ids, text, row.messages, pair, recorded, template_options=row.template_options))
+        options, columns = row.template_options, row.columns
+        prompts.append(
+            Prompt(index, ids, text, row.messages, pair, recorded, template_options=options, columns=columns)
+        )
     return prompts
 
 

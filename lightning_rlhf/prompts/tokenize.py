@@ -85,6 +85,7 @@ def tokenize_rows(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     end_ids: Collection[int] = (),
+    chat: bool = False,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Turn rows into tokenized prompts, and count dropped and truncated rows.
 
@@ -100,6 +101,7 @@ def tokenize_rows(
         system_prompt: system message for conversations that have none.
         chat_template: Jinja chat template to use instead of the tokenizer's own, or the name "human_assistant".
         end_ids: token ids at which generation stops, beside EOS and the template's end of turn.
+        chat: take a plain prompt as the user's turn of a conversation.
 
     Raises:
         ValueError: if a prompt is empty, or too long (and ``on_long_prompt`` is "error"), if there are conversations
@@ -110,6 +112,8 @@ def tokenize_rows(
     if on_long_prompt not in ("error", "drop", "truncate"):
         raise ValueError(f"on_long_prompt must be 'error', 'drop' or 'truncate'; got {on_long_prompt!r}")
     counts: Counter[str] = Counter()
+    if chat:
+        rows = [as_turn(row) for row in rows]
     renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
     drafts = _drafts(rows, renderer, max_prompt_tokens, on_long_prompt, counts)
     prompts: list[Prompt] = []
@@ -138,6 +142,13 @@ def tokenize_rows(
             f"max_response_tokens, or check the data"
         )
     return prompts, dict(counts)
+
+
+def as_turn(row: PromptRow) -> PromptRow:
+    """A row whose plain prompt is the user's turn; conversations stay as they are."""
+    if row.messages is not None:
+        return row
+    return replace(row, text=None, messages=({"role": "user", "content": row.text or ""},))
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,7 @@ def _drafts(
             recorded=row.pair,
             template_options=row.template_options,
             subset=row.subset,
+            columns=row.columns,
         )
         drafts.append(_Draft(row, prompt, bare, one))
     return drafts
@@ -354,7 +366,8 @@ class _Renderer:
             return row.messages
         if row.messages is None:
             raise ValueError(
-                f"{row.source}: a plain prompt has no place for system_prompt: write the prompt as messages"
+                f"{row.source}: a plain prompt has no place for system_prompt: write the prompt as messages, or set "
+                f"data.prompt_options.chat=true to take plain prompts as the user's turns"
             )
         return ({"role": "system", "content": self.system_prompt}, *row.messages)
 

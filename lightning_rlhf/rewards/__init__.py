@@ -2,6 +2,7 @@
 
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output, checked_score
 from lightning_rlhf.rewards.combine import combine, disagreement, standardised
+from lightning_rlhf.rewards.function import FunctionReward
 from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
@@ -9,18 +10,26 @@ from lightning_rlhf.rewards.posterior import PosteriorReward
 from lightning_rlhf.rewards.principle import PrincipleReward
 from lightning_rlhf.rewards.server import ServerScoreReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
+from lightning_rlhf.rewards.verifiable import ExactAnswerReward, JSONSchemaReward, LengthReward, PatternReward
+from lightning_rlhf.rewards.weighted import WeightedReward
 
 
 __all__ = [
     "AbstractReward",
+    "ExactAnswerReward",
+    "FunctionReward",
+    "JSONSchemaReward",
     "LLMScoreReward",
+    "LengthReward",
     "LexiconReward",
+    "PatternReward",
     "PosteriorReward",
     "PrincipleReward",
     "RewardModelReward",
     "RewardOutput",
     "ServerScoreReward",
     "UncertaintyPenalty",
+    "WeightedReward",
     "checked_output",
     "checked_score",
     "combine",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ class RewardOutput:
         mean: reward of each response, higher is better; shape [B].
         std: uncertainty of each reward, where the reward knows it; shape [B].
         members: rewards by the members of an ensemble; shape [B, k].
+        parts: terms that the mean is made of, by name, for curves of their own; shape [B] each, NaN where a term does
+            not apply.
     """
 
     mean: Tensor
     std: Tensor | None = None
     members: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class AbstractReward(KeepsArguments, ABC):
@@ -43,6 +46,20 @@ class AbstractReward(KeepsArguments, ABC):
 
         The mean alone, as a tensor, an array or a list of numbers, is taken as well.
         """
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Check the rows to be scored, before any model is loaded; raise if they lack a column that the reward reads.
+
+        Called with all training prompts, and with all held-out prompts. The default checks nothing.
+        """
+        del prompts
+
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that the reward reads, of those that the rows have; for a note on columns that nothing reads.
+
+        The default is all: a reward of your own may read any.
+        """
+        return set(names) if not type(self).__module__.startswith("lightning_rlhf.") else set()
 
     def observe(self, output: RewardOutput) -> None:
         """Learn from a finished round of rollouts.
@@ -86,7 +103,19 @@ def as_output(reward: AbstractReward, made: object, count: int) -> RewardOutput:
     mean = _numbers(name, "mean", made.mean, count)
     std = None if made.std is None else _numbers(name, "std", made.std, count)
     members = None if made.members is None else _numbers(name, "members", made.members, count, ndim=2)
-    return RewardOutput(mean, std, members)
+    parts = {part: _numbers(name, f"parts[{part!r}]", values, count) for part, values in made.parts.items()}
+    return RewardOutput(mean, std, members, parts)
+
+
+def columns_read(reward: AbstractReward, names: Sequence[str]) -> set[str]:
+    """Columns that a reward reads; all, for an object without `AbstractReward.columns_read`."""
+    return reward.columns_read(names) if hasattr(reward, "columns_read") else set(names)
+
+
+def check_rows(reward: AbstractReward, prompts: Sequence[Prompt]) -> None:
+    """Let a reward check the rows that it will score; an object without `AbstractReward.check_prompts` checks none."""
+    if prompts and hasattr(reward, "check_prompts"):
+        reward.check_prompts(prompts)
 
 
 def _numbers(name: str, field: str, value: object, count: int, ndim: int = 1) -> Tensor:
@@ -141,7 +170,8 @@ def checked_output(reward: AbstractReward, prompts: Sequence[Prompt], responses:
                     f"{name}.score returned {value} for prompt {prompt.index}, response {response.text[:80]!r}; "
                     f"rewards must be finite: return a low number for an answer that cannot be scored"
                 )
-    return RewardOutput(mean, std, output.members)
+    parts = {part: value.detach().double().cpu() for part, value in output.parts.items()}
+    return RewardOutput(mean, std, output.members, parts)
 
 
 def checked_score(reward: AbstractReward, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_rlhf.estimators.principles import weighted_subset
 from lightning_rlhf.judging.principle import conditioned, load_principles, named, statement
 from lightning_rlhf.randomness import Key, Stream
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows, columns_read
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, Response
 
@@ -75,6 +75,14 @@ class PrincipleReward(AbstractReward):
         """Score ``responses[i]`` as an answer to ``prompts[i]`` with its principles."""
         asked = [conditioned(prompt, self.statement(prompt)) for prompt in prompts]
         return as_output(self.reward, self.reward.score(asked, responses), len(responses))
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Let the reward check the rows."""
+        check_rows(self.reward, prompts)
+
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that the reward reads."""
+        return columns_read(self.reward, names)
 
     def observe(self, output: RewardOutput) -> None:
         """Let the reward learn from a round."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows, columns_read
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, Response
 
@@ -42,6 +42,14 @@ class UncertaintyPenalty(AbstractReward):
                 f"use an ensemble, or leave the penalty out"
             )
         return output
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Let the reward check the rows."""
+        check_rows(self.reward, prompts)
+
+    def columns_read(self, names: Sequence[str]) -> set[str]:
+        """Columns that the reward reads."""
+        return columns_read(self.reward, names)
 
     def observe(self, output: RewardOutput) -> None:
         """Take the standard deviations of a round into their mean."""

@@ -325,6 +325,10 @@ def _collect_code(value: object, found: dict[str, str], depth: int) -> None:
         # a class typed at a prompt has no source: the bytecode of its methods stands for it
         code = code_digest(kind) or "".join(str(code_digest(method)) for method in methods)
         found[class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
+    for function in getattr(value, "own_functions", ()):
+        found[f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"] = str(
+            code_digest(function if inspect.isroutine(function) else type(function))
+        )
     _collect_code(value.__dict__.get("_arguments", {}), found, depth + 1)
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_rlhf.prompts import DatasetCompletions, DatasetPrompts
+from lightning_rlhf.prompts.dataset import common_words
 from lightning_rlhf.types import PromptRow, RecordedPair
 
 
@@ -121,7 +122,7 @@ def test_label_is_another_name_for_probability(tmp_path: Path) -> None:
         ({"rejected": [{"role": "bot", "content": "b"}]}, "field 'rejected' has an unknown role.*'bot'.*use one of"),
         ({"rejected": [said(["b"])]}, r"field 'rejected\[0\].content' has a part 1 that is no text, got 'b'"),  # type: ignore[arg-type]
         ({"prompt": 1.5}, "field 'prompt' must be text or a list of messages"),
-        ({"prompt": None}, "field 'prompt' is missing, and where the prompt ends cannot be told.*add a column"),
+        ({"prompt": None}, "field 'prompt' is missing, and the completions are no texts with a common.*add a column"),
         ({"prompt": [USER, said("x")]}, "field 'prompt' has a prompt that ends with the assistant's turn"),
         ({"prompt": "half \ud800"}, "field 'prompt' holds half of a surrogate pair at character 5"),
         ({"probability": 1.5}, r"field 'probability' must be a number in \[0, 1\], got 1.5"),
@@ -138,9 +139,19 @@ def test_malformed_row_is_named(tmp_path: Path, change: dict[str, Any], message:
         load(tmp_path, good, {**good, **change}, good)
 
 
+def test_implicit_plain_prompt_ends_between_words(tmp_path: Path) -> None:
+    (row,) = load(tmp_path, {"chosen": "Is water wet? Yes, it is.", "rejected": "Is water wet? Yet it is not."})
+    assert row.text == "Is water wet?"
+    assert row.pair is not None
+    assert (row.pair.chosen, row.pair.rejected) == (" Yes, it is.", " Yet it is not.")
+    # one is the beginning of the other, and the difference is behind a word of one
+    assert common_words("It is", "It is blue") == "It"
+    assert common_words("ab c", "abx c") == ""
+
+
 def test_implicit_plain_prompt_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 1: field 'prompt' is missing.*write both completions as lists"):
-        load(tmp_path, {"chosen": "Hello you", "rejected": "Hello me"})
+        load(tmp_path, {"chosen": "You", "rejected": "Me"})
     with pytest.raises(ValueError, match=r"row 1: field 'prompt' is missing.*HHPrompts"):
         load(tmp_path, {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"})
     with pytest.raises(ValueError, match="row 1: field 'chosen' begins with another message than 'rejected'"):
@@ -207,7 +218,7 @@ def test_missing_and_unreadable_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="no-such-owner/no-such-data: cannot read split 'train' of this Hub data set"):
         DatasetPrompts("no-such-owner/no-such-data").load()
     for name, content, message in (
-        ("rows.csv", b"prompt\nx\n", "cannot tell the format from the name: use one of .jsonl"),
+        ("rows.txt", b"prompt\nx\n", "cannot tell the format from the name: use one of .jsonl"),
         ("rows.jsonl", b"\n\n", "has no rows"),
         ("rows.json", b"[]", "has no rows"),
         ("rows.json", b"[1", "not valid JSON"),
