@@ -152,6 +152,19 @@ class Round(Protocol):
 
 
 @runtime_checkable
+class PricedSource(Protocol):
+    """A DataModule whose labels have a price."""
+
+    cost_budget: float | None
+
+    def cost(self) -> float:
+        """Cost of the label attempts so far, from the ledger on rank zero: every rank must ask."""
+
+    def feedback(self) -> Mapping[str, object]:
+        """Where the labels come from, as JSON, from the ledger on rank zero: every rank must ask."""
+
+
+@runtime_checkable
 class PreferenceSource(Protocol):
     """A DataModule as callbacks see it."""
 

@@ -21,11 +21,15 @@ class Question:
         id: names it over restarts: run, comparison and attempt.
         comparison: the pair.
         is_late: whether its round is closed, so that the round which is open now does not wait for it.
+        earlier: attempts at it that are in the ledger, oldest first.
+        priority: pairs with a larger one are shown to people first.
     """
 
     id: str
     comparison: Comparison
     is_late: bool = False
+    earlier: tuple[Label, ...] = ()
+    priority: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,20 @@ class AbstractLabeler(KeepsArguments, ABC):
             key: randomness, as in `label`.
 
         Yields:
-            Positions in ``questions``, each with its answer.
+            Positions in ``questions``, each with its answer. An answer with status `ROUTED` says that another one to
+            the same question follows, perhaps after a restart; the question then has it among its ``earlier`` ones.
         """
         del answered
         labels = self.label([question.comparison for question in questions], key)
         yield [(place, Answer(label)) for place, label in enumerate(labels)]
+
+    def recall(self, overlap: Sequence[tuple[Label, Label]]) -> None:
+        """Take note of the pairs of closed rounds that two labelers judged; called before `stream`.
+
+        Args:
+            overlap: the answer with status `ROUTED`, and the label of the pair.
+        """
+        del overlap
 
 
 def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:

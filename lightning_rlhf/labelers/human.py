@@ -154,7 +154,7 @@ class HumanLabeler(AbstractLabeler):
         queue = self.queue or f"run-{questions[0].id.partition('/')[0][:8]}"
         # the ids of questions name the run, and the page must not
         places = {item_key(queue, question.id): place for place, question in enumerate(questions)}
-        items = [_item(key, questions[place].comparison) for key, place in places.items()]
+        items = [_item(key, questions[place].comparison, questions[place].priority) for key, place in places.items()]
         self._ask(lambda client: client.push(queue, items, self.pairs))
         cursor = 0
         while True:
@@ -307,10 +307,10 @@ def _free_port(before: str | None) -> int:
     raise RuntimeError("no port of 127.0.0.1 is free")
 
 
-def _item(key: str, comparison: Comparison) -> Item:
+def _item(key: str, comparison: Comparison, priority: float = 0.0) -> Item:
     """A comparison as people see it: the turns of the conversation, never the rendered chat template."""
     prompt = comparison.prompt
     turns = prompt.messages or ({"role": "user", "content": prompt.text},)
     shown = tuple({"role": str(turn["role"]), "content": str(turn.get("content") or "")} for turn in turns)
     a, b = comparison.a, comparison.b
-    return Item(key, shown, a.text, b.text, a.finish_reason == "length", b.finish_reason == "length")
+    return Item(key, shown, a.text, b.text, a.finish_reason == "length", b.finish_reason == "length", priority)

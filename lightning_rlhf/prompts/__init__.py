@@ -3,7 +3,7 @@
 A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
 rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files,
 folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts,
-`LedgerPrompts` the pairs of another run, and `BuiltinPrompts` needs no data at all. `text_prompts` makes prompts of
+`LedgerPrompts` the pairs of another run, `MixedPrompts` several of these with weights, and `BuiltinPrompts` needs no data at all. `text_prompts` makes prompts of
 rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on
 purpose are counted by reason; malformed rows raise an error that names them.
 """
@@ -16,6 +16,7 @@ from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.hh import HHPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
+from lightning_rlhf.prompts.mixed import MixedPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
@@ -29,6 +30,7 @@ __all__ = [
     "DatasetPrompts",
     "HHPrompts",
     "LedgerPrompts",
+    "MixedPrompts",
     "PrincipledPrompts",
     "text_prompts",
     "tokenize_rows",
