@@ -99,12 +99,12 @@ def test_a_budget_of_money_ends_a_run_and_the_report_shows_it(
     for side, cost in (("ai", 0.25), ("people", 2.0)):
         command += [f"--data.labeler.{side}={lexicon[0]}", f"--data.labeler.{side}.reward={lexicon[1]}"]
         command += [f"--data.labeler.{side}.cost={cost}"]
-    command += ["--trainer.callbacks+=LabelBudget", "--trainer.callbacks.cost=6"]
+    command += ["--trainer.callbacks+=LabelBudget", "--trainer.callbacks.cost=16"]
     for _ in range(2):
         main([*command, "--run_dir=run"])
         with PreferenceStore(tmp_path / "run" / "ledger.sqlite", read_only=True) as store:
             rounds = store.rounds()
             costs = [store.cost(round_ + 1) for round_ in rounds]
-        assert costs[-1] >= 6 > costs[-2], "no round begins when the money is spent"
+        assert costs[-1] >= 16 > costs[-2], "no round begins when the money is spent"
         assert costs[-1] == json.loads((tmp_path / "run" / "summary.json").read_text())["cost"]
     assert len(rounds) < 9
