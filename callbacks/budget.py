@@ -88,8 +88,8 @@ class LabelBudget(Callback):
         elif self._idle_rounds >= PATIENCE:
             rank_zero_warn(
                 f"the last {PATIENCE} rounds brought no label: the two responses of every pair were equal, so that the "
-                f"policy has collapsed. The run stops at {self._round_done_at} labels, before its budget is spent; raise "
-                f"data.decoding.temperature, or start from another policy"
+                f"policy has collapsed. The run stops at {self._round_done_at} labels, before its budget is spent; "
+                f"raise data.decoding.temperature, or start from another policy"
             )
             trainer.should_stop = True
 

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
-from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarize
 from lightning_rlhf.evaluation.feedback import Feedback, feedback_lines
+from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarize
 from lightning_rlhf.protocols import PricedSource, beta_of
 from lightning_rlhf.types import State
 
@@ -43,10 +43,11 @@ class Summary(HeldOutCallback):
     The result: held-out mean reward before and after training with standard errors, the paired difference over the same
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
     nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
-    free ties (pairs of equal responses), where there are any. Where people or several labelers gave the labels, a line
-    each says how far they agree, and the file has ``sources``, ``alignment`` and ``people``. The file has the CPU seconds of this process, too. The
-    first validation of the run counts as before, the latest as after; both are kept in the checkpoint, as are the
-    seconds. Unknown metrics, such as rewards without a reward function, are left out of the line and null in the file.
+    free ties (pairs of equal responses), where there are any. The file has ``cost``, the price of all label attempts,
+    and the CPU seconds of this process, too. Where people or several labelers gave the labels, lines above the last one
+    say how far they agree, and the file has ``sources``, ``alignment`` and ``people``. The first validation of the run
+    counts as before, the latest as after; both are kept in the checkpoint, as are the seconds. Unknown metrics, such as
+    rewards without a reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.

@@ -13,6 +13,7 @@ contract                      asked by                                        fu
 `RolloutModule`               `RolloutDataModule`                             `PolicyGradientModule`
 `StepData`                    `AbstractStepModule`, its callbacks             `AbstractStepDataModule`
 `RoundData`                   `AbstractRoundModule`                           `AbstractRoundDataModule`
+`PricedSource`                `LabelBudget`, `Summary`                        `PreferenceDataModule`
 `PreferenceSource`, `Round`   callbacks                                       `AbstractStepDataModule`, rounds
 `TrainedModule`               callbacks                                       all modules
 `PolicyLike`                  callbacks                                       policy and reward modules

@@ -90,7 +90,8 @@ def people_summary(votes: Sequence[tuple[Hashable, Vote]]) -> PeopleSummary:
 
 def people_line(found: PeopleSummary) -> str:
     """The summary as one line for the terminal."""
-    text = f"{found['votes']} votes of {len(found['people'])} people on {found['pairs']} pairs"
+    people = len(found["people"])
+    text = f"{found['votes']} votes of {people} {'person' if people == 1 else 'people'} on {found['pairs']} pairs"
     if found["agreement"] is not None and found["agreement_interval"] is not None:
         low, high = found["agreement_interval"]
         text += f"; two agree on {found['agreement']:.1%} [{low:.1%}, {high:.1%}]"

@@ -10,7 +10,7 @@ from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
-from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Question, booked_once
+from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question, booked_once
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
@@ -148,7 +148,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         )
         if getattr(self.labeler, "whole_rounds", False):
             # closed rounds only: labels of this one are there after a restart, and not when it is begun
-            self.labeler.recall(self.store.overlap(self._upto(index - 1)))
+            self.labeler.recall(self._memory(index - 1))
         for attempt in range(self.label_attempts):
             # the ledger counts attempts, so that a restart does not exceed label_attempts
             asked = self.store.attempts(index)
@@ -208,9 +208,11 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         for answers in self.labeler.stream(questions, answered + len(given), key):
             yield [pairs[place][0] for place, _ in answers], [answer for _, answer in answers]
 
-    def _upto(self, index: int) -> int:
-        """Number of the last attempt that rounds up to ``index`` have taken in; 0 if there is none."""
-        return int((self._ledger.round_info(index) or {}).get("upto", 0))
+    def _memory(self, index: int) -> Memory:
+        """What the rounds up to ``index`` have brought."""
+        upto = int((self._ledger.round_info(index) or {}).get("upto", 0))
+        votes = self._ledger.votes(upto=upto)
+        return Memory(self._ledger.overlap(upto), [((round_, place), vote) for round_, place, vote in votes])
 
     def _is_final(self, id_: int, attempt: int) -> bool:
         """Whether people gave an answer that is no label, and will not be asked again."""

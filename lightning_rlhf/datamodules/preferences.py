@@ -128,7 +128,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         return distributed.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
 
     def cost(self) -> float:
-        """Cost of the label attempts of the rounds up to the newest one, in the unit of the labeler; ask on every rank."""
+        """Cost of the label attempts up to the newest round, in the unit of the labeler; every rank must ask."""
         return self._cost_before(self.round.index + 1 if self.round is not None else 0)
 
     def feedback(self) -> Feedback:

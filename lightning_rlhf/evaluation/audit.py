@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypedDict
 
 import torch
@@ -92,7 +93,7 @@ def judged_pairs(overlap: Sequence[tuple[Label, Label]]) -> list[Judged]:
 def alignment(pairs: Sequence[Judged]) -> Alignment:
     """Agreement of the first labeler with the second one, overall and where it was more and less sure."""
     by_margin = {}
-    for low, high in zip(BINS[:-1], BINS[1:], strict=True):
+    for low, high in pairwise(BINS):
         # the last bin holds its upper edge; rounding must not put 0.4 below its edge
         most = high if high < BINS[-1] else 1.0
         inside = [pair for pair in pairs if low <= abs(pair.first - 0.5) + 1e-9 < most]

@@ -27,7 +27,8 @@ table { border-collapse: collapse; width: 100%; table-layout: fixed; background:
 th, td { border: 1px solid var(--line); padding: .6rem .75rem; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; white-space: pre-wrap; }
 td.chosen { border-left: 4px solid var(--good); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; } dt { color: var(--soft); } dd { margin: 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; }
+dt { color: var(--soft); } dd { margin: 0; }
 """
 
 
@@ -48,7 +49,10 @@ def run_page(folder: str | Path) -> str:
     parts.append(_numbers(summary, feedback))
     answers = _answers(root / "completions.csv")
     if answers:
-        parts += ["<h2>Answers to questions it was not trained on</h2>", _table(("Question", "Before", "After"), answers)]
+        parts += [
+            "<h2>Answers to questions it was not trained on</h2>",
+            _table(("Question", "Before", "After"), answers),
+        ]
     if pairs:
         parts.append(f"<h2>Your verdicts, the newest {min(len(pairs), MOST_PAIRS)} of {len(pairs)}</h2>")
         rows = [(prompt, a, b) for prompt, a, b, _ in pairs[-MOST_PAIRS:]]
@@ -105,9 +109,7 @@ def _pairs(store: PreferenceStore) -> Iterator[tuple[str, str, str, float]]:
             yield asked, comparison.a.text, comparison.b.text, preference.probability
 
 
-def _table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int | None] | None = None
-) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int | None] | None = None) -> str:
     """A table; ``marked`` is the column of each row that is the chosen one."""
     lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in columns) + "</tr>"]
     for place, row in enumerate(rows):

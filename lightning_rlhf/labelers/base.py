@@ -47,6 +47,19 @@ class Answer:
     guidelines: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What the closed rounds of a run have brought.
+
+    Args:
+        overlap: pairs that two labelers judged: the answer with status `ROUTED`, and the label.
+        votes: votes of people behind the labels, with round and position of their pair.
+    """
+
+    overlap: Sequence[tuple[Label, Label]] = ()
+    votes: Sequence[tuple[tuple[int, int], Vote]] = ()
+
+
 class AbstractLabeler(KeepsArguments, ABC):
     """Says which of two responses is better, and how sure it is.
 
@@ -88,13 +101,12 @@ class AbstractLabeler(KeepsArguments, ABC):
         labels = self.label([question.comparison for question in questions], key)
         yield [(place, Answer(label)) for place, label in enumerate(labels)]
 
-    def recall(self, overlap: Sequence[tuple[Label, Label]]) -> None:
-        """Take note of the pairs of closed rounds that two labelers judged; called before `stream`.
+    def recall(self, memory: Memory) -> None:
+        """Take note of what closed rounds have brought; called before a round is labeled, where ``whole_rounds`` is set.
 
-        Args:
-            overlap: the answer with status `ROUTED`, and the label of the pair.
+        Labels of the round itself are not among it: a restart finds the same.
         """
-        del overlap
+        del memory
 
 
 def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 
 from lightning_rlhf.estimators.temperature import tempered
 from lightning_rlhf.evaluation.audit import judged_pairs, temperature_of
-from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Question
+from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question
 from lightning_rlhf.labelers.reward import comparison_key
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.runtime import preemption
@@ -102,11 +102,11 @@ class MixedLabeler(AbstractLabeler):
         self.max_lag = people.max_lag
         self._in_force = 1.0 if temperature == "fit" else float(temperature)
 
-    def recall(self, overlap: Sequence[tuple[Label, Label]]) -> None:
+    def recall(self, memory: Memory) -> None:
         """Fit the temperature to the pairs of closed rounds that both labelers judged, if it is to be fitted."""
-        self.people.recall(overlap)
+        self.people.recall(memory)
         if self.temperature == "fit":
-            pairs = judged_pairs(overlap)
+            pairs = judged_pairs(memory.overlap)
             self._in_force = temperature_of(pairs) if len(pairs) >= self.least_overlap else 1.0
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:

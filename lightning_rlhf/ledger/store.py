@@ -554,14 +554,15 @@ class PreferenceStore:
                     found.append(Preference(comparison, label, round))
         return found
 
-    def votes(self, rounds: Sequence[int] | None = None) -> list[tuple[int, int, Vote]]:
+    def votes(self, rounds: Sequence[int] | None = None, upto: int | None = None) -> list[tuple[int, int, Vote]]:
         """Votes of people with the round and position of their comparison, oldest first.
 
         Args:
             rounds: the rounds; default: all.
+            upto: only votes on pairs whose label is attempt ``upto`` or an earlier one; default: all votes.
         """
         with self.reading() as db:
-            return select_votes(db, rounds) if schema_version(db) >= 5 else []
+            return select_votes(db, rounds, upto) if schema_version(db) >= 5 else []
 
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""

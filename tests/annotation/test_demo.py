@@ -45,7 +45,7 @@ def test_the_demo_asks_24_times_and_shows_what_was_learned(
     assert summary["labels"] == 24 and summary["steps"] == 36 and summary["people"]["people"]["me"]["votes"] == 24
     page = (run / "report.html").read_text()
     assert page.count("<td class=chosen>") == 24
-    assert "24 votes of 1 people on 24 pairs" in page
+    assert "24 votes of 1 person on 24 pairs" in page
     assert "report: file://" in capsys.readouterr().out
     assert re.search(r"fit --config demo_human", (ROOT / "Makefile").read_text())
 

@@ -14,6 +14,7 @@ from lightning_rlhf.estimators import fit_temperature, tempered
 from lightning_rlhf.evaluation.audit import Judged, alignment, alignment_lines
 from lightning_rlhf.evaluation.feedback import feedback_summary
 from lightning_rlhf.labelers import AbstractLabeler, MixedLabeler
+from lightning_rlhf.labelers.base import Memory
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts import AbstractPromptSource, MixedPrompts
 from lightning_rlhf.randomness import Key
@@ -48,9 +49,7 @@ def prompts(count: int, start: int = 0) -> list[Prompt]:
     def response(text: str) -> Response:
         return Response(tuple(text.encode()), text, "eos", reference_logps=(-1.0,) * len(text))
 
-    return [
-        Prompt(n, (1,), f"q{n}", pair=(response(f"a{n}"), response(f"b{n}"))) for n in range(start, start + count)
-    ]
+    return [Prompt(n, (1,), f"q{n}", pair=(response(f"a{n}"), response(f"b{n}"))) for n in range(start, start + count)]
 
 
 def pairs(count: int) -> list[Comparison]:
@@ -195,7 +194,7 @@ def test_a_temperature_is_fitted_to_closed_rounds(tmp_path: Path) -> None:
     with PreferenceStore(tmp_path / "a", read_only=True) as store:
         info = store.round_info(0)
         assert info is not None
-        labeler.recall(store.overlap(info["upto"]))
+        labeler.recall(Memory(store.overlap(info["upto"])))
         assert alignment_of(store)["temperature"] == pytest.approx(fitted)
     assert labeler._in_force == pytest.approx(fitted)
     (label,) = MixedLabeler(ai, people, audit=0.0, temperature=fitted).label(pairs(1), KEY)
@@ -234,7 +233,11 @@ def test_alignment_weighs_audited_pairs_by_their_propensity() -> None:
     assert found["routed"]["share"] == 0.5
     # (10 * 9 + 2) / (10 * 10 + 4)
     assert found["all_pairs"] == pytest.approx(92 / 104)
-    assert {name: entry["count"] for name, entry in found["by_margin"].items()} == {"0-0.1": 3, "0.1-0.2": 1, "0.4-0.5": 10}
+    assert {name: entry["count"] for name, entry in found["by_margin"].items()} == {
+        "0-0.1": 3,
+        "0.1-0.2": 1,
+        "0.4-0.5": 10,
+    }
     assert found["temperature"] is None
     assert any("raise unsure" in line for line in alignment_lines(found, people=0.99))
     assert not any("raise unsure" in line for line in alignment_lines(found, people=0.9))
@@ -266,7 +269,9 @@ class Rows(AbstractPromptSource):
     def load(self) -> list[PromptRow]:
         self.report["short"] += 1
         return [
-            PromptRow(f"row {n}", text=f"q{n}", pair=RecordedPair("x", "y", p) if n % 2 else RecordedPair("y", "x", 1 - p))
+            PromptRow(
+                f"row {n}", text=f"q{n}", pair=RecordedPair("x", "y", p) if n % 2 else RecordedPair("y", "x", 1 - p)
+            )
             for n, p in enumerate(self.probabilities)
         ]
 
