@@ -26,6 +26,7 @@ from lightning_rlhf.commands.label import LabelRun
 from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.commands.plan import plan_run
 from lightning_rlhf.commands.settings import FREE_OF_COMMANDS, _plain
+from lightning_rlhf.commands.votes import import_votes
 from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.renamed import renamed_arguments
 from lightning_rlhf.runtime import distributed
@@ -99,6 +100,10 @@ def _run(argv: list[str], args: list[str] | None) -> None:
     if argv[:1] == ["export"]:
         written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
         print(f"wrote {written} rows")
+        return
+    if argv[:1] == ["import"]:
+        counts = auto_cli(import_votes, args=argv[1:], as_positional=False)
+        print("{read} votes read, {new} new, {late} of them late, {labels} new labels".format(**counts))
         return
     if argv[:1] == ["plan"]:
         print(auto_cli(plan_run, args=argv[1:], as_positional=False))

@@ -102,7 +102,7 @@ class AbstractLabeler(KeepsArguments, ABC):
         yield [(place, Answer(label)) for place, label in enumerate(labels)]
 
     def recall(self, memory: Memory) -> None:
-        """Take note of what closed rounds have brought; called before a round is labeled, where ``whole_rounds`` is set.
+        """Take note of what closed rounds have brought; called before a round is labeled, with ``whole_rounds``.
 
         Labels of the round itself are not among it: a restart finds the same.
         """

@@ -43,7 +43,8 @@ class HumanLabeler(AbstractLabeler):
     Without ``base_url`` the server that runs in ``server_dir`` is used. If none runs, one is started there, prints a
     link to sign in, and ends with the run.
 
-    ``meta`` of a label: see `label_of_votes`. Statuses: those of `VoteOptions`, and ``skipped`` where nobody could judge a pair; none of them is asked for again.
+    ``meta`` of a label: see `label_of_votes`. Statuses: those of `VoteOptions`, and ``skipped`` where nobody could
+    judge a pair; none of them is asked for again.
 
     Args:
         base_url: address of a server; its trainer's token is in the environment variable ``token_env``.

@@ -243,15 +243,15 @@ def _contradicts(label: Label) -> bool:
     forward, reverse = label.meta.get("first_forward"), label.meta.get("first_reverse")
     if forward is None or reverse is None:
         raise ValueError(
-            "route=disagree compares the two orders in which an LLM judge sees a pair, and the labels of data.labeler.ai "
-            "have no first_forward and first_reverse: take LLMLabeler or ServerLabeler, or route=margin"
+            "route=disagree compares the two orders in which an LLM judge sees a pair, and the labels of "
+            "data.labeler.ai have no first_forward and first_reverse: take LLMLabeler or ServerLabeler, or route=margin"
         )
     # "the first" in both orders names a in one and b in the other; P = 1/2 names none
     return (forward - 0.5) * (reverse - 0.5) >= 0
 
 
 def _priority(first: Label) -> float:
-    """Larger for pairs that people should see sooner: audited ones, then those of which the first labeler knew least."""
+    """Larger for pairs that people should see sooner: audited ones, then those that the first labeler knew least of."""
     if first.meta["routed"] == "audit":
         return 2.0
     return 1.0 - abs(2.0 * float(first.meta.get("ai_probability", 0.5)) - 1.0)

@@ -47,8 +47,8 @@ class VoteOptions:
             raise ValueError(f"votes.table needs three probabilities in [0.5, 1]; got {self.table}")
         if self.aggregate == "weighted" and self.strength != "ignore":
             raise ValueError(
-                "votes.aggregate=weighted weighs people, and takes a vote as right or wrong: set votes.strength=ignore, "
-                "or votes.aggregate=mean"
+                "votes.aggregate=weighted weighs people, and takes a vote as right or wrong: set "
+                "votes.strength=ignore, or votes.aggregate=mean"
             )
 
 

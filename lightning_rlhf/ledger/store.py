@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -292,6 +293,11 @@ class PreferenceStore:
                 (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
             )
 
+    def add_late_votes(self, comparison: int, votes: Sequence[Vote]) -> None:
+        """Keep votes that came after the label of a comparison, marked as late; those that are there stay."""
+        with self.writing() as db:
+            insert_votes(db, comparison, [replace(vote, late=True) for vote in votes])
+
     def add_ties(self, ids: Sequence[int]) -> None:
         """Record that comparisons have equal responses: they read back as ties that cost nothing and were not bought.
 
@@ -380,7 +386,8 @@ class PreferenceStore:
         with self.reading() as db:
             rows = db.execute(
                 "SELECT last.status, COUNT(*) FROM comparisons c "
-                "JOIN attempts last ON last.id = (SELECT MAX(id) FROM attempts WHERE comparison = c.id AND status <> ?) "
+                "JOIN attempts last ON last.id = "
+                "(SELECT MAX(id) FROM attempts WHERE comparison = c.id AND status <> ?) "
                 "WHERE c.round = ? AND NOT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
                 f"AND NOT {self._is_tie(db)} GROUP BY last.status ORDER BY last.status",
                 (ROUTED, round),

@@ -34,8 +34,9 @@ def test_the_demo_asks_24_times_and_shows_what_was_learned(
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     robot = start_robot(start_server(tmp_path / "runs" / "demo_human"), "me")
-    main(["fit", "--config=demo_human", f"--model.policy={tiny_policy}", "--trainer.precision=32-true",
-          "--trainer.enable_progress_bar=false", "--data.decoding.max_new_tokens=6", "--data.heldout.limit=3"])  # fmt: skip
+    options = ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false", "--data.heldout.limit=3"]
+    options += ["--data.decoding.max_new_tokens=6", f"--model.policy={tiny_policy}"]
+    main(["fit", "--config=demo_human", *options])
     run = tmp_path / "runs" / "demo_human"
     with PreferenceStore(run / "ledger.sqlite", read_only=True) as store:
         assert len(store.votes()) == store.num_labels == robot.votes == 24

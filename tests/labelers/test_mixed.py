@@ -233,11 +233,8 @@ def test_alignment_weighs_audited_pairs_by_their_propensity() -> None:
     assert found["routed"]["share"] == 0.5
     # (10 * 9 + 2) / (10 * 10 + 4)
     assert found["all_pairs"] == pytest.approx(92 / 104)
-    assert {name: entry["count"] for name, entry in found["by_margin"].items()} == {
-        "0-0.1": 3,
-        "0.1-0.2": 1,
-        "0.4-0.5": 10,
-    }
+    counts = {name: entry["count"] for name, entry in found["by_margin"].items()}
+    assert counts == {"0-0.1": 3, "0.1-0.2": 1, "0.4-0.5": 10}
     assert found["temperature"] is None
     assert any("raise unsure" in line for line in alignment_lines(found, people=0.99))
     assert not any("raise unsure" in line for line in alignment_lines(found, people=0.9))
@@ -268,12 +265,11 @@ class Rows(AbstractPromptSource):
 
     def load(self) -> list[PromptRow]:
         self.report["short"] += 1
-        return [
-            PromptRow(
-                f"row {n}", text=f"q{n}", pair=RecordedPair("x", "y", p) if n % 2 else RecordedPair("y", "x", 1 - p)
-            )
-            for n, p in enumerate(self.probabilities)
-        ]
+        rows = []
+        for n, p in enumerate(self.probabilities):
+            pair = RecordedPair("x", "y", p) if n % 2 else RecordedPair("y", "x", 1 - p)
+            rows.append(PromptRow(f"row {n}", text=f"q{n}", pair=pair))
+        return rows
 
 
 def test_sources_of_recorded_pairs_are_mixed_with_weights_and_temperatures() -> None:
