@@ -79,16 +79,16 @@ class Summary(HeldOutCallback):
         source = preference_source(trainer)
         passes = source.passes_per_pair
         ties, silver = source.num_ties, source.num_silver_pairs
-        priced = isinstance(source, PricedSource)
-        cost, feedback = (source.cost(), source.feedback()) if priced else (0.0, {})
+        priced: dict[str, Any] = {}
+        if isinstance(source, PricedSource):
+            priced = {"cost": source.cost(), **source.feedback()}
         result = {
             **result_of(self._before, self._after, beta_of(pl_module)),
             "steps": trainer.global_step,
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
             **({"silver_pairs": silver} if silver else {}),
-            **({"cost": cost} if priced else {}),
-            **feedback,
+            **priced,
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
             "cpu_seconds": self._cpu_seconds(),
@@ -97,7 +97,7 @@ class Summary(HeldOutCallback):
         if not trainer.is_global_zero:
             return
         (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(*feedback_lines(cast(Feedback, feedback)), closing_line(result), sep="\n", flush=True)
+        print(*feedback_lines(cast(Feedback, priced)), closing_line(result), sep="\n", flush=True)
 
     def _seconds(self) -> float:
         """Seconds spent in fit, restarts included."""

@@ -211,13 +211,18 @@ class MixedLabeler(AbstractLabeler):
             return _weighed(replace(label, probability=probability, meta=meta), self.ai_weight)
         meta |= {"routed": reason, "propensity": propensity}
         # the probability itself, to which temperatures are fitted
-        meta |= {"ai_status": label.status} if label.probability is None else {"ai_probability": label.probability}
+        if label.probability is None:
+            meta["ai_status"] = label.status
+        else:
+            meta["ai_probability"] = label.probability
         return Label(None, ROUTED, label.cost, meta)
 
     def _second(self, answer: Answer, first: Label) -> Answer:
-        noted = {name: first.meta[name] for name in ("routed", "propensity", "ai_probability") if name in first.meta}
         label = answer.label
-        meta = {**label.meta, "source": label.meta.get("source", "people"), **noted}
+        meta: dict[str, float | int | str] = {**label.meta, "source": label.meta.get("source", "people")}
+        for name in ("routed", "propensity", "ai_probability"):
+            if name in first.meta:
+                meta[name] = first.meta[name]
         return replace(answer, label=_weighed(replace(label, meta=meta), self.people_weight))
 
 
@@ -247,7 +252,7 @@ def _contradicts(label: Label) -> bool:
             "data.labeler.ai have no first_forward and first_reverse: take LLMLabeler or ServerLabeler, or route=margin"
         )
     # "the first" in both orders names a in one and b in the other; P = 1/2 names none
-    return (forward - 0.5) * (reverse - 0.5) >= 0
+    return bool((forward - 0.5) * (reverse - 0.5) >= 0)
 
 
 def _priority(first: Label) -> float:
