@@ -43,7 +43,7 @@ def test_the_demo_asks_24_times_and_shows_what_was_learned(
         branches = {comparison.branch for _, _, comparison, _ in store.walk()}
         assert "tilt" in branches
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["labels"] == 24 and summary["steps"] == 18 and summary["people"]["people"]["me"]["votes"] == 24
+    assert summary["labels"] == 24 and summary["steps"] == 27 and summary["people"]["people"]["me"]["votes"] == 24
     page = (run / "report.html").read_text()
     assert page.count("<td class=chosen>") == 24
     assert "24 votes of 1 person on 24 pairs" in page
