@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
+from lightning_rlhf.evaluation.feedback import Feedback, feedback_lines
 from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarize
-from lightning_rlhf.protocols import beta_of
+from lightning_rlhf.protocols import PricedSource, beta_of
 from lightning_rlhf.types import State
 
 
@@ -44,10 +45,12 @@ class Summary(HeldOutCallback):
     The result: held-out mean reward before and after training with standard errors, the paired difference over the same
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
     nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
-    free ties (pairs of equal responses), where there are any. The file has the CPU seconds of this process, too. The
-    first validation of the run counts as before, the latest as after; both are kept in the checkpoint, as are the
-    seconds. Of recorded held-out pairs the line has accuracy and loss before and after, and the file the mean margin
-    too. Unknown metrics, such as rewards without a reward function, are left out of the line and null in the file.
+    free ties (pairs of equal responses), where there are any. The file has ``cost``, the price of all label attempts,
+    and the CPU seconds of this process, too. Where people or several labelers gave the labels, lines above the last one
+    say how far they agree, and the file has ``sources``, ``alignment`` and ``people``. The first validation of the run
+    counts as before, the latest as after; both are kept in the checkpoint, as are the seconds. Of recorded held-out
+    pairs the line has accuracy and loss before and after, and the file the mean margin too. Unknown metrics, such as
+    rewards without a reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.
@@ -91,6 +94,9 @@ class Summary(HeldOutCallback):
         source = preference_source(trainer)
         passes = source.passes_per_pair
         ties, silver = source.num_ties, source.num_silver_pairs
+        priced: dict[str, Any] = {}
+        if isinstance(source, PricedSource):
+            priced = {"cost": source.cost(), **source.feedback()}
         result = {
             **result_of(self._before, self._after, beta_of(pl_module)),
             **pair_result_of(self._pairs_before, self._pairs_after),
@@ -98,6 +104,7 @@ class Summary(HeldOutCallback):
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
             **({"silver_pairs": silver} if silver else {}),
+            **priced,
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
             "cpu_seconds": self._cpu_seconds(),
@@ -106,7 +113,7 @@ class Summary(HeldOutCallback):
         if not trainer.is_global_zero:
             return
         (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(closing_line(result), flush=True)
+        print(*feedback_lines(cast(Feedback, priced)), closing_line(result), sep="\n", flush=True)
 
     def _seconds(self) -> float:
         """Seconds spent in fit, restarts included."""
@@ -196,6 +203,9 @@ def closing_line(result: Mapping[str, Any]) -> str:
     if trained and result["j_before"] is not None and result["j_after"] is not None:
         parts.append(f"J {rounded(result['j_before'])} -> {rounded(result['j_after'])}")
     parts.append(f"{result['labels']} labels")
+    # a price of 1 per label says nothing new
+    if result.get("cost") not in (None, float(result["labels"])):
+        parts.append(f"cost {result['cost']:.6g}")
     if result.get("ties"):
         parts.append(f"{result['ties']} free ties (equal responses)")
     if result.get("silver_pairs"):

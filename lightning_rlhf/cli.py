@@ -30,6 +30,7 @@ from lightning_rlhf.commands.parts import Part, asked_for_help, find_class, part
 from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.commands.plan import plan_run
 from lightning_rlhf.commands.settings import FREE_OF_COMMANDS, _plain
+from lightning_rlhf.commands.votes import import_votes
 from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.renamed import renamed_arguments
 from lightning_rlhf.runtime import distributed
@@ -146,6 +147,10 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         return
     if argv[:1] == ["export"]:
         print(_call(export, argv))
+        return
+    if argv[:1] == ["import"]:
+        counts = auto_cli(import_votes, args=argv[1:], as_positional=False)
+        print("{read} votes read, {new} new, {late} of them late, {labels} new labels".format(**counts))
         return
     if argv[:1] == ["plan"]:
         print(_call(plan_run, argv))

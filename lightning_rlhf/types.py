@@ -23,9 +23,13 @@ the chat template as they are.
 """
 
 FinishReason = Literal["eos", "length"]
-LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "timeout", "skipped", "tie", "both_bad"]
+LabelStatus = Literal[
+    "ok", "invalid", "refused", "truncated", "rate_limited", "timeout", "skipped", "tie", "both_bad", "routed"
+]
 FINAL_STATUSES = frozenset({"skipped", "tie", "both_bad"})
 """Answers of people that give no label, and are not asked for again: a skip, and ties where a run drops them."""
+ROUTED: LabelStatus = "routed"
+"""Verdict of a first labeler on a pair that waits for a second one (`MixedLabeler`): no label, and no failure."""
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,8 @@ class RLHFCLI(LightningCLI):
         """Make the parser, with ``--config`` by name."""
         parser = RunParser(**{"prog": "lightning-rlhf", **kwargs})
         parser.epilog = (
-            "Other commands: annotate, compare, evaluate, export, label, plan, run; each explains itself with --help."
+            "Other commands: annotate, compare, evaluate, export, import, label, plan, run; each explains itself with "
+            "--help."
         )
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."

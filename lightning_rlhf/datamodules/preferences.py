@@ -30,6 +30,7 @@ from lightning_rlhf.datamodules.options import (
     PromptOptions,
 )
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
+from lightning_rlhf.evaluation.feedback import Feedback, feedback_summary
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
 from lightning_rlhf.ledger.silver import SilverTable
@@ -130,6 +131,16 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         """Pairs of equal responses in the rounds up to the newest one; every rank must ask."""
         before = self.round.index + 1 if self.round is not None else 0
         return distributed.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
+
+    def cost(self) -> float:
+        """Cost of the label attempts up to the newest round, in the unit of the labeler; every rank must ask."""
+        return self._cost_before(self.round.index + 1 if self.round is not None else 0)
+
+    def feedback(self) -> Feedback:
+        """Where the labels so far come from, and how far their sources agree; every rank must ask."""
+        return distributed.from_rank_zero(
+            lambda: feedback_summary(self._store) if self._store is not None else Feedback()
+        )
 
     @property
     def answers_heldout(self) -> bool:

@@ -74,6 +74,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         )
         self.prompts_per_round, self.epochs_per_round = rounds.prompts_per_round, rounds.epochs_per_round
         self.ledger_path = rounds.ledger
+        self.cost_budget: float | None = None
+        """Cost of labels from which on no further round is begun. The `LabelBudget` callback sets it."""
         self._observed = 0
         self._store: PreferenceStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -266,6 +268,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         # a spent budget buys no further round: train on the last one
         while budget is not None and due > 0 and self._labels_before(due) >= budget:
             due -= 1
+        while self.cost_budget is not None and due > 0 and self._cost_before(due) >= self.cost_budget:
+            due -= 1
         return due
 
     def _round_of(self, epoch: int) -> int:
@@ -275,7 +279,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
 
     def _items_per_epoch(self) -> int | None:
         """Prompts of a round, where a budget does not end the run and every prompt becomes an item."""
-        if self.label_budget is not None or self.label_fraction < 1:
+        if self.label_budget is not None or self.cost_budget is not None or self.label_fraction < 1:
             return None
         return self.prompts_per_round or len(self._prompts)
 
@@ -310,6 +314,9 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
 
     def _labels_before(self, index: int) -> int:
         return distributed.from_rank_zero(lambda: 0 if self._store is None else self.labels_before(self._store, index))
+
+    def _cost_before(self, index: int) -> float:
+        return distributed.from_rank_zero(lambda: 0.0 if self._store is None else self._store.cost(index))
 
     def _module(self) -> RoundModule:
         return module_of(self.trainer, RoundModule, type(self).__name__)
