@@ -126,9 +126,6 @@ def test_spin_plays_against_the_policy_of_the_last_round(in_folder: Path, tiny_p
         pairs = list(store.preferences())
     assert [pair.label.probability for pair in pairs] == [1.0] * 6
     assert {(pair.comparison.a.source, pair.comparison.b.source) for pair in pairs} == {("dataset", "policy")}
-    assert all(
-        pair.comparison.a.ids == pair.comparison.prompt.pair[0].ids for pair in pairs if pair.comparison.prompt.pair
-    )
 
 
 def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> None:

@@ -19,8 +19,8 @@ class SelfPlaySampler(AbstractPairSampler):
         y^a = the completion in the data,   y^b ~ pi_theta at the start of the round,   P(y^a preferred) = 1
 
     The completion is the ``chosen`` one of the row. The opponent of the paper is the policy of the previous iteration,
-    and the reference, too: ``--model.reference.rule=previous``, with a round of the whole data set. The labels are free,
-    and the labeler is not asked.
+    and the reference, too: ``--model.reference.rule=previous``, with a round of the whole data set. The labels are
+    free, and the labeler is not asked.
     """
 
     method = "SPIN (Chen 2024)"
