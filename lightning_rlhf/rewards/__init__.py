@@ -9,6 +9,7 @@ from lightning_rlhf.rewards.posterior import PosteriorReward
 from lightning_rlhf.rewards.principle import PrincipleReward
 from lightning_rlhf.rewards.server import ServerScoreReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
+from lightning_rlhf.rewards.win import WinProbabilityReward
 
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RewardOutput",
     "ServerScoreReward",
     "UncertaintyPenalty",
+    "WinProbabilityReward",
     "checked_output",
     "checked_score",
     "combine",

@@ -15,6 +15,7 @@ from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.thompson import ThompsonSampler
 from lightning_rlhf.samplers.vanilla import VanillaSampler
+from lightning_rlhf.samplers.verdicts import TranscriptSampler, VerdictSampler
 from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
 
 
@@ -33,7 +34,9 @@ __all__ = [
     "SIRPILAFSampler",
     "TPILAFSampler",
     "ThompsonSampler",
+    "TranscriptSampler",
     "VanillaSampler",
+    "VerdictSampler",
     "WeightedVanillaSampler",
     "cost_table",
 ]
