@@ -1,4 +1,4 @@
-"""Generative reward models (arXiv 2410.12832): verdicts and transcripts, STaR rounds, the judge as labeler and reward."""
+"""Generative reward models (arXiv 2410.12832): verdicts, STaR rounds, the judge as labeler and reward."""
 
 from __future__ import annotations
 
@@ -126,6 +126,28 @@ ACCURACIES = torch.tensor([0.55, 0.55, 0.52, 0.5, 0.6, 0.9], dtype=torch.float64
 PRIOR = torch.tensor([0.3, 0.3, 0.15, 0.15, 0.05, 0.05], dtype=torch.float64)
 
 
+def fitted(loss: AbstractPreferenceLoss, start: Tensor, counts: Tensor) -> Tensor:
+    """Logits of the minimum of a loss; ``counts[c, d]`` problems have right rationale c and wrong rationale d."""
+    winners, losers = torch.cartesian_prod(torch.arange(6), torch.arange(6)).unbind(1)
+    weight = counts.flatten() / counts.sum()
+    # the reference is the judge at the start of the round
+    reference = start.log_softmax(0)
+    trained = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([trained], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logps = trained.log_softmax(0)
+        ones = torch.ones(36, dtype=torch.float64)
+        pairs = pairs_of(logps[winners], logps[losers], (reference[winners], reference[losers]), ones)
+        value = (weight * loss(pairs, 1.0)).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return trained.detach()
+
+
 def star(loss: AbstractPreferenceLoss, seed: int, *, needs_wrong: bool) -> list[float]:
     """Accuracy of a judge of six rationales, before and after each of three rounds on 3000 fresh problems.
 
@@ -143,23 +165,7 @@ def star(loss: AbstractPreferenceLoss, seed: int, *, needs_wrong: bool) -> list[
             choice = choose_transcripts(is_right, needs_wrong=needs_wrong)
             if choice.kept:
                 counts[own[choice.right], own[choice.wrong]] += 1
-        winners, losers = (index.flatten() for index in torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"))
-        weight = counts.flatten() / counts.sum()
-        # the reference is the judge at the start of the round
-        start = logits.log_softmax(0)
-        trained = logits.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([trained], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            logps = trained.log_softmax(0)
-            pairs = pairs_of(logps[winners], logps[losers], (start[winners], start[losers]), torch.ones(36).double())
-            value = (weight * loss(pairs, 1.0)).sum()
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        logits = trained.detach()
+        logits = fitted(loss, logits, counts)
         accuracies.append(float(logits.softmax(0) @ ACCURACIES))
     return accuracies
 
@@ -301,11 +307,23 @@ def test_a_trained_judge_labels_scores_and_feeds_a_policy(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = f"--model.policy={tiny_judge}"
-    main(["fit", "--config=genrm", model, *SMALL, *HELDOUT, "--trainer.max_epochs=12", "--run_dir=judge"])
+    main(
+        [
+            "fit",
+            "--config=genrm",
+            model,
+            *SMALL,
+            *HELDOUT,
+            "--trainer.max_epochs=40",
+            "--model.optimizer.lr=2e-2",
+            "--trainer.check_val_every_n_epoch=40",
+            "--run_dir=judge",
+        ]
+    )
     summary = json.loads((tmp_path / "judge" / "summary.json").read_text())
     assert summary["accuracy"] > 0.9, summary
     # new pairs of the same kind, which the judge has not seen
-    new = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}, thanks.", "rejected": f"No{i}."} for i in range(20, 26)]
+    new = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}, thanks.", "rejected": f"No{i}."} for i in "abcdef"]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
     main(
         [
@@ -358,7 +376,7 @@ def test_against_a_reference_answer_the_logit_is_the_difference_of_rewards(tmp_p
     shares = WinProbabilityReward(Lengths(), source).score(prompts, responses).mean
     # the mean over the baselines
     assert shares[1].item() == pytest.approx((1 / (1 + math.exp(-4)) + 1 / (1 + math.exp(-3))) / 2)
-    with pytest.raises(ValueError, match="prompt 2 .* has no baseline among the 2 prompts"):
+    with pytest.raises(ValueError, match=r"prompt 2 .* has no baseline among the 2 prompts"):
         WinProbabilityReward(Lengths(), source).score([Prompt(2, (1,), "c")], responses[:1])
     with pytest.raises(ValueError, match="scale is 'probability' or 'logit'"):
         WinProbabilityReward(Lengths(), source, scale="odds")  # type: ignore[arg-type]
@@ -370,8 +388,10 @@ def test_other_samplers_are_refused_before_training(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"set\s+data.sampler=VerdictSampler or TranscriptSampler"):
         main(
-            ["fit", "--config=genrm", f"--model.policy={tiny_judge}", *SMALL, "--data.sampler=OfflineSampler"]
-            + ["--run_dir=run"]
+            [
+                *("fit", "--config=genrm", f"--model.policy={tiny_judge}", *SMALL),
+                *("--data.sampler=OfflineSampler", "--run_dir=run"),
+            ]
         )
 
 
@@ -451,8 +471,9 @@ def test_killed_rounds_end_with_the_same_judge_and_two_processes_equal_one(
         PreferenceStore(tmp_path / "straight" / "ledger.sqlite", read_only=True) as one,
         PreferenceStore(tmp_path / "two" / "ledger.sqlite", read_only=True) as two,
     ):
-        assert len(one.preferences()) > 2
-        for a, b in zip(one.preferences(), two.preferences(), strict=True):
+        pairs = list(zip(one.preferences(), two.preferences(), strict=True))
+        assert len(pairs) > 2
+        for a, b in pairs:
             assert (a.comparison.a.ids, a.comparison.b.ids) == (b.comparison.a.ids, b.comparison.b.ids)
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)

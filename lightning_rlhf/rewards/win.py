@@ -73,9 +73,8 @@ class WinProbabilityReward(AbstractReward):
         values = []
         for prompt, found in zip(prompts, wins, strict=True):
             if not found:
-                faults = sorted(
-                    {str(label.meta.get("fault", label.status)) for label in labels if label.status != "ok"}
-                )
+                failed = [label for label in labels if label.status != "ok"]
+                faults = sorted({str(label.meta.get("fault", label.status)) for label in failed})
                 raise ValueError(
                     f"prompt {prompt.index}: {type(self.labeler).__name__} gave no verdict on the response against any "
                     f"baseline ({'; '.join(faults)}): lower max_candidate_chars or decoding.max_new_tokens, or take "

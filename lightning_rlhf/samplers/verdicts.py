@@ -313,10 +313,15 @@ class TranscriptSampler(AbstractVerdictSampler):
         """Sample n transcripts per recorded pair and keep two of them; branch ``"transcript"``."""
         judge = self.judge(engine)
         questions = self._sampled(engine, judge, prompts, key)
-        keys = [key.fold(q.prompt.index, COIN + 1 + i) for q in questions for i in range(self.n)]
-        repeated = [question for question in questions for _ in range(self.n)]
-        # rationalized: the first transcript is told the right answer, the second one the wrong one
-        told = [(q.gold, 1 - q.gold)[i] for q in questions for i in range(2)] if self.rationalize else None
+        keys: list[Key] = []
+        repeated: list[Question] = []
+        told: list[int] | None = [] if self.rationalize else None
+        for question in questions:
+            keys += [key.fold(question.prompt.index, COIN + 1 + i) for i in range(self.n)]
+            repeated += [question] * self.n
+            if told is not None:
+                # the first transcript is told the right answer, the second one the wrong one
+                told += [question.gold, 1 - question.gold]
         texts = self._written(engine, judge, [q.prompt for q in repeated], [q.sample for q in repeated], keys, told)
         asked = [self.prompt(question.sample, text) for question, text in zip(repeated, texts, strict=True)]
         if told is None:
