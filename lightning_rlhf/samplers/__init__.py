@@ -17,6 +17,7 @@ from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.thompson import ThompsonSampler
 from lightning_rlhf.samplers.vanilla import VanillaSampler
+from lightning_rlhf.samplers.verdicts import TranscriptSampler, VerdictSampler
 from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
 
 
@@ -37,7 +38,9 @@ __all__ = [
     "SelfPlaySampler",
     "TPILAFSampler",
     "ThompsonSampler",
+    "TranscriptSampler",
     "VanillaSampler",
+    "VerdictSampler",
     "WeightedVanillaSampler",
     "cost_table",
 ]
