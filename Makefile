@@ -9,13 +9,16 @@ BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format types docs clean distclean
+.PHONY: help demo demo-human test test-fast lint format types docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(VENV)/.installed-demo  ## train a small language model with PILAF, and print what it learnt
 	$(BIN)/lightning-rlhf fit --config quickstart
+
+demo-human: $(VENV)/.installed-demo  ## the same, and you are the annotator: judge 24 pairs in a browser
+	$(BIN)/lightning-rlhf fit --config demo_human
 
 test: lint types docs  ## everything CI runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile

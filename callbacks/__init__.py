@@ -15,6 +15,7 @@ from lightning_rlhf.callbacks.forecast import SilverMonitor
 from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
+from lightning_rlhf.callbacks.page import RunPage
 from lightning_rlhf.callbacks.progress import ProgressBar
 from lightning_rlhf.callbacks.reward import RewardMonitor
 from lightning_rlhf.callbacks.rollouts import RolloutMonitor
@@ -37,6 +38,7 @@ __all__ = [
     "RewardAgreement",
     "RewardMonitor",
     "RolloutMonitor",
+    "RunPage",
     "SilverMonitor",
     "Summary",
     "Throughput",

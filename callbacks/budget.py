@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rlhf.callbacks.reporting import preference_source
+from lightning_rlhf.protocols import PricedSource, datamodule_of
 from lightning_rlhf.types import State
 
 
@@ -21,15 +22,29 @@ class LabelBudget(Callback):
     count. A run that is resumed with a spent budget stops at once; to continue, resume it with a larger budget. Pairs
     of equal responses cost no label: after `PATIENCE` rounds of such pairs only, the run stops with a warning.
 
+    With ``cost`` it counts the price of the labels, of all sources together and failed attempts included, in the unit
+    of the labeler. No round is begun from that cost on; since the price of a round is known when it is over, the last
+    one may exceed the budget.
+
     Args:
-        labels: labels the run may buy in all, over all its restarts, >= 1.
+        labels: labels the run may buy in all, over all its restarts, >= 1; default: no limit.
+        cost: cost from which on no further round is begun, > 0; default: no limit.
+
+    Raises:
+        ValueError: if neither is given, or one is out of range.
     """
 
-    def __init__(self, labels: int) -> None:
-        if labels < 1:
+    def __init__(self, labels: int | None = None, cost: float | None = None) -> None:
+        if labels is None and cost is None:
+            raise ValueError("LabelBudget needs a limit: set labels, or cost")
+        if labels is not None and labels < 1:
             raise ValueError(f"LabelBudget needs at least one label; got labels={labels}")
-        self.labels = labels
+        # also refuses NaN
+        if cost is not None and not cost > 0:
+            raise ValueError(f"LabelBudget.cost must be > 0; got {cost}")
+        self.labels, self.cost = labels, cost
         self._round_done_at = 0
+        self._cost_done_at = 0.0
         self._idle_rounds = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,6 +52,10 @@ class LabelBudget(Callback):
         if stage != "fit":
             return
         source = preference_source(trainer)
+        if self.cost is not None:
+            datamodule_of(trainer, PricedSource, "LabelBudget.cost").cost_budget = self.cost
+        if self.labels is None:
+            return
         if source.label_budget not in (None, self.labels):
             raise ValueError(
                 f"the DataModule has label_budget={source.label_budget} and the LabelBudget callback has "
@@ -47,8 +66,12 @@ class LabelBudget(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at once if the rounds before the restart had spent the budget."""
         # counted at the end of a round: a run that was interrupted in its last round still finishes it
-        if self._round_done_at >= self.labels:
+        if self._is_spent():
             trainer.should_stop = True
+
+    def _is_spent(self) -> bool:
+        labels_spent = self.labels is not None and self._round_done_at >= self.labels
+        return labels_spent or (self.cost is not None and self._cost_done_at >= self.cost)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if the budget is spent."""
@@ -57,23 +80,28 @@ class LabelBudget(Callback):
         if not source.ends_round(trainer.current_epoch):
             return
         before, self._round_done_at = self._round_done_at, source.num_labels
+        if self.cost is not None:
+            self._cost_done_at = datamodule_of(trainer, PricedSource, "LabelBudget.cost").cost()
         self._idle_rounds = self._idle_rounds + 1 if self._round_done_at == before else 0
-        if self._round_done_at >= self.labels:
+        if self._is_spent():
             trainer.should_stop = True
         elif self._idle_rounds >= PATIENCE:
             rank_zero_warn(
                 f"the last {PATIENCE} rounds brought no label: the two responses of every pair were equal, so that the "
-                f"policy has collapsed. The run stops at {self._round_done_at} of {self.labels} labels; raise "
-                f"data.decoding.temperature, or start from another policy"
+                f"policy has collapsed. The run stops at {self._round_done_at} labels, before its budget is spent; "
+                f"raise data.decoding.temperature, or start from another policy"
             )
             trainer.should_stop = True
 
     def state_dict(self) -> State:
-        """How many labels had been bought when the last round ended, and the rounds in a row without one."""
-        return {"round_done_at": self._round_done_at, "idle_rounds": self._idle_rounds}
+        """Labels and cost when the last round ended, and the rounds in a row without a label."""
+        state: State = {"round_done_at": self._round_done_at, "idle_rounds": self._idle_rounds}
+        return state if self.cost is None else {**state, "cost_done_at": self._cost_done_at}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._round_done_at = state_dict["round_done_at"]
         # checkpoints of version 0.1 do not have it
         self._idle_rounds = state_dict.get("idle_rounds", 0)
+        # a budget of labels alone does not keep it
+        self._cost_done_at = state_dict.get("cost_done_at", 0.0)

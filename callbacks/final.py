@@ -7,6 +7,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.reporting import preference_source
+from lightning_rlhf.protocols import PricedSource
 
 
 class FinalValidation(Callback):
@@ -35,6 +36,9 @@ def is_last_epoch(trainer: Trainer) -> bool:
     if trainer.max_steps != -1 and trainer.global_step + steps >= trainer.max_steps:
         return True
     source = preference_source(trainer)
-    if source.label_budget is None or not source.ends_round(trainer.current_epoch):
+    if not source.ends_round(trainer.current_epoch):
         return False
-    return source.num_labels >= source.label_budget
+    # collective calls: every rank asks, since every rank has the same budgets
+    if source.label_budget is not None and source.num_labels >= source.label_budget:
+        return True
+    return isinstance(source, PricedSource) and source.cost_budget is not None and source.cost() >= source.cost_budget

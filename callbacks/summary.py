@@ -7,18 +7,21 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import last_validation, preference_source, root
+from lightning_rlhf.evaluation.feedback import Feedback, feedback_lines
 from lightning_rlhf.evaluation.heldout import HeldOutMeans, HeldOutRow, optional_mean, summarize
-from lightning_rlhf.protocols import beta_of
+from lightning_rlhf.protocols import PricedSource, beta_of
 from lightning_rlhf.types import State
 
 
 RowKey = tuple[int, int, int]
+PAIR_METRICS = {"pairs": "pairs", "accuracy": "accuracy", "loss": "loss", "margin": "rewards/margins"}
+"""Names in the result, and those under ``val/``, of the metrics of held-out pairs."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,12 @@ class Summary(HeldOutCallback):
     The result: held-out mean reward before and after training with standard errors, the paired difference over the same
     prompts with its standard error (smaller than the two errors suggest, since hard prompts are hard both times), KL in
     nats per sequence, J = reward - beta * KL before and after, labels bought, model passes per pair, seconds; and the
-    free ties (pairs of equal responses), where there are any. The file has the CPU seconds of this process, too. The
-    first validation of the run counts as before, the latest as after; both are kept in the checkpoint, as are the
-    seconds. Unknown metrics, such as rewards without a reward function, are left out of the line and null in the file.
+    free ties (pairs of equal responses), where there are any. The file has ``cost``, the price of all label attempts,
+    and the CPU seconds of this process, too. Where people or several labelers gave the labels, lines above the last one
+    say how far they agree, and the file has ``sources``, ``alignment`` and ``people``. The first validation of the run
+    counts as before, the latest as after; both are kept in the checkpoint, as are the seconds. Of recorded held-out
+    pairs the line has accuracy and loss before and after, and the file the mean margin too. Unknown metrics, such as
+    rewards without a reward function, are left out of the line and null in the file.
 
     It writes into ``trainer.default_root_dir`` on rank zero, and takes no arguments. List it last, so that no other
     callback prints after it.
@@ -54,6 +60,8 @@ class Summary(HeldOutCallback):
         super().__init__()
         self._before: Validation | None = None
         self._after: Validation | None = None
+        self._pairs_before: dict[str, float] = {}
+        self._pairs_after: dict[str, float] = {}
         self._seconds_before = 0.0  # In earlier fits of the run.
         self._started: float | None = None
         self._cpu_before = 0.0
@@ -69,6 +77,16 @@ class Summary(HeldOutCallback):
         self._after = Validation(trainer.global_step, summarize(rows), rewards)
         self._before = self._before or self._after
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the first and the latest metrics of held-out pairs."""
+        found = {name: trainer.callback_metrics.get(f"val/{key}") for name, key in PAIR_METRICS.items()}
+        # a module without pairs logs none of them
+        if trainer.sanity_checking or found["pairs"] is None:
+            return
+        metrics = {name: value.item() for name, value in found.items() if value is not None}
+        self._pairs_after = {"step": trainer.global_step, **metrics}
+        self._pairs_before = self._pairs_before or self._pairs_after
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the result."""
         # a second fit with this object goes on counting from here
@@ -76,12 +94,17 @@ class Summary(HeldOutCallback):
         source = preference_source(trainer)
         passes = source.passes_per_pair
         ties, silver = source.num_ties, source.num_silver_pairs
+        priced: dict[str, Any] = {}
+        if isinstance(source, PricedSource):
+            priced = {"cost": source.cost(), **source.feedback()}
         result = {
             **result_of(self._before, self._after, beta_of(pl_module)),
+            **pair_result_of(self._pairs_before, self._pairs_after),
             "steps": trainer.global_step,
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
             **({"silver_pairs": silver} if silver else {}),
+            **priced,
             "passes_per_pair": None if math.isnan(passes) else passes,
             "seconds": self._seconds(),
             "cpu_seconds": self._cpu_seconds(),
@@ -90,7 +113,7 @@ class Summary(HeldOutCallback):
         if not trainer.is_global_zero:
             return
         (root(trainer) / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(closing_line(result), flush=True)
+        print(*feedback_lines(cast(Feedback, priced)), closing_line(result), sep="\n", flush=True)
 
     def _seconds(self) -> float:
         """Seconds spent in fit, restarts included."""
@@ -103,6 +126,8 @@ class Summary(HeldOutCallback):
     def state_dict(self) -> State:
         """Both validations and the seconds so far, as plain data."""
         return {
+            "pairs_before": self._pairs_before,
+            "pairs_after": self._pairs_after,
             "before": None if self._before is None else asdict(self._before),
             "after": None if self._after is None else asdict(self._after),
             "seconds": self._seconds(),
@@ -113,7 +138,8 @@ class Summary(HeldOutCallback):
         """Restore the state of `state_dict`."""
         self._before, self._after = (restored(state_dict[name]) for name in ("before", "after"))
         self._seconds_before, self._started = state_dict["seconds"], None
-        # checkpoints of 0.1 lack it
+        # checkpoints of 0.1 lack these
+        self._pairs_before, self._pairs_after = (state_dict.get(f"pairs_{name}", {}) for name in ("before", "after"))
         self._cpu_before = state_dict.get("cpu_seconds", 0.0)
 
 
@@ -148,6 +174,16 @@ def result_of(before: Validation | None, after: Validation | None, beta: float) 
     }
 
 
+def pair_result_of(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Compare the held-out pairs of two validations of a run; empty without pairs."""
+    if not before or not after:
+        return {}
+    result = {"pairs": after["pairs"]}
+    for name in ("accuracy", "loss", "margin"):
+        result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    return {**result, "pairs_step_before": before["step"], "pairs_step_after": after["step"]}
+
+
 def closing_line(result: Mapping[str, Any]) -> str:
     """Put the result of a run into one line."""
     parts = []
@@ -160,11 +196,16 @@ def closing_line(result: Mapping[str, Any]) -> str:
         late = measured(result["reward_after"], result["reward_after_stderr"])
         change = measured(result["reward_difference"], result["reward_difference_stderr"], sign="+")
         parts.append(f"held-out reward {early} -> {late} ({change} paired)")
+    if "pairs" in result:
+        parts.append(pair_line(result))
     if result["kl_after"] is not None:
         parts.append(f"KL {rounded(result['kl_after'])} nats/sequence")
     if trained and result["j_before"] is not None and result["j_after"] is not None:
         parts.append(f"J {rounded(result['j_before'])} -> {rounded(result['j_after'])}")
     parts.append(f"{result['labels']} labels")
+    # a price of 1 per label says nothing new
+    if result.get("cost") not in (None, float(result["labels"])):
+        parts.append(f"cost {result['cost']:.6g}")
     if result.get("ties"):
         parts.append(f"{result['ties']} free ties (equal responses)")
     if result.get("silver_pairs"):
@@ -172,6 +213,18 @@ def closing_line(result: Mapping[str, Any]) -> str:
     if result["passes_per_pair"] is not None:
         parts.append(f"{result['passes_per_pair']:.1f} passes per pair")
     return ", ".join([*parts, f"{result['seconds']:.0f} s"])
+
+
+def pair_line(result: Mapping[str, float]) -> str:
+    """Put the held-out pairs of a run into words."""
+    accuracy, loss, pairs = result["accuracy_after"], result["loss_after"], result["pairs"]
+    # binomial standard error
+    error = math.sqrt(accuracy * (1 - accuracy) / pairs)
+    trained = result["pairs_step_before"] != result["pairs_step_after"]
+    earlier = [f"{result[f'{name}_before']:.3f} -> " if trained else "" for name in ("accuracy", "loss")]
+    return (
+        f"held-out accuracy {earlier[0]}{accuracy:.3f} ± {error:.3f} on {pairs:.0f} pairs, loss {earlier[1]}{loss:.3f}"
+    )
 
 
 def measured(value: float, error: float | None, sign: str = "") -> str:

@@ -1,5 +1,6 @@
 """Where the command line starts: ``lightning-rlhf``, and ``python -m lightning_rlhf``."""
 
+import os
 import sys
 
 from lightning_rlhf.runtime import preemption
@@ -10,6 +11,11 @@ def main() -> None:
     if preemption.is_worker():
         # first of all: a launcher may die in the seconds that the imports below take
         preemption.end_with_parent()
+    from lightning_rlhf.commands.overview import answered
+
+    # in a moment, since nothing is imported
+    if answered(sys.argv[1:]):
+        return
     if sys.argv[1:2] == ["annotate"]:
         # a page for people needs no torch, and is up in a second without it
         from lightning_rlhf.commands.annotate import main as annotate
@@ -21,12 +27,28 @@ def main() -> None:
 
     try:
         run()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if not told_by_us(error):
+            raise
+        print(f"error: {error}\n(LIGHTNING_RLHF_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        raise SystemExit(1) from None
     except SystemExit as ended:
         # a text is the message of an error
         if isinstance(ended.code, int):
             end_with(ended.code)
         raise
     end_with(0)
+
+
+def told_by_us(error: BaseException) -> bool:
+    """Whether an error was raised by this package, with cause and remedy in its text: no traceback is needed then."""
+    if os.environ.get("LIGHTNING_RLHF_TRACEBACK"):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = os.path.dirname(os.path.abspath(__file__))
+    return trace is not None and os.path.abspath(trace.tb_frame.f_code.co_filename).startswith(package + os.sep)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,27 @@ import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable
 
+import lightning as L
 from jsonargparse import (
-    ArgumentParser,
     auto_cli,
     set_parsing_settings,
 )
 
 from lightning_rlhf.commands import annotate
 from lightning_rlhf.commands.config_files import classes_in_configs, config_of, note_once
+from lightning_rlhf.commands.errors import ShortErrors
 from lightning_rlhf.commands.evaluate import EvaluationRun
-from lightning_rlhf.commands.export import export_ledger
-from lightning_rlhf.commands.fit import RLHFCLI, hush, told_by_constructors
+from lightning_rlhf.commands.exports import export
+from lightning_rlhf.commands.fit import RLHFCLI, RLHFTrainer, hush, told_by_constructors
 from lightning_rlhf.commands.label import LabelRun
+from lightning_rlhf.commands.overview import answered, short_usage
+from lightning_rlhf.commands.parts import Part, asked_for_help, find_class, part_at
 from lightning_rlhf.commands.pipeline import Pipeline
 from lightning_rlhf.commands.plan import plan_run
 from lightning_rlhf.commands.settings import FREE_OF_COMMANDS, _plain
+from lightning_rlhf.commands.votes import import_votes
 from lightning_rlhf.experiments import CompareRun
 from lightning_rlhf.renamed import renamed_arguments
 from lightning_rlhf.runtime import distributed
@@ -49,7 +54,7 @@ def run_command(command: str, args: list[str]) -> None:
     """Run one of `COMMANDS`."""
     kind = COMMANDS[command]
     description = (kind.__doc__ or "").strip().partition("\n\n    Args:")[0]
-    parser = ArgumentParser(prog=f"lightning-rlhf {command}", description=description, parser_mode="omegaconf+")
+    parser = ShortErrors(prog=f"lightning-rlhf {command}", description=description, parser_mode="omegaconf+")
     parser.add_argument("-c", "--config", action=config_of(command), help="A file with these settings.")
     # the file of `compare` may stand alone: `lightning-rlhf compare compare/smoke`
     if command == "compare" and args and not args[0].startswith("-"):
@@ -67,7 +72,7 @@ def run_command(command: str, args: list[str]) -> None:
 def run_pipeline(args: list[str]) -> None:
     """Run a pipeline file."""
     description = inspect.cleandoc(Pipeline.__doc__ or "").partition("\n\nArgs:")[0]
-    parser = ArgumentParser(prog="lightning-rlhf run", description=description)
+    parser = ShortErrors(prog="lightning-rlhf run", description=description)
     parser.add_argument("pipeline", type=str, help="The pipeline, a YAML file.")
     parser.add_argument("--run_dir", type=str, default=None, help="Folder of all stages, in place of the file's.")
     parser.add_argument("--set", nargs="*", type=str, default=[], help="Variables that differ: NAME=VALUE ...")
@@ -78,10 +83,46 @@ def run_pipeline(args: list[str]) -> None:
     Pipeline(config.pipeline, config.run_dir, {name: value for name, _, value in changed}).run()
 
 
+def explain(command: str, args: list[str]) -> bool:
+    """Print help about a part, asked for by ``--model.loss.help`` or ``--help=model.loss``; False if none was.
+
+    Raises:
+        SystemExit: with status 2, if there is no such part.
+    """
+    asked = asked_for_help(args)
+    if asked is None:
+        return False
+    given = classes_in_configs(args)
+    for arg in args:
+        name_given, _, value = arg.partition("=")
+        given[name_given.removeprefix("--").rstrip("+").replace("init_args.", "")] = value
+    if command in COMMANDS:
+        whole = Part("", [COMMANDS[command]], COMMANDS[command])
+        inner = {name: whole.inner(name, given) for name in whole.names()}
+        roots = {name: part for name, part in inner.items() if part is not None}
+    else:
+        kinds: dict[str, type] = {"model": L.LightningModule, "data": L.LightningDataModule}
+        roots = {name: Part(name, [kind], find_class(given.get(name, ""), [kind])) for name, kind in kinds.items()}
+        roots["trainer"] = Part("trainer", [RLHFTrainer], RLHFTrainer)
+    path, name = asked
+    try:
+        part = part_at(path, roots, given)
+        if name is not None and (found := find_class(name, part.kinds)) is None:
+            raise ValueError(f"no class {name!r} for --{path}")
+    except ValueError as error:
+        print(f"error: {error}\n{short_usage(f'lightning-rlhf {command}')}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print((part if name is None else Part(path, part.kinds, found, part.owner)).help())
+    return True
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    hush()
     argv = sys.argv[1:] if args is None else args
+    if answered(argv):
+        # as argparse ends after its own help
+        raise SystemExit(0)
+    hush()
     if "" not in sys.path and os.getcwd() not in sys.path:
         # a user's own classes are found in the folder she works in, as with ``python -m``
         sys.path.insert(0, os.getcwd())
@@ -92,16 +133,27 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(128 + signal.SIGINT) from None
 
 
+def _call(function: Callable[..., str], argv: list[str]) -> str:
+    name = f"lightning-rlhf {argv[0]}"
+    text: str = auto_cli(function, args=argv[1:], as_positional=False, parser_class=ShortErrors, prog=name)
+    return text
+
+
 def _run(argv: list[str], args: list[str] | None) -> None:
+    if argv and argv[0] in ("fit", "validate", "sample", *COMMANDS) and explain(argv[0], argv[1:]):
+        raise SystemExit(0)
     if argv[:1] == ["annotate"]:
         annotate.main(argv[1:])
         return
     if argv[:1] == ["export"]:
-        written = auto_cli(export_ledger, args=argv[1:], as_positional=False)
-        print(f"wrote {written} rows")
+        print(_call(export, argv))
+        return
+    if argv[:1] == ["import"]:
+        counts = auto_cli(import_votes, args=argv[1:], as_positional=False)
+        print("{read} votes read, {new} new, {late} of them late, {labels} new labels".format(**counts))
         return
     if argv[:1] == ["plan"]:
-        print(auto_cli(plan_run, args=argv[1:], as_positional=False))
+        print(_call(plan_run, argv))
         return
     if argv[:1] == ["run"]:
         run_pipeline(argv[1:])

@@ -13,6 +13,7 @@ contract                      asked by                                        fu
 `RolloutModule`               `RolloutDataModule`                             `PolicyGradientModule`
 `StepData`                    `AbstractStepModule`, its callbacks             `AbstractStepDataModule`
 `RoundData`                   `AbstractRoundModule`                           `AbstractRoundDataModule`
+`PricedSource`                `LabelBudget`, `Summary`                        `PreferenceDataModule`
 `PreferenceSource`, `Round`   callbacks                                       `AbstractStepDataModule`, rounds
 `TrainedModule`               callbacks                                       all modules
 `PolicyLike`                  callbacks                                       policy and reward modules
@@ -115,6 +116,10 @@ class RoundData(StepData, Protocol):
     decoding: Decoding
     heldout_reward: AbstractReward | None
 
+    @property
+    def answers_heldout(self) -> bool:
+        """Whether validation generates answers to held-out prompts."""
+
     def sample_only(self, rounds: list[int]) -> None:
         """Sample rounds into the ledger and buy no label."""
 
@@ -149,6 +154,19 @@ class Round(Protocol):
     @property
     def labels_bought(self) -> int:
         """Labels paid for in this process: 0 on ranks other than zero."""
+
+
+@runtime_checkable
+class PricedSource(Protocol):
+    """A DataModule whose labels have a price."""
+
+    cost_budget: float | None
+
+    def cost(self) -> float:
+        """Cost of the label attempts so far, from the ledger on rank zero: every rank must ask."""
+
+    def feedback(self) -> Mapping[str, object]:
+        """Where the labels come from, as JSON, from the ledger on rank zero: every rank must ask."""
 
 
 @runtime_checkable

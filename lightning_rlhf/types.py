@@ -23,9 +23,13 @@ the chat template as they are.
 """
 
 FinishReason = Literal["eos", "length"]
-LabelStatus = Literal["ok", "invalid", "refused", "truncated", "rate_limited", "timeout", "skipped", "tie", "both_bad"]
+LabelStatus = Literal[
+    "ok", "invalid", "refused", "truncated", "rate_limited", "timeout", "skipped", "tie", "both_bad", "routed"
+]
 FINAL_STATUSES = frozenset({"skipped", "tie", "both_bad"})
 """Answers of people that give no label, and are not asked for again: a skip, and ties where a run drops them."""
+ROUTED: LabelStatus = "routed"
+"""Verdict of a first labeler on a pair that waits for a second one (`MixedLabeler`): no label, and no failure."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class PromptRow:
             otherwise.
         finish_reasons: why the recorded completions ended, in the same order; empty if all of them ended by
             themselves.
+        subset: name of the part of the data that the row belongs to, for metrics by source; empty if it has none.
         columns: other columns of the row, for rewards; they play no part in the identity of a row.
     """
 
@@ -73,6 +78,7 @@ class PromptRow:
     template_options: dict[str, Any] = field(default_factory=dict)
     answers: tuple[Message, ...] = ()
     finish_reasons: tuple[FinishReason, ...] = ()
+    subset: str = ""
     columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
@@ -89,6 +95,7 @@ class Prompt:
         recorded: ``pair`` as text, with its label.
         completion: tokenized recorded completion, for supervised rows; ledgers do not keep it.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
+        subset: name of the part of the data that the row belongs to; empty if it has none. Ledgers do not keep it.
         columns: other columns of the row, such as the right answer, for rewards; ledgers do not keep them, and
             collectors put them back by ``index``.
     """
@@ -101,6 +108,7 @@ class Prompt:
     recorded: RecordedPair | None = None
     completion: Response | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
+    subset: str = ""
     # read-only, and shared with the row; two prompts that differ in it alone are the same to a ledger
     columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 

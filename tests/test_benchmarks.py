@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results
+from benchmarks import annotation_load, results
 from benchmarks.harness import check_same, ids_in_order, model_folder
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
@@ -53,6 +53,17 @@ def test_a_benchmark_prints_a_table_and_a_line_of_json(tmp_path: Path, name: str
     if options:
         # TRL has computed the same loss on the same tokens
         assert "agree" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_load_of_the_annotation_server_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("starlette")
+    found = annotation_load.measure(tmp_path, robots=2, think=0.0, seconds=30.0, pairs=12, words=20)
+    # the robots stop when there is no pair left
+    assert found["votes"] == 12
+    assert 0 < found["next_p50_ms"] <= found["next_p99_ms"] and 0 < found["vote_p50_ms"] <= found["vote_p99_ms"]
+    assert annotation_load.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert annotation_load.percentile(list(map(float, range(1, 201))), 0.99) == 198.0
 
 
 def test_arms_that_differ_are_refused() -> None:

@@ -114,6 +114,20 @@ def test_samplers_that_ask_a_model_need_one(tiny_policy: Path, overlay: str) -> 
         fit("--config=dpo_online", f"--config={overlay}", f"--model.policy={tiny_policy}", *ONLINE)
 
 
+def test_spin_plays_against_the_policy_of_the_last_round(in_folder: Path, tiny_policy: Path) -> None:
+    rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
+    (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data.prompts.path=rows.jsonl", "--data.rounds.prompts_per_round=3", "--data.pairs_per_batch=3"]
+    options += ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--data.decoding.max_new_tokens=16"]
+    fit("--config=spin", f"--model.policy={tiny_policy}", *options, "--run_dir=run")
+    summary = json.loads((in_folder / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["labels"], summary["cost"]) == (2, 6, 0.0)
+    with PreferenceStore(in_folder / "run" / "ledger.sqlite", read_only=True) as store:
+        pairs = list(store.preferences())
+    assert [pair.label.probability for pair in pairs] == [1.0] * 6
+    assert {(pair.comparison.a.source, pair.comparison.b.source) for pair in pairs} == {("dataset", "policy")}
+
+
 def test_dpo_offline_fits_recorded_pairs(in_folder: Path, tiny_policy: Path) -> None:
     rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
     (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,14 +10,14 @@ from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
-from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Question, booked_once
+from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question, booked_once
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.runtime.plugins import returned
 from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler
-from lightning_rlhf.types import FINAL_STATUSES, Comparison, Label, Preference, Prompt
+from lightning_rlhf.types import FINAL_STATUSES, ROUTED, Comparison, Label, Preference, Prompt
 
 
 LedgerRow: TypeAlias = tuple[int, Comparison, Label | None]
@@ -146,6 +146,9 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         self.store.add_ties(
             [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
         )
+        if getattr(self.labeler, "whole_rounds", False):
+            # closed rounds only: labels of this one are there after a restart, and not when it is begun
+            self.labeler.recall(self._memory(index - 1))
         for attempt in range(self.label_attempts):
             # the ledger counts attempts, so that a restart does not exceed label_attempts
             asked = self.store.attempts(index)
@@ -174,7 +177,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
                     guidelines = {name: text for answer in answers for name, text in answer.guidelines.items()}
                     self.store.add_labels(ids, labels, [answer.votes for answer in answers], guidelines)
                     bought += sum(label.status == "ok" for label in labels)
-                    bar.update(len(ids))
+                    bar.update(sum(label.status != ROUTED for label in labels))
         return bought
 
     def _answers(
@@ -197,13 +200,20 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             yield [id_ for id_, _ in given], [answer for _, answer in given]
         own = [pair for pair, label in zip(open_, known, strict=True) if label is None]
         pairs = [*own, *late]
-        run, attempts = self._ledger.run_id, {id_: len(self._ledger.history(id_)) for id_, _ in pairs}
-        questions = [
-            Question(f"{run}/{id_}/{attempts[id_]}", comparison, is_late=place >= len(own))
-            for place, (id_, comparison) in enumerate(pairs)
-        ]
+        run, questions = self._ledger.run_id, []
+        for place, (id_, comparison) in enumerate(pairs):
+            earlier = tuple(self._ledger.history(id_))
+            # a pair keeps its name while it waits for a second labeler
+            attempt = sum(label.status != ROUTED for label in earlier)
+            questions.append(Question(f"{run}/{id_}/{attempt}", comparison, place >= len(own), earlier))
         for answers in self.labeler.stream(questions, answered + len(given), key):
             yield [pairs[place][0] for place, _ in answers], [answer for _, answer in answers]
+
+    def _memory(self, index: int) -> Memory:
+        """What the rounds up to ``index`` have brought."""
+        upto = int((self._ledger.round_info(index) or {}).get("upto", 0))
+        votes = self._ledger.votes(upto=upto)
+        return Memory(self._ledger.overlap(upto), [((round_, place), vote) for round_, place, vote in votes])
 
     def _is_final(self, id_: int, attempt: int) -> bool:
         """Whether people gave an answer that is no label, and will not be asked again."""

@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 
 from lightning_rlhf.collectors.preferences import RoundCollector
-from lightning_rlhf.commands.label import LabelReport, LabelRun, progress_bar, update
+from lightning_rlhf.commands.label import LabelReport, LabelRun, last_answers, progress_bar, update
 from lightning_rlhf.evaluation.answers import (
     DEFAULT_POLICY_OPTIONS,
     RECORDED,
@@ -301,7 +301,7 @@ class EvaluationRun:
         collector.sample(0, prompts, None, chunk=1024)
         collector.label(0, self.options.chunk)
         # pairs without a verdict keep their last failed attempt, whose status tells why
-        return [(c, label or store.history(id_)[-1]) for id_, c, label in store.comparisons(0)]
+        return last_answers(store, store.comparisons(0))
 
     def _alignment(self, settings: Mapping[str, object]) -> LabelReport:
         assert self.pairs is not None

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_rlhf.commands.votes import helpsteer_rows, vote_rows
 from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -25,6 +26,7 @@ from lightning_rlhf.types import Comparison, Message, Preference, Prompt, Rollou
 
 Format = Literal["auto", "jsonl", "parquet"]
 Rows = Literal["auto", "plain", "conversational"]
+Content = Literal["rows", "votes", "helpsteer"]
 Row = dict[str, Any]
 
 _TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -38,6 +40,9 @@ _TYPES = {
     "reward_chosen": pa.float64(),
     "reward_rejected": pa.float64(),
     "recorded_probability": pa.float64(),
+    "votes": pa.int64(),
+    "agreement": pa.float64(),
+    "strength": pa.float64(),
     "round": pa.int64(),
     "position": pa.int64(),
     "prompt_index": pa.int64(),
@@ -45,7 +50,14 @@ _TYPES = {
 _ROW_GROUP = 1024  # rows in memory at once
 
 
-def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "auto", best: bool = False) -> int:
+def export_ledger(
+    ledger: str,
+    out: str,
+    format: Format = "auto",
+    rows: Rows = "auto",
+    best: bool = False,
+    content: Content = "rows",
+) -> int:
     """Write the labeled comparisons of a ledger as preference rows, or its rollouts, and return how many there are.
 
     The chosen response is the more probable one; the first of two equally probable ones. Columns are ``prompt``,
@@ -53,7 +65,8 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
     ``branch``, ``prompt_index``; ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit
     cut the response off; ``reward_chosen`` and ``reward_rejected`` if the labeler noted ``reward_a`` and
     ``reward_b``; ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones; and
-    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON.
+    ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON; and ``source``, ``votes``,
+    ``agreement`` and ``strength`` (mean, 3 where chosen is much better) if people or several labelers gave labels.
 
     Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where
     they are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in
@@ -67,6 +80,8 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
             messages, to which the other trainer applies its own template; ``auto`` writes messages if every prompt has
             them.
         best: of rollouts, only the most rewarded one of each prompt and round.
+        content: ``rows`` as above; ``votes`` of people, for `import_votes`; or labeled pairs in the form of
+            ``helpsteer``. The last two are JSON lines.
 
     Raises:
         ValueError: if nothing is labeled yet, the format cannot be told, or a prompt without messages is to be written
@@ -75,12 +90,18 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
     target, kind = check_target(ledger, out, format)
     # a snapshot: the run may add rows between the two passes
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        if content != "rows":
+            if kind != "jsonl":
+                raise ValueError(f"content={content} is written as JSON lines; name {out} .jsonl")
+            return _write(vote_rows(store) if content == "votes" else helpsteer_rows(store), target, kind)
+        any_has_source = False
         count, all_have_messages, any_has_rewards, any_is_recorded, any_has_options = 0, True, False, False, False
         for preference in store.preferences():
             # columns that no row needs are left out, so a first pass looks at all rows
             count += 1
             all_have_messages &= preference.comparison.prompt.messages is not None
             any_has_rewards |= "reward_a" in preference.label.meta
+            any_has_source |= "source" in preference.label.meta
             any_is_recorded |= _recorded(preference.comparison) is not None
             any_has_options |= bool(preference.comparison.prompt.template_options)
         if not count and (rollouts := _groups(store)):
@@ -90,6 +111,7 @@ def export_ledger(ledger: str, out: str, format: Format = "auto", rows: Rows = "
         conversational = rows == "conversational" or (rows == "auto" and all_have_messages)
         written: Iterable[Row] = (
             preference_row(p, conversational, any_has_rewards, any_is_recorded)
+            | (_source_columns(p) if any_has_source else {})
             | (_template_columns(p.comparison.prompt) if any_has_options and conversational else {})
             for p in store.preferences()
         )
@@ -159,6 +181,20 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
     if recorded:
         row["recorded_probability"] = human
     return row
+
+
+def _source_columns(preference: Preference) -> Row:
+    """Who gave the label, and how far people agreed; null where it is not known."""
+    meta = preference.label.meta
+    strength = meta.get("strength")
+    if strength is not None and preference.probability < 0.5:
+        strength = -strength
+    return {
+        "source": meta.get("source"),
+        "votes": meta.get("votes"),
+        "agreement": meta.get("agreement"),
+        "strength": strength,
+    }
 
 
 def _recorded(comparison: Comparison) -> float | None:

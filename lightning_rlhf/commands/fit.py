@@ -14,12 +14,12 @@ import lightning as L
 from jsonargparse import (
     Namespace,
 )
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
@@ -41,10 +41,13 @@ from lightning_rlhf.commands.config_files import (
     nested_nulls,
     note_once,
 )
+from lightning_rlhf.commands.errors import RunParser
 from lightning_rlhf.commands.export import export_comparisons
+from lightning_rlhf.commands.loggers import keep_in_run_folder, loggers_of, tell_settings
 from lightning_rlhf.commands.settings import _plain, fingerprint
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.renamed import renamed_arguments
+from lightning_rlhf.runtime.checkpoint_io import SafeCheckpointIO
 from lightning_rlhf.runtime.checkpoints import (
     ExplicitCheckpoints,
     NotedSignals,
@@ -84,6 +87,8 @@ class RLHFTrainer(L.Trainer):
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         # in place of the connectors that the constructor of Lightning has made
         self._signal_connector = NotedSignals(self)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's own stays
+            self.strategy.checkpoint_io = SafeCheckpointIO()
         self._checkpoint_connector = ExplicitCheckpoints(self)
 
     def sample(
@@ -139,9 +144,10 @@ class RLHFCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with ``--config`` by name."""
-        parser = LightningArgumentParser(**kwargs)
+        parser = RunParser(**{"prog": "lightning-rlhf", **kwargs})
         parser.epilog = (
-            "Other commands: annotate, compare, evaluate, export, label, plan, run; each explains itself with --help."
+            "Other commands: annotate, compare, evaluate, export, import, label, plan, run; each explains itself with "
+            "--help."
         )
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help=f"A file, or one of: {', '.join(config_names())}."
@@ -173,6 +179,19 @@ class RLHFCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             parser.error(str(error))
+        if isinstance(args, list):
+            self._seed_everything(args)
+
+    def _seed_everything(self, args: list[str]) -> None:
+        """Let ``--seed_everything=N`` on the command line decide the seed of the DataModule, unless that is given."""
+        given = {arg.partition("=")[0] for arg in args}
+        config = self.config[self.config["subcommand"]]
+        seed, arguments = config.get("seed_everything"), config.get("data.init_args")
+        if "--seed_everything" not in given or given & {"--data.seed", "--data.init_args.seed"}:
+            return
+        # True asks Lightning for a random seed, which a run could not be continued with
+        if isinstance(seed, int) and not isinstance(seed, bool) and arguments is not None and "seed" in arguments:
+            arguments["seed"] = seed
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: the command line wins over the settings in a checkpoint."""
@@ -184,6 +203,7 @@ class RLHFCLI(LightningCLI):
             TypeError: if one would not be built, because the argument that it is given to has no type.
             ValueError: with the message of a constructor and its name.
         """
+        keep_in_run_folder(self._get(self.config, "trainer.logger"), self.run_dir)
         with told_by_constructors(self.config[self.subcommand]):
             super().instantiate_classes()
 
@@ -194,11 +214,7 @@ class RLHFCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; logs and a checkpoint per epoch go to the run folder unless said otherwise."""
-        if self._get(self.config_init, "trainer.logger") in (None, True):
-            kwargs["logger"] = [
-                CSVLogger(self.run_dir, name="metrics"),
-                TensorBoardLogger(self.run_dir, name="", version="tensorboard"),
-            ]
+        kwargs["logger"] = loggers_of(self._get(self.config_init, "trainer.logger"), self.run_dir)
         callbacks = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if self._get(self.config_init, "trainer.logger") is False:
@@ -216,6 +232,10 @@ class RLHFCLI(LightningCLI):
         own = None
         if self._get(self.config_init, "trainer.enable_checkpointing") is not False:
             own = self._run_checkpoint(callbacks)
+            for callback in callbacks:
+                # else Lightning takes the folder of the first logger, another one at each start
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(self.run_dir / "checkpoints" / "user")
             # always there, and behind those of the user: its state then holds theirs
             callbacks = [*(callback for callback in callbacks if callback is not own), own]
         callbacks = [*callbacks, StopOnSignal(own.save_now if own else None)]
@@ -272,6 +292,7 @@ class RLHFCLI(LightningCLI):
             return
         # before the first epoch, whose checkpoint could not be written
         check_writable(self.run_dir)
+        tell_settings(self.trainer.loggers, _plain(settings))
         record = RunRecord(self.run_dir, _plain(settings), self.datamodule.fingerprint)
         self.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         self._name_what_is_missing()
@@ -343,6 +364,8 @@ def hush() -> None:
     for message in (
         r".*is_gradient_checkpointing.* is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+        # the arguments are handed over after old names in them were replaced
+        r"LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.collectors.progress import Bar
 from lightning_rlhf.commands.export import Rows, check_target, export_ledger
+from lightning_rlhf.evaluation.feedback import Feedback, feedback_lines, feedback_summary
 from lightning_rlhf.evaluation.judges import JudgeMetrics
 from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
 from lightning_rlhf.labelers.base import AbstractLabeler
@@ -47,6 +48,7 @@ class LabelReport(TypedDict):
         seconds: time of the last call.
         left_out: rows that the source left out, by reason.
         figures: metrics of `JudgeMetrics`.
+        feedback: where the labels come from.
     """
 
     pairs: int
@@ -58,6 +60,7 @@ class LabelReport(TypedDict):
     bought_now: int
     seconds: float
     left_out: dict[str, int]
+    feedback: Feedback
     figures: dict[str, float]
 
 
@@ -203,8 +206,7 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
     rows = store.comparisons(0)
     # page by page: texts of all pairs need not fit into memory
     for start in range(0, len(rows), PAGE):
-        # without a label the last failed attempt stands in: it still counts for position and mass
-        update(metric, [(c, label or store.history(id_)[-1]) for id_, c, label in rows[start : start + PAGE]])
+        update(metric, last_answers(store, rows[start : start + PAGE]))
     figures = {name: value.item() for name, value in metric.compute().items()}
     return {
         "pairs": len(rows),
@@ -217,7 +219,21 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
         "seconds": seconds,
         "left_out": {reason: count for reason, count in left_out.items() if count},
         "figures": figures,
+        "feedback": feedback_summary(store),
     }
+
+
+def last_answers(
+    store: PreferenceStore, rows: Sequence[tuple[int, Comparison, Label | None]]
+) -> list[tuple[Comparison, Label]]:
+    """Comparisons and their labels, or their last failed attempts; those that nobody has answered are left out."""
+    found = []
+    for identity, comparison, label in rows:
+        # a failed attempt still counts for position and mass; people may not have answered yet
+        answers = [label] if label is not None else store.history(identity)
+        if answers:
+            found.append((comparison, answers[-1]))
+    return found
 
 
 def update(metric: JudgeMetrics, judged: Sequence[tuple[Comparison, Label]]) -> None:
@@ -257,7 +273,7 @@ def label_lines(report: LabelReport) -> list[str]:
         f"labeled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
         f"cost {report['cost']:.6g}{failed}{free}; {report['bought_now']} in this call{speed}"
     )
-    return [first, *judge_lines(report["figures"])]
+    return [first, *feedback_lines(report["feedback"]), *judge_lines(report["figures"])]
 
 
 def progress_bar(description: str, total: int) -> AbstractContextManager[Bar]:

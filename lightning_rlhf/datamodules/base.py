@@ -367,7 +367,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         read: set[str] = set()
         for reward in self.rewards():
             read |= columns_read(reward, list(names))
-        return [name for name in names if name not in read and name != SOURCE_COLUMN]
+        return [name for name in names if name not in read and name not in (SOURCE_COLUMN, "source")]
 
     def rewards(self) -> list[AbstractReward]:
         """Rewards of the run, which may read columns of the rows."""

@@ -47,10 +47,14 @@ class PreferenceRoundOptions(RoundOptions):
         ledger: path of the ledger; default: ``ledger.sqlite`` in the run folder.
         replay: ``last`` trains on the newest round, ``all`` on all rounds so far, a number on that many newest rounds.
         label_attempts: times that a comparison is shown to the labeler until it is dropped, >= 1.
+        heldout_generate: whether validation generates answers to held-out prompts, for reward, KL and J; recorded
+            held-out pairs are evaluated in any case. Default: not in offline runs, whose sampler decodes nothing,
+            unless the held-out rows have no pairs.
     """
 
     replay: int | Literal["last", "all"] = "last"
     label_attempts: int = 1
+    heldout_generate: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +68,8 @@ class PrincipleRoundOptions(PreferenceRoundOptions):
     """How rounds are cut, labeled and replayed, and how principles are sampled in an epoch (arXiv 2310.05910).
 
     Args:
-        prompts_per_round, epochs_per_round, replay, label_attempts, ledger: as in `PreferenceRoundOptions`.
+        prompts_per_round, epochs_per_round, replay, label_attempts, ledger, heldout_generate: as in
+            `PreferenceRoundOptions`.
         stop: parameter of the geometric distribution of the number of principles of a pair, in (0, 1).
         most_principles: largest number, >= 1.
         negated: probability that a principle is negated, in [0, 1].

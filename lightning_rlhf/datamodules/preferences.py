@@ -7,6 +7,7 @@ a round is read from the ledger, so that a killed run continues with the pairs a
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from lightning_rlhf.datamodules.options import (
     PromptOptions,
 )
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
+from lightning_rlhf.evaluation.feedback import Feedback, feedback_summary
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
 from lightning_rlhf.ledger.silver import SilverTable
@@ -53,8 +55,9 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         prompts: where training prompts (or recorded pairs) come from.
         sampler: generates the pair of responses that is shown to the labeler.
         labeler: labels which response is better.
-        heldout: prompts for validation; default: no validation.
-        reward: scores held-out responses; default: the labeler's own reward if it has one.
+        heldout: rows for validation: recorded pairs are evaluated by the loss, prompts are answered by the policy;
+            default: no validation.
+        reward: scores generated answers to held-out prompts; default: the labeler's own reward if it has one.
         decoding: length, temperature and batch of decoding.
         rounds: how rounds are cut, labeled and replayed. One batch per round is online DPO.
         pairs_per_batch: pairs per optimizer step over all processes, >= 1; times ``trainer.accumulate_grad_batches``.
@@ -67,6 +70,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     FREE_SETTINGS: ClassVar[frozenset[str]] = AbstractRoundDataModule.FREE_SETTINGS | {
         "reward",
         "rounds.label_attempts",
+        "rounds.heldout_generate",
     }
     ITEMS: ClassVar[str] = "pairs_per_batch"
 
@@ -102,6 +106,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self.sampler, self.labeler = sampler, labeler
         self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler) else None)
         self.replay, self.label_attempts = rounds.replay, rounds.label_attempts
+        self.heldout_generate = rounds.heldout_generate
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
@@ -126,6 +131,50 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         """Pairs of equal responses in the rounds up to the newest one; every rank must ask."""
         before = self.round.index + 1 if self.round is not None else 0
         return distributed.from_rank_zero(lambda: self._store.count_ties(before) if self._store is not None else 0)
+
+    def cost(self) -> float:
+        """Cost of the label attempts up to the newest round, in the unit of the labeler; every rank must ask."""
+        return self._cost_before(self.round.index + 1 if self.round is not None else 0)
+
+    def feedback(self) -> Feedback:
+        """Where the labels so far come from, and how far their sources agree; every rank must ask."""
+        return distributed.from_rank_zero(
+            lambda: feedback_summary(self._store) if self._store is not None else Feedback()
+        )
+
+    @property
+    def answers_heldout(self) -> bool:
+        """Whether validation generates answers to held-out prompts."""
+        if self.heldout_generate is not None:
+            return self.heldout_generate
+        # an offline run decodes nothing, unless there is nothing else to look at
+        return self.sampler.needs_engine or all(prompt.pair is None for prompt in self._heldout)
+
+    def failure_causes(self, index: int) -> str:
+        """Address of the judge and its most frequent fault in a round; every rank must ask."""
+        faults = Counter(
+            distributed.from_rank_zero(lambda: self._store.faults(index) if self._store is not None else [])
+        )
+        if not faults:
+            return ""
+        address = getattr(getattr(self.labeler, "server", None), "base_url", None)
+        (fault, count), *others = faults.most_common()
+        more = f" ({len(others)} other reasons are in the ledger)" if others else ""
+        return f"; {count} times{f' {address}' if address else ''}: {fault}{more}"
+
+    def setup(self, stage: str) -> None:
+        """Read and check the rows, before any model is loaded, and open the ledger.
+
+        Raises:
+            ValueError: if there is nothing to evaluate in the held-out rows, among others.
+        """
+        super().setup(stage)
+        if self._heldout and not self.answers_heldout and all(prompt.pair is None for prompt in self._heldout):
+            raise ValueError(
+                f"{self._named_source(self.heldout_source, 'held-out rows')} have no recorded pairs, and with "
+                f"data.rounds.heldout_generate=false their prompts are not answered: give rows with 'chosen' and "
+                f"'rejected', or leave the setting out"
+            )
 
     @property
     def label_fraction(self) -> float:

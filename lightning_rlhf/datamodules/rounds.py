@@ -74,6 +74,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         )
         self.prompts_per_round, self.epochs_per_round = rounds.prompts_per_round, rounds.epochs_per_round
         self.ledger_path = rounds.ledger
+        self.cost_budget: float | None = None
+        """Cost of labels from which on no further round is begun. The `LabelBudget` callback sets it."""
         self._observed = 0
         self._store: PreferenceStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -93,6 +95,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def labels_before(self, store: PreferenceStore, index: int) -> int:
         """Labels bought in rounds before ``index``; called on rank zero."""
 
+    def failure_causes(self, index: int) -> str:
+        """Reasons of failed labels of a round, as a clause of an error; every rank must ask. Default: none."""
+        del index
+        return ""
+
     @property
     def label_fraction(self) -> float:
         """Fraction of the prompts of a round that are labeled, in (0, 1]."""
@@ -102,6 +109,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
     def labels_per_prompt(self) -> int:
         """Labels that a prompt of a round costs."""
         return 1
+
+    @property
+    def answers_heldout(self) -> bool:
+        """Whether validation generates answers to held-out prompts."""
+        return True
 
     @abstractmethod
     def forget_rounds(self) -> None:
@@ -153,7 +165,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             remedy = "a larger data.rounds.label_attempts asks the labeler again" if failed else "raise the budget"
             raise RuntimeError(
                 f"round {due} has no labeled {self.UNIT} to train on "
-                f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}); {remedy}"
+                f"(failed labels: {failed or 'none'}; label budget: {self.label_budget}){self.failure_causes(due)}; "
+                f"{remedy}"
             )
         return items
 
@@ -255,6 +268,8 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         # a spent budget buys no further round: train on the last one
         while budget is not None and due > 0 and self._labels_before(due) >= budget:
             due -= 1
+        while self.cost_budget is not None and due > 0 and self._cost_before(due) >= self.cost_budget:
+            due -= 1
         return due
 
     def _round_of(self, epoch: int) -> int:
@@ -264,7 +279,7 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
 
     def _items_per_epoch(self) -> int | None:
         """Prompts of a round, where a budget does not end the run and every prompt becomes an item."""
-        if self.label_budget is not None or self.label_fraction < 1:
+        if self.label_budget is not None or self.cost_budget is not None or self.label_fraction < 1:
             return None
         return self.prompts_per_round or len(self._prompts)
 
@@ -299,6 +314,9 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
 
     def _labels_before(self, index: int) -> int:
         return distributed.from_rank_zero(lambda: 0 if self._store is None else self.labels_before(self._store, index))
+
+    def _cost_before(self, index: int) -> float:
+        return distributed.from_rank_zero(lambda: 0.0 if self._store is None else self._store.cost(index))
 
     def _module(self) -> RoundModule:
         return module_of(self.trainer, RoundModule, type(self).__name__)

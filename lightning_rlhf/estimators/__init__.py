@@ -47,6 +47,7 @@ from lightning_rlhf.estimators.tabular import (
     tilted_pair_distribution,
     tpilaf_pair_distribution,
 )
+from lightning_rlhf.estimators.temperature import fit_temperature, tempered
 
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "dominant_score",
     "effective_sample_size",
     "expected_dpo_loss",
+    "fit_temperature",
     "gae",
     "gaussian_samples",
     "geometric_count",
@@ -82,6 +84,7 @@ __all__ = [
     "principle_signs",
     "product_pair_distribution",
     "returns_to_go",
+    "tempered",
     "tilt_probability",
     "tilted_distributions",
     "tilted_pair_distribution",

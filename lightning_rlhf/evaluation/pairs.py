@@ -47,8 +47,8 @@ class PairMetrics(Metric):
     lengths: Tensor
     ratios: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("bins", empty_bins(), dist_reduce_fx="sum")
         self.add_state("margins", torch.zeros(len(MARGINS) + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")

@@ -85,6 +85,24 @@ class LocalJudge:
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._spellings: dict[tuple[str, tuple[str, ...]], LabelSpelling] = {}
 
+    @classmethod
+    def of_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: JudgeOptions = DEFAULT_JUDGE_OPTIONS
+    ) -> LocalJudge:
+        """Make a judge of a model in memory, such as one in training; nothing is kept on disk.
+
+        Args:
+            model: a causal LM.
+            tokenizer: its tokenizer, with the chat template that is used.
+            options: how it is prompted and run; its data type and device stay as they are.
+        """
+        judge = cls.__new__(cls)
+        judge.checkpoint, judge.options, judge._spellings = str(model.config.name_or_path), options, {}
+        judge.device = str(next(model.parameters()).device)
+        # in place of the cached properties, which load the checkpoint; the weights change, so that there is no cache
+        vars(judge).update(model=model, tokenizer=tokenizer, _file=None)
+        return judge
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The judge's tokenizer."""
@@ -129,6 +147,15 @@ class LocalJudge:
         """Token ids of a prompt with its ending; special tokens that the text spells out are read as plain text."""
         before, separator, after = self.frame
         return before + self._untrusted(prompt.body + separator) + after + self._untrusted(prompt.answer)
+
+    def answer_ids(self, prompt: JudgePrompt, labels: Sequence[str]) -> tuple[Ids, tuple[Ids, ...]]:
+        """Token ids of a prompt up to where the labels begin, and those of each label, as `label_logps` reads them.
+
+        Raises:
+            ValueError: if the tokenizer cannot tell the labels apart.
+        """
+        spelling = self._spelling(prompt.ending, tuple(labels))
+        return self._prefix(prompt, labels[0], spelling), spelling.written
 
     def excess(self, prompt: JudgePrompt, reserved: int = 0) -> int:
         """Tokens by which a prompt, a label and ``reserved`` more are too long for the model; 0 or less if they fit."""

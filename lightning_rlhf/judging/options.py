@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+
+Vote = Literal["mean", "majority"]
+"""How the judgments of several rationales become one: their mean probability, or the verdict of most of them."""
 
 
 @dataclass(frozen=True)
@@ -10,10 +15,12 @@ class ChainOfThought:
     """How a judge writes rationales before it answers.
 
     Args:
-        samples: rationales per order whose verdicts are averaged (self-consistency), >= 1.
+        samples: rationales per order whose verdicts are combined (self-consistency), >= 1.
         temperature: softmax temperature of the rationales, >= 0; 0 takes the most probable token at each step.
         top_p: top-p sampling of the rationales, in (0, 1].
         max_tokens: longest rationale in tokens, >= 1.
+        vote: ``mean`` averages the probabilities of all rationales in both orders, ``majority`` takes the verdict of
+            most of them, 0 or 1 (maj@n of Generative Reward Models, arXiv 2410.12832).
 
     Raises:
         ValueError: if an option is out of range.
@@ -23,6 +30,7 @@ class ChainOfThought:
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 512
+    vote: Vote = "mean"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_tokens < 1:
@@ -34,6 +42,8 @@ class ChainOfThought:
             raise ValueError(
                 f"chain_of_thought.temperature must be >= 0 and top_p in (0, 1]; got {self.temperature}, {self.top_p}"
             )
+        if self.vote not in get_args(Vote):
+            raise ValueError(f"chain_of_thought.vote is 'mean' or 'majority'; got {self.vote!r}")
         # greedy rationales are all equal: averaging them only costs time
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(

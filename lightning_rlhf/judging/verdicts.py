@@ -42,6 +42,22 @@ def preference(forward: Tensor, reverse: Tensor, prefers: Literal["better", "wor
     return named if prefers == "better" else 1 - named
 
 
+def majority(forward: Tensor, reverse: Tensor, prefers: Literal["better", "worse"] = "better") -> Tensor:
+    """Majority vote of sampled judgments, maj@n of Generative Reward Models (arXiv 2410.12832); scalar: 1, 0 or 1/2.
+
+    Each judgment votes for its more probable label. A tie of the votes, or of a judgment, counts half.
+
+    Args:
+        forward: log-probabilities of the labels with a shown first, [samples, 2].
+        reverse: the same with b shown first, [samples, 2].
+        prefers: ``worse`` if the label names the worse candidate.
+    """
+    # +1 votes for the first label in forward, which names the same candidate as the second label in reverse
+    votes = torch.sign(forward[:, 0] - forward[:, 1]).sum() - torch.sign(reverse[:, 0] - reverse[:, 1]).sum()
+    named = (torch.sign(votes) + 1) / 2
+    return named if prefers == "better" else 1 - named
+
+
 def expected_value(label_logps: Tensor, values: Sequence[float]) -> Tensor:
     """Mean of the labels' values under the judge, [...].
 

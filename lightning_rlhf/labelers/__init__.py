@@ -4,6 +4,7 @@ from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.difference import DifferenceLabeler
 from lightning_rlhf.labelers.human import HumanLabeler
 from lightning_rlhf.labelers.llm import LLMLabeler
+from lightning_rlhf.labelers.mixed import MixedLabeler
 from lightning_rlhf.labelers.principle import PrincipleLabeler
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.labelers.reward import RewardLabeler
@@ -15,6 +16,7 @@ __all__ = [
     "DifferenceLabeler",
     "HumanLabeler",
     "LLMLabeler",
+    "MixedLabeler",
     "PrincipleLabeler",
     "RecordedLabeler",
     "RewardLabeler",

@@ -21,11 +21,15 @@ class Question:
         id: names it over restarts: run, comparison and attempt.
         comparison: the pair.
         is_late: whether its round is closed, so that the round which is open now does not wait for it.
+        earlier: attempts at it that are in the ledger, oldest first.
+        priority: pairs with a larger one are shown to people first.
     """
 
     id: str
     comparison: Comparison
     is_late: bool = False
+    earlier: tuple[Label, ...] = ()
+    priority: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class Answer:
     label: Label
     votes: tuple[Vote, ...] = ()
     guidelines: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the closed rounds of a run have brought.
+
+    Args:
+        overlap: pairs that two labelers judged: the answer with status `ROUTED`, and the label.
+        votes: votes of people behind the labels, with round and position of their pair.
+    """
+
+    overlap: Sequence[tuple[Label, Label]] = ()
+    votes: Sequence[tuple[tuple[int, int], Vote]] = ()
 
 
 class AbstractLabeler(KeepsArguments, ABC):
@@ -77,11 +94,19 @@ class AbstractLabeler(KeepsArguments, ABC):
             key: randomness, as in `label`.
 
         Yields:
-            Positions in ``questions``, each with its answer.
+            Positions in ``questions``, each with its answer. An answer with status `ROUTED` says that another one to
+            the same question follows, perhaps after a restart; the question then has it among its ``earlier`` ones.
         """
         del answered
         labels = self.label([question.comparison for question in questions], key)
         yield [(place, Answer(label)) for place, label in enumerate(labels)]
+
+    def recall(self, memory: Memory) -> None:
+        """Take note of what closed rounds have brought; called before a round is labeled, with ``whole_rounds``.
+
+        Labels of the round itself are not among it: a restart finds the same.
+        """
+        del memory
 
 
 def cost_parts(prices: Mapping[str, float]) -> dict[str, str]:

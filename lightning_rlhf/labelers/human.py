@@ -9,17 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from lightning_rlhf.annotation.aggregate import Ties, counted, preference_probability
 from lightning_rlhf.annotation.client import Client, NoServerError, RefusedError
 from lightning_rlhf.annotation.extra import check_installed
 from lightning_rlhf.annotation.queues import Item, QueueOptions, Result, guidelines_hash
 from lightning_rlhf.annotation.serve import Address, listening, read_secrets
 from lightning_rlhf.annotation.votes import item_key
-from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Question
+from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question
+from lightning_rlhf.labelers.votes import VoteModel, VoteOptions, fit_votes, label_of_votes
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.runtime import preemption
 from lightning_rlhf.types import Comparison, Label
@@ -28,23 +28,6 @@ from lightning_rlhf.types import Comparison, Label
 T = TypeVar("T")
 NOTICE = 60.0
 """Seconds between two notices that the server does not answer."""
-
-
-@dataclass(frozen=True)
-class VoteOptions:
-    """How votes become labels.
-
-    Args:
-        aggregate: ``mean`` of the votes, an unbiased estimate of P(a preferred); or their ``majority``, 0, 1/2 or 1.
-        ties: a tie counts 1/2, or is dropped; a pair with nothing else then gets no label, with status ``tie``.
-        both_bad: the same for pairs of two bad responses, with status ``both_bad``.
-        cost: price of a vote; a label costs as much as its votes, skips included.
-    """
-
-    aggregate: Literal["mean", "majority"] = "mean"
-    ties: Ties = "half"
-    both_bad: Ties = "half"
-    cost: float = 1.0
 
 
 DEFAULT_QUEUE, DEFAULT_VOTES = QueueOptions(), VoteOptions()
@@ -60,9 +43,8 @@ class HumanLabeler(AbstractLabeler):
     Without ``base_url`` the server that runs in ``server_dir`` is used. If none runs, one is started there, prints a
     link to sign in, and ends with the run.
 
-    ``meta`` of a label holds ``source`` (``human``), ``votes``, ``agreement`` (share of the votes on the side of the
-    majority), ``strength`` (mean, from -3 for b to 3 for a) and ``seconds`` (active time, summed). Statuses: those of
-    `VoteOptions`, and ``skipped`` where nobody could judge a pair; none of them is asked for again.
+    ``meta`` of a label: see `label_of_votes`. Statuses: those of `VoteOptions`, and ``skipped`` where nobody could
+    judge a pair; none of them is asked for again.
 
     Args:
         base_url: address of a server; its trainer's token is in the environment variable ``token_env``.
@@ -116,6 +98,7 @@ class HumanLabeler(AbstractLabeler):
         self.pairs, self.votes = pairs, votes
         self._client: Client | None = None
         self._server: subprocess.Popen[bytes] | None = None
+        self._model = VoteModel()
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Ask about comparisons outside of a ledger, and wait for all of them.
@@ -154,7 +137,7 @@ class HumanLabeler(AbstractLabeler):
         queue = self.queue or f"run-{questions[0].id.partition('/')[0][:8]}"
         # the ids of questions name the run, and the page must not
         places = {item_key(queue, question.id): place for place, question in enumerate(questions)}
-        items = [_item(key, questions[place].comparison) for key, place in places.items()]
+        items = [_item(key, questions[place].comparison, questions[place].priority) for key, place in places.items()]
         self._ask(lambda client: client.push(queue, items, self.pairs))
         cursor = 0
         while True:
@@ -188,27 +171,14 @@ class HumanLabeler(AbstractLabeler):
             f"waiting for people, {needed} verdicts are missing: open {client.url}, and run the same command again then"
         )
 
+    def recall(self, memory: Memory) -> None:
+        """Estimate the accuracies of people and the meaning of strengths from closed rounds, where they are used."""
+        if self.votes.aggregate == "weighted" or self.votes.strength == "calibrated":
+            self._model = fit_votes(memory.votes)
+
     def _answer(self, result: Result) -> Answer:
-        # the votes of a person who skipped count for the price, too
-        votes = result.votes
-        probability = preference_probability(
-            votes, self.votes.aggregate, ties=self.votes.ties, both_bad=self.votes.both_bad
-        )
-        known = [vote for vote in counted(votes) if vote.value is not None]
-        sides = [vote.verdict for vote in known]
-        meta: dict[str, float | int | str] = {"source": "human", "votes": len(known)}
-        if known:
-            meta["agreement"] = max(sides.count(side) for side in sides) / len(sides)
-            meta["strength"] = sum(vote.signed or 0 for vote in known) / len(known)
-        meta["seconds"] = sum(vote.seconds for vote in votes)
-        cost = self.votes.cost * len(votes)
         texts = {guidelines_hash(self.pairs.guidelines): self.pairs.guidelines} if self.pairs.guidelines else {}
-        if probability is not None:
-            return Answer(Label(probability, "ok", cost, meta), votes, texts)
-        # of votes that are dropped, the more frequent kind names the status
-        bad, ties = sides.count("both_bad"), sides.count("tie")
-        status: Literal["skipped", "both_bad", "tie"] = "skipped" if not known else "both_bad" if bad > ties else "tie"
-        return Answer(Label(None, status, cost, meta), votes, texts)
+        return Answer(label_of_votes(result.votes, self.votes, self._model), result.votes, texts)
 
     # -- the server ---------------------------------------------------------------------------------------------------
 
@@ -307,10 +277,10 @@ def _free_port(before: str | None) -> int:
     raise RuntimeError("no port of 127.0.0.1 is free")
 
 
-def _item(key: str, comparison: Comparison) -> Item:
+def _item(key: str, comparison: Comparison, priority: float = 0.0) -> Item:
     """A comparison as people see it: the turns of the conversation, never the rendered chat template."""
     prompt = comparison.prompt
     turns = prompt.messages or ({"role": "user", "content": prompt.text},)
     shown = tuple({"role": str(turn["role"]), "content": str(turn.get("content") or "")} for turn in turns)
     a, b = comparison.a, comparison.b
-    return Item(key, shown, a.text, b.text, a.finish_reason == "length", b.finish_reason == "length")
+    return Item(key, shown, a.text, b.text, a.finish_reason == "length", b.finish_reason == "length", priority)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_rlhf.judging.options import ChainOfThought
 from lightning_rlhf.judging.prompts import JudgePrompt, Sample, pair_prompt
 from lightning_rlhf.judging.task import Style, load_task
-from lightning_rlhf.judging.verdicts import first_probability, preference
+from lightning_rlhf.judging.verdicts import first_probability, majority, preference
 from lightning_rlhf.labelers.base import AbstractLabeler
 
 
@@ -90,7 +90,11 @@ class AbstractJudgeLabeler(AbstractLabeler):
         if len(meta) < 3 or meta["mass"] < self.min_mass:
             return None, meta
         # P(a) = (P_forward(first) + 1 - P_reverse(first)) / 2 (section 2.1.1), averaged over rationales
-        probability = preference(forward, reverse, self.task.asked_for_pairs().prefers).mean().item()
+        prefers = self.task.asked_for_pairs().prefers
+        if self.chain_of_thought is not None and self.chain_of_thought.vote == "majority":
+            probability = majority(forward, reverse, prefers).item()
+        else:
+            probability = preference(forward, reverse, prefers).mean().item()
         # rounding may leave [0, 1]
         return min(max(probability, 0.0), 1.0), meta
 

@@ -54,12 +54,17 @@ def insert_guidelines(db: sqlite3.Connection, name: str, text: str) -> None:
     db.execute("INSERT OR IGNORE INTO guidelines VALUES (?, ?, ?)", (name, text, time.time()))
 
 
-def select_votes(db: sqlite3.Connection, rounds: Sequence[int] | None) -> list[tuple[int, int, Vote]]:
-    """Round, position and vote, oldest first."""
+def select_votes(
+    db: sqlite3.Connection, rounds: Sequence[int] | None, upto: int | None = None
+) -> list[tuple[int, int, Vote]]:
+    """Round, position and vote, oldest first; with ``upto`` those on pairs with a label that old."""
+    labeled = "WHERE EXISTS (SELECT 1 FROM attempts l WHERE l.comparison = c.id AND l.status = 'ok' AND l.id <= ?) "
     columns = ", ".join(f"v.{name} AS {name}" for name in FIELDS)
     cursor = db.execute(
         f"SELECT c.round, c.position, n.name AS annotator, {columns} FROM votes v "
-        "JOIN comparisons c ON c.id = v.comparison JOIN annotators n ON n.id = v.annotator ORDER BY v.id"
+        "JOIN comparisons c ON c.id = v.comparison JOIN annotators n ON n.id = v.annotator "
+        f"{'' if upto is None else labeled}ORDER BY v.id",
+        () if upto is None else (upto,),
     )
     names = [column[0] for column in cursor.description]
     rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,7 +48,7 @@ from lightning_rlhf.ledger.schema import (
     to_prompt,
 )
 from lightning_rlhf.runtime.fingerprint import Settings, differences
-from lightning_rlhf.types import Comparison, Label, Preference, Prompt
+from lightning_rlhf.types import ROUTED, Comparison, Label, Preference, Prompt
 
 
 PAGE = 1024  # rows that `PreferenceStore.preferences` holds in memory at once
@@ -292,6 +293,11 @@ class PreferenceStore:
                 (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
             )
 
+    def add_late_votes(self, comparison: int, votes: Sequence[Vote]) -> None:
+        """Keep votes that came after the label of a comparison, marked as late; those that are there stay."""
+        with self.writing() as db:
+            insert_votes(db, comparison, [replace(vote, late=True) for vote in votes])
+
     def add_ties(self, ids: Sequence[int]) -> None:
         """Record that comparisons have equal responses: they read back as ties that cost nothing and were not bought.
 
@@ -352,12 +358,15 @@ class PreferenceStore:
         return [position for (position,) in rows]
 
     def attempts(self, round: int) -> dict[int, int]:
-        """How often each comparison of a round was shown to the labeler, by id; those never shown are left out."""
+        """How often each comparison of a round was shown to the labeler, by id; those never shown are left out.
+
+        A pair that waits for a second labeler counts when that one has answered.
+        """
         with self.reading() as db:
             rows = db.execute(
                 "SELECT c.id, COUNT(*) FROM comparisons c JOIN attempts t ON t.comparison = c.id "
-                "WHERE c.round = ? GROUP BY c.id",
-                (round,),
+                "WHERE c.round = ? AND t.status <> ? GROUP BY c.id",
+                (round, ROUTED),
             ).fetchall()
         return dict(rows)
 
@@ -369,15 +378,25 @@ class PreferenceStore:
             ).fetchall()
         return [Label(probability, status, cost, json.loads(meta)) for probability, status, cost, meta in rows]
 
+    def faults(self, round: int) -> list[str]:
+        """Reasons that the labeler noted for the last attempts of a round that failed, one per comparison."""
+        attempts = (self.history(id_) for id_, _, label in self.comparisons(round) if label is None)
+        last = (labels[-1] for labels in attempts if labels)
+        return [str(label.meta["fault"]) for label in last if "fault" in label.meta]
+
     def failed(self, round: int) -> dict[str, int]:
-        """Count the comparisons of a round that were tried and have no label, by the status of the last attempt."""
+        """Count the comparisons of a round that were tried and have no label, by the status of the last attempt.
+
+        Pairs that wait for a second labeler are left out.
+        """
         with self.reading() as db:
             rows = db.execute(
                 "SELECT last.status, COUNT(*) FROM comparisons c "
-                "JOIN attempts last ON last.id = (SELECT MAX(id) FROM attempts WHERE comparison = c.id) "
+                "JOIN attempts last ON last.id = "
+                "(SELECT MAX(id) FROM attempts WHERE comparison = c.id AND status <> ?) "
                 "WHERE c.round = ? AND NOT EXISTS (SELECT 1 FROM attempts WHERE comparison = c.id AND status = 'ok') "
                 f"AND NOT {self._is_tie(db)} GROUP BY last.status ORDER BY last.status",
-                (round,),
+                (ROUTED, round),
             ).fetchall()
         return dict(rows)
 
@@ -477,6 +496,43 @@ class PreferenceStore:
             )
             return int(db.execute(query, (before,)).fetchone()[0])
 
+    def cost(self, before: int) -> float:
+        """Cost of the attempts that were made before round ``before`` began, failed ones too."""
+        upto = (self.round_info(before - 1) or {}).get("upto")
+        with self.reading() as db:
+            if upto is not None:
+                query = "SELECT TOTAL(cost) FROM attempts WHERE id <= ?"
+                return float(db.execute(query, (upto,)).fetchone()[0])
+            query = "SELECT TOTAL(l.cost) FROM comparisons c JOIN attempts l ON l.comparison = c.id WHERE c.round < ?"
+            return float(db.execute(query, (before,)).fetchone()[0])
+
+    def sources(self) -> dict[str, tuple[int, int, float]]:
+        """Labels, attempts and their cost by the ``source`` that labelers note in ``meta``; empty if none does."""
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT json_extract(meta, '$.source') AS source, SUM(status = 'ok'), COUNT(*), TOTAL(cost) "
+                "FROM attempts GROUP BY source HAVING source IS NOT NULL ORDER BY source"
+            ).fetchall()
+        return {str(source): (labels, attempts, cost) for source, labels, attempts, cost in rows}
+
+    def overlap(self, upto: int | None = None) -> list[tuple[Label, Label]]:
+        """Pairs that two labelers judged: the answer with status ``"routed"`` and the label, by number of the label.
+
+        Args:
+            upto: number of the newest attempt that counts, as `last_attempt` gives it; default: all.
+        """
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT r.cost, r.meta, l.probability, l.cost, l.meta FROM attempts l JOIN attempts r ON r.id = "
+                "(SELECT MAX(id) FROM attempts WHERE comparison = l.comparison AND status = ?) "
+                "WHERE l.status = 'ok' AND l.id <= ? ORDER BY l.id",
+                (ROUTED, sys.maxsize if upto is None else upto),
+            ).fetchall()
+        return [
+            (Label(None, ROUTED, first, json.loads(noted)), Label(probability, "ok", cost, json.loads(meta)))
+            for first, noted, probability, cost, meta in rows
+        ]
+
     def last_attempt(self) -> int:
         """Number of the newest label attempt; 0 if there is none. Rounds store it when they are closed."""
         with self.reading() as db:
@@ -511,14 +567,15 @@ class PreferenceStore:
                     found.append(Preference(comparison, label, round))
         return found
 
-    def votes(self, rounds: Sequence[int] | None = None) -> list[tuple[int, int, Vote]]:
+    def votes(self, rounds: Sequence[int] | None = None, upto: int | None = None) -> list[tuple[int, int, Vote]]:
         """Votes of people with the round and position of their comparison, oldest first.
 
         Args:
             rounds: the rounds; default: all.
+            upto: only votes on pairs whose label is attempt ``upto`` or an earlier one; default: all votes.
         """
         with self.reading() as db:
-            return select_votes(db, rounds) if schema_version(db) >= 5 else []
+            return select_votes(db, rounds, upto) if schema_version(db) >= 5 else []
 
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_rlhf.losses.likelihood import (
     CPOLoss,
+    NLLLoss,
     NLLTermLoss,
     ORPOLoss,
     SimPOLoss,
@@ -87,6 +88,7 @@ __all__ = [
     "IPOLoss",
     "LNDPOLoss",
     "NCALoss",
+    "NLLLoss",
     "NLLTermLoss",
     "NudgedPreferenceLoss",
     "ORPOLoss",

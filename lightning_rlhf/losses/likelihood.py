@@ -114,6 +114,19 @@ class NLLTermLoss(AbstractPreferenceLoss):
         return self.base(pairs, beta) + self.weight * preferred_nll(*logps, pairs.label)
 
 
+class NLLLoss(AbstractPreferenceLoss):
+    """Negative log-likelihood of the preferred response alone: supervised fine-tuning on the winners of pairs.
+
+    -p log pi(y_w|x) - (1 - p) log pi(y_l|x) with the label p, nats per response. With verdicts of a judge as responses
+    it is the loss of generative reward models, direct or STaR-SFT (arXiv 2410.12832); where p = 1 the rejected response
+    has no gradient. The reference does not matter.
+    """
+
+    def __call__(self, pairs: PairLogps, beta: float) -> Tensor:
+        del beta
+        return preferred_nll(pairs.policy_chosen, pairs.policy_rejected, pairs.label)
+
+
 class CPOLoss(AbstractPreferenceLoss):
     """CPO, Xu et al. 2024 (arXiv 2401.08417): DPO without reference, plus the likelihood of the preferred one.
 

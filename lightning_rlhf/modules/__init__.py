@@ -6,6 +6,7 @@ from lightning_rlhf.modules.difference import DifferenceModule
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.drlaif import DRLAIFModule
 from lightning_rlhf.modules.efficient_exploration import Anchor, EfficientExplorationModule
+from lightning_rlhf.modules.generative_reward import GenerativeRewardModule
 from lightning_rlhf.modules.kto import KTOModule
 from lightning_rlhf.modules.policy import AbstractAlignedPolicyModule, AbstractPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.policy_gradient import KLControl, PolicyGradientModule, PolicyLoss, ValueModel
@@ -28,6 +29,7 @@ __all__ = [
     "DRLAIFModule",
     "DifferenceModule",
     "EfficientExplorationModule",
+    "GenerativeRewardModule",
     "ItemLosses",
     "KLControl",
     "KTOModule",

@@ -7,19 +7,31 @@ or a prompt with its responses. `lightning_rlhf.modules.fitting` has the checks 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys  # has no public name
 
 from lightning_rlhf.batching.batches import PreferenceBatch, StepBatch
+from lightning_rlhf.batching.collate import collate_preferences
+from lightning_rlhf.evaluation.held_out_pairs import HeldOutPairs
+from lightning_rlhf.logprobs.packing import split_by_tokens
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.modules.fitting import FittedModule
-from lightning_rlhf.runtime.fingerprint import KeepsArguments
+from lightning_rlhf.runtime.fingerprint import (
+    CLASS_PATH,
+    KeepsArguments,
+    Settings,
+    class_path,
+    described,
+    rebuildable,
+)
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt, State
 
 
 Batch = TypeVar("Batch", bound=StepBatch)
@@ -168,6 +180,110 @@ class AbstractStepModule(KeepsArguments, FittedModule, Generic[Batch], ABC):
         for name, value in sums.items():
             self.log(f"train/{name}", torch.tensor(value / items), batch_size=num_items)
 
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch]):
-    """A model trained on batches of `PreferenceDataModule`; an item is a pair."""
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        """Keep class and arguments: ``load_from_checkpoint`` and ``lightning-rlhf export`` build the module of them."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CLASS_PATH] = class_path(type(self))
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
+            # Lightning's own function for arguments as a config has them
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            **rebuildable({**cast(Settings, described(self))["init_args"], **described(self.described_optimizer())}),
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Restore weights; frozen ones that the checkpoint leaves out are those of the model it was trained from.
+
+        Raises:
+            ValueError: if a trained weight is missing.
+        """
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        missing = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing &= set(keys.missing_keys)
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} trained weights of {type(self).__name__}, such as "
+                f"{min(missing)}: it is of another model or another adapter; check model.lora and the checkpoint"
+            )
+        return _IncompatibleKeys([], keys.unexpected_keys)
+
+
+class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch], ABC):
+    """A model trained on batches of `PreferenceDataModule`; an item is a pair.
+
+    Held-out rows with recorded pairs are evaluated by the loss of training, in eval mode and without decoding. Logged
+    on validation: ``val/loss``, sum_i w_i l_i / n over the n pairs; ``val/rewards/chosen``, ``/rejected`` and
+    ``/margins``; the metrics of `PairMetrics` under ``val/``, among them ``val/accuracy``; and, where rows name their
+    source, ``val/source/NAME/...``.
+
+    Args:
+        checkpoint, options, optimizer, lr_scheduler: as in `AbstractStepModule`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        options: ModelOptions,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable,
+    ) -> None:
+        super().__init__(checkpoint, options=options, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.held_out = HeldOutPairs()
+        self.held_out_results: dict[str, float] = {}
+        """Metrics of the held-out pairs of the last validation, without ``val/``; empty without pairs."""
+
+    def held_out_losses(self, batch: PreferenceBatch) -> ItemLosses:
+        """Losses of a micro-batch of held-out pairs, with ``chosen_rewards`` and ``rejected_rewards`` in its metrics.
+
+        Called in eval mode, without gradients. Default: `item_losses`.
+        """
+        return self.item_losses(batch)
+
+    def evaluate_pairs(self, pairs: Sequence[Preference]) -> None:
+        """Take the recorded pairs of a validation batch, at least one, into the held-out metrics."""
+        groups = [(p.comparison.prompt.ids, (p.comparison.a.ids, p.comparison.b.ids)) for p in pairs]
+        layout = self.options.layout
+        # the micro-batches of scoring: no gradients are kept, so that they may be larger than those of training
+        for part in split_by_tokens(
+            groups, self.options.scoring_batch_tokens, "shared" if layout == "auto" else layout
+        ):
+            batch = collate_preferences([pairs[i] for i in part])
+            out = self.held_out_losses(batch.to(self.device))
+            self.held_out.update(
+                torch.stack([out.metrics["chosen_rewards"], out.metrics["rejected_rewards"]], 1),
+                batch.label,
+                out.losses,
+                batch.weight,
+                torch.tensor([[len(a), len(b)] for a, b in zip(batch.chosen, batch.rejected, strict=True)]),
+                [pairs[i].comparison.prompt.subset for i in part],
+            )
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Metrics of the held-out pairs by name, without ``val/``; every rank must call."""
+        return self.held_out.compute()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start with no pairs."""
+        super().on_validation_epoch_start()
+        self.held_out.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of held-out pairs."""
+        self.held_out_results = self.held_out_metrics()
+        for name, value in self.held_out_results.items():
+            self.log(f"val/{name}", value, sync_dist=True, batch_size=1)  # equal on all ranks already
+        super().on_validation_epoch_end()
+
+
+def recorded_pairs(prompts: Sequence[Prompt]) -> list[Preference]:
+    """Recorded pairs of held-out rows with their recorded labels; rows without a pair are left out."""
+    found = []
+    for prompt in prompts:
+        if prompt.pair is not None and prompt.recorded is not None:
+            comparison = Comparison(prompt, *prompt.pair, branch="offline", weight=prompt.recorded.weight, passes=0.0)
+            found.append(Preference(comparison, Label(prompt.recorded.probability, cost=0.0)))
+    return found

@@ -17,6 +17,7 @@ from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.reward import RewardModule
+from lightning_rlhf.types import State
 
 
 class DifferenceModule(RewardModule):
@@ -70,12 +71,17 @@ class DifferenceModule(RewardModule):
         sums = super().sums_to_log(metrics)
         return {name: sums[name] for name in ("rewards/margins", "rewards/accuracies")}
 
-    def update_metrics(self, members: Tensor, labels: Tensor, lengths: Tensor) -> None:
+    def update_metrics(self, members: Tensor, labels: Tensor) -> None:
         """Take held-out pairs into the metrics, and their coefficients into the means."""
-        super().update_metrics(members, labels, lengths)
+        super().update_metrics(members, labels)
         difference = (members[:, 0] - members[:, 1]).mean(1)
         for rule, metric in self._by_rule():
             metric.update(difference_weight(difference, labels, rule))
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Metrics of D; f in one order says nothing about a response."""
+        metrics = super().held_out_metrics()
+        return {name: value for name, value in metrics.items() if not name.endswith(("/chosen", "/rejected"))}
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and keep the mean coefficients."""
@@ -87,6 +93,16 @@ class DifferenceModule(RewardModule):
         self.mean_coefficients = means
         for _, metric in self._by_rule():
             metric.reset()
+
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        """Keep trained weights, and the mean coefficients of the last validation."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["mean_coefficients"] = self.mean_coefficients
+
+    def on_load_checkpoint(self, checkpoint: State) -> None:
+        """Restore the mean coefficients; checkpoints of 0.1 have none."""
+        super().on_load_checkpoint(checkpoint)
+        self.mean_coefficients = checkpoint.get("mean_coefficients")
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that `DifferenceLabeler` opens; every rank calls, rank zero writes."""

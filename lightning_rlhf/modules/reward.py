@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.evaluation.metrics import MeanWithError
-from lightning_rlhf.evaluation.pairs import PairMetrics
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.logprobs.packing import Group
@@ -36,7 +36,7 @@ from lightning_rlhf.prompts.template import TurnFormat, turn_format
 from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.combine import disagreement
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, State
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     over more than two responses.
 
     Logged on training steps: ``train/rewards/chosen``, ``/rejected``, ``/margins``, ``/accuracies``; on validation,
-    over held-out rows with recorded pairs: the metrics of `PairMetrics`, under ``val/``. Of an ensemble these are about
+    over held-out rows with recorded pairs: those of `AbstractPreferenceModule`, ``val/loss`` without the diversity of
+    an ensemble. Of an ensemble these are about
     the mean of the members' rewards; ``val/members/accuracy`` is the mean accuracy of single members, and
     ``val/members/std`` the mean standard deviation between them.
 
@@ -124,7 +125,6 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         # in a tuple, since nn.Module would register a model: checkpoints would hold the frozen policy
         self._sampled_from: tuple[PreTrainedModel, AbstractReference | None] | None = None
         self.scorer: Any = None  # nn.Module registers it at its first assignment
-        self.pair_metrics = PairMetrics()
         size = 1 if ensemble is None else ensemble.size
         # in a ModuleList, so that the metrics move to the device with the module
         self.member_rewards: Any = torch.nn.ModuleList(MeanWithError() for _ in range(size))
@@ -244,18 +244,23 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         # [2 * pairs, members] -> [pairs, 2, members]
         members = self._scores(groups, self.options.scoring_batch_tokens).view(len(batch), 2, -1)
         labels = torch.tensor([p.recorded.probability for p in batch if p.recorded is not None]).to(members)
-        lengths = torch.tensor([[len(a.ids), len(b.ids)] for a, b in pairs])
-        self.update_metrics(members, labels, lengths)
+        self.held_out.update(
+            members.mean(2),
+            labels,
+            self._losses(members[:, 0], members[:, 1], labels),
+            torch.tensor([p.recorded.weight for p in batch if p.recorded is not None]),
+            torch.tensor([[len(a.ids), len(b.ids)] for a, b in pairs]),
+            [prompt.subset for prompt in batch],
+        )
+        self.update_metrics(members, labels)
 
-    def update_metrics(self, members: Tensor, labels: Tensor, lengths: Tensor) -> None:
-        """Take held-out pairs into the metrics.
+    def update_metrics(self, members: Tensor, labels: Tensor) -> None:
+        """Take held-out pairs into the metrics of members.
 
         Args:
             members: rewards of both responses by every member, [pairs, 2, members].
             labels: P(first preferred) in [0, 1], [pairs].
-            lengths: tokens of both responses, [pairs, 2].
         """
-        self.pair_metrics.update(members.mean(2), labels, lengths)
         for member, rewards in enumerate(self.member_rewards):
             rewards.update(members[..., member])
         # margins [pairs, members] against labels [pairs, 1]
@@ -265,27 +270,33 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and keep mean and standard deviation of the members' rewards for normalization."""
         super().on_validation_epoch_end()
-        metrics = self.pair_metrics.compute()
         if len(self.member_rewards) > 1:
-            metrics["members/accuracy"], _ = self.member_accuracy.compute()
-            metrics["members/std"], _ = self.member_std.compute()
-        for name, value in metrics.items():
-            self.log(f"val/{name}", value.float(), sync_dist=True)  # equal on all ranks already
+            for name, metric in (("accuracy", self.member_accuracy), ("std", self.member_std)):
+                self.log(f"val/members/{name}", metric.compute()[0].float(), sync_dist=True)  # equal on all ranks
         moments = [rewards.compute() for rewards in self.member_rewards]
         # the metric returns the error of the mean
         # std = stderr sqrt(n), with n = 2 pairs rewards of each member
-        deviations = [error * (2 * metrics["pairs"]).sqrt() for _, error in moments]
+        root = math.sqrt(2 * self.held_out_results.get("pairs", math.nan))
+        deviations = [error * root for _, error in moments]
         self.scorer.means = [mean.item() for mean, _ in moments]
         self.scorer.stds = [deviation.item() for deviation in deviations]
-        for metric in (self.pair_metrics, *self.member_rewards, self.member_accuracy, self.member_std):
+        for metric in (*self.member_rewards, self.member_accuracy, self.member_std):
             metric.reset()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights."""
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        """Keep trained weights, and the moments of rewards of the last validation."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reward_moments"] = {"means": self.scorer.means, "stds": self.scorer.stds}
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.frozen_backbone and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: State) -> None:
+        """Restore the moments; checkpoints of 0.1 have none."""
+        super().on_load_checkpoint(checkpoint)
+        moments = checkpoint.get("reward_moments", {"means": None, "stds": None})
+        self.scorer.means, self.scorer.stds = moments["means"], moments["stds"]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that `RewardModelReward` opens; every rank calls, rank zero writes.

@@ -31,7 +31,8 @@ class ShardedModule(L.LightningModule):
             build: makes the model; given True, without its weights, on the meta device.
             shard: shards it in place, as `lightning_rlhf.models.sharding.shard` does.
         """
-        device = self.trainer.strategy.root_device
+        # without a Trainer, as in `load_from_checkpoint`, the model is where this module is
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
         if self.device_mesh is None:
             return build(False).to(device)
         return build_sharded(build, shard, self.device_mesh["data_parallel"], device)

@@ -1,11 +1,12 @@
 """Sources of prompts, and of recorded pairs of completions.
 
 A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
-rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files,
-folders and the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts,
-`LedgerPrompts` the pairs of another run, and `BuiltinPrompts` needs no data at all. `text_prompts` makes prompts of
-rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`. Rows that are left out on
-purpose are counted by reason; malformed rows raise an error that names them.
+rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files, folders and
+the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts, `LedgerPrompts`
+the pairs of another run, `MixedPrompts` several of these in shares, `MixedPairs` recorded pairs of several labelers,
+and `BuiltinPrompts` needs no data at all.
+`text_prompts` makes prompts of rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`.
+Rows that are left out on purpose are counted by reason; malformed rows raise an error that names them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.files import DatasetFiles
 from lightning_rlhf.prompts.hh import HHPrompts
+from lightning_rlhf.prompts.judged import HelpSteerPrompts, LabelStudioPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
+from lightning_rlhf.prompts.mixed_pairs import MixedPairs
 from lightning_rlhf.prompts.mixture import MixedPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
 from lightning_rlhf.prompts.text import text_prompts
@@ -31,7 +34,10 @@ __all__ = [
     "DatasetFiles",
     "DatasetPrompts",
     "HHPrompts",
+    "HelpSteerPrompts",
+    "LabelStudioPrompts",
     "LedgerPrompts",
+    "MixedPairs",
     "MixedPrompts",
     "PrincipledPrompts",
     "text_prompts",

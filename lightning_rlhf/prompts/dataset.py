@@ -8,6 +8,7 @@ Each row is an object with some of these columns; text is a string or a list of 
 - rows of UltraFeedback, Nectar, HelpSteer2, HelpSteer3, ShareGPT and Alpaca (`lightning_rlhf.prompts.formats`);
 - optional, with preferences: ``probability`` or ``label``, P(chosen preferred) in [0, 1], and ``weight``, >= 0;
   ``finish_reason_chosen`` and ``finish_reason_rejected``, "length" where a token limit cut the completion off;
+- optional: ``source``, a text that names the part of the data a row belongs to, for held-out metrics by source;
 - optional, with conversations: ``tools`` and ``chat_template_kwargs``, for the chat template.
 
 Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: the chat template gets them.
@@ -202,6 +203,8 @@ class DatasetPrompts(AbstractPromptSource):
             text=prompt if isinstance(prompt, str) else None,
             messages=None if isinstance(prompt, str) else prompt,
             template_options=parse_template_options(row, source, conversational, self.ignored_fields),
+            # data may have a column of this name with other things in it
+            subset=subset if isinstance(subset := row.get("source"), str) else "",
             columns=other_columns(row, {self.prompt_column, *(self._pair_columns if take_pairs else ())}),
         )
         if not take_pairs:

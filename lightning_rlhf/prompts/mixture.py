@@ -18,6 +18,8 @@ SOURCE_COLUMN = "dataset"
 class MixedPrompts(AbstractPromptSource):
     """The rows of several sources, each with the name of its source in the column ``dataset``.
 
+    Held-out pairs have metrics by source, too, unless the rows name a ``source`` themselves.
+
     With weights w_k, source k of n_k rows gives the share s_k = w_k / sum w: of N = min_k n_k / s_k rows in all, the
     nearest number to N s_k, sampled without replacement. No row comes twice, and the rows of one source, the scarcest
     by its weight, are all there. Without weights all rows of all sources are taken.
@@ -58,7 +60,9 @@ class MixedPrompts(AbstractPromptSource):
             # a key per source: the rows of one do not depend on the size of another
             order = Key((self.seed, number)).uniforms(len(rows)).argsort().tolist()
             chosen = sorted(order[: taken[name]])
-            mixed += [replace(rows[i], columns={**rows[i].columns, SOURCE_COLUMN: name}) for i in chosen]
+            for i in chosen:
+                row, named = rows[i], {**rows[i].columns, SOURCE_COLUMN: name}
+                mixed.append(replace(row, subset=row.subset or name, columns=named))
         return mixed
 
 

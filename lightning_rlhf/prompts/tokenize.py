@@ -199,6 +199,7 @@ def _drafts(
             one.messages,
             recorded=row.pair,
             template_options=row.template_options,
+            subset=row.subset,
             columns=row.columns,
         )
         drafts.append(_Draft(row, prompt, bare, one))

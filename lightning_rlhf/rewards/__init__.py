@@ -12,6 +12,7 @@ from lightning_rlhf.rewards.server import ServerScoreReward
 from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 from lightning_rlhf.rewards.verifiable import ExactAnswerReward, JSONSchemaReward, LengthReward, PatternReward
 from lightning_rlhf.rewards.weighted import WeightedReward
+from lightning_rlhf.rewards.win import WinProbabilityReward
 
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ServerScoreReward",
     "UncertaintyPenalty",
     "WeightedReward",
+    "WinProbabilityReward",
     "checked_output",
     "checked_score",
     "combine",

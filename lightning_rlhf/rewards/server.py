@@ -80,9 +80,9 @@ class ServerScoreReward(AbstractScoreReward):
         if faults and self.unscored is None:
             counts = ", ".join(f"{count} {status}" for status, count in Counter(s for s, _ in faults).items())
             raise ServerError(
-                f"{len(faults)} of {len(outcomes)} responses could not be scored ({counts}), the first because: "
-                f"{faults[0][1]}. Earlier replies are kept: start again to ask for the rest, or set unscored to the "
-                f"reward of such responses"
+                f"{len(faults)} of {len(outcomes)} responses could not be scored by {self.server.base_url} ({counts}), "
+                f"the first because: {faults[0][1]}. Earlier replies are kept: start again to ask for the rest, or set "
+                f"unscored to the reward of such responses"
             )
         # `unscored` where there is no reading
         mean, std = torch.full((len(outcomes),), self.unscored or 0.0), torch.zeros(len(outcomes))

@@ -221,7 +221,7 @@ class RunCheckpoint(ModelCheckpoint):
             with explained(link):
                 # after a power failure the link might be on the disk, but not the data that it names
                 for path in [target, *target.rglob("*")] if target.is_dir() else [target]:
-                    _sync(path)
+                    sync(path)
                 if link.is_dir() and not link.is_symlink():
                     shutil.rmtree(link)
                 # made under another name and moved, so that there is a link at any moment
@@ -230,7 +230,7 @@ class RunCheckpoint(ModelCheckpoint):
                 # relative, so that the run folder can be moved
                 fresh.symlink_to(os.path.relpath(target, link.parent))
                 os.replace(fresh, link)
-                _sync(link.parent)
+                sync(link.parent)
         trainer.strategy.barrier()
 
 
@@ -372,6 +372,10 @@ def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
         return f"it cannot be read ({error})"
 
 
+_WHOLE: set[tuple[str, int, int]] = set()
+"""Path, time of change and size of files that were found whole in this process."""
+
+
 def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
     """Refuse a damaged checkpoint before anything is loaded, and name the one before.
 
@@ -383,8 +387,15 @@ def checked(checkpoint: Path, rank: int = 0, world: int = 1) -> None:
     Raises:
         ValueError: if it is damaged.
     """
+    # reading a large file twice takes minutes: the command line checks it first, and the plugin when it is loaded
+    stat = checkpoint.stat() if checkpoint.is_file() else None
+    state = None if stat is None else (str(checkpoint.resolve()), stat.st_mtime_ns, stat.st_size)
+    if state is not None and state in _WHOLE:
+        return
     wrong = damage(checkpoint, rank, world)
     if wrong is None:
+        if state is not None:
+            _WHOLE.add(state)
         return
     itself = checkpoint.resolve()
     for path in history(checkpoint.parent):
@@ -464,7 +475,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Write a file or folder to the disk before the link points to it."""
     # elsewhere a folder cannot be opened for fsync
     if os.name != "posix":

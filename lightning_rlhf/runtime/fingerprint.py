@@ -50,6 +50,9 @@ FILE_SUFFIXES = (".yaml", ".yml", ".json", ".jinja", ".gguf", ".safetensors", ".
 _CONTENT = re.compile(r"(.*?) (?:\[content )?([0-9a-f]{16})\]?", re.DOTALL)
 _DEPTH = 12
 
+CLASS_PATH = "class_path"
+"""Entry of a checkpoint with the class of the module."""
+
 
 Settings: TypeAlias = dict[str, Any]
 """A tree of plain data: ``class_path`` and ``init_args`` of the parts of a run, as in a config."""
@@ -209,7 +212,7 @@ def described(value: object, depth: int = 0) -> object:
         return value.__qualname__
     # objects that refer to each other in a circle would recurse without end
     if depth > _DEPTH:
-        return {"class_path": _class_path(type(value))}
+        return {"class_path": class_path(type(value))}
     if isinstance(value, Mapping):
         return {str(name): described(inner, depth + 1) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -242,7 +245,7 @@ def _described_object(value: object, depth: int) -> Settings:
         # a plain attribute may have been set after the object was made
         plain = isinstance(now, bool | int | float | str) and isinstance(argument, bool | int | float | str)
         found[name] = described(now if plain else argument, depth + 1)
-    tree: Settings = {"class_path": _class_path(type(value)), "init_args": found}
+    tree: Settings = {"class_path": class_path(type(value)), "init_args": found}
     # the arguments of our parts decide their weights; another module may have been loaded since it was made
     if isinstance(value, torch.nn.Module) and not isinstance(value, KeepsArguments):
         pieces = (name.encode() + _tensor_bytes(tensor) for name, tensor in sorted(value.state_dict().items()))
@@ -321,7 +324,7 @@ def _collect_code(value: object, found: dict[str, str], depth: int) -> None:
         outer = [repr(value) for value in values if isinstance(value, bool | int | float | str)]
         # a class typed at a prompt has no source: the bytecode of its methods stands for it
         code = code_digest(kind) or "".join(str(code_digest(method)) for method in methods)
-        found[_class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
+        found[class_path(kind)] = _digest(code.encode(), *(text.encode() for text in outer))
     for function in getattr(value, "own_functions", ()):
         found[f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"] = str(
             code_digest(function if inspect.isroutine(function) else type(function))
@@ -336,7 +339,8 @@ def _cell_value(cell: CellType) -> object:
         return None
 
 
-def _class_path(kind: type) -> str:
+def class_path(kind: type) -> str:
+    """Module and name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -354,6 +358,35 @@ def _digest(*parts: bytes) -> str:
         digest.update(part)
     # 64 bits as 16 hex digits, the length that _CONTENT looks for
     return digest.hexdigest()[:16]
+
+
+def rebuildable(arguments: Mapping[str, object]) -> Settings:
+    """Those of described arguments that an object can be built from again: no functions, tensors or local classes."""
+    return {name: _without_empty(value) for name, value in arguments.items() if _is_rebuildable(value)}
+
+
+def _without_empty(value: object) -> object:
+    """A tree without the empty ``*args`` of classes that have no constructor of their own."""
+    if isinstance(value, list):
+        return [_without_empty(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    kept: Settings = {name: _without_empty(inner) for name, inner in value.items()}
+    arguments = kept.get("init_args")
+    if "class_path" in kept and isinstance(arguments, dict) and arguments.get("args") == []:
+        arguments.pop("args")
+    return kept
+
+
+def _is_rebuildable(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_rebuildable, value))
+    if not isinstance(value, dict):
+        return True
+    # marks of `described`
+    if {"function", "digest", "weights"} & set(value) or "<" in str(value.get("class_path")):
+        return False
+    return all(map(_is_rebuildable, value.values()))
 
 
 # -- content ----------------------------------------------------------------------------------------------------------

@@ -7,14 +7,17 @@ from lightning_rlhf.samplers.hybrid import HybridSampler
 from lightning_rlhf.samplers.infomax import InfomaxSampler
 from lightning_rlhf.samplers.mixture import MixtureSampler
 from lightning_rlhf.samplers.model_based import AbstractModelSampler
+from lightning_rlhf.samplers.nash_md import NashMDSampler
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.samplers.pilaf import PILAFSampler
 from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
 from lightning_rlhf.samplers.rso import RSOSampler
+from lightning_rlhf.samplers.self_play import SelfPlaySampler
 from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.thompson import ThompsonSampler
 from lightning_rlhf.samplers.vanilla import VanillaSampler
+from lightning_rlhf.samplers.verdicts import TranscriptSampler, VerdictSampler
 from lightning_rlhf.samplers.weighted_vanilla import WeightedVanillaSampler
 
 
@@ -26,14 +29,18 @@ __all__ = [
     "HybridSampler",
     "InfomaxSampler",
     "MixtureSampler",
+    "NashMDSampler",
     "OfflineSampler",
     "PILAFSampler",
     "PolicyWeightedSampler",
     "RSOSampler",
     "SIRPILAFSampler",
+    "SelfPlaySampler",
     "TPILAFSampler",
     "ThompsonSampler",
+    "TranscriptSampler",
     "VanillaSampler",
+    "VerdictSampler",
     "WeightedVanillaSampler",
     "cost_table",
 ]

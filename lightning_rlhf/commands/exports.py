@@ -1,0 +1,42 @@
+"""The command ``export``: rows of a ledger, or the model of a checkpoint."""
+
+from __future__ import annotations
+
+from lightning_rlhf.commands.export import Format, Rows, export_ledger
+
+
+def export(
+    out: str,
+    ledger: str | None = None,
+    checkpoint: str | None = None,
+    format: Format = "auto",
+    rows: Rows = "auto",
+    best: bool = False,
+) -> str:
+    """Write the labels of a ledger as rows for other trainers, or the model of a checkpoint as a folder.
+
+    Rows: every labeled comparison is ``prompt``, ``chosen``, ``rejected`` and more columns, every rollout ``prompt``,
+    ``completion``, ``reward``. Models: any checkpoint of a run, also one of your own ``ModelCheckpoint``, becomes a
+    folder that transformers opens, with the adapter alone in ``adapter/``. Returns a line that says what was written.
+
+    Args:
+        out: of rows the file, ``.jsonl`` or ``.parquet``; of a checkpoint a folder that is not there yet.
+        ledger: path of the ledger of a run.
+        checkpoint: a checkpoint, or a run folder for its newest one.
+        format: format of the rows; ``auto`` goes by the suffix.
+        rows: ``plain`` writes texts, prompts as rendered with the chat template; ``conversational`` writes lists of
+            messages; ``auto`` writes messages if every prompt has them.
+        best: of rollouts, only the most rewarded one of each prompt and round.
+
+    Raises:
+        ValueError: if not exactly one of ``ledger`` and ``checkpoint`` is given, among others.
+    """
+    if ledger is not None and checkpoint is None:
+        return f"wrote {export_ledger(ledger, out, format, rows, best)} rows"
+    if checkpoint is None or ledger is not None:
+        raise ValueError("name what to export: either --ledger=RUN/ledger.sqlite or --checkpoint=RUN")
+    # imported here: rows need no modules
+    from lightning_rlhf.commands.checkpoint_export import export_checkpoint
+
+    step = export_checkpoint(checkpoint, out)
+    return f"wrote the model of step {step} to {out}"
