@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 import lightning as L
 from jsonargparse import (
@@ -41,6 +42,7 @@ from lightning_rlhf.runtime.preemption import Stopped, Waiting
 # `${model.init_args.beta}` in a config means the value of this run, wherever it was set
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
+Result = TypeVar("Result")
 
 COMMANDS: dict[str, type[LabelRun] | type[EvaluationRun] | type[CompareRun]] = {
     "compare": CompareRun,
@@ -133,10 +135,10 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(128 + signal.SIGINT) from None
 
 
-def _call(function: Callable[..., str], argv: list[str]) -> str:
+def _call(function: Callable[..., Result], argv: list[str]) -> Result:
     name = f"lightning-rlhf {argv[0]}"
-    text: str = auto_cli(function, args=argv[1:], as_positional=False, parser_class=ShortErrors, prog=name)
-    return text
+    result: Result = auto_cli(function, args=argv[1:], as_positional=False, parser_class=ShortErrors, prog=name)
+    return result
 
 
 def _run(argv: list[str], args: list[str] | None) -> None:
@@ -149,7 +151,7 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         print(_call(export, argv))
         return
     if argv[:1] == ["import"]:
-        counts = auto_cli(import_votes, args=argv[1:], as_positional=False)
+        counts = _call(import_votes, argv)
         print("{read} votes read, {new} new, {late} of them late, {labels} new labels".format(**counts))
         return
     if argv[:1] == ["plan"]:

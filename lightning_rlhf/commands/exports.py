@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_rlhf.commands.export import Format, Rows, export_ledger
+from lightning_rlhf.commands.export import Content, Format, Rows, export_ledger
 
 
 def export(
@@ -12,6 +12,7 @@ def export(
     format: Format = "auto",
     rows: Rows = "auto",
     best: bool = False,
+    content: Content = "rows",
 ) -> str:
     """Write the labels of a ledger as rows for other trainers, or the model of a checkpoint as a folder.
 
@@ -27,12 +28,14 @@ def export(
         rows: ``plain`` writes texts, prompts as rendered with the chat template; ``conversational`` writes lists of
             messages; ``auto`` writes messages if every prompt has them.
         best: of rollouts, only the most rewarded one of each prompt and round.
+        content: ``rows``, or ``votes`` of people for the command ``import``, or labeled pairs in the form of
+            ``helpsteer``; the last two are JSON lines.
 
     Raises:
         ValueError: if not exactly one of ``ledger`` and ``checkpoint`` is given, among others.
     """
     if ledger is not None and checkpoint is None:
-        return f"wrote {export_ledger(ledger, out, format, rows, best)} rows"
+        return f"wrote {export_ledger(ledger, out, format, rows, best, content)} rows"
     if checkpoint is None or ledger is not None:
         raise ValueError("name what to export: either --ledger=RUN/ledger.sqlite or --checkpoint=RUN")
     # imported here: rows need no modules

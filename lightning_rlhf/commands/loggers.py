@@ -47,7 +47,8 @@ def keep_in_run_folder(entries: object, run_dir: Path) -> None:
             continue
         # Comet takes it as one of its **kwargs, which are there only if they are given
         if argument in arguments and arguments[argument] in ELSEWHERE:
-            arguments[argument] = str(run_dir / folder)
+            # absolute: the service of W&B outlives a run, and keeps the working folder it was started in
+            arguments[argument] = str((run_dir / folder).absolute())
 
 
 def loggers_of(given: object, run_dir: Path) -> list[Logger] | bool:

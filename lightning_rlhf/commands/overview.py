@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "several commands in a row, from a pipeline file; restartable",
     "annotate": "serve pairs to people in a browser",
     "export": "write a ledger as rows, or a checkpoint as a model folder",
+    "import": "votes of people from a file into a ledger",
     "plan": "memory and time of a run on paper",
 }
 """Commands with a line each."""

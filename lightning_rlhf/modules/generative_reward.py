@@ -106,7 +106,7 @@ class GenerativeRewardModule(DPOModule):
         if shares:
             self.log("judge/right_share", sum(shares) / len(shares), sync_dist=True)
 
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Judge held-out pairs in both orders."""
         del batch_idx
         datamodule = datamodule_of(self.trainer, VerdictData, type(self).__name__)

@@ -42,7 +42,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
         with explained(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.save(checkpoint, partial)
+                # into a file of Python, whose errors have an errno; torch's own writer has none
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
                 # before the rename: after a power failure the name might be on the disk, but not the data
                 sync(partial)
                 os.replace(partial, final)

@@ -459,6 +459,10 @@ def explained(path: Path) -> Iterator[None]:
         # the writer of torch raises nothing more specific
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
+        # torch's zip writer fails over its own positions after the write of Python's file has failed
+        if isinstance(error.__context__, OSError):
+            with explained(path):
+                raise error.__context__ from error
         raise OSError(
             errno.EIO,
             f"the checkpoint could not be written ({str(error).splitlines()[0]}): check that the disk has room, and "
