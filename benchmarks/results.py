@@ -4,8 +4,9 @@ Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif``
 puts tables, machine and date between the markers of docs/results.md, and the figures and the runs' curves into
 docs/results/, so that a figure of the tables can be computed again without the runs. ``--smoke``
 does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only`` also takes
-comparisons that are left out otherwise, because they take longer: ``menu_labels``, and ``stories`` and
-``stories_labels``, which fetch a model with npm.
+comparisons that are left out otherwise, because they take longer: ``menu_labels``, ``menu_models``, ``menu_judges``,
+``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories`` and ``stories_labels``, which fetch a model
+with npm.
 """
 
 from __future__ import annotations
@@ -35,9 +36,14 @@ SMOKE = {
     "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
     "menu_labels": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
     "stories_labels": ["--experiment.seeds=2", "--experiment.labels=16", "--at_labels=[16]"],
+    "menu_models": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
+    "menu_judges": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
+    "menu_exploration": ["--experiment.seeds=2", "--experiment.labels=96", "--at_labels=[48,96]"],
+    "menu_people": ["--experiment.seeds=2"],
+    "quickstart_labels": ["--experiment.seeds=1", "--experiment.labels=48", "--at_labels=[24,48]"],
 }
 """Makes a comparison short: arguments, or another comparison in its place."""
-ON_DEMAND = ("stories", "menu_labels", "stories_labels")
+ON_DEMAND = tuple(name for name in SMOKE if name not in ("tabular", "menu", "rlaif"))
 """Comparisons that are run only when asked for."""
 EXACT = ("tabular",)
 """Comparisons that give the same curves again within minutes; theirs are large and not kept."""
