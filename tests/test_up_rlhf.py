@@ -170,6 +170,7 @@ def test_the_configs_train_the_ensemble_and_the_policy(tmp_path: Path, tiny_poli
             *("fit", "--config=up_rlhf", *small, f"--model.policy={tiny_policy}", "--data.prompts=DatasetPrompts"),
             *(f"--data.reward.reward.path={tmp_path / 'reward' / 'model'}", "--data.prompts_per_batch=2"),
             *("--data.heldout=null", "--data.rounds.prompts_per_round=2", f"--run_dir={tmp_path / 'policy'}"),
+            *("--model.optimizer.lr=1e-2", "--model.lr_scheduler.warmup_steps=0"),
         ]
     )
     with next((tmp_path / "policy").rglob("metrics.csv")).open() as file:
