@@ -185,12 +185,15 @@ def test_a_labeler_ranks_by_the_mean_probability_to_win(world: Any) -> None:
     pool = engine.generate(pool_requests(prompts, 4, KEY, temperatures=(1.0, 0.7)))
     asked = 0
     for i, (comparison, label) in enumerate(zip(made, sampler.verdicts(made), strict=True)):
-        rewards = torch.tensor([reward_of(r.ids) for r in pool[4 * i : 4 * i + 4]], dtype=torch.float64)
-        # the mean over the three others, by brute force
-        wins = [sum(torch.sigmoid(r - rewards)).item() / 3 - 0.5 / 3 for r in rewards]
+        candidates = pool[4 * i : 4 * i + 4]
+        # the mean over the three others, by brute force; equal texts share a win
+        wins = []
+        for own in candidates:
+            gaps = [reward_of(own.ids) - reward_of(r.ids) if own.text != r.text else 0.0 for r in candidates]
+            wins.append((sum(1 / (1 + math.exp(-gap)) for gap in gaps) - 0.5) / 3)
         assert comparison.meta["reward_a"] == pytest.approx(max(wins))
         assert comparison.meta["reward_b"] == pytest.approx(min(wins))
-        texts = [r.text for r in pool[4 * i : 4 * i + 4]]
+        texts = [r.text for r in candidates]
         different = sum(texts[a] != texts[b] for a in range(4) for b in range(a))
         asked += different
         assert label is not None
