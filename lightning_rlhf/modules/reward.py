@@ -248,7 +248,11 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
                 weight.grad = None
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: LightningOptimizer, optimizer_closure: Closure = None
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Closure = None,
     ) -> None:
         """Step; the heads of the other members stay as they are."""
         member = self.member_in_turn
