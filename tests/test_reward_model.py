@@ -20,10 +20,12 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import PreferenceDataModule
+from lightning_rlhf.batching.collate import collate_preferences
 from lightning_rlhf.cli import main
 from lightning_rlhf.datamodules.options import BatchOptions, PreferenceRoundOptions
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RecordedLabeler, RewardLabeler
+from lightning_rlhf.models.heads import score_head
 from lightning_rlhf.models.load import LoRA, load_tokenizer
 from lightning_rlhf.models.scorer import Ensemble, open_scorer
 from lightning_rlhf.modules import RewardModule
@@ -32,7 +34,7 @@ from lightning_rlhf.prompts import DatasetPrompts, tokenize_rows
 from lightning_rlhf.prompts.tokenize import encode_answers
 from lightning_rlhf.rewards import AbstractReward, RewardModelReward, RewardOutput, combine, disagreement
 from lightning_rlhf.samplers import AbstractPairSampler, BestOfNSampler, OfflineSampler, PILAFSampler, VanillaSampler
-from lightning_rlhf.types import Prompt, PromptRow, RecordedPair, Response
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt, PromptRow, RecordedPair, Response
 
 
 def test_padding_is_never_the_end_of_a_response(tiny_policy: Path) -> None:
@@ -175,6 +177,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "whole": {},
     "adapter": {"lora": LoRA(r=2, dropout=0.1)},
     "adapters": {"ensemble": Ensemble("lora", 2, diversity=0.1), "lora": LoRA(r=2)},
+    "turns": {"ensemble": Ensemble("lora", 2, diversity=0.1, turn_epochs=1), "lora": LoRA(r=2)},
     "mean": {"ensemble": Ensemble("independent", 2, loss="mean")},
 }
 
@@ -207,7 +210,7 @@ def test_micro_batches_change_nothing(tmp_path: Path, tiny_policy: Path, kind: s
 
 
 @pytest.mark.filterwarnings("ignore:.*has not learned rewards")
-@pytest.mark.parametrize("kind", ["whole", "adapter", "adapters"])
+@pytest.mark.parametrize("kind", ["whole", "adapter", "adapters", "turns"])
 def test_a_run_continues_bitwise_from_every_checkpoint(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
     folder = tmp_path / "run"
     every = ModelCheckpoint(folder / "ckpt", every_n_train_steps=1, save_top_k=-1)
@@ -234,6 +237,73 @@ def test_the_bonus_for_diversity_makes_adapters_read_more_directions(tmp_path: P
     assert ratios[0] < ratios[1] <= 2.0  # 2 is the most that 2 x 2 directions allow
 
 
+class Members(L.Callback):
+    """Weights of each member, before training and after each epoch."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[torch.Tensor]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._note(pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._note(pl_module)
+
+    def _note(self, module: RewardModule) -> None:
+        self.weights.append([member_weights(module, member) for member in range(2)])
+
+
+def member_weights(module: RewardModule, member: int) -> torch.Tensor:
+    # of two members, the adapters that are not the other one's
+    own = [*module.scorer.adapters_but(1 - member), score_head(module.scorer.model, 2).weight[member]]
+    return torch.cat([weight.detach().flatten() for weight in own])
+
+
+@pytest.mark.filterwarnings("ignore:.*has not learned rewards")
+def test_members_in_turn_are_trained_one_at_a_time(tmp_path: Path, tiny_policy: Path) -> None:
+    noted = Members()
+    L.seed_everything(0)
+    # weight decay moves weights that have a gradient of 0
+    optimizer = partial(AdamW, lr=1e-2, weight_decay=0.1)
+    module = RewardModule(str(tiny_policy), optimizer=optimizer, **KINDS["turns"])
+    run = trainer(tmp_path / "run", noted, max_epochs=4)
+    run.fit(module, datamodule=data(tmp_path / "run"))
+    for epoch in range(4):
+        before, after = noted.weights[epoch], noted.weights[epoch + 1]
+        moved = [not torch.equal(b, a) for b, a in zip(before, after, strict=True)]
+        assert moved == [epoch % 2 == 0, epoch % 2 == 1]
+    # the states of the optimizer are those of the last turn: three steps of the second member
+    states = run.optimizers[0].state
+    others = {id(weight) for weight in module.scorer.adapters_but(1)}
+    assert {int(state["step"]) for state in states.values()} == {3}
+    assert not any(id(weight) in others for weight in states)
+
+
+@pytest.mark.filterwarnings("ignore:.*has not learned rewards")
+def test_only_the_member_in_turn_gets_gradients(tmp_path: Path, tiny_policy: Path) -> None:
+    module = RewardModule(str(tiny_policy), **KINDS["turns"])
+    module.trainer = trainer(tmp_path)
+    module.configure_model()
+    a, b = Response((5, 9, 0), "a", "eos"), Response((40, 0), "b", "eos")
+    batch = collate_preferences([Preference(Comparison(Prompt(0, (3, 4), "x"), a, b), Label(1.0))])
+    losses = []
+    for turn in range(2):
+        module.turn = turn
+        module.zero_grad()
+        module._micro_batch(batch).loss.backward()
+        module.on_before_optimizer_step(None)  # type: ignore[arg-type]
+        for name, parameter in module.scorer.named_parameters():
+            trained = f".member{turn}." in name or "score" in name
+            assert (parameter.grad is not None) == trained, name
+        head = score_head(module.scorer.model, 2).weight.grad
+        assert head is not None
+        assert head.any(1).tolist() == [turn == 0, turn == 1]
+        losses.append(module.item_losses(batch).losses.item())
+    # the loss is that of the member alone, not a mean
+    module.turn = None
+    assert module.item_losses(batch).losses.item() == pytest.approx(sum(losses) / 2, abs=1e-6)
+
+
 def test_an_ensemble_in_two_phases_knows_how_sure_it_is(tmp_path: Path, tiny_policy: Path) -> None:
     train, heldout = write_rows(tmp_path / "train.jsonl", 96), write_rows(tmp_path / "heldout.jsonl", 24, first=1000)
     rows = [f"--data.prompts.path={train}", "--data.heldout=DatasetPrompts", f"--data.heldout.path={heldout}"]
@@ -241,8 +311,8 @@ def test_an_ensemble_in_two_phases_knows_how_sure_it_is(tmp_path: Path, tiny_pol
     settings += ["--trainer.check_val_every_n_epoch=4"]
     first, second = tmp_path / "first", tmp_path / "second"
     main(["fit", *settings, f"--model.backbone={tiny_policy}", f"--run_dir={first}"])
-    lora = ["--model.ensemble.kind=lora", "--model.lora.r=2", f"--model.backbone={first / 'model'}"]
-    main(["fit", *settings, *lora, f"--run_dir={second}"])
+    adapters = ["--config", "reward_adapters", *settings[2:], "--model.lora.r=2", "--model.optimizer.lr=3e-3"]
+    main(["fit", *adapters, f"--model.backbone={first / 'model'}", f"--run_dir={second}"])
     for folder, kind in ((first, "linear"), (second, "lora")):
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["accuracy"] > 0.9
@@ -384,11 +454,18 @@ def test_a_policy_of_another_family_is_refused(tmp_path: Path, tiny_policy: Path
                 *("--model.lora.r=2", "--model.lora.target_modules=[q_proj]"),
             ],
         ),
+        (
+            "ddp",
+            [
+                *("--model.ensemble.kind=lora", "--model.ensemble.size=2", "--model.ensemble.turn_epochs=1"),
+                *("--model.lora.r=2", "--model.lora.target_modules=[q_proj]", "--trainer.max_epochs=2"),
+            ],
+        ),
         ("fsdp", ["--model.ensemble.kind=linear", "--model.ensemble.size=2"]),
         ("fsdp", ["--model.lora.r=2", "--model.lora.target_modules=[q_proj]"]),
         ("ddp", ["--config=difference_model", "--data.decoding.max_new_tokens=16", "--model.optimizer.lr=3e-3"]),
     ],
-    ids=["single", "adapters", "sharded", "sharded_lora", "differences"],
+    ids=["single", "adapters", "turns", "sharded", "sharded_lora", "differences"],
 )
 def test_two_processes_equal_one(tmp_path: Path, tiny_policy: Path, overlay: str, model: list[str]) -> None:
     # 22 rows: the last batch and the validation are uneven

@@ -27,6 +27,7 @@ from lightning_rlhf.estimators.principles import (
     variance_scaled,
     weighted_subset,
 )
+from lightning_rlhf.estimators.ranking import mean_win_probability
 from lightning_rlhf.estimators.returns import (
     gae,
     group_relative,
@@ -75,6 +76,7 @@ __all__ = [
     "kl_price",
     "leave_one_out",
     "log_secant_slope",
+    "mean_win_probability",
     "mix_logits",
     "objective_j",
     "objective_weights",

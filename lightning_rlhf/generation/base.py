@@ -59,14 +59,22 @@ class Request:
         mix: mixing coefficient, the extrapolation away from the reference.
         source: value of `Response.source`. Default: ``"policy"``, ``"reference"``, ``"plus"`` or ``"minus"``, by
             ``mix``.
+        temperature: divides the mixed logits of this response, > 0. Default: the temperature of `Decoding`.
+
+    Raises:
+        ValueError: if the temperature is not above 0.
     """
 
     prompt: Prompt
     key: Key
     mix: float = 0.0
     source: str = ""
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
+        # also refuses NaN
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"the temperature of a request must be > 0; got {self.temperature}")
         if not self.source:
             # object.__setattr__: the dataclass is frozen
             name = "policy" if self.mix == 0 else "reference" if self.mix == -1 else "plus" if self.mix > 0 else "minus"

@@ -176,10 +176,10 @@ class DecodeEngine(AbstractEngine):
                         if added:
                             lanes.admit(added)
                 # mix first, then divide by the temperature: token ~ softmax(((1 + mix) h_theta - mix h_ref) / T)
-                logits = pilaf_logits(active, by_name)
+                logits = tempered_logits(pilaf_logits(active, by_name), active, temperature)
                 # one uniform number per token of a response: its tokens do not depend on the rest of the batch
                 uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in active], dtype=torch.float64)
-                tokens = sample_tokens(logits / temperature, uniforms, top_p).tolist()
+                tokens = sample_tokens(logits, uniforms, top_p).tolist()
                 for row, token in zip(active, tokens, strict=True):
                     row.ids.append(token)
                     row.done = token in self.eos_ids or len(row.ids) == limit
@@ -409,3 +409,19 @@ def pilaf_logits(active: Sequence[Row], by_name: dict[Name, AbstractLanes]) -> T
     mix = torch.tensor([row.request.mix for row in active], device=policy.device)
     # h = (1 + mix) h_theta - mix h_ref, in float32
     return mix_logits(policy, reference, mix)
+
+
+def tempered_logits(logits: Tensor, active: Sequence[Row], default: float) -> Tensor:
+    """Divide the logits of every active row by the temperature of its request; shape [rows, vocabulary].
+
+    Args:
+        logits: next-token logits, [rows, vocabulary].
+        active: rows of the batch.
+        default: temperature of requests that have none of their own, > 0.
+    """
+    own = [row.request.temperature for row in active]
+    if all(temperature is None for temperature in own):
+        return logits / default
+    # one temperature per row, [rows, 1]
+    temperatures = [default if temperature is None else temperature for temperature in own]
+    return logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None]

@@ -194,7 +194,7 @@ def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[
     """Arguments of ``vllm.SamplingParams`` for a request; the seed is derived from its key."""
     return {
         "max_tokens": decoding.max_new_tokens,
-        "temperature": decoding.temperature,
+        "temperature": decoding.temperature if request.temperature is None else request.temperature,
         "top_p": decoding.top_p,
         "seed": request.key.seed(),
         # stop at these EOS ids only, not at those that vLLM reads from the checkpoint

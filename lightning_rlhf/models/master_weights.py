@@ -113,6 +113,12 @@ class MasterWeights(Optimizer):
         self.state.clear()
         self._share_state()
 
+    def forget_states(self) -> None:
+        """Go on as a fresh optimizer, on the copies as they are."""
+        self.optimizer.state.clear()
+        self.state.clear()
+        self._share_state()
+
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights and their copies, in order."""
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, cast, get_args
@@ -79,12 +80,15 @@ class Ensemble:
         loss: ``members`` trains each member on the labels, ``mean`` the mean of their rewards, which leaves members
             free to differ (UP-RLHF, arXiv 2401.00243).
         diversity: weight of a bonus for ``lora`` members whose adapters read different directions, >= 0 (UP-RLHF).
+        turn_epochs: epochs for which a single ``lora`` member is trained before the next one has its turn, >= 1: the
+            members are trained one after another, at the cost of one. Default: all are trained together.
     """
 
     kind: Kind = "linear"
     size: int = 3
     loss: Literal["members", "mean"] = "members"
     diversity: float = 0.0
+    turn_epochs: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -98,6 +102,17 @@ class Ensemble:
                 f"model.ensemble.diversity must be >= 0, and is about the adapters of kind 'lora'; got "
                 f"{self.diversity} with kind {self.kind!r}"
             )
+        if self.turn_epochs is None:
+            return
+        if self.turn_epochs < 1 or self.kind != "lora" or self.loss != "members":
+            raise ValueError(
+                f"model.ensemble.turn_epochs must be >= 1, and trains members of kind 'lora' on losses of their own "
+                f"(loss 'members'); got {self.turn_epochs} with kind {self.kind!r} and loss {self.loss!r}"
+            )
+
+    def turn(self, epoch: int) -> int | None:
+        """Number of the turn, from 0, that an epoch belongs to; None where all members are trained together."""
+        return None if self.turn_epochs is None else epoch // self.turn_epochs
 
 
 class Scorer(nn.Module):
@@ -141,12 +156,23 @@ class Scorer(nn.Module):
         return len(self.models) if self.kind == "independent" else int(cast(int, self.config.num_labels))
 
     def scores(
-        self, groups: Sequence[Group], *, layout: Layout = "auto", tokens_per_batch: int | None = None
+        self,
+        groups: Sequence[Group],
+        *,
+        layout: Layout = "auto",
+        tokens_per_batch: int | None = None,
+        member: int | None = None,
     ) -> Tensor:
-        """Rewards of responses by every member, [responses, members]; arguments as in `head_outputs`.
+        """Rewards of responses by every member, [responses, members]; by a single one of ``lora``, [responses, 1].
 
         Adapters are switched between members, so that ``lora`` makes a forward pass per member, as ``independent``
         does; ``linear`` makes one.
+
+        Args:
+            groups: prompts with their responses, as token ids.
+            layout: how sequences are batched, as in `head_outputs`.
+            tokens_per_batch: maximum number of tokens per forward pass. Default: one pass.
+            member: the member of a ``lora`` ensemble that is asked. Default: all.
         """
         if self.kind == "linear":
             # r_m = w_m^T h for all members m in one product: [responses, members]
@@ -155,20 +181,20 @@ class Scorer(nn.Module):
         # r_m = w_m^T h_m, where the adapter or model of member m computes h_m: [responses, 1]
         columns = []
         # one column of rewards per member
-        for member in range(self.size):
+        for asked in range(self.size) if member is None else (member,):
             if self.kind == "lora":
-                self._use_adapter(member)
+                self._use_adapter(asked)
                 columns.append(
                     head_outputs(
                         self.model.base_model,
-                        _Row(score_head(self.model, self.size), member),
+                        _Row(score_head(self.model, self.size), asked),
                         groups,
                         layout=layout,
                         tokens_per_batch=tokens_per_batch,
                     )
                 )
             else:
-                model = cast(PreTrainedModel, self.models[member])
+                model = cast(PreTrainedModel, self.models[asked])
                 head = score_head(model)
                 columns.append(
                     head_outputs(model.base_model, head, groups, layout=layout, tokens_per_batch=tokens_per_batch)
@@ -183,6 +209,23 @@ class Scorer(nn.Module):
             factors = [cast(nn.Linear, layer.lora_A[name]) for name in names]
             stacked.append(torch.cat([factor.weight for factor in factors]))
         return stacked
+
+    def adapters_but(self, member: int) -> list[nn.Parameter]:
+        """Weights of the adapters of all members but one."""
+        own = f".{adapter_name(member)}."
+        return [p for name, p in self.named_parameters() if ".lora_" in name and own not in f"{name}."]
+
+    @contextmanager
+    def heads_kept_but(self, member: int) -> Iterator[None]:
+        """Keep the heads of all members but one through a step of the optimizer, which sees one weight for all."""
+        weights = list(score_head(self.model, self.size).parameters())
+        before = [weight.detach().clone() for weight in weights]
+        yield
+        others = [place for place in range(self.size) if place != member]
+        with torch.no_grad():
+            # weight decay moves rows whose gradient is 0, too
+            for weight, old in zip(weights, before, strict=True):
+                weight[others] = old[others]
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard backbone and heads over processes (FSDP2), in place.

@@ -114,7 +114,9 @@ class DifferenceModule(RewardModule):
     def _by_rule(self) -> list[tuple[WeightRule, MeanWithError]]:
         return [(rule, cast(MeanWithError, m)) for rule, m in zip(get_args(WeightRule), self.coefficients, strict=True)]
 
-    def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
+    def _scores(
+        self, groups: Sequence[Group], tokens_per_batch: int | None = None, member: int | None = None
+    ) -> Tensor:
         """f(x, a, b) / 2 and f(x, b, a) / 2 of each pair by every member, [2 * pairs, members]: they differ by D."""
         scorer: Scorer = self.scorer
         eos = int(self.tokenizer.eos_token_id)
@@ -122,4 +124,5 @@ class DifferenceModule(RewardModule):
         for prompt, responses in groups:
             a, b = (tuple(response) for response in responses)
             both.append((prompt, (self.turns.joined(prompt, a, b, eos), self.turns.joined(prompt, b, a, eos))))
-        return scorer.scores(both, layout=self.options.layout, tokens_per_batch=tokens_per_batch) / 2
+        scores = scorer.scores(both, layout=self.options.layout, tokens_per_batch=tokens_per_batch, member=member)
+        return scores / 2

@@ -61,6 +61,14 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
         yield from group["params"]
 
 
+def forget_states(optimizer: Optimizer) -> None:
+    """Let an optimizer go on as a fresh one, on the weights as they are; its schedule goes on."""
+    if isinstance(optimizer, MasterWeights):
+        optimizer.forget_states()
+    else:
+        optimizer.state.clear()
+
+
 def checked_optimizer(groups: ParameterGroups, optimizer: OptimizerCallable) -> Optimizer:
     """Build the optimizer, and check learning rates and weight decays.
 

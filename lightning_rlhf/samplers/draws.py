@@ -34,12 +34,24 @@ def policy_pairs(prompts: Sequence[Prompt], key: Key) -> list[Request]:
     return requests
 
 
-def pool_requests(prompts: Sequence[Prompt], count: int, key: Key, mix: float = 0.0) -> list[Request]:
-    """Requests for a pool of ``count`` independent samples per prompt, prompt by prompt; of pi_theta by default."""
+def pool_requests(
+    prompts: Sequence[Prompt], count: int, key: Key, mix: float = 0.0, temperatures: Sequence[float] = ()
+) -> list[Request]:
+    """Requests for a pool of ``count`` independent samples per prompt, prompt by prompt; of pi_theta by default.
+
+    Args:
+        prompts: the prompts.
+        count: samples per prompt.
+        key: random numbers of the round.
+        mix: as in `Request`.
+        temperatures: sample i has ``temperatures[i % len(temperatures)]``. Default: that of the decoding settings.
+    """
     requests: list[Request] = []
     for prompt in prompts:
-        # streams from COIN + 1 on, since FIRST and SECOND belong to samplers of two responses
-        requests.extend(Request(prompt, key.fold(prompt.index, COIN + 1 + i), mix) for i in range(count))
+        for i in range(count):
+            temperature = temperatures[i % len(temperatures)] if temperatures else None
+            # streams from COIN + 1 on, since FIRST and SECOND belong to samplers of two responses
+            requests.append(Request(prompt, key.fold(prompt.index, COIN + 1 + i), mix, temperature=temperature))
     return requests
 
 

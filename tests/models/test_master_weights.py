@@ -130,3 +130,21 @@ def test_unsuitable_optimizers_are_refused() -> None:
     used.step()
     with pytest.raises(ValueError, match="needs a fresh optimizer; this AdamW has taken steps"):
         MasterWeights(used)
+
+
+@pytest.mark.parametrize("make", [adamw, momentum])
+def test_an_optimizer_without_its_states_goes_on_as_a_fresh_one(make: Maker) -> None:
+    single, half = start(torch.float32), start(torch.bfloat16)
+    plain, wrapped = make(groups_of(single)), MasterWeights(make(groups_of(half)))
+    for step in range(10):
+        # both begin anew after five steps, the copies with the bits that they have
+        if step == 5:
+            plain.state.clear()
+            wrapped.forget_states()
+            assert all(set(wrapped.state[weight]) <= {MASTER} for weight in half)
+        for weights, optimizer in ((single, plain), (half, wrapped)):
+            give_gradients(weights, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    for weight, copied in zip(single, copies(wrapped), strict=True):
+        torch.testing.assert_close(copied, weight.detach(), atol=0, rtol=0)

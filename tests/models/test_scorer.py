@@ -169,6 +169,9 @@ def test_bad_use_is_named(tmp_path: Path, tiny_policy: Path, linear_folder: Path
         Ensemble("linear", 1)
     with pytest.raises(ValueError, match=r"diversity must be >= 0.*kind 'lora'; got 0\.1 with kind 'linear'"):
         Ensemble("linear", 2, diversity=0.1)
+    for wrong in ({"kind": "linear"}, {"turn_epochs": 0}, {"loss": "mean"}):
+        with pytest.raises(ValueError, match="turn_epochs must be >= 1, and trains members of kind 'lora'"):
+            Ensemble(**{"kind": "lora", "turn_epochs": 1, **wrong})  # type: ignore[arg-type]
 
 
 def test_adapters_disagree_and_heads_on_one_backbone_hardly_do(tmp_path: Path, tiny_policy: Path) -> None:

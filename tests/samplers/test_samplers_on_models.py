@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_rlhf.labelers import RewardLabeler
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.samplers import (
     AbstractPairSampler,
     BestOfNSampler,
+    BestWorstSampler,
     HybridSampler,
     MixtureSampler,
     OfflineSampler,
@@ -38,6 +40,8 @@ class TokenReward(AbstractReward):
 SAMPLERS: dict[str, Callable[[], AbstractPairSampler]] = {
     "vanilla": VanillaSampler,
     "best_of_n": lambda: BestOfNSampler(n=3),
+    "best_worst": lambda: BestWorstSampler(TokenReward(), n=3),
+    "best_worst_labeler": lambda: BestWorstSampler(labeler=RewardLabeler(TokenReward(), rule="soft"), n=3),
     "hybrid": HybridSampler,
     "pilaf": PILAFSampler,
     "t_pilaf": TPILAFSampler,
