@@ -220,8 +220,9 @@ def _forward(
     if mode == "gathered":
         with before_head(head, choose):
             return _plain_scores(run(), packed.targets, temperature, statistics)
-    # a subclass may compute something else than W h + b, which `score_tokens` computes from the weights
-    if type(head) is not nn.Linear:
+    # a subclass may compute something else than W h + b, which `score_tokens` computes from the weights; PEFT's wrapper
+    # of a head that is trained whole (original_module) gives those in use
+    if type(getattr(head, "original_module", head)) is not nn.Linear:
         raise ValueError(f"its head is a {type(head).__name__}")
 
     scored: list[TokenScores] = []
