@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.logprobs.exactness import nearly_equal
@@ -123,9 +123,8 @@ def _adapted(model: PreTrainedModel, lora: LoRA, policy: str, meta: bool) -> Pef
 
 def _probe(model: PreTrainedModel) -> list[Tensor]:
     """Logits of two short texts, in eval mode."""
-    config = cast(PreTrainedConfig, model.config)
     with evaluating(list(model.modules())):
-        return [model(input_ids=torch.tensor([row], device=model.device)).logits for row in probe_rows(config)]
+        return [model(input_ids=torch.tensor([row], device=model.device)).logits for row in probe_rows(model.config)]
 
 
 def _check_reference(policy: PeftModel, checkpoint: list[Tensor], name: str) -> None:

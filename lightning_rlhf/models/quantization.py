@@ -57,7 +57,7 @@ def compute_alike(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_quantized(module) and hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -324,10 +324,12 @@ def off_is_start(policy: PeftModel) -> bool:
     inside: set[int] = set()
     base: set[int] = set()
     for layer in policy.modules():
-        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            plain = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+        if isinstance(layer, BaseTunerLayer):
             inside.update(map(id, layer.parameters()))
-            base.update(map(id, cast(nn.Module, plain).parameters()))
+            base.update(map(id, layer.get_base_layer().parameters()))
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            inside.update(map(id, layer.parameters()))
+            base.update(map(id, cast(nn.Module, layer.original_module).parameters()))
     # weights of the base: those under adapters, and those outside of layers with adapters
     trained = _trained(policy).values()
     return not any(id(parameter) in base or id(parameter) not in inside for parameter in trained)

@@ -56,11 +56,13 @@ def merged_state_dict(
         for prefix, layer in model.named_modules():
             if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 continue
-            # layers of bitsandbytes have LoRA classes of their own
-            linear = isinstance(layer, Linear | Embedding) or (
-                isinstance(layer, LoraLayer) and is_quantized(layer.get_base_layer())
-            )
-            if not linear or layer.lora_variant or any(layer.lora_bias.values()):
+            if (
+                not isinstance(layer, LoraLayer)
+                # layers of bitsandbytes have LoRA classes of their own
+                or not (isinstance(layer, Linear | Embedding) or is_quantized(layer.get_base_layer()))
+                or layer.lora_variant
+                or any(layer.lora_bias.values())
+            ):
                 raise ValueError(
                     f"{prefix} is a {type(layer).__name__} that cannot be merged here; only plain LoRA on linear and "
                     f"embedding layers can: save with merge=False"
@@ -77,7 +79,7 @@ def merged_state_dict(
                     a, b = (state[f"{prefix}.lora_{side}.{adapter}.weight"].float() for side in "AB")
                 # W + (alpha / r) B A
                 # embeddings and Conv1D keep W as [inputs, outputs], and B A is [outputs, inputs]
-                transposed = isinstance(layer, Embedding) or layer.fan_in_fan_out
+                transposed = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
                 weight = weight + layer.scaling[adapter] * ((b @ a).T if transposed else b @ a)
             merged[key] = weight.to(merged[key].dtype)
     return merged
@@ -113,7 +115,7 @@ def _merged_by_peft(model: PeftModel) -> dict[str, Tensor]:
                 raise ValueError(
                     f"peft cannot merge {name}, a {type(layer).__name__} ({error}); save with merge=False"
                 ) from error
-            for leaf, tensor in cast(nn.Module, plain).state_dict().items():
+            for leaf, tensor in plain.state_dict().items():
                 merged[f"{name.removeprefix(prefix)}.{leaf}"] = tensor.detach()
     return merged
 
