@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-human test test-fast lint format types docs clean distclean
+.PHONY: help demo demo-human test test-fast test-browser lint format types docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +25,10 @@ test: lint types docs  ## everything CI runs
 
 test-fast: $(VENV)/.installed-test  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-browser: $(VENV)/.installed-test  ## the annotation page in Chromium, and its pictures for docs/people.md
+	$(INSTALL) --editable '.[browser]'
+	BROWSER_TESTS=required WRITE_SCREENSHOTS=1 $(BIN)/python -m pytest tests/annotation/test_browser.py
 
 lint: $(VENV)/.installed-test  ## ruff: rules and format
 	$(BIN)/ruff check

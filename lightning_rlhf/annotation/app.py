@@ -317,7 +317,7 @@ class Site:
         if receipt.kept == "late":
             text = "Your verdict came too late to change the label; it is kept for the statistics."
             return self.page("message.html", {"title": "Too late", "text": text})
-        shown = f"?feedback={row.get('uid')}" if receipt.right is not None else ""
+        shown = f"?feedback={row.get('uid')}" if receipt.has_feedback else ""
         return RedirectResponse(f"/{shown}", 303)
 
     # -- the interface of the page ------------------------------------------------------------------------------------
@@ -354,6 +354,8 @@ class Site:
         answer: JSON = {"kept": receipt.kept}
         if receipt.right is not None:
             answer["feedback"] = {"right": receipt.right, "explanation": receipt.explanation}
+        elif receipt.suggestion is not None:
+            answer["feedback"] = {"ai": receipt.ai_side}
         return JSONResponse(answer)
 
     async def kept(self, request: Request, row: Mapping[str, object]) -> Receipt:
@@ -369,7 +371,7 @@ class Site:
             raise Refused(422, str(error)) from error
         except KeyError as error:
             raise Refused(404, "this pair was not shown to you") from error
-        if receipt.right is not None:
+        if receipt.has_feedback:
             self.feedback[ballot.uid] = receipt
         return receipt
 
@@ -573,7 +575,8 @@ def read_item(row: Mapping[str, object]) -> Item:
     turns = cast(list[dict[str, object]], row.get("prompt", []))
     prompt = tuple({"role": str(turn.get("role", "user")), "content": str(turn.get("content") or "")} for turn in turns)
     cut_a, cut_b = bool(row.get("cut_a", False)), bool(row.get("cut_b", False))
-    return Item(key, prompt, a, b, cut_a, cut_b, float(cast(float, row.get("priority", 0.0))))
+    priority, suggestion = float(cast(float, row.get("priority", 0.0))), cast("float | None", row.get("suggestion"))
+    return Item(key, prompt, a, b, cut_a, cut_b, priority, None if suggestion is None else float(suggestion))
 
 
 def number(request: Request, name: str, default: int, most: int = 2**53) -> int:

@@ -92,11 +92,26 @@ class Receipt:
             the vote counts in statistics only.
         right: in practice, whether the verdict was the known one; None otherwise.
         explanation: in practice, the explanation of the question.
+        suggestion: P(the response on the left is preferred) by an AI, where the queue shows it after the vote.
+        side: the verdict that it is shown beside.
     """
 
     kept: Kept
     right: bool | None = None
     explanation: str = ""
+    suggestion: float | None = None
+    side: Screen | None = None
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether the page says something about the verdict."""
+        return self.right is not None or self.suggestion is not None
+
+    @property
+    def ai_side(self) -> Screen:
+        """The side that the AI prefers."""
+        assert self.suggestion is not None
+        return "tie" if self.suggestion == 0.5 else "left" if self.suggestion > 0.5 else "right"
 
 
 class Assignments:
@@ -361,6 +376,9 @@ class Assignments:
         self, db: sqlite3.Connection, person: Person, row: sqlite3.Row, ballot: Ballot, is_late: bool
     ) -> Receipt:
         kept: Kept = "late" if is_late else "kept"
+        if row["suggestion"] is not None and not is_late and self.queues.options(row["queue"]).show_ai == "after":
+            left = row["suggestion"] if row["first"] == "a" else 1.0 - row["suggestion"]
+            return Receipt(kept, suggestion=left, side=ballot.side)
         if row["kind"] != "gold" or is_late:
             return Receipt(kept)
         answered = db.execute(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 APPLICATION_ID = 0x524C4850
 """In the header of the file: "RLHP"."""
-VERSION = 1
+VERSION = 2
 SCHEMA = [
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE annotators (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, token TEXT NOT NULL UNIQUE, "
@@ -33,7 +33,7 @@ SCHEMA = [
     "place REAL NOT NULL, gold TEXT, explanation TEXT NOT NULL DEFAULT '', source INTEGER REFERENCES items, "
     "reserved INTEGER REFERENCES annotators, state TEXT NOT NULL DEFAULT 'open' "
     "CHECK (state IN ('open', 'settled', 'final', 'skipped', 'withdrawn')), ended INTEGER UNIQUE, "
-    "created REAL NOT NULL, UNIQUE (queue, key))",
+    "created REAL NOT NULL, suggestion REAL, UNIQUE (queue, key))",
     "CREATE INDEX items_to_do ON items (kind, state, count DESC, priority DESC, place)",
     "CREATE TABLE leases (item INTEGER NOT NULL REFERENCES items, annotator INTEGER NOT NULL REFERENCES annotators, "
     "first TEXT NOT NULL, shown REAL NOT NULL, until REAL NOT NULL, PRIMARY KEY (item, annotator))",
@@ -54,6 +54,8 @@ SCHEMA = [
     "CREATE TABLE events (id INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, who TEXT NOT NULL, "
     "detail TEXT NOT NULL)",
 ]
+UPGRADES = {2: ["ALTER TABLE items ADD COLUMN suggestion REAL"]}
+"""Statements that make a file of each version of one of the version before."""
 
 
 class AnnotationFile:
@@ -106,9 +108,10 @@ class AnnotationFile:
             raise ValueError(f"{self.path} has version {version}, this lightning_rlhf reads {VERSION}; install a newer")
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             self._db.execute(f"PRAGMA {pragma}")
-        if is_new:
+        if version < VERSION:
             self._db.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA:
+            later = [statement for number in range(version + 1, VERSION + 1) for statement in UPGRADES.get(number, ())]
+            for statement in SCHEMA if is_new else later:
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._db.execute(f"PRAGMA user_version = {VERSION}")

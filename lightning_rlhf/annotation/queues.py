@@ -7,10 +7,13 @@ import secrets
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import cast
+from typing import Literal, cast, get_args
 
 from lightning_rlhf.annotation.database import AnnotationFile
 from lightning_rlhf.annotation.votes import JSON, Vote, coin, vote_of
+
+
+ShowAI = Literal["never", "after"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class QueueOptions:
         scale: strengths on the page: 7 (much better to much better) or 3 (better, same, better).
         guidelines: Markdown; people confirm it before the first pair. Empty: none.
         question: the question above a pair.
+        show_ai: ``never``, or ``after``: once a person has voted on a pair, the verdict of an AI on it, if there is
+            one; a vote that the person changes then supersedes the first.
 
     Raises:
         ValueError: if a number is out of range.
@@ -40,6 +45,7 @@ class QueueOptions:
     scale: int = 7
     guidelines: str = ""
     question: str = "Which response is better?"
+    show_ai: ShowAI = "never"
 
     def __post_init__(self) -> None:
         for name in ("votes", "overlap_votes", "max_votes", "max_skips"):
@@ -52,6 +58,9 @@ class QueueOptions:
             raise ValueError(f"max_votes must be >= votes; got max_votes={self.max_votes}, votes={self.votes}")
         if self.scale not in (3, 7):
             raise ValueError(f"scale must be 3 or 7; got {self.scale!r}")
+        if self.show_ai not in get_args(ShowAI):
+            # before the vote it would be an anchor, and the vote no sample of what a person prefers
+            raise ValueError(f"show_ai must be never or after; got {self.show_ai!r}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Item:
         cut_a: whether the token limit cut the first response.
         cut_b: whether the token limit cut the second response.
         priority: pairs with a larger one come first.
+        suggestion: P(a preferred) by an AI, shown to a person who has voted on the pair. Default: there is none.
     """
 
     key: str
@@ -75,6 +85,7 @@ class Item:
     cut_a: bool = False
     cut_b: bool = False
     priority: float = 0.0
+    suggestion: float | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,7 @@ class Queues:
             "wanted": wanted,
             "need": wanted,
             "priority": item.priority,
+            "suggestion": item.suggestion,
             # by hash, so that no round and no arm gets the fresh hours of the people
             "place": coin("place", item.key),
             "created": self.file.clock(),

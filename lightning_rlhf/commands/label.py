@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,13 +16,23 @@ from tqdm.auto import tqdm
 from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.collectors.progress import Bar
 from lightning_rlhf.commands.export import Rows, check_target, export_ledger
+from lightning_rlhf.evaluation.benchmarks import rewardbench_sections, subset_accuracies
 from lightning_rlhf.evaluation.feedback import Feedback, feedback_lines, feedback_summary
 from lightning_rlhf.evaluation.judges import JudgeMetrics
-from lightning_rlhf.evaluation.report import counted, judge_lines, judge_rows, markdown_table, to_json, write_whole
+from lightning_rlhf.evaluation.report import (
+    counted,
+    judge_lines,
+    judge_rows,
+    markdown_table,
+    percent,
+    to_json,
+    write_whole,
+)
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.recorded import recorded_probability
 from lightning_rlhf.ledger.same_run import check_same_settings
 from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.randomness import Key
@@ -48,6 +59,8 @@ class LabelReport(TypedDict):
         seconds: time of the last call.
         left_out: rows that the source left out, by reason.
         figures: metrics of `JudgeMetrics`.
+        subsets: result of `subset_accuracies`, by the names of parts of the data (`PromptRow.subset`).
+        sections: result of `rewardbench_sections`.
         feedback: where the labels come from.
     """
 
@@ -62,6 +75,8 @@ class LabelReport(TypedDict):
     left_out: dict[str, int]
     feedback: Feedback
     figures: dict[str, float]
+    subsets: dict[str, dict[str, float]]
+    sections: dict[str, float]
 
 
 class LabelRun:
@@ -121,7 +136,7 @@ class LabelRun:
         """
         if self.out is not None:
             check_target(str(self.ledger), self.out)  # before anything is paid for
-        prompts = self._load()
+        prompts, subsets = self._load()
         with PreferenceStore(self.ledger) as store:
             # a continued run must show the pairs in the same order, so the seed counts
             decisive = {"command": "label", "seed": self.seed, "recorded_labels": self.recorded_labels}
@@ -141,11 +156,12 @@ class LabelRun:
             start = time.perf_counter()
             bought = collector.label(0, self.chunk)
             seconds = time.perf_counter() - start
-            report = label_report(store, self.source.report, bought, seconds)
+            report = label_report(store, self.source.report, bought, seconds, subsets)
         self._write(report, settings or {})
         return report
 
-    def _load(self) -> list[Prompt]:
+    def _load(self) -> tuple[list[Prompt], list[str]]:
+        """The pairs, and the part of the data that each belongs to."""
         rows = self.source.load()
         for row in rows:
             # named now, before labels are paid for
@@ -155,13 +171,17 @@ class LabelRun:
                     f"their columns, e.g. --pairs.chosen_column=a --pairs.rejected_column=b"
                 )
         prompts = text_prompts(rows)
-        # in an arbitrary order the recorded label is no human choice
-        return prompts if self.recorded_labels else [replace(prompt, recorded=None) for prompt in prompts]
+        if not self.recorded_labels:
+            # in an arbitrary order the recorded label is no human choice
+            prompts = [replace(prompt, recorded=None) for prompt in prompts]
+        return prompts, [row.subset for row in rows]
 
     def _write(self, report: LabelReport, settings: Mapping[str, object]) -> None:
         lines = label_lines(report)
         write_whole(self.run_dir / "report.json", to_json({**report, "settings": settings}))
         text = f"# Labels\n\n{lines[0]}.\n\n{markdown_table(judge_rows(report['figures']))}"
+        if report["subsets"]:
+            text += f"\n## By subset\n\n{markdown_table(subset_rows(report))}"
         if report["left_out"]:
             text += f"\nRows left out: {counted(report['left_out'])}.\n"
         write_whole(self.run_dir / "report.md", text)
@@ -193,7 +213,9 @@ def check_same_pairs(store: PreferenceStore, prompts: list[Prompt]) -> None:
             )
 
 
-def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float) -> LabelReport:
+def label_report(
+    store: PreferenceStore, left_out: Mapping[str, int], bought: int, seconds: float, subsets: Sequence[str]
+) -> LabelReport:
     """Summarize round 0 of a ledger of recorded pairs.
 
     Args:
@@ -201,9 +223,19 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
         left_out: rows that the source left out, by reason.
         bought: labels bought in this call.
         seconds: time that took.
+        subsets: part of the data that each pair belongs to, in the order of the data.
     """
     metric = JudgeMetrics()
     rows = store.comparisons(0)
+    decided = [
+        (label.probability, human_probability(comparison), subset)
+        for (_, comparison, label), subset in zip(rows, subsets, strict=True)
+        # a free tie is no verdict of the labeler
+        if label is not None and label.probability is not None and not label.is_free_tie
+    ]
+    judged = [(stated, human, subset) for stated, human, subset in decided if not math.isnan(human)]
+    stated, human = (torch.tensor([pair[place] for pair in judged], dtype=torch.float64) for place in (0, 1))
+    accuracies = subset_accuracies(reward_accuracy(stated - 0.5, human).tolist(), [subset for *_, subset in judged])
     # page by page: texts of all pairs need not fit into memory
     for start in range(0, len(rows), PAGE):
         update(metric, last_answers(store, rows[start : start + PAGE]))
@@ -219,6 +251,8 @@ def label_report(store: PreferenceStore, left_out: Mapping[str, int], bought: in
         "seconds": seconds,
         "left_out": {reason: count for reason, count in left_out.items() if count},
         "figures": figures,
+        "subsets": accuracies,
+        "sections": rewardbench_sections(accuracies),
         "feedback": feedback_summary(store),
     }
 
@@ -273,7 +307,19 @@ def label_lines(report: LabelReport) -> list[str]:
         f"labeled {report['labelled']} of {report['pairs']} pairs in {report['attempts']} attempts, "
         f"cost {report['cost']:.6g}{failed}{free}; {report['bought_now']} in this call{speed}"
     )
-    return [first, *feedback_lines(report["feedback"]), *judge_lines(report["figures"])]
+    lines = [first, *feedback_lines(report["feedback"]), *judge_lines(report["figures"])]
+    if report["sections"]:
+        lines.append(", ".join(f"{name} {100 * value:.1f} %" for name, value in report["sections"].items()))
+    return lines
+
+
+def subset_rows(report: LabelReport) -> list[tuple[str, str, str]]:
+    """Accuracies by subset and section in words."""
+    rows = [
+        (name, percent(found, "accuracy"), f"{found['pairs']:.0f} pairs") for name, found in report["subsets"].items()
+    ]
+    sections = [(f"**{name}**", f"{100 * value:.1f} %", "RewardBench") for name, value in report["sections"].items()]
+    return [*rows, *sections]
 
 
 def progress_bar(description: str, total: int) -> AbstractContextManager[Bar]:

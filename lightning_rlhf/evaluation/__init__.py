@@ -1,5 +1,6 @@
 """Evaluation: means with their errors, how good reward models, judges and policies are, and a run's frontier."""
 
+from lightning_rlhf.evaluation.benchmarks import rewardbench_sections, subset_accuracies
 from lightning_rlhf.evaluation.best_of_n import BestOfN, best_of_n_accuracy, best_of_n_gold
 from lightning_rlhf.evaluation.concordance import KendallsW, kendalls_w
 from lightning_rlhf.evaluation.frontier import FrontierPoint, read_frontier, write_frontier
@@ -27,6 +28,8 @@ __all__ = [
     "mean_with_error",
     "plot_frontier",
     "read_frontier",
+    "rewardbench_sections",
+    "subset_accuracies",
     "two_sided_binomial_p",
     "wilson_interval",
     "write_frontier",

@@ -23,6 +23,7 @@ class Question:
         is_late: whether its round is closed, so that the round which is open now does not wait for it.
         earlier: attempts at it that are in the ledger, oldest first.
         priority: pairs with a larger one are shown to people first.
+        suggestion: P(a preferred) by another labeler, which people may see after their verdict.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Question:
     is_late: bool = False
     earlier: tuple[Label, ...] = ()
     priority: float = 0.0
+    suggestion: float | None = None
 
 
 @dataclass(frozen=True)

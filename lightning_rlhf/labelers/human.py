@@ -43,8 +43,9 @@ class HumanLabeler(AbstractLabeler):
     Without ``base_url`` the server that runs in ``server_dir`` is used. If none runs, one is started there, prints a
     link to sign in, and ends with the run.
 
-    ``meta`` of a label: see `label_of_votes`. Statuses: those of `VoteOptions`, and ``skipped`` where nobody could
-    judge a pair; none of them is asked for again.
+    ``meta`` of a label: see `label_of_votes`; with ``pairs.show_ai=after`` also ``changed_after_ai``, the votes that
+    people changed after they had seen the verdict of an AI (`MixedLabeler`). Statuses: those of `VoteOptions`, and
+    ``skipped`` where nobody could judge a pair; none of them is asked for again.
 
     Args:
         base_url: address of a server; its trainer's token is in the environment variable ``token_env``.
@@ -137,7 +138,7 @@ class HumanLabeler(AbstractLabeler):
         queue = self.queue or f"run-{questions[0].id.partition('/')[0][:8]}"
         # the ids of questions name the run, and the page must not
         places = {item_key(queue, question.id): place for place, question in enumerate(questions)}
-        items = [_item(key, questions[place].comparison, questions[place].priority) for key, place in places.items()]
+        items = [self._item(key, questions[place]) for key, place in places.items()]
         self._ask(lambda client: client.push(queue, items, self.pairs))
         cursor = 0
         while True:
@@ -176,9 +177,19 @@ class HumanLabeler(AbstractLabeler):
         if self.votes.aggregate == "weighted" or self.votes.strength == "calibrated":
             self._model = fit_votes(memory.votes)
 
+    def _item(self, key: str, question: Question) -> Item:
+        item = _item(key, question.comparison, question.priority)
+        # the server never has what it is not to show
+        return replace(item, suggestion=question.suggestion) if self.pairs.show_ai == "after" else item
+
     def _answer(self, result: Result) -> Answer:
         texts = {guidelines_hash(self.pairs.guidelines): self.pairs.guidelines} if self.pairs.guidelines else {}
-        return Answer(label_of_votes(result.votes, self.votes, self._model), result.votes, texts)
+        label = label_of_votes(result.votes, self.votes, self._model)
+        # of such votes it is not known which the person would have given alone
+        changed = sum(bool(vote.supersedes) for vote in result.votes)
+        if self.pairs.show_ai == "after" and changed:
+            label = replace(label, meta={**label.meta, "changed_after_ai": changed})
+        return Answer(label, result.votes, texts)
 
     # -- the server ---------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,10 @@ class MixedLabeler(AbstractLabeler):
                 else:
                     answered += not questions[place].is_late
         places = sorted(first)
-        asked = [replace(questions[place], priority=_priority(first[place])) for place in places]
+        asked = [
+            replace(questions[place], priority=_priority(first[place]), suggestion=_suggestion(first[place]))
+            for place in places
+        ]
         for given in self._people(asked, answered, key.fold(SECOND)):
             yield [(places[number], self._second(answer, first[places[number]])) for number, answer in given]
 
@@ -253,6 +256,12 @@ def _contradicts(label: Label) -> bool:
         )
     # "the first" in both orders names a in one and b in the other; P = 1/2 names none
     return bool((forward - 0.5) * (reverse - 0.5) >= 0)
+
+
+def _suggestion(first: Label) -> float | None:
+    """P(a preferred) of the first labeler on a pair that the second one is asked about."""
+    found = first.meta.get("ai_probability")
+    return None if found is None else float(found)
 
 
 def _priority(first: Label) -> float:

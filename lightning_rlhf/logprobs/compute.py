@@ -220,9 +220,11 @@ def _forward(
     if mode == "gathered":
         with before_head(head, choose):
             return _plain_scores(run(), packed.targets, temperature, statistics)
-    # a subclass may compute something else than W h + b, which `score_tokens` computes from the weights
-    if type(head) is not nn.Linear:
+    # a subclass may compute something else than W h + b, which `score_tokens` computes from the weights; PEFT's wrapper
+    # of a head that is trained whole (original_module) gives those in use
+    if type(getattr(head, "original_module", head)) is not nn.Linear:
         raise ValueError(f"its head is a {type(head).__name__}")
+    linear = cast(nn.Linear, head)
 
     scored: list[TokenScores] = []
 
@@ -230,7 +232,13 @@ def _forward(
         rule = logit_rule(base, temperature)
         scored.append(
             score_tokens(
-                choose(hidden), head.weight, packed.targets, bias=head.bias, rule=rule, tile=tile, statistics=statistics
+                choose(hidden),
+                linear.weight,
+                packed.targets,
+                bias=linear.bias,
+                rule=rule,
+                tile=tile,
+                statistics=statistics,
             )
         )
         # the scores are computed: let the model's own head run on a single position

@@ -1,6 +1,7 @@
 """The policy and its frozen reference: loading, saving, merging."""
 
 from lightning_rlhf.models.load import (
+    AdapterSettings,
     LoRA,
     context_window,
     end_of_sequence_ids,
@@ -22,6 +23,7 @@ from lightning_rlhf.models.save import merged_state_dict
 __all__ = [
     "AbstractReference",
     "AdapterOffReference",
+    "AdapterSettings",
     "AdapterSnapshotReference",
     "FrozenCopyReference",
     "LoRA",

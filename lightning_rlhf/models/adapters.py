@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_rlhf.logprobs.eval_mode import evaluating
 from lightning_rlhf.logprobs.exactness import nearly_equal
 from lightning_rlhf.models.cache import cached, digest_of, file_digest
-from lightning_rlhf.models.checks import PeftLoadResult, read_json
+from lightning_rlhf.models.checks import PeftLoadResult, check_files, read_json
 from lightning_rlhf.models.heads import SCORE_HEADS, probe_rows
+from lightning_rlhf.models.lora import changes_base, check_method
 from lightning_rlhf.models.pretrained import EMBEDDINGS, embedding_rows, open_pretrained, open_tokenizer
 
 
@@ -132,6 +133,41 @@ def open_adapter(folder: Path, source: Path | str, trust_remote_code: bool = Fal
         # all rows are in the adapter
         model.resize_token_embeddings(len(embedding), mean_resizing=False)
     return fit_adapters(model, {"default": folder}, base)
+
+
+def continued_adapter(model: PreTrainedModel, adapter: str, policy: str) -> PeftModel:
+    """Put a saved adapter on a policy, to train it further.
+
+    Args:
+        model: the causal LM that the adapter was trained on.
+        adapter: folder written by ``PeftModel.save_pretrained``, or a model folder of a run with ``adapter`` inside.
+        policy: name of the causal LM in errors.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapter.
+        ValueError: if the adapter does not fit the model, or took its start out of the weights of its base.
+    """
+    folder = Path(adapter).expanduser()
+    # model folders hold the merged policy, and the adapter inside
+    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"model.lora.adapter={adapter!r} holds no adapter_config.json; name a folder that "
+            f"PeftModel.save_pretrained wrote, or the model folder of a run with model.lora"
+        )
+    check_files(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"peft cannot read {folder / 'adapter_config.json'}: {error}") from error
+    check_method(config)
+    if changes_base(config):
+        raise ValueError(
+            f"the adapter in {str(folder)!r} took its start out of the weights of its base (init_lora_weights in its "
+            f"adapter_config.json), which {policy!r} does not have; name its merged model folder as model.policy, and "
+            f"train a new adapter"
+        )
+    return fit_adapters(model, {"default": folder}, policy, trained=True)
 
 
 def fit_adapters(model: nn.Module, folders: Mapping[str, Path], base: str, *, trained: bool = False) -> PeftModel:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from lightning_rlhf.logprobs.compute import Layout
+from lightning_rlhf.models.quantization import QuantizationValue
 
 
 class LoadArguments(TypedDict):
@@ -34,6 +35,8 @@ class ModelOptions:
         scoring_batch_tokens: tokens per forward pass when log-probabilities are computed without gradient, >= 1.
         use_vllm: sample responses with vLLM (extra ``vllm``); for samplers that need the policy alone.
         trust_remote_code: run code that comes with the checkpoint.
+        quantization: settings of transformers' ``BitsAndBytesConfig`` by which the frozen weights of the policy are
+            stored (QLoRA), e.g. ``{load_in_4bit: true}``; needs ``lora`` and bitsandbytes. Default: none.
     """
 
     dtype: str = "float32"
@@ -45,6 +48,7 @@ class ModelOptions:
     scoring_batch_tokens: int = 4096
     use_vllm: bool = False
     trust_remote_code: bool = False
+    quantization: dict[str, QuantizationValue] | None = None
 
     def __post_init__(self) -> None:
         if self.scoring_batch_tokens < 1:

@@ -6,7 +6,7 @@ transformers initializes missing weights at random and only warns. Here a checkp
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -36,6 +36,7 @@ from lightning_rlhf.models.checks import (
     check_not_quantized,
 )
 from lightning_rlhf.models.heads import in_score_head, probe_rows
+from lightning_rlhf.models.quantization import QuantizationValue, compute_alike, quantization_config
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +58,7 @@ def open_pretrained(
     meta: bool = False,
     new_head: bool = False,
     replaced: Iterable[str] = (),
+    quantization: Mapping[str, QuantizationValue] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM or a classifier from safetensors, with all its weights but those of a new head.
 
@@ -70,6 +72,7 @@ def open_pretrained(
         meta: leave the weights out: all tensors are on the meta device.
         new_head: whether the score head may be new.
         replaced: names of weights that the caller loads from elsewhere.
+        quantization: settings of ``BitsAndBytesConfig``. Default: weights of type ``dtype``.
 
     Raises:
         FileNotFoundError: if transformers finds no such checkpoint.
@@ -87,11 +90,15 @@ def open_pretrained(
         check_not_quantized(config, source, name)
         check_class(config, name, trust_remote_code)
     options: dict[str, object] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization)
     if meta:
         options["device_map"] = "meta"
     if num_scores is not None:
         options["num_labels"] = num_scores
     model, report = _loaded(source, name, DTYPES[dtype], trust_remote_code, num_scores is not None, options)
+    if quantization is not None:
+        compute_alike(model)
     named = config.architectures[0] if config is not None and config.architectures else None
     is_language_model = _check_weights(report, model, name, named, num_scores, new_head, set(replaced))
     # without weights there is nothing to compare

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from lightning_rlhf.logprobs.eval_mode import evaluating
+from lightning_rlhf.models.lora import changes_base
 from lightning_rlhf.runtime import distributed
 
 
@@ -131,8 +132,9 @@ class AdapterOffReference(AbstractReference):
     def gates_rows(self) -> bool:
         """Whether `row_gate` works: plain LoRA on linear layers, one adapter at a time."""
         for layer in cast(list[LoraLinear], self._layers):
-            # DoRA and other variants compute more than B A
-            if type(layer) is not LoraLinear or len(layer.active_adapters) != 1 or layer.lora_variant:
+            # DoRA and other variants compute more than B A, and a bias of B would pass the gate
+            more = layer.lora_variant or any(layer.lora_bias.values()) if type(layer) is LoraLinear else True
+            if more or len(layer.active_adapters) != 1:
                 return False
         return True
 
@@ -284,7 +286,9 @@ class FrozenCopyReference(AbstractReference):
         super().load_state_dict(state)
 
 
-def build_reference(policy: Policy, rule: ReferenceRule, original: Policy | None = None) -> AbstractReference:
+def build_reference(
+    policy: Policy, rule: ReferenceRule, original: Policy | None = None, *, continued: bool = False
+) -> AbstractReference:
     """Build the reference of a policy as it is now.
 
     Args:
@@ -293,6 +297,8 @@ def build_reference(policy: Policy, rule: ReferenceRule, original: Policy | None
             called.
         original: the same policy once more, which becomes the reference in place of a copy; a policy that is sharded
             without LoRA needs one.
+        continued: whether the adapter was trained before and belongs to the initial policy. The reference then is a
+            snapshot of it, in place of the model with adapters switched off.
 
     Raises:
         ValueError: if the rule is unknown.
@@ -303,7 +309,30 @@ def build_reference(policy: Policy, rule: ReferenceRule, original: Policy | None
         # `update` could not change inference tensors, of which a copy made in inference mode consists
         with torch.inference_mode(False):
             return FrozenCopyReference(copy.deepcopy(policy) if original is None else original)
-    return AdapterOffReference(policy) if rule == "fixed" else AdapterSnapshotReference(policy)
+    off = rule == "fixed" and not continued and off_is_start(policy)
+    return AdapterOffReference(policy) if off else AdapterSnapshotReference(policy)
+
+
+def off_is_start(policy: PeftModel) -> bool:
+    """Whether a policy with its adapters switched off is, and stays, the policy before it got them.
+
+    It is not where the adapter took its start out of the base weights (PiSSA, OLoRA), and it does not stay so where
+    weights of the base are trained as well (``bias`` of LoRA).
+    """
+    if any(changes_base(config) for config in policy.peft_config.values()):
+        return False
+    inside: set[int] = set()
+    base: set[int] = set()
+    for layer in policy.modules():
+        if isinstance(layer, BaseTunerLayer):
+            inside.update(map(id, layer.parameters()))
+            base.update(map(id, layer.get_base_layer().parameters()))
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            inside.update(map(id, layer.parameters()))
+            base.update(map(id, cast(nn.Module, layer.original_module).parameters()))
+    # weights of the base: those under adapters, and those outside of layers with adapters
+    trained = _trained(policy).values()
+    return not any(id(parameter) in base or id(parameter) not in inside for parameter in trained)
 
 
 def _causal_lm(policy: Policy) -> PreTrainedModel:

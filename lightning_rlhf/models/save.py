@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.checks import PeftLoadResult
 from lightning_rlhf.models.dropout import saved_dropout
+from lightning_rlhf.models.lora import is_plain
+from lightning_rlhf.models.quantization import dequantized, is_quantized
 
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", "README.md")
@@ -31,25 +34,35 @@ def merged_state_dict(
 ) -> dict[str, Tensor]:
     """Compute the weights of base plus adapter under the base model's names, and leave the model as it is.
 
-    The product is added in float32 and rounded once to the type of the base weight.
+    The product of plain LoRA is added in float32 and rounded once to the type of the base weight. Other adapters are
+    merged by PEFT, layer by layer in a copy of the layer.
 
     Args:
-        model: a LoRA policy, or a model that has LoRA layers inside.
+        model: a policy with adapters, or a model that has LoRA layers inside.
         state_dict: full tensors under the names of ``model.state_dict()``; for sharded models, whose tensors must be
             gathered first. Default: ``model.state_dict()``.
 
     Raises:
-        ValueError: if an adapter is anything but plain LoRA on linear and embedding layers.
+        ValueError: if an adapter cannot be merged; of sharded models and of those that are no ``PeftModel``, anything
+            but plain LoRA on linear and embedding layers.
     """
     if isinstance(model, PeftModel):
         refuse_tied_targets(model)
+        if state_dict is None and not all(map(is_plain, model.peft_config.values())):
+            return _merged_by_peft(model)
     state = model.state_dict() if state_dict is None else state_dict
-    merged = base_state_dict(state)
+    merged = _dequantized(model, base_state_dict(state))
     with torch.no_grad():
         for prefix, layer in model.named_modules():
             if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 continue
-            if not isinstance(layer, Linear | Embedding) or layer.lora_variant or any(layer.lora_bias.values()):
+            if (
+                not isinstance(layer, LoraLayer)
+                # layers of bitsandbytes have LoRA classes of their own
+                or not (isinstance(layer, Linear | Embedding) or is_quantized(layer.get_base_layer()))
+                or layer.lora_variant
+                or any(layer.lora_bias.values())
+            ):
                 raise ValueError(
                     f"{prefix} is a {type(layer).__name__} that cannot be merged here; only plain LoRA on linear and "
                     f"embedding layers can: save with merge=False"
@@ -66,10 +79,58 @@ def merged_state_dict(
                     a, b = (state[f"{prefix}.lora_{side}.{adapter}.weight"].float() for side in "AB")
                 # W + (alpha / r) B A
                 # embeddings and Conv1D keep W as [inputs, outputs], and B A is [outputs, inputs]
-                transposed = isinstance(layer, Embedding) or layer.fan_in_fan_out
+                transposed = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
                 weight = weight + layer.scaling[adapter] * ((b @ a).T if transposed else b @ a)
             merged[key] = weight.to(merged[key].dtype)
     return merged
+
+
+def _merged_by_peft(model: PeftModel) -> dict[str, Tensor]:
+    """Weights of a policy with any adapters merged."""
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    layers = {prefix: layer for prefix, layer in model.named_modules() if isinstance(layer, kinds)}
+    # a wrapper may hold a layer with an adapter, and merges it
+    outer = {p: layer for p, layer in layers.items() if not any(p.startswith(f"{other}.") for other in layers)}
+    inside = tuple(f"{prefix}." for prefix in outer)
+    # weights that an adapter shares between layers have no such prefix
+    prefix = "base_model.model."
+    merged = {
+        name.removeprefix(prefix): tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(prefix) and not name.startswith(inside)
+    }
+    with torch.no_grad():
+        for name, layer in outer.items():
+            if layer.merged_adapters:
+                raise ValueError(f"the adapter of {name} is merged already; call unmerge_adapter() first")
+            # merging changes the layer in place
+            twin = copy.deepcopy(layer)
+            try:
+                if isinstance(twin, BaseTunerLayer):
+                    twin.merge(safe_merge=True)
+                    plain = twin.get_base_layer()
+                else:
+                    plain = twin.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            except (AttributeError, NotImplementedError, ValueError) as error:
+                raise ValueError(
+                    f"peft cannot merge {name}, a {type(layer).__name__} ({error}); save with merge=False"
+                ) from error
+            for leaf, tensor in plain.state_dict().items():
+                merged[f"{name.removeprefix(prefix)}.{leaf}"] = tensor.detach()
+    return merged
+
+
+def _dequantized(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in which those that bitsandbytes stores in 4 bits are floating-point numbers."""
+    dtype = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
+    for path, layer in model.named_modules():
+        if is_quantized(layer):
+            name = path.removeprefix("base_model.model.").removesuffix(".base_layer")
+            # beside the weight there are scales, such as "weight.absmax"
+            for key in [key for key in weights if key.startswith(f"{name}.weight")]:
+                del weights[key]
+            weights[f"{name}.weight"] = dequantized(layer).to(dtype)
+    return weights
 
 
 def base_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,11 +174,23 @@ def save_policy(
             weights = merged_state_dict(model, state_dict) if isinstance(model, PeftModel) else state_dict
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             with saved_dropout(base):
-                cast(PreTrainedModel, base).save_pretrained(
-                    scratch, state_dict=None if weights is None else dict(weights)
-                )
+                whole = cast(PreTrainedModel, base)
+                if any(map(is_quantized, whole.modules())):
+                    whole = _unquantized(whole, weights or {})
+                whole.save_pretrained(scratch, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(scratch)
     return Path(folder)
+
+
+def _unquantized(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model of transformers with other weights and without the quantization in its config."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = cast(Callable[[PreTrainedConfig], PreTrainedModel], type(model))(config)
+    plain.load_state_dict(weights, strict=False, assign=True)
+    plain.generation_config = model.generation_config
+    return plain
 
 
 @contextmanager
@@ -154,10 +227,10 @@ def refuse_tied_targets(model: PeftModel) -> None:
     base = cast(PreTrainedModel, model.get_base_model())
     ends = (base.get_input_embeddings(), base.get_output_embeddings())  # type: ignore[no-untyped-call]
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
+    if tied and any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
         raise ValueError(
             "LoRA targets an embedding that the model shares with its output head; adapting one of the two would untie "
-            "them on merging: remove the embedding and the head from target_modules"
+            "them on merging: remove the embedding and the head from target_modules and modules_to_save"
         )
 
 
@@ -185,10 +258,9 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         state.update(load_file(file))
     if isinstance(model, PeftModel):
         loaded = cast(PeftLoadResult, set_peft_model_state_dict(model, state))
-        missing, unexpected = [], list(loaded.unexpected_keys)
-        # counted, since missing_keys also lists all weights of the base
-        if len(state) != sum(".lora_" in name for name, _ in model.named_parameters()):
-            missing = ["as many adapter weights"]
+        # missing_keys also lists all weights of the base
+        missing = [key for key in loaded.missing_keys if f".{model.active_adapter}." in f"{key}."]
+        unexpected = list(loaded.unexpected_keys)
     else:
         own = dict(model.state_dict())
         # strict=False does not forgive another shape: torch would raise a RuntimeError

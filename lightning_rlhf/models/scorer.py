@@ -31,7 +31,7 @@ from lightning_rlhf.models.checks import read_json
 from lightning_rlhf.models.dropout import saved_dropout
 from lightning_rlhf.models.heads import probe_rows, reads_last_token, score_head
 from lightning_rlhf.models.load import load_scorer, open_classifier
-from lightning_rlhf.models.lora import LoRA, lora_config
+from lightning_rlhf.models.lora import PLAIN_SETTINGS, LoRA, is_plain, lora_config
 from lightning_rlhf.models.resolve import resolve_checkpoint
 from lightning_rlhf.models.save import base_state_dict, merged_state_dict, whole_folder
 from lightning_rlhf.models.sharding import shard_scorer
@@ -474,7 +474,13 @@ def build_scorer(
             stacklevel=2,
         )
     trunk = cast(PreTrainedModel, model.base_model)
+    if lora is not None and lora.adapter is not None:
+        raise ValueError("reward models start from whole checkpoints: leave model.lora.adapter out")
     config = lora_config(trunk, lora or LoRA(), checkpoint)
+    if not is_plain(config):
+        raise ValueError(
+            f"reward models take plain LoRA; of model.lora.peft they take {', '.join(sorted(PLAIN_SETTINGS))}"
+        )
     names = [adapter_name(member) for member in range(size)] if kind == "lora" else ["default"]
     # without weights, those of the adapter are on the meta device too
     adapted = cast(PeftModel, get_peft_model(trunk, config, adapter_name=names[0], low_cpu_mem_usage=meta))

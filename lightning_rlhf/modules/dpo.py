@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.logprobs.compute import summed_logps
 from lightning_rlhf.losses import AbstractPreferenceLoss, DPOLoss, PairLogps, checked_losses, implicit_rewards
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import AdapterSettings
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, ItemLosses, recorded_pairs
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, AbstractAlignedPolicyModule, ReferenceUpdate
@@ -65,7 +65,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         policy: str,
         loss: AbstractPreferenceLoss | None = None,
         beta: float = 0.1,
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         reference: ReferenceUpdate = FIXED_REFERENCE,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),

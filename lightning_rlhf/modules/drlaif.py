@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_rlhf.advantages import LearnedBaseline
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import AdapterSettings
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.policy_gradient import KLControl, PolicyGradientModule, ValueModel
 from lightning_rlhf.modules.schedules import ConstantWithWarmup
@@ -45,7 +45,7 @@ class DRLAIFModule(PolicyGradientModule):
         policy: str,
         beta: float = 0.05,
         value: ValueModel = ValueModel(learning_rate=1e-5),  # noqa: B008  frozen
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),
         options: ModelOptions = DEFAULT_OPTIONS,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.logprobs.anchored import logps_and_anchor_kl
 from lightning_rlhf.losses import AbstractPreferenceLoss, NudgedPreferenceLoss
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import AdapterSettings
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.models.reference import AbstractReference, build_reference
 from lightning_rlhf.modules.base import ItemLosses
@@ -81,7 +81,7 @@ class EfficientExplorationModule(DPOModule):
         loss: AbstractPreferenceLoss | None = None,
         beta: float = 0.1,
         anchor: Anchor = DEFAULT_ANCHOR,
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         reference: ReferenceUpdate = FIXED_REFERENCE,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning_rlhf.evaluation.pairs import PairMetrics
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.losses import AbstractPreferenceLoss, NLLLoss
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import AdapterSettings
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.policy import FIXED_REFERENCE, ReferenceUpdate
@@ -65,7 +65,7 @@ class GenerativeRewardModule(DPOModule):
         policy: str,
         loss: AbstractPreferenceLoss | None = None,
         beta: float = 1.0,
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         reference: ReferenceUpdate = FIXED_REFERENCE,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),

@@ -14,7 +14,7 @@ from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.batching.collate import collate_preferences
 from lightning_rlhf.logprobs.compute import summed_logps
 from lightning_rlhf.losses import PairLogps, kto_loss
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import AdapterSettings
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.dpo import DPOModule
@@ -61,7 +61,7 @@ class KTOModule(DPOModule):
         beta: float = 0.1,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         reference: ReferenceUpdate = FIXED_REFERENCE,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),

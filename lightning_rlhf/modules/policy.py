@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,9 +17,10 @@ from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
 from lightning_rlhf.generation.vllm import VLLMEngine
 from lightning_rlhf.models.dropout import train_mode_difference, without_dropout
-from lightning_rlhf.models.load import LoRA, end_of_sequence_ids, load_policy, save_policy
+from lightning_rlhf.models.load import AdapterSettings, LoRA, end_of_sequence_ids, load_policy, save_policy
+from lightning_rlhf.models.lora import changes_base
 from lightning_rlhf.models.options import ModelOptions
-from lightning_rlhf.models.reference import AbstractReference, ReferenceRule, build_reference
+from lightning_rlhf.models.reference import AbstractReference, AdapterSnapshotReference, ReferenceRule, build_reference
 from lightning_rlhf.models.save import load_weights
 from lightning_rlhf.models.sharding import fill, full_state_dict, scattered, shard
 from lightning_rlhf.models.stops import add_stop_ids
@@ -71,13 +72,17 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
         self,
         policy: str,
         *,
-        lora: LoRA | None,
+        lora: AdapterSettings | None,
         options: ModelOptions,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable,
     ) -> None:
         super().__init__(policy, options=options, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        self.lora = lora
+        self.lora = None if lora is None else LoRA.of(lora)
+        # a configuration object of PEFT counts as the same settings in a config file
+        self.__dict__["_arguments"]["lora"] = self.lora
+        if options.quantization is not None and lora is None:
+            raise ValueError("quantized weights are not trained: set model.lora with model.options.quantization")
         self.policy: Any = None  # nn.Module registers it at its first assignment
         # adapters alone are saved; the frozen weights come from the checkpoint that `policy` names
         self.strict_loading = lora is None
@@ -93,7 +98,10 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
         return self.placed(self._open, shard)
 
     def _open(self, meta: bool = False) -> PreTrainedModel | PeftModel:
-        policy = load_policy(self.checkpoint, lora=self.lora, meta=meta, **self.options.load_arguments())
+        arguments = self.options.load_arguments()
+        policy = load_policy(
+            self.checkpoint, lora=self.lora, meta=meta, quantization=self.options.quantization, **arguments
+        )
         return without_dropout(policy) if self.disable_dropout else policy
 
     @property
@@ -130,9 +138,13 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
         """Keep the trained weights only."""
         super().on_save_checkpoint(checkpoint)
         # sharded weights are loaded by name: there the frozen ones must be present
-        if self.lora is not None and self.device_mesh is None:
+        # and PiSSA changes frozen ones, by a decomposition that another machine may round otherwise
+        if self.lora is not None and self.device_mesh is None and not any(map(changes_base, self._peft_configs())):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def _peft_configs(self) -> list[PeftConfig]:
+        return list(self.policy.peft_config.values()) if isinstance(self.policy, PeftModel) else []
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM`` opens; every rank calls, rank zero writes."""
@@ -164,7 +176,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         self,
         policy: str,
         *,
-        lora: LoRA | None,
+        lora: AdapterSettings | None,
         reference: ReferenceUpdate,
         start: str | None,
         options: ModelOptions,
@@ -184,7 +196,12 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         super().configure_model()
         # a sharded model cannot be copied
         original = self._load() if self.device_mesh is not None and self.lora is None else None
-        self.reference = build_reference(cast(PreTrainedModel, self.policy), self.reference_update.rule, original)
+        self.reference = build_reference(
+            cast(PreTrainedModel, self.policy),
+            self.reference_update.rule,
+            original,
+            continued=self.lora is not None and self.lora.adapter is not None,
+        )
         # last: the reference keeps the weights of the checkpoint, not those of `start`
         self._move_to_start()
 
@@ -255,8 +272,8 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights, and the reference if it moves."""
         super().on_save_checkpoint(checkpoint)
-        # a fixed reference is loaded from the checkpoint that `policy` names
-        if self.reference_update.rule != "fixed":
+        # a fixed reference is loaded from the checkpoint that `policy` names, but for the adapter in it
+        if self.reference_update.rule != "fixed" or isinstance(self.reference, AdapterSnapshotReference):
             assert self.reference is not None
             checkpoint["reference"] = self.reference.state_dict()
 

@@ -35,7 +35,7 @@ from lightning_rlhf.losses.policy_gradient import (
     value_loss,
 )
 from lightning_rlhf.models.dropout import without_dropout
-from lightning_rlhf.models.load import LoRA, load_scorer, resolve_checkpoint, score_head
+from lightning_rlhf.models.load import AdapterSettings, load_scorer, resolve_checkpoint, score_head
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.models.sharding import shard_scorer
 from lightning_rlhf.modules.base import ItemLosses
@@ -189,7 +189,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
         kl: KLControl = DEFAULT_KL,
         loss: PolicyLoss = REINFORCE,
         value: ValueModel = DEFAULT_VALUE,
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         reference: ReferenceUpdate = FIXED_REFERENCE,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),

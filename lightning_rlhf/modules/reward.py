@@ -126,6 +126,8 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
             raise ValueError(f"model.beta must be > 0; got {beta}")
         if reference is not None and policy is None:
             raise ValueError("model.reference is mixed with model.policy; set model.policy too")
+        if options.quantization is not None:
+            raise ValueError("reward models are not quantized; leave model.options.quantization out")
         self.ensemble = ensemble
         self.lora = lora
         self.loss = loss

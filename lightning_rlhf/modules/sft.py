@@ -13,7 +13,7 @@ from lightning_rlhf.evaluation.metrics import MeanWithError
 from lightning_rlhf.logprobs.compute import choose_layout, packed_scores, response_logps
 from lightning_rlhf.logprobs.packing import pack, split_by_tokens
 from lightning_rlhf.losses.policy_gradient import Aggregation, response_weights
-from lightning_rlhf.models.load import LoRA
+from lightning_rlhf.models.load import AdapterSettings
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.policy import AbstractPolicyModule
@@ -49,7 +49,7 @@ class SFTModule(AbstractPolicyModule[ResponseBatch]):
         self,
         policy: str,
         aggregation: Aggregation = "token_mean",
-        lora: LoRA | None = None,
+        lora: AdapterSettings | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: ConstantWithWarmup(optimizer, warmup_steps=0),
         options: ModelOptions = DEFAULT_OPTIONS,

@@ -17,7 +17,7 @@ from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.files import DatasetFiles
 from lightning_rlhf.prompts.hh import HHPrompts
-from lightning_rlhf.prompts.judged import HelpSteerPrompts, LabelStudioPrompts
+from lightning_rlhf.prompts.judged import HelpSteerPrompts, LabelStudioPrompts, RewardBenchPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
 from lightning_rlhf.prompts.mixed_pairs import MixedPairs
 from lightning_rlhf.prompts.mixture import MixedPrompts
@@ -40,6 +40,7 @@ __all__ = [
     "MixedPairs",
     "MixedPrompts",
     "PrincipledPrompts",
+    "RewardBenchPrompts",
     "text_prompts",
     "tokenize_rows",
 ]

@@ -1,4 +1,4 @@
-"""Pairs that people judged elsewhere: data sets in the form of HelpSteer3, and exports of Label Studio."""
+"""Pairs that people judged elsewhere: in the form of HelpSteer3 and RewardBench, and exports of Label Studio."""
 
 from __future__ import annotations
 
@@ -101,6 +101,42 @@ class HelpSteerPrompts(AbstractJudgedPrompts):
             return None
         pair = RecordedPair(first, second, sum(values) / len(values))
         return PromptRow(source, messages=turns, pair=pair)
+
+
+class RewardBenchPrompts(AbstractJudgedPrompts):
+    """Pairs in the form of RewardBench (arXiv 2403.13787): ``prompt``, ``chosen``, ``rejected`` and ``subset``, texts.
+
+    With `lightning_rlhf.commands.label.LabelRun` they measure a labeler, or a reward, by subset.
+
+    Args:
+        path: local file, folder, or Hub id such as ``allenai/reward-bench``.
+        split: split of a folder or Hub data set.
+        limit: take only the first rows, >= 1; null takes all.
+        chat: whether a prompt is the user's turn of a conversation, as the benchmark has it; false takes it as plain
+            text, for models without a chat template.
+    """
+
+    def __init__(self, path: str, split: str = "filtered", limit: int | None = None, chat: bool = True) -> None:
+        super().__init__(path, split, limit)
+        self.chat = chat
+
+    def parse(self, row: Row, source: str) -> PromptRow:
+        """Read a row."""
+        if isinstance(row.get("chosen"), list) and isinstance(row.get("prompt"), str):
+            raise ValueError(
+                f"{source}: field 'chosen' is a list, as in RewardBench 2, which ranks one response among several: "
+                f"write a row for each of its pairs"
+            )
+        prompt, chosen, rejected = (_text(row, name, source) for name in ("prompt", "chosen", "rejected"))
+        subset = row.get("subset")
+        turns: tuple[Message, ...] = ({"role": "user", "content": prompt},)
+        return PromptRow(
+            source,
+            text=None if self.chat else prompt,
+            messages=turns if self.chat else None,
+            pair=RecordedPair(chosen, rejected),
+            subset=subset if isinstance(subset, str) else "",
+        )
 
 
 class LabelStudioPrompts(AbstractJudgedPrompts):

@@ -3,6 +3,7 @@
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output, checked_score
 from lightning_rlhf.rewards.combine import combine, disagreement, standardised
 from lightning_rlhf.rewards.function import FunctionReward
+from lightning_rlhf.rewards.implicit import ImplicitReward
 from lightning_rlhf.rewards.lexicon import LexiconReward
 from lightning_rlhf.rewards.llm import LLMScoreReward
 from lightning_rlhf.rewards.model import RewardModelReward
@@ -19,6 +20,7 @@ __all__ = [
     "AbstractReward",
     "ExactAnswerReward",
     "FunctionReward",
+    "ImplicitReward",
     "JSONSchemaReward",
     "LLMScoreReward",
     "LengthReward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,39 @@ def test_practice_answers_are_explained_on_the_next_page(setup: Setup) -> None:
     html = client.get("/api/v1/next?feedback=12345678").json()["html"]
     assert "because &lt;b&gt;of it" in html
     assert "practice" not in client.get("/api/v1/next?feedback=12345678").json()["html"]
+
+
+def test_the_verdict_of_an_ai_is_shown_after_the_vote_or_never(setup: Setup) -> None:
+    pairs = [replace(pair, suggestion=0.87) for pair in PAIRS]
+    setup.store.queues.push("after", pairs[:2], QueueOptions(overlap=0.0, show_ai="after"))
+    client = setup.client("annotator")
+    first = client.get("/api/v1/next").json()
+    for text in (str(first), client.get("/").text):
+        assert "87 %" not in text and " AI " not in text, "blind before the vote"
+    # P(a preferred) is 0.87: the AI prefers a, wherever it is shown
+    left = ">a" in first["html"].split("title-1", 2)[2].split("title-2")[0]
+    vote = {"id": first["pair"]["id"], "uid": "12345678", "side": "left"}
+    answer = client.post("/api/v1/votes", json=vote).json()
+    assert answer["feedback"] == {"ai": "left" if left else "right"}
+    html = client.get("/api/v1/next?feedback=12345678").json()["html"]
+    told = f"an AI prefers Response {1 if left else 2} (87 %){', as you do' if left else ''}."
+    assert told in html
+    assert " AI " not in client.get("/api/v1/next").json()["html"], "told once"
+    # changed after that: the new vote supersedes the first
+    again = {**vote, "uid": "87654321", "side": "right"}
+    assert client.post("/api/v1/votes", json=again).json()["kept"] == "kept"
+    (kept,) = setup.store.votes()
+    assert kept.vote.supersedes == "12345678"
+
+    # without JavaScript
+    second = client.get("/api/v1/next").json()["pair"]["id"]
+    sent = client.post("/vote", data={"id": second, "uid": "abcdefgh", "verdict": "tie"})
+    assert sent.headers["location"] == "/?feedback=abcdefgh"
+    assert "On your last pair, an AI prefers" in client.get("/?feedback=abcdefgh").text
+
+    setup.store.queues.push("never", pairs[2:], QueueOptions(overlap=0.0))
+    third = client.get("/api/v1/next").json()["pair"]["id"]
+    assert "feedback" not in client.post("/api/v1/votes", json={"id": third, "uid": "99999999", "side": "tie"}).json()
 
 
 def test_people_are_blind_to_the_run(setup: Setup) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_rlhf.annotation.client import Client
-from lightning_rlhf.annotation.queues import QueueOptions
+from lightning_rlhf.annotation.queues import QueueOptions, Result
 from lightning_rlhf.annotation.serve import read_secrets
 from lightning_rlhf.annotation.votes import Vote
 from lightning_rlhf.cli import main
@@ -294,3 +294,15 @@ def test_texts_of_prompts() -> None:
     item = _item("k", Comparison(prompt, Response((1,), "x", "length"), Response((2,), "y", "eos")))
     assert item.prompt == ({"role": "user", "content": "q0"},)
     assert (item.cut_a, item.cut_b) == (True, False)
+
+
+def test_people_see_the_verdict_of_another_labeler_only_where_that_is_asked_for() -> None:
+    question = Question("run/0/0", comparisons()[0], suggestion=0.8)
+    told, blind = HumanLabeler(pairs=QueueOptions(show_ai="after")), HumanLabeler()
+    assert (told._item("k", question).suggestion, blind._item("k", question).suggestion) == (0.8, None)
+    votes = (Vote("12345678", "ann", "a", "a", supersedes="01234567"), Vote("23456789", "bob", "a", "a"))
+    assert told._answer(Result("k", "final", votes)).label.meta["changed_after_ai"] == 1
+    assert "changed_after_ai" not in told._answer(Result("k", "final", votes[1:])).label.meta
+    assert "changed_after_ai" not in blind._answer(Result("k", "final", votes)).label.meta
+    with pytest.raises(ValueError, match="show_ai must be never or after"):
+        QueueOptions(show_ai="before")  # type: ignore[arg-type]

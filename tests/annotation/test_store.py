@@ -413,3 +413,21 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+
+
+def test_a_file_of_the_first_version_opens_and_goes_on(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "annotation.sqlite"
+    store = AnnotationStore(path, clock)
+    store.queues.push("run", [pair("k0")], ONE_VOTE)
+    store.close()
+    with sqlite3.connect(path) as old:
+        old.execute("ALTER TABLE items DROP COLUMN suggestion")
+        old.execute("PRAGMA user_version = 1")
+    old.close()
+    store = AnnotationStore(path, clock)
+    store.queues.push("run", [pair("k0"), replace(pair("k1"), suggestion=0.9)], QueueOptions(show_ai="after"))
+    person, _ = store.add_person("ann")
+    for _ in range(2):
+        assert judge(store, person) is not None
+    assert store.queues.progress("run").votes == 2
+    store.close()

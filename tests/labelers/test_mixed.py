@@ -148,9 +148,11 @@ def test_pairs_that_wait_are_no_failures_and_come_again_when_they_are_late(tmp_p
 
         whole_rounds = True
         max_lag = 1
+        seen: list[float | None]
 
         def stream(self, questions, answered, key):  # type: ignore[no-untyped-def]
             self.asked += [question.comparison.prompt.index for question in questions]
+            self.seen += [question.suggestion for question in questions]
             late = [place for place, question in enumerate(questions) if question.is_late]
             yield from super().stream([], answered, key)
             from lightning_rlhf.labelers.base import Answer
@@ -159,6 +161,7 @@ def test_pairs_that_wait_are_no_failures_and_come_again_when_they_are_late(tmp_p
 
     ai = Table(dict.fromkeys(range(8), 0.9) | {1: 0.5, 2: 0.5, 5: 0.6}, 0.01)
     people = Later({}, 1.0)
+    people.seen = []
     with PreferenceStore(tmp_path / "ledger.sqlite") as store:
         collector = RoundCollector(store, OfflineSampler(), MixedLabeler(ai, people, audit=0.0), Key((0,)))
         first = collector.collect(0, prompts(4), None, 4)
@@ -168,6 +171,7 @@ def test_pairs_that_wait_are_no_failures_and_come_again_when_they_are_late(tmp_p
         assert [p.comparison.prompt.index for p in second.preferences] == [4, 6, 7, 1, 2]
         assert ai.asked == list(range(8)), "late pairs are not judged again by the first labeler"
         assert people.asked == [1, 2, 5, 1, 2]
+        assert people.seen == [0.5, 0.5, 0.6, 0.5, 0.5], "what they may be shown after their verdict"
         assert store.cost(1) == pytest.approx(0.04) and store.cost(2) == pytest.approx(0.08 + 4.0)
         found = feedback_summary(store)
     assert found["sources"]["ai"] == {"labels": 5, "attempts": 8, "cost": pytest.approx(0.08)}

@@ -30,6 +30,8 @@
     $("join").submit();
     return;
   }
+  // a link that is pasted while this page is open changes the part behind the # alone, and loads nothing
+  if (location.pathname === "/join") addEventListener("hashchange", () => location.reload());
   const stage = $("stage");
   if (!stage) return;
 
