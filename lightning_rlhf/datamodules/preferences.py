@@ -175,6 +175,37 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
                 f"data.rounds.heldout_generate=false their prompts are not answered: give rows with 'chosen' and "
                 f"'rejected', or leave the setting out"
             )
+        self._check_singles()
+
+    def _check_singles(self) -> None:
+        """Check that module and labeler take single responses, where there are any, and pairs, where there are any.
+
+        Raises:
+            ValueError: naming the setting that does not fit.
+        """
+        recorded = [prompt.is_single for prompt in self._prompts] if not self.sampler.needs_engine else []
+        module, judges = self.trainer.lightning_module, self.labeler.judges
+        singles = self.sampler.makes_singles or any(recorded)
+        held_out = any(prompt.is_single for prompt in self._heldout)
+        if (singles or held_out) and not getattr(module, "TRAINS_SINGLES", False):
+            raise ValueError(
+                f"{type(module).__name__} learns from pairs, and the {'responses' if singles else 'held-out rows'} of "
+                f"this run are single ones with labels of their own: set model=KTOModule or model=BCOModule, or give "
+                f"rows with 'chosen' and 'rejected' and a sampler of pairs"
+            )
+        pairs = not self.sampler.makes_singles and not (recorded and all(recorded))
+        for found, other, remedy in (
+            (singles, "pairs", "RecordedLabeler for recorded labels, or ThumbsLabeler"),
+            (pairs, "singles", "SingleSampler, or a labeler of pairs such as RewardLabeler"),
+        ):
+            if found and judges == other:
+                raise ValueError(
+                    f"{type(self.labeler).__name__} judges {'pairs' if other == 'pairs' else 'single responses'}, and "
+                    f"{type(self.sampler).__name__} gives {'single responses' if other == 'pairs' else 'pairs'}: use "
+                    f"{remedy}"
+                )
+        if singles and self.silver is not None:
+            raise ValueError("data.silver labels pairs, and this run has single responses: leave data.silver out")
 
     @property
     def label_fraction(self) -> float:
