@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -371,6 +372,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path: Path,
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
+def reference_points(folder: Path, name: str) -> list[float]:
+    """The logged reference point of every step."""
+    with next(folder.rglob("metrics.csv")).open(newline="") as file:
+        column = "train/kto_kl" if name == "KTOModule" else "train/bco_delta"
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("overlay", "name"), [("ddp", "KTOModule"), ("fsdp", "KTOModule"), ("ddp", "BCOModule")])
 def test_two_processes_equal_one_though_a_rank_holds_padding_alone(
@@ -382,11 +390,20 @@ def test_two_processes_equal_one_though_a_rank_holds_padding_alone(
     def fit(folder: str, *options: str, launcher: tuple[str, ...] = ()) -> Any:
         done = subprocess.run(
             [
-                *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", "--config=kto", f"--model={name}"),
-                *(f"--model.policy={tiny_policy}", "--model.optimizer.lr=1e-2", f"--model.beta={BETA}"),
+                *(
+                    sys.executable,
+                    *launcher,
+                    "-m",
+                    "lightning_rlhf",
+                    "fit",
+                    "--config=kto",
+                    *options,
+                    f"--model={name}",
+                ),
+                *(f"--model.policy={tiny_policy}", "--model.optimizer.lr=1e-3", f"--model.beta={BETA}"),
                 *("--model.lr_scheduler.warmup_steps=0", "--data.prompts.path=rows.jsonl", "--data.pairs_per_batch=2"),
                 *("--trainer.max_epochs=2", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
-                *("--trainer.accelerator=cpu", *options, f"--run_dir={folder}"),
+                *("--trainer.accelerator=cpu", "--data.decoding.max_new_tokens=8", f"--run_dir={folder}"),
             ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
@@ -400,6 +417,9 @@ def test_two_processes_equal_one_though_a_rank_holds_padding_alone(
     one = fit("one", "--config=trainer/cpu")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     two = fit("two", f"--config=trainer/{overlay}", "--trainer.devices=2", launcher=launcher)
+    points = [reference_points(tmp_path / folder, name) for folder in ("one", "two")]
+    assert points[1] == pytest.approx(points[0], abs=1e-5)
+    assert max(map(abs, points[0])) > 1e-3
     start = AutoModelForCausalLM.from_pretrained(tiny_policy)
     assert max((p - q).abs().max().item() for p, q in zip(one.parameters(), start.parameters(), strict=True)) > 1e-3
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
