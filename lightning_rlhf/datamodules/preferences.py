@@ -32,7 +32,7 @@ from lightning_rlhf.datamodules.options import (
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.evaluation.feedback import Feedback, feedback_summary
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
+from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler, ThumbsLabeler
 from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.preference_models.base import UsesPreferenceModel
@@ -104,7 +104,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         if reward is not None:
             check_plugin("data.reward", reward, AbstractReward)
         self.sampler, self.labeler = sampler, labeler
-        self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler) else None)
+        self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler | ThumbsLabeler) else None)
         self.replay, self.label_attempts = rounds.replay, rounds.label_attempts
         self.heldout_generate = rounds.heldout_generate
         self.round: Round | None = None
@@ -280,14 +280,14 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
 
     def rewards(self) -> list[AbstractReward]:
         """Rewards of the run, which may read columns of the rows."""
-        labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler) else []
+        labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler | ThumbsLabeler) else []
         # best-of-N and others score their candidates
         own = getattr(self.sampler, "reward", None)
         return [*labels, *([own] if isinstance(own, AbstractReward) else []), *super().rewards()]
 
     def check_rewards(self) -> None:
         """Let the rewards check the rows that they score."""
-        if isinstance(self.labeler, RewardLabeler):
+        if isinstance(self.labeler, RewardLabeler | ThumbsLabeler):
             check_rows(self.labeler.reward, self._prompts)
         super().check_rewards()
 
