@@ -250,9 +250,8 @@ class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch], ABC):
 
     def evaluate_pairs(self, pairs: Sequence[Preference]) -> None:
         """Take the recorded pairs of a validation batch, at least one, into the held-out metrics."""
-        groups = [
-            (c.prompt.ids, (c.a.ids,) if c.is_single else (c.a.ids, c.b.ids)) for c in (p.comparison for p in pairs)
-        ]
+        comparisons = [preference.comparison for preference in pairs]
+        groups = [(c.prompt.ids, (c.a.ids,) if c.is_single else (c.a.ids, c.b.ids)) for c in comparisons]
         layout = self.options.layout
         # the micro-batches of scoring: no gradients are kept, so that they may be larger than those of training
         for part in split_by_tokens(

@@ -228,7 +228,7 @@ def mismatched(items: Sequence[tuple[Ids, Ids, Ids]]) -> list[tuple[Ids, tuple[I
     if len(ordered) < 2:
         return []
     # (x_i, y_j) with j = i + 1 over the step
-    groups = []
+    groups: list[tuple[Ids, tuple[Ids, ...]]] = []
     for (_, _, prompt), (chosen, rejected, _) in zip(ordered, [*ordered[1:], ordered[0]], strict=True):
         groups.append((prompt, (chosen, rejected) if rejected else (chosen,)))
     return groups
