@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -69,14 +70,17 @@ class RewardMonitor(HeldOutCallback):
 
 def implicit_reward_sums(outputs: dict[str, Any]) -> dict[str, Tensor | float]:
     """Sums over the pairs of a training step by the names they are logged under, and ``"pairs"``, their number."""
-    chosen, rejected, label = outputs["chosen_rewards"], outputs["rejected_rewards"], outputs["label"]
+    first, second, label = outputs["chosen_rewards"], outputs["rejected_rewards"], outputs["label"]
+    # the second is the reference point of a single response: with P(desirable) < 1/2 it is the better one
+    swapped = label < 0.5
+    chosen, rejected = torch.where(swapped, second, first), torch.where(swapped, first, second)
     # implicit reward of a response: beta (log pi(y|x) - log pi_ref(y|x))
     # sums and a number of pairs: in the mean over ranks, one with more pairs must weigh more
     return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": (chosen - rejected).sum(),
-        "rewards/accuracies": reward_accuracy(chosen - rejected, label).sum(),
+        "rewards/accuracies": reward_accuracy(first - second, label).sum(),
         "logps/chosen": outputs["chosen_logps"].sum(),
         "logps/rejected": outputs["rejected_logps"].sum(),
         "pairs": float(label.numel()),

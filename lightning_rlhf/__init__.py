@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.ledger.store import PreferenceStore
     from lightning_rlhf.models.options import ModelOptions
     from lightning_rlhf.modules import (
+        BCOModule,
         DifferenceModule,
         DPOModule,
         DRLAIFModule,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "BCOModule",
     "Comparison",
     "CompletionDataModule",
     "DPOModule",
@@ -83,6 +85,7 @@ _MODULES = {
     "ledger.store": ("PreferenceStore",),
     "models.options": ("ModelOptions",),
     "modules": (
+        "BCOModule",
         "DPOModule",
         "DRLAIFModule",
         "DifferenceModule",

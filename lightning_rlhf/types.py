@@ -34,12 +34,12 @@ ROUTED: LabelStatus = "routed"
 
 @dataclass(frozen=True)
 class RecordedPair:
-    """Two completions of a data row with their label.
+    """Two completions of a data row with their label, or a single one (the unpaired format of KTO).
 
     Args:
-        chosen: text of the preferred completion, without the prompt.
-        rejected: text of the other completion.
-        probability: P(chosen preferred) in [0, 1]; 1 for an ordinary preference row.
+        chosen: text of the preferred completion, or of the single one, without the prompt.
+        rejected: text of the other completion; empty for a single one.
+        probability: P(chosen preferred) in [0, 1], 1 for an ordinary preference row; of a single one P(desirable).
         weight: weight of the pair in the loss, >= 0.
     """
 
@@ -60,7 +60,7 @@ class PromptRow:
         text: plain prompt, used as it stands.
         messages: conversational prompt, rendered with the chat template of the policy.
         pair: recorded completions, for preference rows.
-        completion: text of the one recorded completion, for supervised rows.
+        completion: text of the one recorded completion, for supervised rows; with ``pair`` it is a labeled response.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
         answers: the recorded completions as messages, chosen before rejected, where they hold more than text; empty
             otherwise.
@@ -81,6 +81,11 @@ class PromptRow:
     subset: str = ""
     columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether the row is one response with a label that says whether it is desirable, as KTO reads them."""
+        return self.pair is not None and self.completion is not None
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -91,7 +96,8 @@ class Prompt:
         ids: token ids, with BOS and template tokens; may be empty.
         text: the rendered text behind ``ids``.
         messages: the conversation behind ``text``, when the row was conversational; labelers and rewards read it.
-        pair: tokenized recorded pair (chosen, rejected), for offline preference rows.
+        pair: tokenized recorded pair (chosen, rejected), for offline preference rows; (response, `NO_RESPONSE`) for
+            rows of single responses.
         recorded: ``pair`` as text, with its label.
         completion: tokenized recorded completion, for supervised rows; ledgers do not keep it.
         template_options: arguments of the chat template besides the messages, such as ``tools``.
@@ -112,13 +118,18 @@ class Prompt:
     # read-only, and shared with the row; two prompts that differ in it alone are the same to a ledger
     columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether a single labeled response is recorded, and no pair."""
+        return self.pair is not None and not self.pair[1].ids
+
 
 @dataclass(frozen=True)
 class Response:
     """A completion of a prompt.
 
     Args:
-        ids: token ids, EOS included when it was sampled; never empty.
+        ids: token ids, EOS included when it was sampled; empty in `NO_RESPONSE` alone.
         text: decoded text without special tokens; of a recorded response, the text of the row to the letter.
         finish_reason: ``"eos"``, or ``"length"`` when the token limit cut it.
         policy_logps: log pi_theta of each token at sampling time, untempered, nats; None when not computed.
@@ -143,14 +154,18 @@ class Response:
         return sum(self.policy_logps) - sum(self.reference_logps)
 
 
+NO_RESPONSE = Response((), "", "eos", policy_logps=(), reference_logps=(), source="none")
+"""The second response of a comparison that holds a single one; its log-probability is that of no token, 0."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and two responses without a label.
+    """A prompt and two responses without a label, or a single response.
 
     Args:
         prompt: the prompt.
         a: first response.
-        b: second response.
+        b: second response; `NO_RESPONSE` where ``a`` is judged by itself, as KTO has it.
         branch: how the pair was sampled: ``"base"``, ``"tilt"``, ``"best_of_n"``, ``"hybrid"``, ``"offline"``, ...
         weight: importance of the pair in the loss, >= 0 (w(x) of T-PILAF).
         passes: model forward passes per token position spent on the pair (Table 1 of PILAF).
@@ -171,7 +186,14 @@ class Comparison:
 
         Invalid bytes all decode to the same replacement character; with it, only tokens are compared.
         """
+        if self.is_single:
+            return False
         return self.a.ids == self.b.ids or (self.a.text == self.b.text and "\ufffd" not in self.a.text)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one response alone; a label then says P(a desirable)."""
+        return not self.b.ids
 
     def swap(self) -> Comparison:
         """The same comparison with the two responses exchanged; entries of ``meta`` on their order are inverted."""
@@ -188,7 +210,8 @@ class Label:
     """A verdict on a comparison.
 
     Args:
-        probability: P(a preferred) in [0, 1]; None unless ``status`` is ``"ok"``. A failed label is never a tie.
+        probability: P(a preferred) in [0, 1], of a single response P(desirable); None unless ``status`` is ``"ok"``.
+            A failed label is never a tie.
         status: ``"ok"``, or why there is no verdict.
         cost: price of the label in the labeler's own unit (1 per human or oracle label, money for a server).
         meta: other entries, e.g. ``{"reward_a": 0.3, "reward_b": -0.1}``; JSON scalars only.
@@ -261,7 +284,7 @@ class Preference:
 
     @property
     def probability(self) -> float:
-        """P(a preferred) in [0, 1]."""
+        """P(a preferred) in [0, 1], of a single response P(desirable)."""
         assert self.label.probability is not None
         return self.label.probability
 

@@ -114,6 +114,38 @@ def test_samplers_that_ask_a_model_need_one(tiny_policy: Path, overlay: str) -> 
         fit("--config=dpo_online", f"--config={overlay}", f"--model.policy={tiny_policy}", *ONLINE)
 
 
+@pytest.mark.parametrize("model", ["KTOModule", "BCOModule"])
+def test_kto_trains_on_single_responses(in_folder: Path, tiny_policy: Path, model: str) -> None:
+    rows = [{"prompt": f"Say {i}. ", "completion": f"It is {i}.", "label": i % 2 == 0} for i in range(4)]
+    (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = ["--data.heldout=DatasetUnpaired", "--data.heldout.path=rows.jsonl"]
+    fit(
+        "--config=kto",
+        f"--model={model}",
+        f"--model.policy={tiny_policy}",
+        *SMALL,
+        "--data.prompts.path=rows.jsonl",
+        *held_out,
+    )
+    summary = json.loads((in_folder / "runs" / "kto" / "summary.json").read_text())
+    assert (summary["steps"], summary["labels"]) == (2, 4)
+    AutoModelForCausalLM.from_pretrained(in_folder / "runs" / "kto" / "model")
+
+
+def test_a_reward_model_chooses_the_pairs_of_its_next_round(in_folder: Path, tiny_policy: Path) -> None:
+    small = [*SMALL, "--data.rounds.prompts_per_round=4", "--data.prompts.limit=4", f"--model.policy={tiny_policy}"]
+    fit(
+        "--config=rlhf_pilaf", *small, f"--model.backbone={tiny_policy}", "--data.sampler=VanillaSampler", "--run_dir=a"
+    )
+    reward = in_folder / "a" / "model"
+    options = [f"--model.backbone={reward}", f"--data.sampler.reward.path={reward}", "--data.sampler.n=3"]
+    fit("--config=rlhf_pilaf", *small, *options, "--run_dir=b")
+    with PreferenceStore(in_folder / "b" / "ledger.sqlite", read_only=True) as store:
+        assert {p.comparison.branch for p in store.preferences()} == {"sir"}
+        assert all("reward_gap" in p.comparison.meta for p in store.preferences())
+    assert (in_folder / "b" / "model").is_dir()
+
+
 def test_spin_plays_against_the_policy_of_the_last_round(in_folder: Path, tiny_policy: Path) -> None:
     rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
     (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

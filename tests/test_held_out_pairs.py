@@ -219,7 +219,7 @@ def test_kto_with_the_reference_point_of_a_validation_batch(tmp_path: Path, tiny
     losses = []
     for prompt in datamodule._heldout:
         assert prompt.recorded is not None
-        p, weight, kl = prompt.recorded.probability, prompt.recorded.weight, float(module._kl)
+        p, weight, kl = prompt.recorded.probability, prompt.recorded.weight, float(module._point) / BETA
         s = [1 / (1 + math.exp(-BETA * (log_ratio(module, prompt, place) - kl))) for place in (0, 1)]
         halves = [q * (1 - x) + (1 - q) * x for q, x in zip((p, 1 - p), s, strict=True)]
         losses.append(weight * sum(halves) / 2)

@@ -158,10 +158,6 @@ def test_a_single_pair_has_no_reference_point(tmp_path: Path, tiny_policy: Path)
     fit(tmp_path, module(tiny_policy), data(pairs_per_batch=1), Watch())
 
 
-def test_several_processes_and_wrong_weights_are_refused(tmp_path: Path, tiny_policy: Path) -> None:
-    policy = module(tiny_policy)
-    policy.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match=r"KTOModule runs in one process; use --trainer\.devices=1"):
-        policy.setup("fit")
+def test_wrong_weights_are_refused(tiny_policy: Path) -> None:
     with pytest.raises(ValueError, match=r"model.undesirable_weight must be finite and >= 0; got -1.0"):
         module(tiny_policy, undesirable_weight=-1.0)

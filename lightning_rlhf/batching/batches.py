@@ -76,14 +76,16 @@ class PromptBatch:
 class PreferenceBatch(PromptBatch):
     """Labeled pairs; the response with P >= 0.5 is the chosen one, on a tie response a.
 
+    A single response (`Comparison.is_single`) is an item whose rejected response has no tokens, and log-probability 0.
+
     Numbers per pair are float64 (float32 on MPS, which has no float64): they are few, and sums over many tokens.
     Log-probabilities are summed over tokens, in nats, and NaN where they were not computed.
 
     Args:
         prompts, num_global, micro_batches, num_padding, names: as in `PromptBatch`; the items are pairs.
-        chosen: token ids of the preferred responses.
-        rejected: token ids of the other responses.
-        label: P(chosen preferred) in [0.5, 1], [pairs].
+        chosen: token ids of the preferred responses, or of single ones.
+        rejected: token ids of the other responses; empty beside single ones.
+        label: P(chosen preferred) in [0.5, 1], of a single response P(desirable) in [0, 1], [pairs].
         weight: weight of each pair in the loss, >= 0, [pairs].
         reference_chosen_logps: log pi_ref(chosen | prompt), [pairs].
         reference_rejected_logps: log pi_ref(rejected | prompt), [pairs].
@@ -114,13 +116,31 @@ class PreferenceBatch(PromptBatch):
         """Whether the sampling-time log-probabilities of all pairs are known."""
         return _all_known(self.sampling_chosen_logps, self.sampling_rejected_logps)
 
-    def groups(self) -> list[tuple[Ids, tuple[Ids, Ids]]]:
+    @cached_property
+    def has_singles(self) -> bool:
+        """Whether some of the items are single responses."""
+        return not all(self.rejected)
+
+    def groups(self) -> list[tuple[Ids, tuple[Ids, ...]]]:
         """Prompts with their two responses, as `lightning_rlhf.logprobs.compute.summed_logps` takes them.
 
         Responses count chosen, rejected, chosen, rejected, ...:
-        ``chosen_logps, rejected_logps = summed_logps(policy, batch.groups()).view(-1, 2).unbind(1)``.
+        ``chosen_logps, rejected_logps = summed_logps(policy, batch.groups()).view(-1, 2).unbind(1)``. A single response
+        is alone in its group, see `by_pair`.
         """
-        return [(p, (c, r)) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)]
+        return [(p, (c, r) if r else (c,)) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)]
+
+    def by_pair(self, logps: Tensor) -> Tensor:
+        """Values of the responses of `groups` as columns chosen and rejected, [pairs, 2]; 0 where there is no response.
+
+        Args:
+            logps: a value per response, in the order of `groups`; carries gradient.
+        """
+        if not self.has_singles:
+            # order chosen, rejected, chosen, ...
+            return logps.view(-1, 2)
+        present = torch.tensor([[True, bool(ids)] for ids in self.rejected], device=logps.device)
+        return torch.zeros(present.shape, dtype=logps.dtype, device=logps.device).masked_scatter(present, logps)
 
     def split(self) -> list[PreferenceBatch]:
         """Make a batch of each micro-batch, in order; each has the ``num_global`` of the whole step."""

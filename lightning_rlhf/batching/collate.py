@@ -86,11 +86,12 @@ def collate_preferences(preferences: Sequence[Preference]) -> PreferenceBatch:
                 f"preference {number} ({_where(comparison.prompt)}) has a label with status {label.status!r}; "
                 "only labels with status 'ok' can be trained on: drop or retry the others"
             )
-        # the chosen response is the more probable winner, so that labels lie in [0.5, 1]
-        first = label.probability >= 0.5
+        # the chosen response is the more probable winner, so that labels lie in [0.5, 1]; a single one has no rival
+        first = label.probability >= 0.5 or comparison.is_single
         prompts.append(comparison.prompt.ids)
         chosen.append(_checked(comparison.a if first else comparison.b, number, comparison.prompt))
-        rejected.append(_checked(comparison.b if first else comparison.a, number, comparison.prompt))
+        other = comparison.b if first else comparison.a
+        rejected.append(other if comparison.is_single else _checked(other, number, comparison.prompt))
         # P(chosen preferred) = max(p, 1 - p) with p = P(a preferred)
         labels.append(label.probability if first else 1.0 - label.probability)
     return PreferenceBatch(

@@ -44,7 +44,8 @@ def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) ->
     # without the old values, since only responses without reference log-probabilities are scored
     bare: list[Comparison] = []
     for c in [p.comparison for p in stale]:
-        bare.append(replace(c, a=replace(c.a, reference_logps=None), b=replace(c.b, reference_logps=None)))
+        b = c.b if c.is_single else replace(c.b, reference_logps=None)
+        bare.append(replace(c, a=replace(c.a, reference_logps=None), b=b))
     # by id: a preference holds dictionaries and has no hash
     fresh = {id(p): replace(p, comparison=c) for p, c in zip(stale, with_reference_logps(bare, engine), strict=True)}
     return [fresh.get(id(p), p) for p in preferences]

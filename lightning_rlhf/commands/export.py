@@ -67,6 +67,8 @@ def export_ledger(
     ``reward_b``; ``recorded_probability``, that chosen is preferred by the data, if the pairs are recorded ones; and
     ``tools`` and ``chat_template_kwargs`` of conversational rows that have them, as JSON; and ``source``, ``votes``,
     ``agreement`` and ``strength`` (mean, 3 where chosen is much better) if people or several labelers gave labels.
+    Labeled single responses have ``completion``, ``label`` (true or false), ``probability`` and ``finish_reason`` in
+    place of the columns of pairs.
 
     Of a ledger with rollouts, the columns are ``prompt``, ``completion``, ``reward`` and ``reward_std`` (null where
     they are not known), ``finish_reason``, ``round`` and ``prompt_index``. The file appears when it is complete, in
@@ -154,6 +156,8 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
         recorded: add P(chosen preferred) by the data, null where they do not say.
     """
     comparison, label, probability = preference.comparison, preference.label, preference.probability
+    if comparison.is_single:
+        return unpaired_row(preference, conversational, rewards)
     chosen, rejected, sides = comparison.a, comparison.b, ("reward_a", "reward_b")
     human = _recorded(comparison)
     # the more probable response is the chosen one; everything about the two sides changes places
@@ -181,6 +185,23 @@ def preference_row(preference: Preference, conversational: bool, rewards: bool =
     if recorded:
         row["recorded_probability"] = human
     return row
+
+
+def unpaired_row(preference: Preference, conversational: bool, rewards: bool = False) -> Row:
+    """The row of a labeled single response, as `DatasetUnpaired` and TRL read it; arguments as in `preference_row`."""
+    comparison, text = preference.comparison, preference.comparison.a.text
+    row: Row = {
+        "prompt": _messages(comparison.prompt) if conversational else comparison.prompt.text,
+        "completion": [{"role": "assistant", "content": text}] if conversational else text,
+        "label": preference.probability >= 0.5,
+        "probability": preference.probability,
+        "weight": preference.weight,
+        "round": preference.round,
+        "branch": comparison.branch,
+        "prompt_index": comparison.prompt.index,
+        "finish_reason": comparison.a.finish_reason,
+    }
+    return row | ({"reward": preference.label.meta.get("reward_a")} if rewards else {})
 
 
 def _source_columns(preference: Preference) -> Row:

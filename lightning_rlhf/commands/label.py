@@ -165,7 +165,7 @@ class LabelRun:
         rows = self.source.load()
         for row in rows:
             # named now, before labels are paid for
-            if row.pair is None:
+            if row.pair is None or row.is_single:
                 raise ValueError(
                     f"{row.source}: has no pair of responses to label; give rows with 'chosen' and 'rejected', or name "
                     f"their columns, e.g. --pairs.chosen_column=a --pairs.rejected_column=b"

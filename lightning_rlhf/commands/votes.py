@@ -115,7 +115,8 @@ def helpsteer_rows(store: PreferenceStore) -> Iterator[JSON]:
         if not vote.late:
             votes.setdefault((round_, position), []).append(vote)
     for round_, position, comparison, label in store.walk():
-        if label is None or label.is_free_tie:
+        # the form is about pairs
+        if label is None or label.is_free_tie or comparison.is_single:
             continue
         given = votes.get((round_, position), [])
         # signed is 3 where a, which is response 1, is much better

@@ -32,7 +32,7 @@ from lightning_rlhf.datamodules.options import (
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.evaluation.feedback import Feedback, feedback_summary
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler
+from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler, ThumbsLabeler
 from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.preference_models.base import UsesPreferenceModel
@@ -104,7 +104,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         if reward is not None:
             check_plugin("data.reward", reward, AbstractReward)
         self.sampler, self.labeler = sampler, labeler
-        self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler) else None)
+        self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler | ThumbsLabeler) else None)
         self.replay, self.label_attempts = rounds.replay, rounds.label_attempts
         self.heldout_generate = rounds.heldout_generate
         self.round: Round | None = None
@@ -175,6 +175,37 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
                 f"data.rounds.heldout_generate=false their prompts are not answered: give rows with 'chosen' and "
                 f"'rejected', or leave the setting out"
             )
+        self._check_singles()
+
+    def _check_singles(self) -> None:
+        """Check that module and labeler take single responses, where there are any, and pairs, where there are any.
+
+        Raises:
+            ValueError: naming the setting that does not fit.
+        """
+        recorded = [prompt.is_single for prompt in self._prompts] if not self.sampler.needs_engine else []
+        module, judges = self.trainer.lightning_module, self.labeler.judges
+        singles = self.sampler.makes_singles or any(recorded)
+        held_out = any(prompt.is_single for prompt in self._heldout)
+        if (singles or held_out) and not getattr(module, "TRAINS_SINGLES", False):
+            raise ValueError(
+                f"{type(module).__name__} learns from pairs, and the {'responses' if singles else 'held-out rows'} of "
+                f"this run are single ones with labels of their own: set model=KTOModule or model=BCOModule, or give "
+                f"rows with 'chosen' and 'rejected' and a sampler of pairs"
+            )
+        pairs = not self.sampler.makes_singles and not (recorded and all(recorded))
+        for found, other, remedy in (
+            (singles, "pairs", "RecordedLabeler for recorded labels, or ThumbsLabeler"),
+            (pairs, "singles", "SingleSampler, or a labeler of pairs such as RewardLabeler"),
+        ):
+            if found and judges == other:
+                raise ValueError(
+                    f"{type(self.labeler).__name__} judges {'pairs' if other == 'pairs' else 'single responses'}, and "
+                    f"{type(self.sampler).__name__} gives {'single responses' if other == 'pairs' else 'pairs'}: use "
+                    f"{remedy}"
+                )
+        if singles and self.silver is not None:
+            raise ValueError("data.silver labels pairs, and this run has single responses: leave data.silver out")
 
     @property
     def label_fraction(self) -> float:
@@ -249,14 +280,14 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
 
     def rewards(self) -> list[AbstractReward]:
         """Rewards of the run, which may read columns of the rows."""
-        labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler) else []
+        labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler | ThumbsLabeler) else []
         # best-of-N and others score their candidates
         own = getattr(self.sampler, "reward", None)
         return [*labels, *([own] if isinstance(own, AbstractReward) else []), *super().rewards()]
 
     def check_rewards(self) -> None:
         """Let the rewards check the rows that they score."""
-        if isinstance(self.labeler, RewardLabeler):
+        if isinstance(self.labeler, RewardLabeler | ThumbsLabeler):
             check_rows(self.labeler.reward, self._prompts)
         super().check_rewards()
 

@@ -236,7 +236,7 @@ def recorded_answers(name: str, rows: Sequence[PromptRow], source: str) -> list[
     """
     if name in RECORDED:
         for row in rows:
-            if row.pair is None:
+            if row.pair is None or row.is_single:
                 raise ValueError(f"{row.source}: has no {name!r} response to compare with; give preference rows")
         return [text_response(getattr(row.pair, name), source) for row in rows]
     answers: dict[str, str] = {}

@@ -14,7 +14,9 @@ from lightning_rlhf.experiments.curves import Curve, CurvePoint
 from lightning_rlhf.worlds.arms import AbstractArm, DistributionArm, PoolArm, ResampledArm, SecantArm
 from lightning_rlhf.worlds.distributions import best_of_n, hybrid, pilaf, t_pilaf, vanilla, weighted_vanilla
 from lightning_rlhf.worlds.learning import Setting, Trace, iterative, online, overfitted_start
+from lightning_rlhf.worlds.reward_climb import RLHFArm, climb_rewards
 from lightning_rlhf.worlds.tabular import TabularWorld
+from lightning_rlhf.worlds.thumbs import ThumbsArm, online_thumbs
 
 
 ARMS: dict[str, Callable[[], AbstractArm]] = {
@@ -35,6 +37,21 @@ ARMS: dict[str, Callable[[], AbstractArm]] = {
 }
 """Arms by name."""
 
+THUMBS_ARMS: dict[str, ThumbsArm] = {
+    "KTO": ThumbsArm("kto"),
+    "KTO, low curvature": ThumbsArm("kto", tilted=True, passes=8.0),
+    "BCO": ThumbsArm("bco"),
+    "BCO, low curvature": ThumbsArm("bco", tilted=True, passes=8.0),
+}
+"""Arms of settings of kind ``thumbs`` by name."""
+
+RLHF_ARMS: dict[str, RLHFArm] = {
+    "RLHF, policy pairs": RLHFArm("policy"),
+    "RLHF, PILAF by the reward model": RLHFArm("reward", passes=8.0),
+    "RLHF, T-PILAF": RLHFArm("implicit", passes=3.0),
+}
+"""Arms of settings of kind ``rlhf`` by name."""
+
 
 @dataclass
 class TabularSetting:
@@ -42,12 +59,13 @@ class TabularSetting:
 
     Args:
         kind: ``online`` takes one gradient step per batch, ``iterative`` fits all labels after each round,
-            ``overfitted`` is online from a policy that was fitted far too well to 12 pairs.
+            ``overfitted`` is online from a policy that was fitted far too well to 12 pairs; ``thumbs`` is online with
+            single responses, and ``rlhf`` trains a reward model in rounds and the policy on it by RLOO.
         beta: price of a nat of KL, > 0.
         spread: std of r* over the reference's responses, > 0.
         misfit: relative size of the part of r* that the policy class cannot express, >= 0.
         budget: labels per run.
-        pairs: pairs per batch or round.
+        pairs: pairs, or single responses, per batch or round.
         learning_rate: that of online runs at the start, per unit of spread.
     """
 
@@ -65,14 +83,20 @@ class TabularExperiment(AbstractExperiment):
 
     Args:
         settings: regimes by name.
-        arms: names of `lightning_rlhf.experiments.tabular.ARMS`.
+        arms: names of `lightning_rlhf.experiments.tabular.ARMS`; of `THUMBS_ARMS` or `RLHF_ARMS` where all settings
+            are of that kind.
         seeds: worlds, each with an oracle, a reference and random numbers of its own, >= 1.
     """
 
     def __init__(self, settings: dict[str, TabularSetting], arms: list[str], seeds: int = 20) -> None:
-        unknown = [name for name in arms if name not in ARMS]
-        if unknown:
-            raise ValueError(f"there is no arm {unknown[0]!r} in the tabular world; arms: {', '.join(ARMS)}")
+        for name, setting in settings.items():
+            known = {"thumbs": list(THUMBS_ARMS), "rlhf": list(RLHF_ARMS)}.get(setting.kind, list(ARMS))
+            unknown = [arm for arm in arms if arm not in known]
+            if unknown:
+                raise ValueError(
+                    f"there is no arm {unknown[0]!r} in the tabular world, setting {name!r} of kind {setting.kind}; "
+                    f"arms: {', '.join(known)}"
+                )
         self.settings, self.arms, self.seeds = settings, arms, seeds
 
     def jobs(self) -> Sequence[Job]:
@@ -89,15 +113,15 @@ class TabularExperiment(AbstractExperiment):
     def run(self, job: Job, root: Path) -> list[Curve]:
         """Run all seeds of an arm."""
         del root
-        setting, arm = self.settings[job.identity["setting"]], ARMS[job.identity["arm"]]()
+        setting, name = self.settings[job.identity["setting"]], job.identity["arm"]
         seeds = list(range(self.seeds))
         # all seeds are one batch of tensors, with a world per seed
         world = TabularWorld.draw(seeds, beta=setting.beta, spread=setting.spread, misfit=setting.misfit)
-        trace = run_setting(world, arm, seeds, setting)
+        arm, trace = run_setting(world, name, seeds, setting)
         return [
             Curve(
                 job.identity["setting"],
-                job.identity["arm"],
+                name,
                 seed,
                 tuple(points(trace, seed)),
                 passes=arm.passes,
@@ -115,22 +139,34 @@ class TabularExperiment(AbstractExperiment):
         )
 
 
-def run_setting(world: TabularWorld, arm: AbstractArm, seeds: list[int], setting: TabularSetting) -> Trace:
-    """Run an arm in a regime."""
+def run_setting(
+    world: TabularWorld, name: str, seeds: list[int], setting: TabularSetting
+) -> tuple[AbstractArm | ThumbsArm | RLHFArm, Trace]:
+    """Run the arm of a name in a regime; the arm, and its trace."""
+    rounds = max(1, setting.budget // setting.pairs)
+    # about 32 evaluations per run
+    every = max(1, rounds // 32)
+    rate = setting.learning_rate
+    if setting.kind == "thumbs":
+        thumbs = THUMBS_ARMS[name]
+        return thumbs, online_thumbs(
+            world, thumbs, seeds, steps=rounds, responses=setting.pairs, learning_rate=rate, evaluate_every=every
+        )
+    if setting.kind == "rlhf":
+        climber = RLHF_ARMS[name]
+        return climber, climb_rewards(world, climber, seeds, rounds=rounds, pairs=setting.pairs, learning_rate=rate)
+    arm = ARMS[name]()
     if setting.kind == "iterative":
-        rounds = max(1, setting.budget // setting.pairs)
-        return iterative(world, arm, seeds, rounds=rounds, pairs=setting.pairs, first=setting.pairs)
+        return arm, iterative(world, arm, seeds, rounds=rounds, pairs=setting.pairs, first=setting.pairs)
     start = overfitted_start(world, seeds, pairs=12) if setting.kind == "overfitted" else None
-    steps = max(1, setting.budget // setting.pairs)
-    return online(
+    return arm, online(
         world,
         arm,
         seeds,
-        steps=steps,
+        steps=rounds,
         pairs=setting.pairs,
-        learning_rate=setting.learning_rate,
-        # about 32 evaluations per run
-        evaluate_every=max(1, steps // 32),
+        learning_rate=rate,
+        evaluate_every=every,
         start=start,
     )
 

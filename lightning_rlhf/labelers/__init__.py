@@ -9,6 +9,7 @@ from lightning_rlhf.labelers.principle import PrincipleLabeler
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.labelers.reward import RewardLabeler
 from lightning_rlhf.labelers.server import ServerLabeler
+from lightning_rlhf.labelers.thumbs import ThumbsLabeler
 
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "RecordedLabeler",
     "RewardLabeler",
     "ServerLabeler",
+    "ThumbsLabeler",
 ]

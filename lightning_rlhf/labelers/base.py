@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from lightning_rlhf.annotation.votes import Vote
 from lightning_rlhf.randomness import Key
@@ -70,9 +70,11 @@ class AbstractLabeler(KeepsArguments, ABC):
     Attributes:
         whole_rounds: whether `stream` is asked about all pairs of a round at once, rather than `label` chunk by chunk.
         max_lag: closed rounds whose open pairs are asked about again, with `stream`.
+        judges: ``pairs``, or ``singles``: comparisons with one response (`Comparison.is_single`), or ``both``.
     """
 
     whole_rounds: ClassVar[bool] = False
+    judges: ClassVar[Literal["pairs", "singles", "both"]] = "pairs"
     max_lag: int = 0
 
     @abstractmethod

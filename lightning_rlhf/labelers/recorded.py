@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.randomness import Key
@@ -13,8 +14,11 @@ class RecordedLabeler(AbstractLabeler):
     """Repeats the label of the data row about its own pair of completions; asks nobody and costs nothing.
 
     For offline runs, together with the offline sampler. The label is the recorded P(chosen preferred), 1 in an ordinary
-    preference row, turned round where the sampler put the recorded rejected completion first.
+    preference row, turned round where the sampler put the recorded rejected completion first. Of a single response it
+    is the recorded P(desirable).
     """
+
+    judges: ClassVar[Literal["pairs", "singles", "both"]] = "both"
 
     def label(self, comparisons: Sequence[Comparison], key: Key) -> list[Label]:
         """Look up the recorded probability of each comparison; nothing is random."""

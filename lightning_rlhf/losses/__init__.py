@@ -65,7 +65,7 @@ from lightning_rlhf.losses.preference import (
 from lightning_rlhf.losses.reward import bradley_terry_loss, centering_penalty, nuclear_norm_ratio
 from lightning_rlhf.losses.ties import DavidsonLoss, RaoKupperLoss, davidson_logps, rao_kupper_logps, tie_loss
 from lightning_rlhf.losses.transport import AOTLoss, aot_loss
-from lightning_rlhf.losses.unpaired import kto_loss
+from lightning_rlhf.losses.unpaired import kto_loss, unpaired_bco_loss
 
 
 SigmoidLoss = DPOLoss
@@ -134,6 +134,7 @@ __all__ = [
     "simpo_loss",
     "sppo_loss",
     "tie_loss",
+    "unpaired_bco_loss",
     "value_loss",
     "xpo_bonus",
 ]

@@ -14,6 +14,7 @@ from lightning_rlhf.runtime.fingerprint import Settings
 
 
 METHODS = {
+    "BCOModule": ("BCO", "https://arxiv.org/abs/2404.04656"),
     "DPOModule": ("DPO", "https://arxiv.org/abs/2305.18290"),
     "DRLAIFModule": ("direct RLAIF", "https://arxiv.org/abs/2309.00267"),
     "KTOModule": ("KTO", "https://arxiv.org/abs/2402.01306"),

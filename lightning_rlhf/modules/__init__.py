@@ -7,7 +7,7 @@ from lightning_rlhf.modules.dpo import DPOModule
 from lightning_rlhf.modules.drlaif import DRLAIFModule
 from lightning_rlhf.modules.efficient_exploration import Anchor, EfficientExplorationModule
 from lightning_rlhf.modules.generative_reward import GenerativeRewardModule
-from lightning_rlhf.modules.kto import KTOModule
+from lightning_rlhf.modules.kto import BCOModule, KTOModule
 from lightning_rlhf.modules.policy import AbstractAlignedPolicyModule, AbstractPolicyModule, ReferenceUpdate
 from lightning_rlhf.modules.policy_gradient import KLControl, PolicyGradientModule, PolicyLoss, ValueModel
 from lightning_rlhf.modules.reward import RewardLoss, RewardModule
@@ -23,6 +23,7 @@ __all__ = [
     "AbstractRoundModule",
     "AbstractStepModule",
     "Anchor",
+    "BCOModule",
     "ConstantWithWarmup",
     "CosineWithWarmup",
     "DPOModule",

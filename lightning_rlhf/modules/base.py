@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -221,7 +221,12 @@ class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch], ABC):
 
     Args:
         checkpoint, options, optimizer, lr_scheduler: as in `AbstractStepModule`.
+
+    Attributes:
+        TRAINS_SINGLES: whether items may be single responses with labels of their own, see `Comparison.is_single`.
     """
+
+    TRAINS_SINGLES: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -245,7 +250,8 @@ class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch], ABC):
 
     def evaluate_pairs(self, pairs: Sequence[Preference]) -> None:
         """Take the recorded pairs of a validation batch, at least one, into the held-out metrics."""
-        groups = [(p.comparison.prompt.ids, (p.comparison.a.ids, p.comparison.b.ids)) for p in pairs]
+        comparisons = [preference.comparison for preference in pairs]
+        groups = [(c.prompt.ids, (c.a.ids,) if c.is_single else (c.a.ids, c.b.ids)) for c in comparisons]
         layout = self.options.layout
         # the micro-batches of scoring: no gradients are kept, so that they may be larger than those of training
         for part in split_by_tokens(
@@ -258,7 +264,8 @@ class AbstractPreferenceModule(AbstractStepModule[PreferenceBatch], ABC):
                 batch.label,
                 out.losses,
                 batch.weight,
-                torch.tensor([[len(a), len(b)] for a, b in zip(batch.chosen, batch.rejected, strict=True)]),
+                # a single response is neither longer nor shorter than another
+                torch.tensor([[len(a), len(b) or len(a)] for a, b in zip(batch.chosen, batch.rejected, strict=True)]),
                 [pairs[i].comparison.prompt.subset for i in part],
             )
 

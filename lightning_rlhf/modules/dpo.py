@@ -28,8 +28,8 @@ from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt
 
 
-PairIds: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]
-"""Token ids of a prompt and its two responses."""
+PairIds: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+"""Token ids of a prompt and its two responses, or its single one."""
 
 
 @accepts_old_names(
@@ -97,13 +97,22 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         Raises:
             ValueError: if a pair has no reference log-probabilities.
         """
+        self.check_reference(batch)
+        return super().training_step(batch, batch_idx)
+
+    @staticmethod
+    def check_reference(batch: PreferenceBatch) -> None:
+        """Check that all reference log-probabilities are known.
+
+        Raises:
+            ValueError: if a pair has none.
+        """
         # log-probabilities that were not computed are NaN, and the loss would be NaN too
         if not batch.has_reference:
             raise ValueError(
                 "a batch has pairs without reference log-probabilities; the DataModule computes them when it samples: "
                 "serve batches of PreferenceDataModule, or fill Response.reference_logps"
             )
-        return super().training_step(batch, batch_idx)
 
     def item_losses(self, batch: PreferenceBatch) -> ItemLosses:
         """Loss and implicit rewards of each pair."""
@@ -129,7 +138,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
     def paired(self, batch: PreferenceBatch, logps: Tensor) -> tuple[PairLogps, int]:
         """The same from the log-probabilities of all responses of ``batch.groups()``, [2 * pairs]."""
         # order chosen, rejected, chosen, ...: [2 * pairs] -> [pairs, 2] -> two of [pairs]
-        chosen, rejected = logps.view(-1, 2).unbind(1)
+        chosen, rejected = batch.by_pair(logps).unbind(1)
         # |y_w| and |y_l| of each pair, [pairs, 2]
         lengths = [[len(c), len(r)] for c, r in zip(batch.chosen, batch.rejected, strict=True)]
         chosen_length, rejected_length = torch.tensor(lengths).to(chosen, non_blocking=True).unbind(1)
@@ -168,7 +177,7 @@ class DPOModule(AbstractAlignedPolicyModule[PreferenceBatch], AbstractPreference
         if not all(group in known for group in groups):
             # the whole micro-batch, though some may be known: before training policy and reference then agree bitwise
             with torch.no_grad(), self.reference.active() as reference:
-                logps = summed_logps(reference, groups, layout=self.options.layout).view(-1, 2).tolist()
+                logps = batch.by_pair(summed_logps(reference, groups, layout=self.options.layout)).tolist()
             known.update((group, (a, b)) for group, (a, b) in zip(groups, logps, strict=True))
         chosen, rejected = torch.tensor([known[group] for group in groups]).to(batch.label).unbind(1)
         return self.item_losses(replace(batch, reference_chosen_logps=chosen, reference_rejected_logps=rejected))

@@ -293,7 +293,7 @@ class RewardModule(AbstractRoundModule[PreferenceBatch], AbstractPreferenceModul
         """Score both responses of held-out rows."""
         del batch_idx
         for prompt in batch:
-            if prompt.pair is None or prompt.recorded is None:
+            if prompt.pair is None or prompt.recorded is None or prompt.is_single:
                 raise ValueError(
                     f"held-out prompt {prompt.index} ({prompt.text[-80:]!r}) has no recorded pair, and a reward model "
                     f"is validated on pairs: give data.heldout rows with 'chosen' and 'rejected'"

@@ -2,9 +2,9 @@
 
 A source parses its data into `PromptRow`, plain or conversational, with or without completions; `tokenize_rows` turns
 rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files, folders and
-the Hub, `DatasetCompletions` those of supervised fine-tuning, `HHPrompts` Human/Assistant transcripts, `LedgerPrompts`
-the pairs of another run, `MixedPrompts` several of these in shares, `MixedPairs` recorded pairs of several labelers,
-and `BuiltinPrompts` needs no data at all.
+the Hub, `DatasetCompletions` those of supervised fine-tuning, `DatasetUnpaired` single responses with labels,
+`HHPrompts` Human/Assistant transcripts, `LedgerPrompts` the pairs of another run, `MixedPrompts` several of these in
+shares, `MixedPairs` recorded pairs of several labelers, and `BuiltinPrompts` needs no data at all.
 `text_prompts` makes prompts of rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`.
 Rows that are left out on purpose are counted by reason; malformed rows raise an error that names them.
 """
@@ -24,6 +24,7 @@ from lightning_rlhf.prompts.mixture import MixedPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
+from lightning_rlhf.prompts.unpaired import DatasetUnpaired
 
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "DatasetCompletions",
     "DatasetFiles",
     "DatasetPrompts",
+    "DatasetUnpaired",
     "HHPrompts",
     "HelpSteerPrompts",
     "LabelStudioPrompts",

@@ -91,9 +91,7 @@ class DatasetCompletions(AbstractPromptSource):
         self.report.clear()
         kept = []
         rows = self._in_known_format(read_rows(self._data, self.split, self.limit))
-        used = {self.prompt_column, self.completion_column, self.messages_column, "label", TOOLS, TEMPLATE_OPTIONS}
-        used |= {"finish_reason", f"finish_reason_{self.completion_column}", *self.ignored_fields}
-        self.unread_columns = [name for name in columns_of(rows) if name not in used]
+        self.unread_columns = [name for name in columns_of(rows) if name not in self._read_columns]
         for source, row in rows:
             for parsed in self._parse(row, source):
                 if (parsed.completion or "").strip():
@@ -103,6 +101,12 @@ class DatasetCompletions(AbstractPromptSource):
         if not kept:
             raise ValueError(f"{self.path}: no row can be used ({dict(self.report)}): check the data")
         return kept
+
+    @property
+    def _read_columns(self) -> set[str]:
+        """Columns that this source itself reads."""
+        used = {self.prompt_column, self.completion_column, self.messages_column, "label", TOOLS, TEMPLATE_OPTIONS}
+        return used | {"finish_reason", f"finish_reason_{self.completion_column}", *self.ignored_fields}
 
     def _in_known_format(self, rows: list[SourcedRow]) -> list[SourcedRow]:
         """Rows of ShareGPT and Alpaca as rows of this source."""
@@ -128,7 +132,8 @@ class DatasetCompletions(AbstractPromptSource):
         # the unpaired format of KTO: a bad completion must not be imitated
         if isinstance(row.get("label"), bool):
             problem = f"says whether the completion is a good one, got {describe(row['label'])}"
-            raise field_error(source, "label", problem, "keep the good rows and drop the column")
+            remedy = "read such rows with DatasetUnpaired, for KTO; or keep the good ones and drop the column"
+            raise field_error(source, "label", problem, remedy)
         prompt = parse_prompt(row[self.prompt_column], source, self.prompt_column, self.ignored_fields)
         # a text prompt beside messages is the user's turn (so in many data sets on the Hub)
         if isinstance(prompt, str) and isinstance(completion, list):

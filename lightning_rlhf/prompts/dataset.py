@@ -282,6 +282,11 @@ def unusable_pair(pair: RecordedPair | None) -> str | None:
     return IDENTICAL if pair.chosen == pair.rejected else None
 
 
+def unusable_response(pair: RecordedPair) -> str | None:
+    """Reason why a recorded single response cannot be used; None if it can."""
+    return None if pair.chosen.strip() else EMPTY
+
+
 def parse_number(row: Row, field: str, source: str, high: float, default: float) -> float:
     """Check a number between 0 and ``high``; a missing or null field is the default."""
     value = row.get(field)

@@ -255,6 +255,7 @@ KNOWN_COLUMNS: dict[str, frozenset[str]] = {
     **{form.name: form.columns for form in FORMATS},
     "preference pairs (DatasetPrompts)": frozenset({"chosen", "rejected"}),
     "single completions (DatasetCompletions)": frozenset({"prompt", "completion"}),
+    "single completions with labels (DatasetUnpaired)": frozenset({"prompt", "completion", "label"}),
     "conversations (DatasetCompletions)": frozenset({"messages"}),
     "prompts (DatasetPrompts)": frozenset({"prompt"}),
 }

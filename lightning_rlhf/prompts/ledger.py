@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.dataset import unusable_pair
+from lightning_rlhf.prompts.dataset import unusable_pair, unusable_response
 from lightning_rlhf.types import PromptRow, RecordedPair
 
 
@@ -47,12 +47,12 @@ class LedgerPrompts(AbstractPromptSource):
                 assert probability is not None
                 weight = comparison.weight * (1.0 if label is None or not self.labels else label.weight)
                 pair = RecordedPair(comparison.a.text, comparison.b.text, probability, weight)
-                reason = unusable_pair(pair)
+                reason = unusable_response(pair) if comparison.is_single else unusable_pair(pair)
                 if reason is not None:
                     self.report[reason] += 1
                     continue
                 prompt = comparison.prompt
-                reasons = (comparison.a.finish_reason, comparison.b.finish_reason)
+                reasons = (comparison.a.finish_reason, comparison.b.finish_reason)[: 2 - comparison.is_single]
                 rows.append(
                     PromptRow(
                         f"{self.path} round {round_} position {position}",
@@ -60,6 +60,7 @@ class LedgerPrompts(AbstractPromptSource):
                         text=prompt.text if prompt.messages is None else None,
                         messages=prompt.messages,
                         pair=pair,
+                        completion=comparison.a.text if comparison.is_single else None,
                         template_options=prompt.template_options,
                         finish_reasons=reasons if "length" in reasons else (),
                     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_rlhf.prompts.messages import turn_text
-from lightning_rlhf.types import Message, Prompt, PromptRow, Response
+from lightning_rlhf.types import NO_RESPONSE, Message, Prompt, PromptRow, Response
 
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -26,7 +26,9 @@ def text_prompts(rows: Sequence[PromptRow]) -> list[Prompt]:
         if recorded is not None:
             ends = row.finish_reasons or ("eos", "eos")
             chosen, rejected = text_response(recorded.chosen), text_response(recorded.rejected)
-            pair = (replace(chosen, finish_reason=ends[0]), replace(rejected, finish_reason=ends[1]))
+            pair = (replace(chosen, finish_reason=ends[0]), replace(rejected, finish_reason=ends[-1]))
+            if row.is_single:
+                pair = (pair[0], NO_RESPONSE)
         ids = tuple(text.encode())
         options, columns = row.template_options, row.columns
         prompts.append(

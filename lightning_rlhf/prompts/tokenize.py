@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.prompts.dataset import EMPTY, IDENTICAL
 from lightning_rlhf.prompts.messages import TOOLS, field_error, holds_text_alone
 from lightning_rlhf.prompts.template import TurnFormat, shared_length, turn_format
-from lightning_rlhf.types import FinishReason, Message, Prompt, PromptRow, Response
+from lightning_rlhf.types import NO_RESPONSE, FinishReason, Message, Prompt, PromptRow, Response
 
 
 CHAT_TEMPLATES = {
@@ -125,8 +125,8 @@ def tokenize_rows(
         if recorded is None:
             continue
         prompt = draft.prompt
-        if len(recorded) == 2:
-            prompt = replace(prompt, pair=(recorded[0], recorded[1]))
+        if draft.row.pair is not None:
+            prompt = replace(prompt, pair=(recorded[0], NO_RESPONSE if draft.row.is_single else recorded[1]))
         elif recorded:
             prompt = replace(prompt, completion=recorded[0])
         # cut only now, since the completions are tokenized behind the whole prompt
@@ -654,7 +654,7 @@ def _answers(row: PromptRow) -> tuple[Message, ...]:
     """The recorded completions of a row as messages: a pair, one, or none."""
     if row.answers:
         return row.answers
-    if row.pair is not None:
+    if row.pair is not None and not row.is_single:
         texts: tuple[str, ...] = (row.pair.chosen, row.pair.rejected)
     else:
         texts = () if row.completion is None else (row.completion,)

@@ -104,7 +104,7 @@ def _name(text: str | None, messages: tuple[Message, ...] | None) -> str:
 
 
 def _responses(row: PromptRow) -> list[str]:
-    if row.pair is not None:
+    if row.pair is not None and not row.is_single:
         return [row.pair.chosen, row.pair.rejected]
     if row.completion is None:
         raise ValueError(

@@ -6,6 +6,7 @@ from lightning_rlhf.samplers.best_worst import BestWorstSampler
 from lightning_rlhf.samplers.cost_table import cost_table
 from lightning_rlhf.samplers.hybrid import HybridSampler
 from lightning_rlhf.samplers.infomax import InfomaxSampler
+from lightning_rlhf.samplers.low_curvature import LowCurvatureSampler
 from lightning_rlhf.samplers.mixture import MixtureSampler
 from lightning_rlhf.samplers.model_based import AbstractModelSampler
 from lightning_rlhf.samplers.nash_md import NashMDSampler
@@ -14,6 +15,7 @@ from lightning_rlhf.samplers.pilaf import PILAFSampler
 from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
 from lightning_rlhf.samplers.rso import RSOSampler
 from lightning_rlhf.samplers.self_play import SelfPlaySampler
+from lightning_rlhf.samplers.single import SingleSampler
 from lightning_rlhf.samplers.sir_pilaf import SIRPILAFSampler
 from lightning_rlhf.samplers.t_pilaf import TPILAFSampler
 from lightning_rlhf.samplers.thompson import ThompsonSampler
@@ -30,6 +32,7 @@ __all__ = [
     "BestWorstSampler",
     "HybridSampler",
     "InfomaxSampler",
+    "LowCurvatureSampler",
     "MixtureSampler",
     "NashMDSampler",
     "OfflineSampler",
@@ -38,6 +41,7 @@ __all__ = [
     "RSOSampler",
     "SIRPILAFSampler",
     "SelfPlaySampler",
+    "SingleSampler",
     "TPILAFSampler",
     "ThompsonSampler",
     "TranscriptSampler",

@@ -29,6 +29,7 @@ class AbstractPairSampler(KeepsArguments, ABC):
         passes_per_pair: model forward passes per token position and pair, on average (Table 1 of PILAF).
         annotations_per_pair: responses shown to the annotator per pair.
         needs_engine: False if the sampler never decodes, as with recorded pairs.
+        makes_singles: True if the comparisons hold one response alone, which is judged by itself.
         method: name in the cost table. Default: the class name.
         first_distribution: distribution of y^a, for the cost table.
         second_distribution: distribution of y^b, for the cost table.
@@ -37,6 +38,7 @@ class AbstractPairSampler(KeepsArguments, ABC):
     passes_per_pair: float = 2.0
     annotations_per_pair: float = 2.0
     needs_engine: bool = True
+    makes_singles: bool = False
     method: str = ""
     first_distribution: str = "—"
     second_distribution: str = "—"

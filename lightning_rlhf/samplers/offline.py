@@ -16,7 +16,8 @@ class OfflineSampler(AbstractPairSampler):
 
     Offline DPO (Rafailov et al. 2023, arXiv 2305.18290). The order of the two responses is random, since a labeler may
     have a position bias. ``meta["recorded_first"]`` says whether ``a`` is the recorded chosen response. The recorded
-    weight is the weight of the pair.
+    weight is the weight of the pair. Rows of single responses (`DatasetUnpaired`) give comparisons without a second
+    response.
     """
 
     method = "Offline (recorded pairs)"
@@ -51,6 +52,8 @@ def recorded_comparison(prompt: Prompt, *, chosen_first: bool) -> Comparison:
             f"'chosen' and 'rejected': use such a data set, or a sampler that decodes, such as VanillaSampler"
         )
     chosen, rejected = prompt.pair
+    # a single response comes first: its label is P(desirable), which no order turns round
+    chosen_first = chosen_first or prompt.is_single
     a, b = (chosen, rejected) if chosen_first else (rejected, chosen)
     return Comparison(
         prompt,

@@ -54,7 +54,7 @@ def recorded_completion(prompt: Prompt) -> Response:
     """
     if prompt.completion is not None:
         return prompt.completion
-    if prompt.pair is None:
+    if prompt.pair is None or prompt.is_single:  # a single response may be one to avoid
         raise ValueError(
             f"prompt {prompt.index} ({prompt.text[-80:]!r}) has no recorded completion; SelfPlaySampler needs rows "
             f"with 'chosen' and 'rejected': use such a data set, or another sampler, such as VanillaSampler"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -31,40 +32,60 @@ class SIRPILAFSampler(AbstractPairSampler):
     limit for an optimal policy. Like PILAF, and unlike T-PILAF, the sampler gives all pairs weight 1: over several
     prompts the gradient is a sum of gradients of J with a positive factor per prompt.
 
+    Where the pairs train a reward model and not the policy (RLHF), ``tilt=reward`` takes its rewards r in place of the
+    implicit ones: pairs of ``pi exp(+r)`` and ``pi exp(-r)``. The expected gradient of the reward model's likelihood is
+    then, to first order, that of the squared error of r over samples of the policy (docs/pilaf.md).
+
     Args:
         n: responses per prompt, >= 2; each is decoded, and no more than two are labeled.
         temperature: > 0; ``.inf`` in YAML gives random pairs of the pool.
         reward: estimates the oracle's reward in nats of the Bradley-Terry model. Default: no secant.
+        tilt: ``policy`` tilts by the implicit reward, or by the secant from it; ``reward`` by ``reward`` alone, and
+            needs no reference.
 
     Raises:
-        ValueError: if n or temperature is out of range.
+        ValueError: if n or temperature is out of range, or ``tilt=reward`` comes without a reward.
     """
 
     first_distribution, second_distribution = "pair of n π_θ", "tilted by cosh Δ"
 
-    def __init__(self, n: int = 8, temperature: float = 1.0, reward: AbstractReward | None = None) -> None:
+    def __init__(
+        self,
+        n: int = 8,
+        temperature: float = 1.0,
+        reward: AbstractReward | None = None,
+        tilt: Literal["policy", "reward"] = "policy",
+    ) -> None:
         if n < 2 or not temperature > 0:
             raise ValueError(f"SIR-PILAF needs n >= 2 and temperature > 0; got {n} and {temperature}")
-        self.n, self.temperature, self.reward = n, temperature, reward
+        if tilt not in ("policy", "reward") or (tilt == "reward" and reward is None):
+            raise ValueError(f"SIR-PILAF tilts by policy, or by reward where one is given; got {tilt!r} and {reward!r}")
+        self.n, self.temperature, self.reward, self.tilt = n, temperature, reward, tilt
         self.passes_per_pair = float(n)
-        self.method = f"SIR-PILAF, N={n}" + ("" if reward is None else ", secant")
+        way = "" if reward is None else ", secant" if tilt == "policy" else ", by reward"
+        self.method = f"SIR-PILAF, N={n}{way}"
 
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
-        """Sample a pool per prompt in one batch and keep one pair; branch ``"sir"``. ``meta`` holds ``"delta"``."""
-        pool = engine.generate(pool_requests(prompts, self.n, key), reference_logps=True)
+        """Sample a pool per prompt in one batch and keep one pair; branch ``"sir"``.
+
+        ``meta`` holds ``"delta"``, or with ``tilt=reward`` the gap of the rewards, ``"reward_gap"``.
+        """
+        by_policy = self.tilt == "policy"
+        pool = engine.generate(pool_requests(prompts, self.n, key), reference_logps=by_policy)
         shape = len(prompts), self.n
-        own = implicit_rewards(pool, engine.beta).reshape(shape)
-        # no reward model: the secant from delta to delta is the slope sigma'(delta)
-        target = own
+        scores = None
         if self.reward is not None:
-            target = checked_score(self.reward, repeated(prompts, self.n), pool).double()
-            target = target.reshape(shape)
+            scores = checked_score(self.reward, repeated(prompts, self.n), pool).double().reshape(shape)
+        # no reward model, or by it alone: the secant from a gap to itself is the slope sigma'(gap)
+        own = implicit_rewards(pool, engine.beta).reshape(shape) if by_policy or scores is None else scores
+        target = own if scores is None else scores
+        name = "delta" if by_policy else "reward_gap"
         comparisons = []
         for i, prompt in enumerate(prompts):
             uniform = float(key.fold(prompt.index, COIN).uniforms(1))
             first, second = resampled_pair(own[i], target[i], self.temperature, uniform)
             a, b = pool[i * self.n + first], pool[i * self.n + second]
-            meta = {"delta": float(own[i, first] - own[i, second])}
+            meta = {name: float(own[i, first] - own[i, second])}
             comparisons.append(Comparison(prompt, a, b, branch="sir", passes=self.passes_per_pair, meta=meta))
         return comparisons
 

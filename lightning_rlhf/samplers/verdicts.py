@@ -176,7 +176,7 @@ class AbstractVerdictSampler(AbstractPairSampler):
 
     def _question(self, judge: LocalJudge, engine: AbstractEngine, prompt: Prompt, *, chosen_first: bool) -> Question:
         recorded, pair = prompt.recorded, prompt.pair
-        if recorded is None or pair is None:
+        if recorded is None or pair is None or prompt.is_single:
             raise ValueError(
                 f"prompt {prompt.index} ({prompt.text[-80:]!r}) has no recorded pair, and a judge is trained on pairs: "
                 f"give rows with 'chosen' and 'rejected'"

@@ -17,7 +17,7 @@ from lightning_rlhf.worlds.likelihood import maximum_likelihood
 from lightning_rlhf.worlds.tabular import Objective, TabularWorld, deviation
 
 
-Setting = Literal["online", "iterative", "overfitted"]
+Setting = Literal["online", "iterative", "overfitted", "thumbs", "rlhf"]
 
 
 @dataclass
@@ -54,6 +54,29 @@ class Trace:
             labels: labels so far.
             seen: cosines of the batches since the last evaluation; cleared.
         """
+        pairs = arm.pair_distribution(world, parameters)
+        expected = None if pairs is None else -world.expected_gradient(parameters, pairs)
+        self.record(world, parameters, step, labels, seen, expected)
+
+    def record(
+        self,
+        world: TabularWorld,
+        parameters: Tensor,
+        step: int,
+        labels: int,
+        seen: list[Tensor],
+        expected: Tensor | None,
+    ) -> None:
+        """Add an entry, and clear the cosines since the last one.
+
+        Args:
+            world: the worlds.
+            parameters: w; shape [worlds, dimensions].
+            step: gradient steps or rounds so far.
+            labels: labels so far.
+            seen: cosines of the batches since the last evaluation; cleared.
+            expected: expected ascent direction of a batch, [worlds, dimensions]; None if it has no closed form.
+        """
         self.steps.append(step)
         self.labels.append(labels)
         self.objectives.append(world.objective(parameters))
@@ -61,8 +84,6 @@ class Trace:
         unknown = parameters.new_full((world.num_worlds,), float("nan"))
         self.cosines.append(torch.stack(seen).mean(0) if seen else unknown)
         seen.clear()
-        pairs = arm.pair_distribution(world, parameters)
-        expected = None if pairs is None else -world.expected_gradient(parameters, pairs)
         ascent = world.gradient_j(parameters)
         self.population_cosines.append(unknown if expected is None else F.cosine_similarity(expected, ascent))
         log_policy = world.log_policy(parameters)
@@ -103,7 +124,7 @@ def online(
     # Adam steps have the size of the learning rate, whatever the scale of the gradient: w scales with r*
     rate = learning_rate * float(deviation(world.reward, world.log_reference))
     adam = torch.optim.Adam([parameters], lr=rate)
-    streams = _Streams(seeds, world.features.shape[1])
+    streams = Streams(seeds, world.features.shape[1])
     arm.reset(world)
     trace, seen = Trace(), list[Tensor]()
     trace.evaluate(world, arm, parameters, 0, 0, seen)
@@ -148,7 +169,7 @@ def iterative(
         ridge: precision of the Gaussian prior on the parameters, in labels, > 0; without it, few labels can be
             separable and have no maximum-likelihood fit.
     """
-    streams = _Streams(seeds, world.features.shape[1])
+    streams = Streams(seeds, world.features.shape[1])
     arm.reset(world)
     prompts, uniforms = streams.batch(first)
     shared = DistributionArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
@@ -184,7 +205,7 @@ def overfitted_start(world: TabularWorld, seeds: Sequence[int], *, pairs: int, r
         ridge: precision of the prior, in labels; the smaller, the farther the policy is from the reference.
     """
     # another purpose: the random numbers differ from those of the run that starts here
-    streams = _Streams(seeds, world.features.shape[1], purpose=_OVERFIT)
+    streams = Streams(seeds, world.features.shape[1], purpose=_OVERFIT)
     prompts, uniforms = streams.batch(pairs)
     sampled = DistributionArm(vanilla).draw(world, world.origin(), prompts, streams.shared)
     gaps, labels = labeled(world, prompts, sampled, uniforms)
@@ -207,7 +228,7 @@ def labeled(world: TabularWorld, prompts: Tensor, pairs: Pairs, uniforms: Tensor
     return gaps, (uniforms < reward.sigmoid()).to(gaps)
 
 
-class _Streams:
+class Streams:
     """Random numbers of many worlds: ``shared`` by all arms for prompts and labels, ``samples`` for one arm's pairs."""
 
     def __init__(self, seeds: Sequence[int], num_prompts: int, purpose: int = 0) -> None:

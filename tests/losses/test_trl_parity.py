@@ -46,6 +46,7 @@ from lightning_rlhf.losses import (
     response_weights,
     reward_accuracy,
 )
+from lightning_rlhf.modules.kto import mismatched as mismatched_items
 
 
 trl = pytest.importorskip("trl")
@@ -290,6 +291,16 @@ def test_losses_without_reference_equal_those_of_trl_in_float64(
     assert_same_loss_and_gradients(network, ours, theirs, tolerance=1e-7 if name == "ORPO" else 1e-11)
 
 
+def halves(batch: dict[str, Tensor]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Token ids of prompt and completion of each row."""
+    found = []
+    for ids, attended, completed in zip(
+        batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True
+    ):
+        found.append((tuple(ids[attended & ~completed].tolist()), tuple(ids[attended & completed].tolist())))
+    return found
+
+
 def test_kto_equals_that_of_trl(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a b", "completion": " c d e f", "label": True},
@@ -321,6 +332,9 @@ def test_kto_equals_that_of_trl(tmp_path: Path) -> None:
     def ratio(part: dict[str, Tensor]) -> Tensor:
         return summed_logps(trainer.model, part) - summed_logps(trainer.ref_model, part).detach()
 
+    # the step pairs prompts and responses as TRL pairs those of a batch
+    items = [(response, (), prompt) for prompt, response in halves(batch)]
+    assert dict(mismatched_items(items)) == {prompt: (response,) for prompt, response in halves(mismatched)}
     kl = ratio(mismatched).mean().clamp(min=0)
     assert kl > 0.1
     ours = kto_loss(ratio(batch), batch["label"].float(), kl, BETA, 1.5, 0.8).mean()
