@@ -5,8 +5,8 @@ puts tables, machine and date between the markers of docs/results.md, and the fi
 docs/results/, so that a figure of the tables can be computed again without the runs. ``--smoke``
 does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only`` also takes
 comparisons that are left out otherwise, because they take longer: ``menu_labels``, ``menu_models``, ``menu_judges``,
-``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories`` and ``stories_labels``, which fetch a model
-with npm.
+``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories`` and ``stories_labels``, which fetch a
+model with npm.
 """
 
 from __future__ import annotations
