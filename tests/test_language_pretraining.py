@@ -203,8 +203,8 @@ class GridEmbedder(AbstractEmbedder):
         landmarks = random.normal(size=(len(LANDMARKS), WIDTH))
         landmarks /= np.linalg.norm(landmarks, axis=1, keepdims=True)
         cells = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij"), -1).reshape(-1, 1, 2)
-        near = np.exp(-np.abs(cells - np.array(LANDMARKS)).sum(-1) / 4)
-        self.cells = near @ landmarks + 0.05 * random.normal(size=(SIZE * SIZE, WIDTH))
+        near = np.exp(-np.square(cells - np.array(LANDMARKS)).sum(-1) / 16)
+        self.cells = near @ landmarks + 0.1 * random.normal(size=(SIZE * SIZE, WIDTH))
         self.texts = landmarks + 0.1 * random.normal(size=landmarks.shape)
         others = random.normal(size=landmarks.shape)
         self.read = self.texts if related else others
@@ -250,11 +250,10 @@ class Walker:
         return path
 
     def improve(self, landmark: int, path: Sequence[Step], rewards: Sequence[float], ends: bool) -> None:
-        """One update per step, from the last one backwards."""
+        """One update per step, in their order: a reward moves back by one cell in an episode."""
         text = self.texts[landmark]
         values = np.tensordot(text, self.weights, 1)
-        for number in range(len(path) - 1, -1, -1):
-            here, move, there = path[number]
+        for number, (here, move, there) in enumerate(path):
             last = ends and number == len(path) - 1
             target = rewards[number] + (0.0 if last else GAMMA * values[there].max())
             change = 0.3 * (target - values[here, move])
