@@ -58,7 +58,8 @@ def word_vector(word: str, width: int) -> Tensor:
     digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
     generator = Key((int.from_bytes(digest, "little") >> 1,)).generator()
     vector = torch.randn(width, generator=generator)
-    return vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit
 
 
 class ModelEmbedder(AbstractEmbedder):

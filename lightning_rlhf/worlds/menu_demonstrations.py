@@ -32,7 +32,8 @@ class MenuDemonstrations(AbstractPromptSource):
 
     def load(self) -> list[PromptRow]:
         """Sample the candidates and keep the best."""
-        reward, rows = MenuReward(), []
+        reward = MenuReward()
+        rows: list[PromptRow] = []
         numbers = {" ".join(words): i for i, words in enumerate(product(GUESTS, DAYS, WEATHERS))}
         for number, row in enumerate(MenuPrompts("train").load()):
             text = row.text or ""
