@@ -20,7 +20,8 @@ class RolloutMonitor(Callback):
 
     At the end of each epoch, for the round it trained on, under ``rollout/``: the metrics of
     `lightning_rlhf.evaluation.rollouts.round_metrics` (reward, KL, length, share ended by EOS, repetition, and others).
-    Each part of the reward has a curve of its own, ``rollout/rewards/<name>/mean`` and ``/std``.
+    Each part of the reward has a curve of its own, ``rollout/rewards/<name>/mean`` and ``/std``; a reward that learns
+    from the responses has its metrics under ``rollout/rewards/`` too.
     After each round ``top_rollouts.md`` and ``.csv`` in ``trainer.default_root_dir`` hold the most rewarded
     responses of the rounds since the run was last started, the newest round first; TensorBoard and W&B show them too.
 
@@ -61,6 +62,7 @@ class RolloutMonitor(Callback):
             if part["count"]:
                 values = {f"rollout/rewards/{name}/{kind}": part[kind] for kind in ("mean", "std")}
                 log_known(pl_module, values)
+        log_known(pl_module, {f"rollout/rewards/{name}": value for name, value in round_.metrics.items()})
 
 
 def rollout_round(trainer: Trainer) -> RolloutRound:

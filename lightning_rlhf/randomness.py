@@ -30,6 +30,7 @@ class Stream(IntEnum):
     WINDOWS = 5
     SILVER = 6
     PRINCIPLES = 7
+    LEARNING = 12
     DROPOUT = 100
     HELDOUT = 101
     ANSWERS = 201

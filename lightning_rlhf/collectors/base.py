@@ -57,11 +57,14 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
             chunk: prompts that are sampled, stored and labeled together, >= 1.
         """
         result = self._new_round(index)
-        if not distributed.from_rank_zero(lambda: self._ledger.round_info(index) is not None):
-            start = time.perf_counter()
+        closed = distributed.from_rank_zero(lambda: self._ledger.round_info(index) is not None)
+        start = time.perf_counter()
+        if not closed:
             self.sample(index, prompts, source, chunk)
             result.sampling_seconds = time.perf_counter() - start
-            start = time.perf_counter()
+        start = time.perf_counter()
+        self._before_labels(index, prompts)
+        if not closed:
             bought = distributed.from_rank_zero(lambda: self._finish(index, len(prompts), chunk))
             # every rank has the number, but only rank zero has paid
             result.labels_bought = bought if self.store is not None else 0
@@ -73,7 +76,7 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
     def sample(self, index: int, prompts: Sequence[Prompt], source: Source, chunk: int) -> None:
         """Sample the items of a round that the ledger does not hold yet."""
         # prompts that are read from the ledger have none
-        self._columns = {prompt.index: prompt.columns for prompt in prompts if prompt.columns}
+        self._note_columns(prompts)
         held = set(distributed.from_rank_zero(lambda: self._held(index)))
         missing = [position for position in range(len(prompts)) if position not in held]
         if not missing:
@@ -89,6 +92,9 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
                 everyone = distributed.interleave(partial(self._sample_chunk, mine, source, key))
                 distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
                 bar.update(len(positions))
+
+    def _note_columns(self, prompts: Sequence[Prompt]) -> None:
+        self._columns = {prompt.index: prompt.columns for prompt in prompts if prompt.columns}
 
     def _with_columns(self, prompt: Prompt) -> Prompt:
         """A prompt of the ledger, which keeps no columns, with those of its row."""
@@ -115,6 +121,10 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
     @abstractmethod
     def _sample_chunk(self, prompts: Sequence[Prompt], source: Source, key: Key) -> list[Item]:
         """Sample the items of some prompts, on every rank; ``prompts`` may be empty."""
+
+    def _before_labels(self, index: int, prompts: Sequence[Prompt]) -> None:
+        """Called on every rank when all items of a round are in the ledger; nothing by default."""
+        del index, prompts
 
     @abstractmethod
     def _keep(self, index: int, items: Sequence[Item], positions: Sequence[int]) -> None:

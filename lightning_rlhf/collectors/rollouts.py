@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import TypedDict
 
@@ -16,8 +16,9 @@ from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.rollouts import RolloutGenerator
 from lightning_rlhf.ledger.rollouts import RolloutTable
-from lightning_rlhf.randomness import Key
+from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward, RewardOutput, checked_output
+from lightning_rlhf.rewards.base import RoundSamples, metrics_of
 from lightning_rlhf.runtime import distributed, preemption
 from lightning_rlhf.types import Preference, Prompt, Rollout
 
@@ -50,6 +51,7 @@ class RolloutRound:
         labels_bought: scores bought in this process; those read back from the ledger are not counted.
         parts: mean, std and number of the values of each part of the reward, by name, over the scores that this
             process bought last; empty for a reward without parts.
+        metrics: metrics of a reward that learns from the responses, by name.
         failed: always empty: a reward that cannot score stops the run.
         preferences: always empty; for callbacks that report on pairs.
         ties: always 0, likewise.
@@ -62,6 +64,7 @@ class RolloutRound:
     labeling_seconds: float = 0.0
     labels_bought: int = 0
     parts: dict[str, PartMoments] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
     preferences: Sequence[Preference] = ()
     ties: int = 0
@@ -87,6 +90,8 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         key: key of the run; rounds are folded in.
         responses_per_prompt: rollouts of each prompt, >= 1.
         progress: makes progress bars; see `lightning_rlhf.collectors.preferences.RoundCollector`.
+        learn: lets the reward learn from the responses of a round before they are scored, on every rank; default: it
+            does not.
     """
 
     def __init__(
@@ -96,9 +101,10 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         key: Key,
         responses_per_prompt: int,
         progress: Progress | None = None,
+        learn: Callable[[RoundSamples], None] | None = None,
     ) -> None:
         super().__init__(None if table is None else table.store, key, progress)
-        self.table, self.reward = table, reward
+        self.table, self.reward, self.learn = table, reward, learn
         self.responses_per_prompt = responses_per_prompt
 
     def _new_round(self, index: int) -> RolloutRound:
@@ -133,16 +139,40 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         bought, values = self._score(index, chunk * self.responses_per_prompt)
         info: dict[str, object] = {"prompts": num_prompts}
         parts = {name: part_moments(part) for name, part in values.items()}
-        self._ledger.close_round(index, {**info, "parts": parts} if parts else info)
+        metrics = metrics_of(self.reward)
+        if parts:
+            info["parts"] = parts
+        if metrics:
+            info["metrics"] = metrics
+        self._ledger.close_round(index, info)
         return bought
 
+    def _before_labels(self, index: int, prompts: Sequence[Prompt]) -> None:
+        if self.learn is None:
+            return
+        self._note_columns(prompts)
+        rollouts = [
+            replace(rollout, prompt=self._with_columns(rollout.prompt), reward=None, std=None)
+            for _, _, rollout in self._rows(index)
+        ]
+        # a spent budget leaves a round without responses
+        if rollouts:
+            self.learn(RoundSamples(index, rollouts, self._earlier, self.key.fold(Stream.LEARNING, index)))
+
+    def _earlier(self, index: int) -> list[Rollout]:
+        """Responses of an earlier round, without the columns of their rows; every rank must ask."""
+        return [rollout for _, _, rollout in self._rows(index)]
+
+    def _rows(self, index: int) -> list[tuple[int, int, Rollout]]:
+        return distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
+
     def _read(self, result: RolloutRound, index: int) -> None:
-        rows = distributed.from_rank_zero(lambda: self._rollouts.rollouts(index))
+        rows = self._rows(index)
         # rows come by position, so that the rollouts of a place are adjacent
         for _, same in groupby(rows, key=lambda row: row[1]):
             result.groups.append([rollout for _, _, rollout in same])
         info = distributed.from_rank_zero(lambda: self._ledger.round_info(index)) or {}
-        result.parts = info.get("parts", {})
+        result.parts, result.metrics = info.get("parts", {}), info.get("metrics", {})
 
     def _score(self, index: int, chunk: int) -> tuple[int, dict[str, list[Tensor]]]:
         """Buy the scores that are missing, chunk by chunk in the order of the round.

@@ -7,7 +7,7 @@ and GRPO. A round is read from the ledger, so that a killed run continues with t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -37,7 +37,7 @@ from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.protocols import RolloutModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
-from lightning_rlhf.rewards.base import check_rows
+from lightning_rlhf.rewards.base import RoundSamples, check_rows, learns_from_samples
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Rollout, State
 
@@ -127,6 +127,8 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         """The newest round, for callbacks."""
         # number, mean and sum of squared deviations of all rewards so far
         self._moments = torch.zeros(3, dtype=torch.float64)
+        # rounds whose responses the reward has learned from
+        self._learned = 0
         self._groups: list[RolloutGroup] = []
         # a copy: `observe` may change the lists and tensors of the state in place
         self._initial_reward = copy.deepcopy(reward.state_dict())
@@ -162,7 +164,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
 
     def forget_rounds(self) -> None:
         """Forget the round and the statistics of the rewards, and reset the reward to its initial state."""
-        self.round, self._groups = None, []
+        self.round, self._groups, self._learned = None, [], 0
         self._moments = torch.zeros(3, dtype=torch.float64)
         self.reward.load_state_dict(copy.deepcopy(self._initial_reward))
 
@@ -189,7 +191,8 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
 
     def state_dict(self) -> State:
         """Id of the ledger, statistics of the rewards and state of the reward, for the checkpoint."""
-        return {**super().state_dict(), "moments": self._moments.tolist(), "reward": self.reward.state_dict()}
+        own = {"moments": self._moments.tolist(), "reward": self.reward.state_dict(), "learned": self._learned}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore `state_dict`; raises as the base class does."""
@@ -197,6 +200,8 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         super().load_state_dict(state_dict)
         self._moments = torch.tensor(state_dict["moments"], dtype=torch.float64)
         self.reward.load_state_dict(state_dict["reward"])
+        # checkpoints of 0.1 know of no reward that learns from responses
+        self._learned = state_dict.get("learned", self._observed)
 
     def _module(self) -> RolloutModule:
         return module_of(self.trainer, RolloutModule, type(self).__name__)
@@ -205,7 +210,9 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         module = self._module()
         module.start_round(index)
         generator, prompts = module.rollout_generator(self.decoding), self._round_prompts(index)
-        result = self._collector().collect(index, prompts, generator, self._chunk())
+        # a checkpoint may have been written between the learning and the end of a round: it learns once
+        learn = self._learn if learns_from_samples(self.reward) and index >= self._learned else None
+        result = self._collector(learn).collect(index, prompts, generator, self._chunk())
         scores = result.scores()
         # a round that a resumed run reads again is in the restored moments already
         fresh = index >= self._observed
@@ -219,6 +226,15 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
             self._observed = index + 1
         result.rewards = self._normalized(earned, result.rollouts).tolist()
         return result
+
+    def _learn(self, samples: RoundSamples) -> None:
+        # rounds are sampled in inference mode or under autocast; the reward learns in neither
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._device_type(), enabled=False):
+            self.reward.learn(samples)
+        self._learned = samples.index + 1
+
+    def _device_type(self) -> str:
+        return self.trainer.strategy.root_device.type
 
     def _normalized(self, rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
         """Rewards of training: normalized by mean and std over all rounds so far, minus the missing-EOS penalty."""
@@ -234,9 +250,11 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
         cut = torch.tensor([rollout.response.finish_reason == "length" for rollout in rollouts])
         return rewards - self.shaping.missing_eos_penalty * cut.double()
 
-    def _collector(self) -> RolloutCollector:
+    def _collector(self, learn: Callable[[RoundSamples], None] | None = None) -> RolloutCollector:
         table = None if self._store is None else RolloutTable(self._store)
-        return RolloutCollector(table, self.reward, self.key, self.responses_per_prompt, progress=self._progress)
+        return RolloutCollector(
+            table, self.reward, self.key, self.responses_per_prompt, progress=self._progress, learn=learn
+        )
 
     def _chunk(self) -> int:
         # the responses of a chunk fill a decoding batch on every rank

@@ -10,7 +10,7 @@ import torch
 
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, checked_output, learns_from_samples
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Comparison, Label
 
@@ -67,6 +67,12 @@ class RewardLabeler(AbstractLabeler):
         if not cost >= 0:
             raise ValueError(f"the cost of a label must be >= 0; got {cost}")
         check_plugin("RewardLabeler.reward", reward, AbstractReward)
+        # it would stay untrained: pairs are labeled without being shown to it
+        if learns_from_samples(reward):
+            raise ValueError(
+                f"RewardLabeler.reward: {type(reward).__name__} learns from rollouts, which preference learning has "
+                f"none of; use it as data.reward of RolloutDataModule"
+            )
         self.reward = reward
         self.rule: Rule = rule
         self.cost = cost

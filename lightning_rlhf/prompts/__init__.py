@@ -4,7 +4,8 @@ A source parses its data into `PromptRow`, plain or conversational, with or with
 rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files, folders and
 the Hub, `DatasetCompletions` those of supervised fine-tuning, `DatasetUnpaired` single responses with labels,
 `HHPrompts` Human/Assistant transcripts, `LedgerPrompts` the pairs of another run, `MixedPrompts` several of these in
-shares, `MixedPairs` recorded pairs of several labelers, and `BuiltinPrompts` needs no data at all.
+shares, `MixedPairs` recorded pairs of several labelers, `TemplatePrompts` fills in templates, and `BuiltinPrompts` needs
+no data at all.
 `text_prompts` makes prompts of rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`.
 Rows that are left out on purpose are counted by reason; malformed rows raise an error that names them.
 """
@@ -22,6 +23,7 @@ from lightning_rlhf.prompts.ledger import LedgerPrompts
 from lightning_rlhf.prompts.mixed_pairs import MixedPairs
 from lightning_rlhf.prompts.mixture import MixedPrompts
 from lightning_rlhf.prompts.principles import PrincipledPrompts
+from lightning_rlhf.prompts.templates import TemplatePrompts
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES, tokenize_rows
 from lightning_rlhf.prompts.unpaired import DatasetUnpaired
@@ -43,6 +45,7 @@ __all__ = [
     "MixedPrompts",
     "PrincipledPrompts",
     "RewardBenchPrompts",
+    "TemplatePrompts",
     "text_prompts",
     "tokenize_rows",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_rlhf.randomness import Key
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
-from lightning_rlhf.types import Prompt, Response
+from lightning_rlhf.types import Message, Prompt, Response, Rollout
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,33 @@ class RewardOutput:
     std: Tensor | None = None
     members: Tensor | None = None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundSamples:
+    """Responses of a new round that have no reward yet, for rewards that learn from them.
+
+    Args:
+        index: number of the round, from 0.
+        rollouts: the responses, prompt by prompt.
+        earlier: gives the responses of an earlier round, from the ledger; every rank must ask.
+        key: random numbers of the round.
+    """
+
+    index: int
+    rollouts: Sequence[Rollout]
+    earlier: Callable[[int], Sequence[Rollout]]
+    key: Key
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Prompt of each response."""
+        return [rollout.prompt for rollout in self.rollouts]
+
+    @property
+    def responses(self) -> list[Response]:
+        """The responses."""
+        return [rollout.response for rollout in self.rollouts]
 
 
 class AbstractReward(KeepsArguments, ABC):
@@ -61,6 +90,24 @@ class AbstractReward(KeepsArguments, ABC):
         """
         return set(names) if not type(self).__module__.startswith("lightning_rlhf.") else set()
 
+    @property
+    def learns_from_samples(self) -> bool:
+        """Whether `learn` does anything; a round is read from the ledger for it."""
+        return type(self).learn is not AbstractReward.learn
+
+    def learn(self, samples: RoundSamples) -> None:
+        """Learn from the responses of a new round, before they are scored.
+
+        Called once per round, in order, on every rank alike. A run that continues from a checkpoint calls it for the
+        rounds that the checkpoint has not seen, with the responses in the ledger. Equal calls must give equal rewards,
+        bit by bit: take random numbers from ``samples.key``. The default learns nothing.
+        """
+        del samples
+
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics of the last `learn` for the log, by name; finite. `RolloutMonitor` logs them."""
+        return {}
+
     def observe(self, output: RewardOutput) -> None:
         """Learn from a finished round of rollouts.
 
@@ -77,7 +124,7 @@ class AbstractReward(KeepsArguments, ABC):
         return output.mean
 
     def state_dict(self) -> dict[str, object]:
-        """State of `observe`, as plain data for the checkpoint."""
+        """State of `learn` and `observe`, as plain data for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,6 +163,21 @@ def check_rows(reward: AbstractReward, prompts: Sequence[Prompt]) -> None:
     """Let a reward check the rows that it will score; an object without `AbstractReward.check_prompts` checks none."""
     if prompts and hasattr(reward, "check_prompts"):
         reward.check_prompts(prompts)
+
+
+def prompt_name(text: str | None, messages: tuple[Message, ...] | None) -> str:
+    """A prompt as text, the same for a row and for the tokenized prompt made of it."""
+    return f"text {text}" if messages is None else f"messages {json.dumps(messages, sort_keys=True)}"
+
+
+def learns_from_samples(reward: AbstractReward) -> bool:
+    """Whether a reward has a `AbstractReward.learn`; an object without that method has none."""
+    return bool(getattr(reward, "learns_from_samples", False))
+
+
+def metrics_of(reward: AbstractReward) -> dict[str, float]:
+    """Metrics of a reward; none for an object without `AbstractReward.metrics`."""
+    return dict(reward.metrics()) if hasattr(reward, "metrics") else {}
 
 
 def _numbers(name: str, field: str, value: object, count: int, ndim: int = 1) -> Tensor:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows, columns_read
+from lightning_rlhf.rewards.base import (
+    AbstractReward,
+    RewardOutput,
+    RoundSamples,
+    as_output,
+    check_rows,
+    columns_read,
+    learns_from_samples,
+    metrics_of,
+)
 from lightning_rlhf.runtime.plugins import check_plugin
 from lightning_rlhf.types import Prompt, Response
 
@@ -50,6 +59,20 @@ class UncertaintyPenalty(AbstractReward):
     def columns_read(self, names: Sequence[str]) -> set[str]:
         """Columns that the reward reads."""
         return columns_read(self.reward, names)
+
+    @property
+    def learns_from_samples(self) -> bool:
+        """Whether the reward learns from the responses of a round."""
+        return learns_from_samples(self.reward)
+
+    def learn(self, samples: RoundSamples) -> None:
+        """Let the reward learn from the responses of a round."""
+        if self.learns_from_samples:
+            self.reward.learn(samples)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics of the reward."""
+        return metrics_of(self.reward)
 
     def observe(self, output: RewardOutput) -> None:
         """Take the standard deviations of a round into their mean."""

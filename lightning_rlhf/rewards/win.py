@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -11,9 +10,9 @@ import torch
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.randomness import Key, Stream
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, prompt_name
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.types import Comparison, Message, Prompt, PromptRow, Response
+from lightning_rlhf.types import Comparison, Prompt, PromptRow, Response
 
 
 Scale = Literal["probability", "logit"]
@@ -88,19 +87,14 @@ class WinProbabilityReward(AbstractReward):
     def _of(self, prompt: Prompt) -> list[str]:
         if not self._baselines:
             for row in self.source.load():
-                self._baselines.setdefault(_name(row.text, row.messages), []).extend(_responses(row))
-        found = self._baselines.get(_name(prompt.text, prompt.messages))
+                self._baselines.setdefault(prompt_name(row.text, row.messages), []).extend(_responses(row))
+        found = self._baselines.get(prompt_name(prompt.text, prompt.messages))
         if not found:
             raise ValueError(
                 f"prompt {prompt.index} ({prompt.text[-80:]!r}) has no baseline among the {len(self._baselines)} "
                 f"prompts of {type(self.source).__name__}: add a row with this prompt to the baselines"
             )
         return found
-
-
-def _name(text: str | None, messages: tuple[Message, ...] | None) -> str:
-    """A prompt as text, the same for a row and for the tokenized prompt made of it."""
-    return f"text {text}" if messages is None else f"messages {json.dumps(messages, sort_keys=True)}"
 
 
 def _responses(row: PromptRow) -> list[str]:
