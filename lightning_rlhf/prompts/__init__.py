@@ -4,8 +4,8 @@ A source parses its data into `PromptRow`, plain or conversational, with or with
 rows into `Prompt`, which samplers and labelers use. `DatasetPrompts` reads TRL's row formats from files, folders and
 the Hub, `DatasetCompletions` those of supervised fine-tuning, `DatasetUnpaired` single responses with labels,
 `HHPrompts` Human/Assistant transcripts, `LedgerPrompts` the pairs of another run, `MixedPrompts` several of these in
-shares, `MixedPairs` recorded pairs of several labelers, `TemplatePrompts` fills in templates, and `BuiltinPrompts` needs
-no data at all.
+shares, `MixedPairs` recorded pairs of several labelers, `TemplatePrompts` fills in templates, and `BuiltinPrompts`
+needs no data at all.
 `text_prompts` makes prompts of rows where no policy is involved. To plug in your own, subclass `AbstractPromptSource`.
 Rows that are left out on purpose are counted by reason; malformed rows raise an error that names them.
 """
