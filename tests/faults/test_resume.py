@@ -124,6 +124,17 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
             *("--data.decoding.max_new_tokens=5", "--data.decoding.rows=6", "--trainer.max_epochs=6"),
         ],
     ),
+    # the discriminator has been trained in the round, and has to be as it was
+    "rlgaf": (
+        "step7=term",
+        [
+            *("--config=rlgaf", "--model.optimizer.lr=1e-3", "--data.reward.discriminator=NGramDiscriminator"),
+            *("--data.prompts.path=completions.jsonl", "--data.reward.demonstrations.path=completions.jsonl"),
+            *("--data.reward.steps.first=8", "--data.rounds.prompts_per_round=6", "--data.rounds.epochs_per_round=2"),
+            *("--data.prompts_per_batch=3", "--data.responses_per_prompt=2", "--data.decoding.max_new_tokens=5"),
+            *("--data.decoding.rows=6", "--trainer.max_epochs=6"),
+        ],
+    ),
 }
 GAE = ["--model.advantage=GAE", "--model.value.learning_rate=2e-3"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
