@@ -88,9 +88,9 @@ def test_the_cause_comes_first_and_usage_after_it(
     [
         (
             [*QUICK, "--model.help"],
-            ["classes: DPOModule", "--model.beta\n      float, default 0.1: strength"],
+            ["classes: ", ", DPOModule, ", "--model.beta\n      float, default 0.1: strength"],
         ),
-        (["fit", "--model.help"], ["RewardModule", "--model.help=DPOModule explains one of them"]),
+        (["fit", "--model.help"], ["RewardModule", "--model.help=BCOModule explains one of them"]),
         (["fit", "--model.help=SFTModule"], ["modules.sft.SFTModule", "--model.aggregation"]),
         ([*QUICK, "--data.sampler.help=BestOfNSampler"], ["BestOfNSampler", "--data.sampler.n\n"]),
         ([*QUICK, "--model.lora.help"], ["LoRA | null, default null", "--model.lora.r\n      int, default 16"]),
