@@ -33,7 +33,7 @@ import lightning_rlhf.prompts
 import lightning_rlhf.rewards
 import lightning_rlhf.samplers
 import lightning_rlhf.worlds  # noqa: F401  imported so that short class names are found
-from lightning_rlhf.callbacks import ProgressBar
+from lightning_rlhf.callbacks import LabelBudget, ProgressBar
 from lightning_rlhf.commands.config_files import (
     NamedConfig,
     classes_in_configs,
@@ -62,6 +62,12 @@ from lightning_rlhf.runtime.precision import bf16_instructions, check_precision,
 from lightning_rlhf.runtime.run_record import RunRecord, check_settings
 
 
+def with_last_budget(callbacks: list[L.Callback]) -> list[L.Callback]:
+    """Callbacks with the last `LabelBudget` alone: a config that appends one replaces that of an overlay."""
+    budgets = [callback for callback in callbacks if isinstance(callback, LabelBudget)]
+    return [callback for callback in callbacks if callback not in budgets[:-1]]
+
+
 class RLHFTrainer(L.Trainer):
     """Lightning's Trainer with the commands of this package, and with ``precision: auto``.
 
@@ -84,6 +90,8 @@ class RLHFTrainer(L.Trainer):
             precision, reason = choose_precision(device_type, bf16_instructions(device_type))
             rank_zero_info(f"precision: {precision}, {reason}")
         check_precision(str(precision))
+        if isinstance(callbacks := kwargs.get("callbacks"), list):
+            kwargs["callbacks"] = with_last_budget(callbacks)
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         # in place of the connectors that the constructor of Lightning has made
         self._signal_connector = NotedSignals(self)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, HFExport, LabelBudget, RewardAgreement, Summary
 from lightning_rlhf.callbacks.completions import cell, markdown
+from lightning_rlhf.commands.fit import RLHFTrainer
 from lightning_rlhf.evaluation import read_frontier
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
 from lightning_rlhf.types import Prompt, Response
@@ -314,3 +315,11 @@ def test_reward_agreement_has_a_point_per_validation_and_survives_a_restart(toy:
     with pytest.raises(ValueError, match=r"set data\.heldout_reward"):
         run(other, tmp_path / "same", [RewardAgreement()])  # type: ignore[arg-type]
     assert [float(row["training_reward"]) for row in rows] == [1.5, -1.0, -1.0]
+
+
+def test_the_budget_that_comes_last_counts() -> None:
+    saver = ModelCheckpoint()
+    # as a comparison appends one to `scarce_labels`
+    trainer = RLHFTrainer(accelerator="cpu", logger=False, callbacks=[LabelBudget(4), saver, LabelBudget(6)])
+    assert [callback.labels for callback in trainer.callbacks if isinstance(callback, LabelBudget)] == [6]
+    assert saver in trainer.callbacks
