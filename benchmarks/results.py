@@ -5,8 +5,8 @@ puts tables, machine and date between the markers of docs/results.md, and the fi
 docs/results/, so that a figure of the tables can be computed again without the runs. ``--smoke``
 does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only`` also takes
 comparisons that are left out otherwise, because they take longer: ``menu_labels``, ``menu_models``, ``menu_judges``,
-``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories`` and ``stories_labels``, which fetch a
-model with npm.
+``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``,
+which fetch a model with npm.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SMOKE = {
     "stories": ["--experiment.seeds=2", "--experiment.labels=8"],
     "menu_labels": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
     "stories_labels": ["--experiment.seeds=2", "--experiment.labels=16", "--at_labels=[16]"],
+    "stories_size": ["--experiment.seeds=2", "--experiment.labels=16", "--at_labels=[16]"],
     "menu_models": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
     "menu_judges": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
     "menu_exploration": ["--experiment.seeds=2", "--experiment.labels=96", "--at_labels=[48,96]"],
