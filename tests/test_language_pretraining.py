@@ -27,7 +27,6 @@ from lightning_rlhf.rewards import (
     WeightedReward,
 )
 from lightning_rlhf.rewards.base import RoundSamples
-from lightning_rlhf.rewards.weighted import with_values
 from lightning_rlhf.types import Prompt, Response, Rollout
 
 
@@ -154,7 +153,9 @@ def test_rewards_are_standardized_over_all_rounds_so_far() -> None:
 def test_a_reward_that_never_varies_adds_nothing() -> None:
     reward = WeightedReward({"same": Given(0.0)}, standardize=True)
     assert learn(reward, [rollouts("3", "5")], 0).tolist() == [0.0, 0.0]
-    assert with_values((0, 0.0, 0.0), torch.tensor([2.0])) == (1, 2.0, 0.0)
+    single = WeightedReward({"same": Given(1.0)}, standardize=True)
+    learn(single, [rollouts("2")], 0)
+    assert single.state_dict()["moments"] == {"same": [1.0, 2.0, 0.0]}
     with pytest.raises(ValueError, match=r"WeightedReward\.rewards\.bad returned a reward that is not finite"):
         learn(WeightedReward({"bad": Given(math.nan)}, standardize=True), [rollouts("3")], 0)
     plain = WeightedReward({"same": Given(1.0)})

@@ -166,7 +166,7 @@ def test_the_policy_ends_at_the_demonstrations_and_the_discriminator_at_chance(f
     assert 0.45 <= found["accuracy"] <= 0.57
 
 
-# -- what the policy sees ----------------------------------------------------------------------------------------------
+# -- gradients of the policy -------------------------------------------------------------------------------------------
 
 
 class Rows(AbstractPromptSource):
@@ -340,7 +340,7 @@ def test_each_sample_is_compared_with_a_demonstration_of_its_prompt() -> None:
 
 
 def test_old_samples_are_replayed() -> None:
-    """D has to know what the policy wrote before: a demonstration that it wrote, too, is worth less."""
+    """D has to know earlier samples of the policy: a demonstration that is one of them is worth less."""
     found = []
     for replay in (0.0, 0.5):
         steps = DiscriminatorSteps(first=0, later=300, learning_rate=0.1, replay=replay)

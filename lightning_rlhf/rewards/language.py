@@ -34,6 +34,7 @@ class LanguageAlignmentReward(AbstractReward):
         check_plugin("LanguageAlignmentReward.embedder", embedder, AbstractEmbedder)
         self.embedder, self.instruction_column, self.baseline = embedder, instruction_column, baseline
         self._instructions: dict[str, Tensor] = {}
+        self._baseline: Tensor | None = None
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Check that each row has an instruction."""
@@ -52,7 +53,10 @@ class LanguageAlignmentReward(AbstractReward):
             self._instructions |= dict(zip(new, self.embedder.embed(new), strict=True))
         found = self.embedder.embed([response.text for response in responses])
         if self.baseline is not None:
-            found = found - self.embedder.embed([self.baseline])
+            # frozen, and so computed once
+            if self._baseline is None:
+                self._baseline = self.embedder.embed([self.baseline])
+            found = found - self._baseline
         # cos(phi(y) - phi(baseline), e(l)); 0 where the response changes nothing
         return RewardOutput(F.cosine_similarity(found, torch.stack([self._instructions[text] for text in wanted])))
 

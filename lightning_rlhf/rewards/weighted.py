@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from lightning_rlhf.evaluation.metrics import merge_moments, moments_of
 from lightning_rlhf.rewards.base import (
     AbstractReward,
     RewardOutput,
@@ -68,7 +69,7 @@ class WeightedReward(AbstractReward):
         self.weights = {name: float(given.get(name, 1.0)) for name in rewards}
         self.standardize = standardize
         # count, mean and sum of squared deviations of each reward
-        self._moments = dict.fromkeys(rewards, (0, 0.0, 0.0))
+        self._moments = {name: torch.zeros(3, dtype=torch.float64) for name in rewards}
         # outputs of the newest round, and the place of each response in them
         self._outputs_of_round: dict[str, RewardOutput] = {}
         self._places: dict[tuple[object, ...], int] = {}
@@ -115,7 +116,7 @@ class WeightedReward(AbstractReward):
         # rank zero alone: a judge is asked once
         outputs = distributed.from_rank_zero(lambda: self._checked_outputs(prompts, responses))
         for name, output in outputs.items():
-            self._moments[name] = with_values(self._moments[name], output.mean)
+            self._moments[name] = merge_moments(torch.stack([self._moments[name], moments_of(output.mean)]))
         self._outputs_of_round = outputs
         self._places = {_name(p, r): place for place, (p, r) in enumerate(zip(prompts, responses, strict=True))}
 
@@ -131,20 +132,20 @@ class WeightedReward(AbstractReward):
     def state_dict(self) -> dict[str, object]:
         """State of the rewards, and of their means and stds."""
         states = {name: reward.state_dict() for name, reward in self.rewards.items() if hasattr(reward, "state_dict")}
-        return {"rewards": states, "moments": {name: list(values) for name, values in self._moments.items()}}
+        return {"rewards": states, "moments": {name: values.tolist() for name, values in self._moments.items()}}
 
     def load_state_dict(self, state: State) -> None:
         """Restore the state of `state_dict`."""
         # checkpoints of 0.1 hold none
         for name, inner in state.get("rewards", {}).items():
             self.rewards[name].load_state_dict(inner)
-        for name, (count, mean, deviations) in state.get("moments", {}).items():
-            self._moments[name] = int(count), float(mean), float(deviations)
+        for name, values in state.get("moments", {}).items():
+            self._moments[name] = torch.tensor(values, dtype=torch.float64)
         self._outputs_of_round, self._places = {}, {}
 
     def _scale(self, name: str) -> tuple[float, float]:
         """Mean and std that a reward is standardized by; 0 and 1 without standardization."""
-        count, mean, deviations = self._moments[name]
+        count, mean, deviations = self._moments[name].tolist()
         if not self.standardize or not count:
             return 0.0, 1.0
         std = math.sqrt(deviations / count)
@@ -201,21 +202,6 @@ def named_parts(name: str, output: RewardOutput) -> dict[str, Tensor]:
     if len(output.parts) == 1:
         return {name: next(iter(output.parts.values()))}
     return {f"{name}/{inner}": values for inner, values in output.parts.items()}
-
-
-def with_values(moments: tuple[int, float, float], values: Tensor) -> tuple[int, float, float]:
-    """Count, mean and sum of squared deviations with more values.
-
-    Args:
-        moments: of the values so far.
-        values: the new ones, [n], n >= 1.
-    """
-    count, mean, deviations = moments
-    new, values = len(values), values.double()
-    total, shift = count + new, values.mean().item() - mean
-    # M2 = M2_a + M2_b + shift^2 n_a n_b / n
-    deviations += (values - values.mean()).square().sum().item() + shift**2 * count * new / total
-    return total, mean + shift * new / total, deviations
 
 
 def _name(prompt: Prompt, response: Response) -> tuple[object, ...]:

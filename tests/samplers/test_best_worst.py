@@ -84,7 +84,7 @@ def test_missing_verdicts_are_left_out_of_the_mean() -> None:
     assert means[2].isnan()
 
 
-# -- the law of the pairs ----------------------------------------------------------------------------------------------
+# -- the distribution of the pairs -------------------------------------------------------------------------------------
 
 
 def test_pairs_follow_the_law_of_candidates_at_two_temperatures(world: Any, tools: Any) -> None:

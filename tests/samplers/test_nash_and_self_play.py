@@ -42,8 +42,8 @@ def test_self_play_prefers_the_recorded_completion(world: Any, tools: Any) -> No
     assert [(label.probability, label.cost) for label in sampler.verdicts(pairs) if label] == [(1.0, 0.0)] * 2
     # the sampled responses follow the policy
     many = [Prompt(i, world.ids, "some text", completion=CHOSEN) for i in range(2500)]
-    drawn = [pair.b.ids for pair in sampler.sample(many, world.engine(), Key((3,)))]
-    tools.assert_follows(drawn, world.law())
+    sampled = [pair.b.ids for pair in sampler.sample(many, world.engine(), Key((3,)))]
+    tools.assert_follows(sampled, world.law())
 
 
 def test_self_play_names_the_row_without_a_completion(world: Any) -> None:
