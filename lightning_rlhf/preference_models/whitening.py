@@ -14,7 +14,7 @@ LEAST_SHRINKAGE = 0.01
 
 @dataclass(frozen=True)
 class Whitening:
-    """A linear map that gives features unit covariance, or part of the way to it, and then a mean squared norm of choice.
+    """A linear map that gives features unit covariance, or goes part of the way, and then a mean squared norm.
 
     Args:
         center: mean feature per unit of length; [width].
