@@ -124,6 +124,7 @@ class Forecast:
         nll: mean negative log-likelihood of the labels, nats; ln 2 = 0.693 for a model that knows nothing.
         accuracy: share of the labels on the side of the posterior mean; soft labels count by their larger side.
         labels: labels of the round, free ties left out.
+        kappa: scale of the reward gaps of silver labels when the round was bought; None in rows of earlier versions.
     """
 
     round: int
@@ -131,6 +132,7 @@ class Forecast:
     nll: float
     accuracy: float
     labels: int
+    kappa: float | None = None
 
 
 class SilverCollector:
@@ -245,7 +247,7 @@ class SilverCollector:
         nll = torch.nn.functional.binary_cross_entropy(predicted, label).item()
         # a mean of 0 is a guess
         right = torch.where(mean == 0, 0.5, ((mean > 0) == (label > 0.5)).double()).mean().item()
-        return Forecast(index, self.labels_fitted, nll, right, len(preferences))
+        return Forecast(index, self.labels_fitted, nll, right, len(preferences), self.kappa)
 
     def _gaps(self, pairs: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of the reward gap of each pair; [pairs] each."""

@@ -221,7 +221,7 @@ def test_forecasts_are_made_before_the_labels_are_learned(whole: tuple[Path, DPO
     """The labels of round 2 under the model that was fitted to the eight labels of rounds 0 and 1."""
     folder = whole[0]
     (row,) = csv.DictReader((folder / "silver.csv").read_text().splitlines())
-    assert (row["round"], row["fitted"], row["labels"]) == ("2", "8", "4")
+    assert (row["round"], row["fitted"], row["labels"], row["kappa"]) == ("2", "8", "4", "2.0")
     with PreferenceStore(folder / "ledger.sqlite", read_only=True) as store:
         preferences = list(store.preferences())
     model, new = Ridge(), [p for p in preferences if p.round == 2]
