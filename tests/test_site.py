@@ -14,9 +14,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-FETCHED = re.compile(
-    r'<(?:script|img|iframe|source)\b[^>]*\ssrc="(?:https?:)?//|<link\b[^>]*\shref="(?:https?:)?//[^>]*>'
-)
+FETCHED = re.compile(r'<(?:script|img|iframe|source)\b[^>]*\ssrc="(?:https?:)?//|<link\b[^>]*\shref="(?:https?:)?//')
 
 
 @pytest.fixture(scope="module")
