@@ -35,6 +35,15 @@ def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
     assert [(page.name, tag) for page in pages for tag in FETCHED.findall(page.read_text(encoding="utf-8"))] == []
 
 
+def test_formulas_are_mathml(site: Path) -> None:
+    assert [page.name for page in site.rglob("*.html") if "arithmatex" in page.read_text(encoding="utf-8")] == []
+    losses = (site / "losses.html").read_text(encoding="utf-8")
+    dpo = re.search(r"<td><code>DPOLoss</code></td>\s*<td>(.*?)</td>", losses)
+    assert dpo is not None
+    assert re.sub("<[^>]*>", "", dpo[1]) == "&#x02212;log&#x003C3;&#x00028;&#x003B2;m&#x00029;"
+    assert losses.count("<math") > 50
+
+
 def test_the_search_works_from_the_disk(site: Path) -> None:
     if os.environ.get("BROWSER_TESTS") != "required":
         pytest.importorskip("selenium.webdriver", reason="needs selenium")
