@@ -1,7 +1,7 @@
-"""Formulas of the manual as MathML, made while the site is built: browsers show it without any script or font of ours.
+"""Formulas of the manual as MathML, made while the site is built: browsers show it without any script.
 
-Pages have LaTeX between dollar signs, as GitHub shows it. The extension ``pymdownx.arithmatex`` finds it, and this hook of
-mkdocs converts it.
+Pages have LaTeX between dollar signs, as GitHub shows it. The extension ``pymdownx.arithmatex`` finds it, and this hook
+of mkdocs converts it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _as_mathml(found: re.Match[str]) -> str:
     latex = unescape(inline or block).strip().replace("{aligned}", "{align*}")  # the same inside a formula
     mathml = convert(latex, display="inline" if block is None else "block")
     # the converter has identifiers for the relation "is distributed as" and for each letter of an upright word, and
-    # operators for names of functions; it raises the prime, whose glyph is raised already, and takes signs for operators
+    # operators for names of functions; it raises the prime, which is raised already, and takes signs for operators
     mathml = re.sub("<mi>(?:&#x0007E;|~)</mi>", "<mo>&#x223C;</mo>", mathml)
     mathml = PRIME.sub(r'<mi>\1</mi><mo lspace="0" rspace="0">&#x2032;</mo>', mathml)
     mathml = SIGN.sub(r'\1<mo form="prefix">\2</mo>', mathml)
