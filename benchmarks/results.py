@@ -109,7 +109,7 @@ def section(folder: Path, name: str, out: Path) -> str:
 
 
 def write_tables(content: str, name: str, out: Path) -> str:
-    """Write the page of a comparison into the folder ``results``; returns the text that leads to it from the summary."""
+    """Write the page of a comparison; returns the text for the summary that leads to it."""
     # headings below the title of a page of its own
     body = re.sub(r"^####(?= )", "##", content, flags=re.MULTILINE)
     page = f"# {TITLES[name]}: tables\n\nThe summary is on the page [Results](../results.md).\n\n{body}\n"
