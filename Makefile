@@ -26,9 +26,9 @@ test: lint types docs  ## everything CI runs
 test-fast: $(VENV)/.installed-test  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-browser: $(VENV)/.installed-test  ## the annotation page in Chromium, and its pictures for docs/people.md
+test-browser: $(VENV)/.installed-test  ## annotation page and search of the manual in Chromium; pictures for docs/people.md
 	$(INSTALL) --editable '.[browser]'
-	BROWSER_TESTS=required WRITE_SCREENSHOTS=1 $(BIN)/python -m pytest tests/annotation/test_browser.py
+	BROWSER_TESTS=required WRITE_SCREENSHOTS=1 $(BIN)/python -m pytest tests/annotation/test_browser.py tests/test_site.py
 
 lint: $(VENV)/.installed-test  ## ruff: rules and format
 	$(BIN)/ruff check

@@ -1,9 +1,10 @@
 """Measure the papers' claims again, and write them into the manual: ``python -m benchmarks.results``.
 
-Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept), and
-puts tables, machine and date between the markers of docs/results.md, and the figures and the runs' curves into
-docs/results/, so that a figure of the tables can be computed again without the runs. ``--smoke``
-does the same with two seeds and few labels, into a folder of its own, in a few minutes. ``--only`` also takes
+Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif`` (cells that are done are kept). Each
+gets a page of its own in docs/results/, with tables, machine and date, beside its figures and the runs' curves, so that
+a figure of the tables can be computed again without the runs. The first figure and a link to that page come between the
+markers of docs/results.md, where the text is written by hand. ``--smoke`` does the same with two seeds and few labels,
+into a folder of its own, in a few minutes. ``--only`` also takes
 comparisons that are left out otherwise, because they take longer: ``menu_labels``, ``menu_models``, ``menu_judges``,
 ``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``,
 which fetch a model with npm.
@@ -44,6 +45,21 @@ SMOKE = {
     "quickstart_labels": ["--experiment.seeds=1", "--experiment.labels=48", "--at_labels=[24,48]"],
 }
 """Makes a comparison short: arguments, or another comparison in its place."""
+TITLES = {
+    "tabular": "Tabular world",
+    "menu": 'World "menu"',
+    "rlaif": "RLAIF's claims",
+    "stories": 'World "stories"',
+    "menu_labels": 'Labels in the world "menu"',
+    "stories_labels": 'Labels in the world "stories"',
+    "stories_size": 'Labels in the world "stories", under the second oracle',
+    "menu_models": 'Preference models in the world "menu"',
+    "menu_judges": 'Judges of 78 and 63 % in the world "menu"',
+    "menu_exploration": 'Efficient exploration in the world "menu"',
+    "menu_people": 'People in the world "menu"',
+    "quickstart_labels": "SmolLM2-135M",
+}
+"""Titles of the pages with tables."""
 ON_DEMAND = tuple(name for name in SMOKE if name not in ("tabular", "menu", "rlaif"))
 """Comparisons that are run only when asked for."""
 EXACT = ("tabular",)
@@ -70,26 +86,38 @@ def run(argv: list[str] | None = None) -> Path:
         short = SMOKE[name] if options.smoke else []
         config, short = (short, []) if isinstance(short, str) else (f"compare/{name}", short)
         main(["compare", config, f"--run_dir={folder}", *short, *options.rest])
-        text = spliced(text, name, section(folder, name, out))
+        text = spliced(text, name, write_tables(section(folder, name, out), name, out))
     page.write_text(text, encoding="utf-8")
     return page
 
 
 def section(folder: Path, name: str, out: Path) -> str:
-    """A comparison's tables and figures for the page; copies the figures."""
+    """A comparison's figures and tables for its page; copies the figures."""
     report = (folder / "report.md").read_text(encoding="utf-8")
     body = report.partition("\n\n")[2].partition("\n![")[0].strip()
     pictures = []
     for figure in FIGURES:
         if (folder / figure).exists():
             shutil.copy(folder / figure, out / "results" / f"{name}_{figure}")
-            pictures.append(f"![{name}: {figure.partition('.')[0]}](results/{name}_{figure})")
+            pictures.append(f"![{name}: {figure.partition('.')[0]}]({name}_{figure})")
     shutil.copy(folder / "report.json", out / "results" / f"{name}.json")
     if name not in EXACT:
         store_curves(folder / "curves.csv", out / "results" / f"{name}_curves.csv.gz")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     measured = f"Measured on {machine()}, one thread per run, {today}."
     return "\n\n".join([measured, *pictures, body, *answers(folder)])
+
+
+def write_tables(content: str, name: str, out: Path) -> str:
+    """Write the page of a comparison; returns the text for the summary that leads to it."""
+    # headings below the title of a page of its own
+    body = re.sub(r"^####(?= )", "##", content, flags=re.MULTILINE)
+    page = f"# {TITLES[name]}: tables\n\nThe summary is on the page [Results](../results.md).\n\n{body}\n"
+    (out / "results" / f"{name}.md").write_text(page, encoding="utf-8")
+    measured = content.partition("\n\n")[0]
+    figure = re.search(r"^(!\[.*\])\((.*)\)$", content, re.MULTILINE)
+    shown = [] if figure is None else [f"{figure[1]}(results/{figure[2]})"]
+    return "\n\n".join([*shown, f"[All tables and figures](results/{name}.md). {measured}"])
 
 
 def store_curves(table: Path, path: Path) -> None:

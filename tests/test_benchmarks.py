@@ -128,8 +128,9 @@ def test_results_run_a_world_on_demand_only_when_asked(tmp_path: Path, monkeypat
         compared.clear()
         page = results.run([f"--out={tmp_path}", f"--only={name}"])
         assert compared == [f"compare/{name}"]
-        marked = f"<!-- begin {name} -->\n\nabout {name} in {name}\n\n<!-- end {name} -->"
-        assert marked in page.read_text()
+        link = f"[All tables and figures](results/{name}.md). about {name} in {name}"
+        assert f"<!-- begin {name} -->\n\n{link}\n\n<!-- end {name} -->" in page.read_text()
+        assert (tmp_path / "results" / f"{name}.md").read_text().endswith(f"\n\nabout {name} in {name}\n")
 
 
 def test_curves_are_stored_to_six_digits_and_the_same_each_time(tmp_path: Path) -> None:

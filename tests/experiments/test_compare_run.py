@@ -135,12 +135,19 @@ def test_smoke_comparison_is_killed_and_continues(tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    page = (tmp_path / "results.md").read_text()
-    section = page.partition("<!-- begin menu -->")[2].partition("<!-- end menu -->")[0]
-    assert "2 seeds" in section
-    pictures = re.findall(r"\]\((results/menu_\w+\.png)\)", section)
+    summary = (
+        (tmp_path / "results.md").read_text().partition("<!-- begin menu -->")[2].partition("<!-- end menu -->")[0]
+    )
+    assert "2 seeds" not in summary
+    shown, page = re.findall(r"\]\((results/menu[\w.]+)\)", summary)
+    tables = (tmp_path / page).read_text()
+    assert tables.startswith('# World "menu": tables\n')
+    assert "\n## online\n" in tables
+    assert "2 seeds" in tables
+    pictures = re.findall(r"\]\((menu_\w+\.png)\)", tables)
     assert len(set(pictures)) == 3
-    assert all((tmp_path / picture).stat().st_size > 0 for picture in pictures)
+    assert shown == f"results/{pictures[0]}"
+    assert all((tmp_path / "results" / picture).stat().st_size > 0 for picture in pictures)
     figures = json.loads((folder / "report.json").read_text())
     assert set(figures["settings"]) == {"online", "overfitted"}
     half = "Vanilla, half the labels"

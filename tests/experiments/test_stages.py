@@ -150,11 +150,13 @@ def test_smoke_comparison_of_rlaif_writes_its_section(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     section = (tmp_path / "results.md").read_text().partition("<!-- begin rlaif -->")[2].partition("<!-- end rlaif")[0]
-    pictures = re.findall(r"\]\((results/rlaif_\w+\.png)\)", section)
+    assert "(results/rlaif.md)" in section
+    tables = (tmp_path / "results" / "rlaif.md").read_text()
+    pictures = re.findall(r"\]\((rlaif_\w+\.png)\)", tables)
     assert len(set(pictures)) == 4
-    assert all((tmp_path / picture).stat().st_size > 0 for picture in pictures)
-    assert "labels to reach" not in section
-    assert "direct beats canonical" in section
+    assert all((tmp_path / "results" / picture).stat().st_size > 0 for picture in pictures)
+    assert "labels to reach" not in tables
+    assert "direct beats canonical" in tables
     cells = tmp_path / "rlaif" / "cells"
     assert not (cells / "stages" / "unused").exists()
     figures = json.loads((tmp_path / "rlaif" / "report.json").read_text())["settings"]
