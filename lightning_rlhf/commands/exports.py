@@ -13,6 +13,7 @@ def export(
     rows: Rows = "auto",
     best: bool = False,
     content: Content = "rows",
+    unlabeled: bool = False,
 ) -> str:
     """Write the labels of a ledger as rows for other trainers, or the model of a checkpoint as a folder.
 
@@ -29,13 +30,14 @@ def export(
             messages; ``auto`` writes messages if every prompt has them.
         best: of rollouts, only the most rewarded one of each prompt and round.
         content: ``rows``, or ``votes`` of people for the command ``import``, or labeled pairs in the form of
-            ``helpsteer``; the last two are JSON lines.
+            ``helpsteer``, or all pairs for people to judge in ``argilla`` (name the file ``.json``) or ``potato``.
+        unlabeled: of the pairs for Argilla and potato, only those without a label.
 
     Raises:
         ValueError: if not exactly one of ``ledger`` and ``checkpoint`` is given, among others.
     """
     if ledger is not None and checkpoint is None:
-        return f"wrote {export_ledger(ledger, out, format, rows, best, content)} rows"
+        return f"wrote {export_ledger(ledger, out, format, rows, best, content, unlabeled)} rows"
     if checkpoint is None or ledger is not None:
         raise ValueError("name what to export: either --ledger=RUN/ledger.sqlite or --checkpoint=RUN")
     # imported here: rows need no modules

@@ -1,9 +1,8 @@
 """The page in a real Chromium: sign-in, keys, undo, payloads, widths, and a server that is killed under an open page.
 
 Also accessibility by axe-core, and the pictures of docs/people.md. Needs the extra ``browser``, and Debian's chromium
-and chromium-driver (.ci/run installs them); skipped without. ``BROWSER_TESTS=required``, as `make test-browser` sets it,
-fails in their place, and runs axe-core on every panel in every color and width. ``WRITE_SCREENSHOTS=1`` writes the
-pictures.
+and chromium-driver (.ci/run installs them); skipped without. ``BROWSER_TESTS=required``, of `make test-browser`, fails
+in their place, and runs axe-core on every panel in every color and width. ``WRITE_SCREENSHOTS=1`` writes the pictures.
 """
 
 from __future__ import annotations
