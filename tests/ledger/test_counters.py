@@ -12,6 +12,7 @@ import pytest
 from lightning_rlhf.collectors.preferences import RoundCollector
 from lightning_rlhf.labelers import RecordedLabeler
 from lightning_rlhf.ledger.counters import recount, summed
+from lightning_rlhf.ledger.labeled import LabeledTable
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.randomness import Key
@@ -179,3 +180,26 @@ def instructions_of_a_round(store: PreferenceStore, index: int) -> int:
     with store.reading() as db:
         db.set_progress_handler(None, 0)
     return count
+
+
+def test_a_round_by_numbers_is_the_round_that_is_trained_on(tmp_path: Path) -> None:
+    """With late labels, free ties, failures, and pairs that a budget has cut off."""
+    with PreferenceStore(tmp_path / "ledger.sqlite") as store:
+        fill(store)
+        cut = store.add_comparisons(6, [Comparison(p, YES, Response((), "", "eos")) for p in prompts(5)], range(5))
+        store.add_labels(cut, [Label(1.0)] * 5)
+        store.close_round(6, {"prompts": 3, "upto": store.last_attempt()})
+        collector = RoundCollector(store, OfflineSampler(), RecordedLabeler(), Key((0,)))
+        table, late = LabeledTable(store), 0
+        for index in store.rounds():
+            expected = collector.collect(index, [], None, 8).preferences
+            known = table.round(index)
+            assert table.read(known.ids) == expected
+            lengths = [len(c.prompt.ids) + len(c.a.ids) + len(c.b.ids) for c in (p.comparison for p in expected)]
+            assert list(known.tokens) == lengths
+            assert set(known.references) == {-1} and not known.is_stale(3)
+            late += sum(preference.round != index for preference in expected)
+        assert late == 2
+        assert table.read(list(known.ids)[::-1]) == expected[::-1]
+        with pytest.raises(ValueError, match=r"comparison 3 in .* has no label"):
+            table.read([3])
