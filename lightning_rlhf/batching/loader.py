@@ -99,10 +99,7 @@ class RankSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that continues in the middle of an epoch; Lightning stores and restores its state.
-
-    Its sampler is a `RankSampler`.
-    """
+    """A DataLoader that continues in the middle of an epoch; Lightning stores and restores its state."""
 
     yielded = 0
     skip = 0
@@ -120,12 +117,14 @@ class ResumableLoader(DataLoader[Any]):
         # cleared at once: later passes over this loader begin at the first batch
         skip, self.skip = self.skip, 0
         self.yielded = skip
-        assert isinstance(self.sampler, RankSampler)
-        # batches that were handed out before are not read again
-        self.sampler.start = skip
-        for i, batch in enumerate(super().__iter__()):
-            # before the yield: a checkpoint that is saved after the step on this batch counts it
-            self.yielded = skip + i + 1
-            yield batch
+        first = 0
+        if isinstance(self.sampler, RankSampler):
+            # batches that were handed out before are not read again
+            first = self.sampler.start = skip
+        for i, batch in enumerate(super().__iter__(), first):
+            if i >= skip:
+                # before the yield: a checkpoint that is saved after the step on this batch counts it
+                self.yielded = i + 1
+                yield batch
         # a checkpoint between two epochs skips nothing
         self.yielded = 0
