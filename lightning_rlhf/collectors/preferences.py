@@ -11,6 +11,7 @@ from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question, booked_once
+from lightning_rlhf.ledger.labeled import LabeledTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
@@ -119,13 +120,16 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         bought = self.label(index, chunk, num_prompts)
         failed = self._ledger.failed(index)
         # a round without a single label cannot be trained on: it stays open for more attempts
-        labels = [label for _, _, label in self._rows(index, num_prompts)]
-        if not failed or any(label is not None and not label.is_free_tie for label in labels):
+        if not failed or self._has_label(index, num_prompts):
             info = {"prompts": num_prompts, "failed": failed, "upto": self._ledger.last_attempt()}
             # pairs that may still get a label, which then belongs to a later round
             awaited = self._awaited(index, num_prompts) if getattr(self.labeler, "whole_rounds", False) else []
             self._ledger.close_round(index, {**info, "open": len(awaited)} if awaited else info)
         return bought
+
+    def _has_label(self, index: int, num_prompts: int) -> bool:
+        """Whether a comparison of a round has a label that is no free tie."""
+        return any(label and not label.is_free_tie for _, _, label in self._rows(index, num_prompts))
 
     def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:
         """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many.
@@ -143,16 +147,19 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         rows = self._rows(index, num_prompts)
         to_label = self._to_label(rows)
         # before the labeler is asked: a tie then counts as labeled and costs nothing
-        self.store.add_ties(
-            [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
-        )
+        ties = [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
+        self.store.add_ties(ties)
         if getattr(self.labeler, "whole_rounds", False):
             # closed rounds only: labels of this one are there after a restart, and not when it is begun
             self.labeler.recall(self._memory(index - 1))
         for attempt in range(self.label_attempts):
             # the ledger counts attempts, so that a restart does not exceed label_attempts
             asked = self.store.attempts(index)
-            rows = self._rows(index, num_prompts)
+            # read again only if it may have changed: a round may be the whole data set
+            if attempt and not self.store.failed(index):
+                break
+            if attempt or ties:
+                rows = self._rows(index, num_prompts)
             open_ = [
                 (id_, c)
                 for id_, c, label in rows
@@ -278,7 +285,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             ]
             after = (self._ledger.round_info(index - 1) or {}).get("upto")
             if after is not None:
-                preferences += self._ledger.late_labels(index, after, upto)
+                preferences += LabeledTable(self._ledger).read(self._ledger.late_ids(index, after, upto))
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import StepBatch
-from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
+from lightning_rlhf.batching.loader import AbstractStoredItems, RankSampler, ResumableLoader, StepItems
 from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, plan
 from lightning_rlhf.collectors.progress import restore_other_bars, silence_other_bars
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, at_least_one
@@ -249,7 +249,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         items = self.items(epoch)
         # every rank makes the same plan from the same items, and keeps its own share of each step
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        lengths = [self.length(item) for item in items]
+        stored = isinstance(items, AbstractStoredItems)
+        lengths = items.lengths if stored else [self.length(item) for item in items]
         per_step = self._items_per_step(items)
         order = epoch_order(len(items), self.key.fold(Stream.ORDER, epoch))
         order = group_by_length(
@@ -266,7 +267,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             min_micro_batches=self._accumulate,
         )
         return ResumableLoader(
-            [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
+            StepItems(items, steps),
             # all steps on every rank: `plan` has already divided the items of a step among the ranks
             sampler=RankSampler(list(range(len(steps))), rank, world),
             collate_fn=self._collate,

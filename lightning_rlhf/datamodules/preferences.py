@@ -29,10 +29,12 @@ from lightning_rlhf.datamodules.options import (
     PreferenceRoundOptions,
     PromptOptions,
 )
+from lightning_rlhf.datamodules.replay import ReplayedPairs, ReplayedRound, is_stale, stored_round
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.evaluation.feedback import Feedback, feedback_summary
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler, ThumbsLabeler
+from lightning_rlhf.ledger.labeled import LabeledTable, StoredRound
 from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.preference_models.base import UsesPreferenceModel
@@ -110,6 +112,8 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self.round: Round | None = None
         """The newest round, for callbacks."""
         self._rounds: dict[int, list[Preference]] = {}
+        # rounds that are replayed from the ledger
+        self._stored: dict[int, StoredRound] = {}
         _check_silver(silver, rounds, sampler)
         self.silver = silver
         self._silver: SilverCollector | None = None
@@ -293,18 +297,62 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
 
     def forget_rounds(self) -> None:
         """Forget all rounds, and reset the sampler to its initial state."""
-        self.round, self._rounds = None, {}
+        self.round, self._rounds, self._stored = None, {}, {}
         self._silver, self._silver_state, self._first_silver_round = None, {}, None
         # copied again: the sampler may keep the state and change it, and the next fit needs it once more
         self.sampler.load_state_dict(copy.deepcopy(self._initial_sampler))
 
-    def buffer(self, due: int, epoch: int) -> list[Preference]:
+    def buffer(self, due: int, epoch: int) -> Sequence[Preference]:
         """Preferences to train on: of the rounds that are replayed, oldest first, or silver and real ones."""
         if self.silver is not None:
             return self._silver_buffer(self.silver, due, epoch)
         kept = self.replay if isinstance(self.replay, int) else {"last": 1, "all": due + 1}[self.replay]
-        self._keep_rounds(max(due - kept + 1, 0), due)
-        return list(chain.from_iterable(self._rounds.values()))
+        if kept > 1:
+            return self._replayed(max(due - kept + 1, 0), due)
+        self._keep_rounds(due, due)
+        return self._rounds[due]
+
+    def _replayed(self, first: int, due: int) -> ReplayedPairs:
+        """The rounds ``first, ..., due``; those before the newest stay in the ledger if it has their values."""
+        for index in range(first, due + 1):
+            if index in self._rounds or index in self._stored:
+                continue
+            # a resumed run reads no pair of a round that it had finished
+            if index < min(due, self._observed) and self._keep_stored(index):
+                self._module().start_round(index)
+            else:
+                self._collect(index)
+        for index in range(first, due):
+            if index not in self._stored:
+                self._keep_stored(index)
+        engine = self._engine()
+        kept: dict[int, list[Preference]] = {}
+        rounds: list[ReplayedRound] = []
+        for index in range(first, due + 1):
+            stored = self._stored.get(index)
+            # the ledger has log-probabilities of the reference of its round, which may have moved since
+            if stored is not None and not is_stale(stored, engine):
+                rounds.append(stored)
+                continue
+            pairs = self._rounds[index] if index in self._rounds or stored is None else self._read_pairs(stored.ids)
+            kept[index] = refreshed(pairs, engine)
+            rounds.append(kept[index])
+        self._rounds = kept
+        self._stored = {index: stored for index, stored in self._stored.items() if first <= index}
+        return ReplayedPairs(rounds, read=self._read_pairs, length=self.length)
+
+    def _keep_stored(self, index: int) -> bool:
+        """Take note of the pairs of a round in the ledger, if it is closed; every rank must ask."""
+        # lengths come from the ledger, which does not know those of a subclass
+        if type(self).length is not PreferenceDataModule.length:
+            return False
+        found = distributed.from_rank_zero(lambda: None if self._store is None else stored_round(self._store, index))
+        if found is not None:
+            self._stored[index] = found
+        return found is not None
+
+    def _read_pairs(self, ids: Sequence[int]) -> list[Preference]:
+        return distributed.from_rank_zero(lambda: [] if self._store is None else LabeledTable(self._store).read(ids))
 
     def _keep_rounds(self, first: int, due: int) -> None:
         """Keep the rounds ``first, ..., due``; rounds that are missing are collected, or read from the ledger."""
