@@ -66,6 +66,14 @@ SILVER_SCHEMA = [
     "variance REAL, fitted INTEGER, cost REAL NOT NULL, time REAL NOT NULL, UNIQUE (epoch, position))",
 ]
 """Table that version 4 of the schema added: pairs with labels by a preference model."""
+RECORDED_SCHEMA = [
+    "CREATE TABLE IF NOT EXISTS recorded (round INTEGER PRIMARY KEY, digest TEXT NOT NULL, rows BLOB NOT NULL, "
+    "pairs INTEGER NOT NULL, ties INTEGER NOT NULL, time REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS reference_logps (id INTEGER PRIMARY KEY, round INTEGER NOT NULL, "
+    "positions BLOB NOT NULL, logps BLOB NOT NULL, time REAL NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS reference_logps_of_round ON reference_logps (round)",
+]
+"""Tables that version 6 of the schema added: recorded pairs by their rows, and their reference log-probabilities."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -88,6 +96,7 @@ SCHEMA = [
     *TIE_SCHEMA,
     *SILVER_SCHEMA,
     *PEOPLE_SCHEMA,
+    *RECORDED_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"

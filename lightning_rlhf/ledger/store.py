@@ -330,7 +330,8 @@ class PreferenceStore:
             if schema_version(db) < 3:
                 return 0
             query = "SELECT COUNT(*) FROM ties t JOIN comparisons c ON c.id = t.comparison WHERE c.round < ?"
-            return int(db.execute(query, (sys.maxsize if before is None else before,)).fetchone()[0])
+            last = sys.maxsize if before is None else before
+            return int(db.execute(query, (last,)).fetchone()[0]) + self._recorded(db, "ties", last)
 
     def prompts(self) -> Iterator[Prompt]:
         """The prompts of all comparisons and rollouts, each once, in arbitrary order."""
@@ -343,7 +344,8 @@ class PreferenceStore:
     def has_samples(self) -> bool:
         """Whether the ledger holds a comparison or a rollout."""
         with self.reading() as db:
-            tables = ("comparisons", "rollouts") if schema_version(db) >= 2 else ("comparisons",)
+            version = schema_version(db)
+            tables = ["comparisons", *["rollouts"][: version >= 2], *["recorded"][: version >= 6]]
             return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
@@ -488,13 +490,13 @@ class PreferenceStore:
         with self.reading() as db:
             if upto is not None:
                 query = "SELECT COUNT(*) FROM attempts WHERE status = 'ok' AND id <= ?"
-                return int(db.execute(query, (upto,)).fetchone()[0])
+                return int(db.execute(query, (upto,)).fetchone()[0]) + self._recorded(db, "pairs - ties", before)
             query = (
                 # from the attempts, since the table of totals does not tell rounds apart
                 "SELECT COUNT(*) FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
                 "WHERE c.round < ?"
             )
-            return int(db.execute(query, (before,)).fetchone()[0])
+            return int(db.execute(query, (before,)).fetchone()[0]) + self._recorded(db, "pairs - ties", before)
 
     def cost(self, before: int) -> float:
         """Cost of the attempts that were made before round ``before`` began, failed ones too."""
@@ -580,13 +582,16 @@ class PreferenceStore:
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""
         with self.reading() as db:
-            mean = db.execute("SELECT AVG(passes) FROM comparisons").fetchone()[0]
-        return math.nan if mean is None else float(mean)
+            total, count = db.execute("SELECT TOTAL(passes), COUNT(*) FROM comparisons").fetchone()
+            # recorded pairs take no pass
+            count += self._recorded(db, "pairs")
+        return total / count if count else math.nan
 
     @property
     def num_labels(self) -> int:
         """Number of labels with status ``"ok"``."""
-        return int(self._total("labels"))
+        with self.reading() as db:
+            return int(self._total("labels")) + self._recorded(db, "pairs - ties")
 
     @property
     def num_attempts(self) -> int:
@@ -597,6 +602,13 @@ class PreferenceStore:
     def total_cost(self) -> float:
         """Cost of all attempts, in the labeler's unit."""
         return self._total("cost")
+
+    @staticmethod
+    def _recorded(db: sqlite3.Connection, column: str, before: int = sys.maxsize) -> int:
+        """Total of a column over the rounds of recorded pairs before round ``before``; see `ledger.recorded`."""
+        if schema_version(db) < 6:
+            return 0
+        return int(db.execute(f"SELECT TOTAL({column}) FROM recorded WHERE round < ?", (before,)).fetchone()[0])
 
     def _total(self, column: str) -> float:
         with self.reading() as db:
