@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -64,7 +65,7 @@ class RecordedPairs(Sequence[Preference]):
         """The pairs without their labels."""
         return _Comparisons(self)
 
-    @property
+    @cached_property
     def ties(self) -> int:
         """Pairs of equal responses."""
         if isinstance(self.prompts, PromptTable) and not self.prompts.facts["ties"]:

@@ -208,7 +208,7 @@ def load_prompts(
     if key is not None:
         try:
             folder = cached(f"rows-{files[0].stem}", key, lambda scratch: _build(source.stream(), source, how, scratch))
-        except NotStorableError as error:
+        except (NotStorableError, OSError) as error:
             return _kept(error, source, how)
         table = PromptTable(folder)
         _restore(source, table.facts)
@@ -219,7 +219,7 @@ def load_prompts(
     owner = tempfile.TemporaryDirectory(prefix="lightning_rlhf-rows-")
     try:
         _build(rows, source, how, Path(owner.name))
-    except NotStorableError as error:
+    except (NotStorableError, OSError) as error:
         return _kept(error, source, how)
     table = PromptTable(Path(owner.name), owner)
     return table, table.facts["counts"]

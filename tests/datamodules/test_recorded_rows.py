@@ -184,7 +184,7 @@ LINES: dict[str, tuple[type[AbstractPromptSource], list[dict[str, Any]]]] = {
         DatasetPrompts,
         [
             {"prompt": "a?", "chosen": "long" * 9, "rejected": "no", "answer": 3, "tags": ["x", None]},
-            {"prompt": "b\udc80?", "chosen": "\udc80", "rejected": "\ufffd", "label": 0.5, "source": "part"},
+            {"prompt": "bé?", "chosen": "é", "rejected": "\ufffd", "label": 0.5, "source": "part"},
             {"prompt": "c?", "chosen": "   ", "rejected": "no"},
             {"prompt": "d?" * 200, "chosen": "yes", "rejected": "no"},
         ],
