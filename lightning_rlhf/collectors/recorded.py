@@ -32,7 +32,7 @@ class RecordedPairs(Sequence[Preference]):
     """
 
     def __init__(self, prompts: Sequence[Prompt], rows: NDArray[np.int32], key: Key, index: int) -> None:
-        self.prompts, self.rows, self.index = prompts, rows, index
+        self.prompts, self.rows, self.round = prompts, rows, index
         self._sampling, self._labeling = key.fold(Stream.SAMPLING, index), key.fold(Stream.LABELING, index)
         self._labeler = RecordedLabeler()
 
@@ -56,9 +56,9 @@ class RecordedPairs(Sequence[Preference]):
         key = self._sampling.fold(place // len(self.prompts))
         comparison = recorded_comparison(prompt, chosen_first=coin(prompt, key) < 0.5)
         if comparison.has_equal_responses:
-            return Preference(comparison, free_tie(), self.index)
+            return Preference(comparison, free_tie(), self.round)
         (label,) = self._labeler.label([comparison], self._labeling)
-        return Preference(comparison, label, self.index)
+        return Preference(comparison, label, self.round)
 
     @property
     def comparisons(self) -> Sequence[Comparison]:

@@ -261,7 +261,7 @@ def _restore(source: AbstractPromptSource, facts: Facts) -> None:
     """Let a source know what its `load` noted when the table was written."""
     for name in ("format_name", "unread_columns"):
         if hasattr(source, name):
-            setattr(source, name, facts[name])  # type: ignore[literal-required]
+            setattr(source, name, facts[name])
 
 
 def _streams(source: AbstractPromptSource) -> bool:
@@ -427,10 +427,14 @@ def _decode(batch: pyarrow.RecordBatch, row: int) -> Prompt:
 
     cell = batch.column(9)[row].as_py()
     more: _More = {} if cell is None else json.loads(cell)
-    reasons = more.get("reasons", ["eos", "eos"])
+    reasons: Sequence[FinishReason] = more.get("reasons", ["eos", "eos"])
     # in the order of `_encode`; a response without tokens is none
-    found = [(ids(column), text(column + 1), reason) for column, reason in zip((3, 5), reasons, strict=True)]
-    responses = [Response(*parts, source="dataset") if parts[0] else NO_RESPONSE for parts in found]
+    responses = [
+        Response(ids(column), text(column + 1), reason, source="dataset")
+        if len(batch.column(column)[row])
+        else NO_RESPONSE
+        for column, reason in zip((3, 5), reasons, strict=True)
+    ]
     probability, weight = (cast(float | None, batch.column(column)[row].as_py()) for column in (7, 8))
     recorded = None
     if probability is not None and weight is not None:
