@@ -172,11 +172,12 @@ def _take_turns(
                 options,
                 arguments.device,
             )
-            results[name].append(_process(options.get("module", module), job))
+            results[name].append(process(options.get("module", module), job))
             print(f"turn {turn + 1}, {name}: {results[name][-1]['cpu']:.2f} CPU s", file=sys.stderr, flush=True)
 
 
-def _process(module: str, job: Job) -> dict[str, Any]:
+def process(module: str, job: Job) -> dict[str, Any]:
+    """Do a job in a process of its own; returns the report of the worker."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(job.threads),

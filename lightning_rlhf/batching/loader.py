@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast, overload
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -52,31 +52,6 @@ class AbstractStoredItems(Sequence[Item]):
             yield from self[start : start + PAGE]
 
 
-class StepItems(Dataset[tuple[list[Item], Step]]):
-    """The items of each optimizer step of a rank, read when the step is due.
-
-    Args:
-        items: items of the epoch.
-        steps: optimizer steps of this rank.
-    """
-
-    def __init__(self, items: Sequence[Item], steps: Sequence[Step]) -> None:
-        self.items, self.steps = items, steps
-
-    def __len__(self) -> int:
-        """Number of steps."""
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> tuple[list[Item], Step]:
-        """Items of a step, micro-batch after micro-batch, and the step."""
-        step = self.steps[index]
-        if isinstance(self.items, AbstractStoredItems):
-            # those of all ranks: the ledger is read on rank zero, which gives them to the others
-            found = self.items.fetch(step.everyone)
-            return [found[i] for i in step.indices], step
-        return [self.items[i] for i in step.indices], step
-
-
 class RankSampler(DistributedSampler[Any]):
     """Yields the given indices.
 
@@ -87,7 +62,7 @@ class RankSampler(DistributedSampler[Any]):
         super().__init__(indices, num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.indices = indices
         self.start = 0
-        """Indices to leave out at the beginning."""
+        """Place of the first index that is yielded."""
 
     def __iter__(self) -> Iterator[int]:
         """Yield the indices in order."""
@@ -96,6 +71,31 @@ class RankSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         """Number of items of this rank."""
         return len(self.indices)
+
+
+class StepDataset(Dataset[tuple[list[Item], Step]], Generic[Item]):
+    """The steps of an epoch with the items of this rank, each made when its turn comes.
+
+    Args:
+        items: items of the epoch.
+        steps: steps of this rank.
+        before: called on every rank with the number of a step before its items are read.
+    """
+
+    def __init__(self, items: Sequence[Item], steps: Sequence[Step], before: Callable[[int], None]) -> None:
+        self.items, self.steps, self.before = items, steps, before
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, number: int) -> tuple[list[Item], Step]:
+        self.before(number)
+        step = self.steps[number]
+        if isinstance(self.items, AbstractStoredItems):
+            # those of all ranks: the ledger is read on rank zero, which gives them to the others
+            found = self.items.fetch(step.everyone)
+            return [found[i] for i in step.indices], step
+        return [self.items[i] for i in step.indices], step
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -117,14 +117,11 @@ class ResumableLoader(DataLoader[Any]):
         # cleared at once: later passes over this loader begin at the first batch
         skip, self.skip = self.skip, 0
         self.yielded = skip
-        first = 0
-        if isinstance(self.sampler, RankSampler):
-            # batches that were handed out before are not read again
-            first = self.sampler.start = skip
-        for i, batch in enumerate(super().__iter__(), first):
-            if i >= skip:
-                # before the yield: a checkpoint that is saved after the step on this batch counts it
-                self.yielded = i + 1
-                yield batch
+        # batches that were handed out before are not made again
+        cast(RankSampler, self.sampler).start = skip
+        for i, batch in enumerate(super().__iter__(), start=skip):
+            # before the yield: a checkpoint that is saved after the step on this batch counts it
+            self.yielded = i + 1
+            yield batch
         # a checkpoint between two epochs skips nothing
         self.yielded = 0

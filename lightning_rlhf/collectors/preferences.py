@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
+from lightning_rlhf.collectors.recorded import RecordedPairs
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question, booked_once
@@ -41,8 +42,8 @@ class Round:
     """
 
     index: int
-    preferences: list[Preference]
-    comparisons: list[Comparison] = field(default_factory=list)
+    preferences: Sequence[Preference]
+    comparisons: Sequence[Comparison] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
     sampling_seconds: float = 0.0
     labeling_seconds: float = 0.0
@@ -51,6 +52,8 @@ class Round:
     @property
     def ties(self) -> int:
         """Free ties: pairs of equal responses. They are among the preferences."""
+        if isinstance(self.preferences, RecordedPairs):
+            return self.preferences.ties
         return sum(preference.label.is_free_tie for preference in self.preferences)
 
 
@@ -72,6 +75,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         progress: makes progress bars, as `tqdm` does: ``progress(description, total)`` is a context that yields one.
         reference_cache: keeps reference log-probabilities of recorded responses; default: the cache that the
             environment names.
+        score_reference: whether pairs are scored under the reference when they are sampled.
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         label_attempts: int = 1,
         progress: Progress | None = None,
         reference_cache: ReferenceCache | None = None,
+        score_reference: bool = True,
     ) -> None:
         super().__init__(store, key, progress)
+        self.score_reference = score_reference
         self.sampler, self.labeler = sampler, labeler
         self.label_attempts = label_attempts
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
@@ -111,7 +117,9 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         # the last chunk may have fewer prompts than there are ranks
         made = self.sampler.sample(prompts, source, key) if prompts else []  # type: ignore[arg-type]
         sampled = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
-        return sampled if source is None else with_reference_logps(sampled, source, self.reference_cache)
+        if source is None or not self.score_reference:
+            return sampled
+        return with_reference_logps(sampled, source, self.reference_cache)
 
     def _keep(self, index: int, items: Sequence[Comparison], positions: Sequence[int]) -> None:
         self._ledger.add_comparisons(index, items, positions)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from lightning_rlhf.annotation.tools import Tool
 from lightning_rlhf.commands.votes import helpsteer_rows, tool_rows, vote_rows
 from lightning_rlhf.labelers.recorded import recorded_probability
+from lightning_rlhf.ledger.recorded import check_holds_pairs
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Message, Preference, Prompt, Rollout
@@ -96,6 +97,7 @@ def export_ledger(
     target, kind = check_target(ledger, out, format)
     # a snapshot: the run may add rows between the two passes
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        check_holds_pairs(store)
         if content != "rows":
             if kind != "jsonl":
                 raise ValueError(f"content={content} is written as JSON lines; name {out} .jsonl")
@@ -144,6 +146,7 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     """
     target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        check_holds_pairs(store)
         found = next(store.walk(), None)
         if found is None and (rollouts := _groups(store)):
             return _write_rollouts(rollouts, target, kind, "auto", False)

@@ -15,7 +15,7 @@ from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Preference
 
 
-ReplayedRound: TypeAlias = list[Preference] | StoredRound
+ReplayedRound: TypeAlias = Sequence[Preference] | StoredRound
 """Pairs of a round: in memory, or in the ledger."""
 
 

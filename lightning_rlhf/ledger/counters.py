@@ -50,11 +50,18 @@ def note_attempts(db: sqlite3.Connection) -> None:
     db.execute("INSERT OR REPLACE INTO running VALUES (?, ?, ?, ?)", (last, labels, *total))
 
 
+def recorded(db: sqlite3.Connection, column: str, before: int = sys.maxsize) -> int:
+    """Total of a column over the rounds of recorded pairs before round ``before``; see `ledger.recorded`."""
+    if schema_version(db) < COUNTER_VERSION:
+        return 0
+    return int(db.execute(f"SELECT TOTAL({column}) FROM recorded WHERE round < ?", (before,)).fetchone()[0])
+
+
 def labels_before(db: sqlite3.Connection, before: int, upto: int | None) -> int:
     """Labels with status ``"ok"`` up to attempt ``upto``, or without one in rounds before ``before``."""
     if upto is not None:
         if schema_version(db) >= COUNTER_VERSION:
-            return _running(db, upto)[0]
+            return _running(db, upto)[0] + recorded(db, "pairs - ties", before)
         return int(db.execute("SELECT COUNT(*) FROM attempts WHERE status = 'ok' AND id <= ?", (upto,)).fetchone()[0])
     # all labels, minus those of rounds from ``before`` on: the newest rounds are few
     later = (
@@ -62,7 +69,7 @@ def labels_before(db: sqlite3.Connection, before: int, upto: int | None) -> int:
         "WHERE c.round >= ?"
     )
     labels, rest = db.execute(f"SELECT labels, ({later}) FROM totals", (before,)).fetchone()
-    return int(labels - rest)
+    return int(labels - rest) + recorded(db, "pairs - ties", before)
 
 
 def cost_before(db: sqlite3.Connection, before: int, upto: int | None) -> float:
@@ -85,7 +92,8 @@ def ties_before(db: sqlite3.Connection, before: int) -> int:
     pairs = "FROM comparisons c JOIN ties t ON t.comparison = c.id WHERE c.round"
     if schema_version(db) < COUNTER_VERSION:
         return int(db.execute(f"SELECT COUNT(*) {pairs} < ?", (before,)).fetchone()[0])
-    return _counted(db, "ties") - int(db.execute(f"SELECT COUNT(*) {pairs} >= ?", (before,)).fetchone()[0])
+    ties = _counted(db, "ties") + recorded(db, "ties", before)
+    return ties - int(db.execute(f"SELECT COUNT(*) {pairs} >= ?", (before,)).fetchone()[0])
 
 
 def scores_before(db: sqlite3.Connection, before: int) -> int:
@@ -104,6 +112,8 @@ def mean_passes(db: sqlite3.Connection) -> float | None:
     counted, total, correction = db.execute(
         "SELECT count, total, correction FROM counters WHERE name = 'passes'"
     ).fetchone()
+    # recorded pairs take no pass
+    counted += recorded(db, "pairs")
     return (total + correction) / counted if counted else None
 
 

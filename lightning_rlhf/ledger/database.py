@@ -24,6 +24,7 @@ from lightning_rlhf.ledger.people import PEOPLE_SCHEMA
 from lightning_rlhf.ledger.schema import (
     COUNTER_SCHEMA,
     COUNTER_VERSION,
+    RECORDED_SCHEMA,
     ROLLOUT_SCHEMA,
     SCHEMA,
     SILVER_SCHEMA,
@@ -34,7 +35,13 @@ from lightning_rlhf.ledger.schema import (
 
 APPLICATION_ID = 0x524C4846  # "RLHF", in the header of the file
 SCHEMA_VERSION = 6
-UPGRADES = {2: ROLLOUT_SCHEMA, 3: TIE_SCHEMA, 4: SILVER_SCHEMA, 5: PEOPLE_SCHEMA, COUNTER_VERSION: COUNTER_SCHEMA}
+UPGRADES = {
+    2: ROLLOUT_SCHEMA,
+    3: TIE_SCHEMA,
+    4: SILVER_SCHEMA,
+    5: PEOPLE_SCHEMA,
+    COUNTER_VERSION: [*COUNTER_SCHEMA, *RECORDED_SCHEMA],
+}
 """Statements that make a ledger of the version before one of this version; they only add."""
 REMEDIES = {
     sqlite3.SQLITE_FULL: (errno.ENOSPC, "free some space and start again; every label written so far is kept"),

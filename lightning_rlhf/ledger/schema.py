@@ -78,6 +78,14 @@ COUNTER_SCHEMA = [
     "CREATE INDEX IF NOT EXISTS routed_attempts ON attempts (comparison) WHERE status = 'routed'",
 ]
 """Tables that version 6 of the schema added: totals, so that no round scans the rows of earlier ones."""
+RECORDED_SCHEMA = [
+    "CREATE TABLE IF NOT EXISTS recorded (round INTEGER PRIMARY KEY, digest TEXT NOT NULL, rows BLOB NOT NULL, "
+    "pairs INTEGER NOT NULL, ties INTEGER NOT NULL, time REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS reference_logps (id INTEGER PRIMARY KEY, round INTEGER NOT NULL, "
+    "positions BLOB NOT NULL, logps BLOB NOT NULL, time REAL NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS reference_logps_of_round ON reference_logps (round)",
+]
+"""Tables that version 6 of the schema added: recorded pairs by their rows, and their reference log-probabilities."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -101,6 +109,7 @@ SCHEMA = [
     *SILVER_SCHEMA,
     *PEOPLE_SCHEMA,
     *COUNTER_SCHEMA,
+    *RECORDED_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"

@@ -22,7 +22,15 @@ from types import TracebackType
 from typing import Any
 
 from lightning_rlhf.annotation.votes import Vote
-from lightning_rlhf.ledger.counters import cost_before, count, labels_before, mean_passes, note_attempts, ties_before
+from lightning_rlhf.ledger.counters import (
+    cost_before,
+    count,
+    labels_before,
+    mean_passes,
+    note_attempts,
+    recorded,
+    ties_before,
+)
 from lightning_rlhf.ledger.database import (
     check_is_ledger,
     connect,
@@ -348,7 +356,8 @@ class PreferenceStore:
     def has_samples(self) -> bool:
         """Whether the ledger holds a comparison or a rollout."""
         with self.reading() as db:
-            tables = ("comparisons", "rollouts") if schema_version(db) >= 2 else ("comparisons",)
+            version = schema_version(db)
+            tables = ["comparisons", *["rollouts"][: version >= 2], *["recorded"][: version >= 6]]
             return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
@@ -576,7 +585,8 @@ class PreferenceStore:
     @property
     def num_labels(self) -> int:
         """Number of labels with status ``"ok"``."""
-        return int(self._total("labels"))
+        with self.reading() as db:
+            return int(self._total("labels")) + recorded(db, "pairs - ties")
 
     @property
     def num_attempts(self) -> int:

@@ -105,13 +105,46 @@ def read_rows(data: Data, split: str = "train", limit: int | None = None) -> lis
     Raises:
         ValueError: if there is no such data, if it cannot be read, or if it has no rows.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, or null for all rows; got {limit}")
     # a generator: JSON lines and Parquet batches behind the limit are not parsed
-    result = list(islice(_all_rows(data, split), limit))
+    result = list(stream_rows(data, split, limit))
     if not result:
         raise ValueError(f"{name_of(data)}: has no rows: check the file, or choose another split than {split!r}")
     return result
+
+
+def local_files(data: Data) -> list[Path]:
+    """Local files that some data names, in the order in which they are read; none if anything else is read."""
+    if isinstance(data, DatasetFiles) or holds_rows(data):
+        return []
+    found: list[Path] = []
+    for path in [data] if isinstance(data, str) else cast(list[str], data):
+        local = Path(path).expanduser()
+        # as in `_rows_at`: a pattern stands for sorted files
+        matching = [local] if local.is_file() else [Path(file) for file in sorted(glob(str(local), recursive=True))]
+        if not matching or not all(file.is_file() for file in matching):
+            return []
+        found += matching
+    return found
+
+
+def stream_rows(data: Data, split: str = "train", limit: int | None = None) -> Iterator[tuple[str, Row]]:
+    """The rows of `read_rows`, one after another.
+
+    Raises:
+        ValueError: if the limit is below 1, if there is no such data, or if it cannot be read.
+    """
+    check_limit(limit)
+    return islice(_all_rows(data, split), limit)
+
+
+def check_limit(limit: int | None) -> None:
+    """Check a maximum number of rows; None is no limit.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or null for all rows; got {limit}")
 
 
 def _all_rows(data: Data, split: str) -> Iterator[tuple[str, Row]]:
