@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_rlhf.ledger.database import readable, schema_version
+from lightning_rlhf.ledger.database import readable
+from lightning_rlhf.ledger.schema import schema_version
 from lightning_rlhf.ledger.store import PreferenceStore
 
 

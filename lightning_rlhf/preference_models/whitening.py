@@ -74,4 +74,5 @@ def _power(matrix: Tensor, power: float) -> Tensor:
         return matrix
     values, vectors = torch.linalg.eigh(matrix)
     # V diag(e^power) V^T
-    return (vectors * values.pow(power)) @ vectors.T
+    powered: Tensor = (vectors * values.pow(power)) @ vectors.T
+    return powered
