@@ -1,8 +1,8 @@
 """Pictures of what a run leaves, for the manual: ``python -m benchmarks.gallery``.
 
-Runs the quickstart with half of its rounds, or takes the folder of a run (``--run``), and writes docs/gallery/: the
+Runs the quickstart with a quarter of its rounds, or takes the folder of a run (``--run``), and writes docs/gallery/: the
 reward-KL frontier, and the page ``report.html`` as a browser shows it, which needs chromium. Summary and first answers
-come between the markers of docs/gallery.md. About two minutes on two cores.
+come between the markers of docs/gallery.md. About a minute on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_rlhf.cli import main
 
 PAGE = ROOT / "docs" / "gallery.md"
 COMMAND = [
-    *("fit", "--config=quickstart", "--trainer.max_epochs=6", "--trainer.check_val_every_n_epoch=3"),
+    *("fit", "--config=quickstart", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=3"),
     "--trainer.callbacks+=RunPage",
 ]
 ANSWERS = 4
@@ -38,6 +38,7 @@ def run(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="folder of a finished run of the command on the page")
     parser.add_argument("--out", type=Path, default=PAGE.parent, help="folder of the page")
+    parser.add_argument("--note", default="", help="text behind the name of the machine, e.g. how busy it was")
     options = parser.parse_args(argv)
     pictures = options.out / "gallery"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -47,14 +48,14 @@ def run(argv: list[str] | None = None) -> Path:
             main([*COMMAND, f"--run_dir={folder}"])
         store_smaller(folder / "frontier.png", pictures / "frontier.png")
         photograph(folder / "report.html", pictures / "report.png")
-        content = excerpt(folder)
+        content = excerpt(folder, options.note)
     page = options.out / PAGE.name
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     page.write_text(spliced(text, "gallery", content), encoding="utf-8")
     return page
 
 
-def excerpt(folder: Path) -> str:
+def excerpt(folder: Path, note: str = "") -> str:
     """Command, result and first answers of a run."""
     start = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"][0]
     result = closing_line(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
@@ -63,9 +64,9 @@ def excerpt(folder: Path) -> str:
     return "\n\n".join(
         [
             f"```bash\n{command}\n```",
-            f"On {machine()}, {start['time'][:10]}; the last line of its output:",
+            f"On {machine()}{note}, {start['time'][:10]}; the last line of its output:",
             f"```text\n{result}\n```",
-            "![Held-out reward against KL, at the start, in the middle and at the end](gallery/frontier.png)",
+            "![Held-out reward against KL, at the start and at the end](gallery/frontier.png)",
             f"The first {ANSWERS} rows of `completions.md`, held-out prompts with their rewards:",
             "\n".join(answers),
         ]

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import annotation_load, results
+from benchmarks import annotation_load, gallery, results
 from benchmarks.harness import check_same, ids_in_order, model_folder
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
@@ -165,3 +166,30 @@ def test_answers_are_the_first_of_each_arm_and_seed(tmp_path: Path) -> None:
         "| online | Best-of-8 | one | Best-of-8 2 |",
         "| online | PILAF | one | PILAF 0 |",
     ]
+
+
+def test_the_gallery_shows_the_result_and_the_first_answers(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [{"time": "2026-11-30T12:00:00+0000"}]}))
+    summary = {
+        f"{name}_{when}": value for when, value in (("before", 1.0), ("after", 2.5)) for name in ("reward", "kl", "j")
+    }
+    summary |= {"reward_before_stderr": 0.25, "reward_after_stderr": 0.5, "step_before": 0, "step_after": 9}
+    summary |= {"reward_difference": 1.5, "reward_difference_stderr": 0.5, "labels": 144, "passes_per_pair": 3.0}
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "seconds": 60.0}))
+    rows = ["| prompt | before |", "| --- | --- |", *(f"| q{i} | a{i} |" for i in range(9))]
+    (tmp_path / "completions.md").write_text("\n".join(rows))
+    content = gallery.excerpt(tmp_path)
+    assert "held-out reward 1.00 ± 0.25 -> 2.50 ± 0.50 (+1.50 ± 0.50 paired)" in content
+    assert content.endswith("\n".join(rows[: 2 + gallery.ANSWERS]))
+    assert results.spliced(gallery.PAGE.read_text(encoding="utf-8"), "gallery", content).count("144 labels") == 1
+
+
+def test_pictures_of_the_gallery_are_smaller_and_look_alike(tmp_path: Path) -> None:
+    from matplotlib import image
+
+    picture = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    image.imsave(tmp_path / "large.png", picture)
+    gallery.store_smaller(tmp_path / "large.png", tmp_path / "small.png")
+    assert (tmp_path / "small.png").stat().st_size < 0.8 * (tmp_path / "large.png").stat().st_size
+    # half a level of 16, and the rounding to 8 bits
+    assert abs(image.imread(tmp_path / "small.png")[..., :3] - picture).max() < 0.5 / 15 + 0.5 / 255 + 1e-3
