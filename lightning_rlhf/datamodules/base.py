@@ -249,8 +249,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         items = self.items(epoch)
         # every rank makes the same plan from the same items, and keeps its own share of each step
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        stored = isinstance(items, AbstractStoredItems)
-        lengths = items.lengths if stored else [self.length(item) for item in items]
+        lengths = items.lengths if isinstance(items, AbstractStoredItems) else [self.length(item) for item in items]
         per_step = self._items_per_step(items)
         order = epoch_order(len(items), self.key.fold(Stream.ORDER, epoch))
         order = group_by_length(
