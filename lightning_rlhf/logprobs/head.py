@@ -163,7 +163,7 @@ class _Scores(torch.autograd.Function):
         for part, target in _tiles(tile, hidden, targets):
             logits, compute_dtype = _logits(part, weight, bias, rule, buffer=buffer)
             # log p_y = z_y - logsumexp(z)
-            log_sum = torch.cat([rows.logsumexp(-1) for rows in _rows(logits)])
+            log_sum = torch.cat([rows.logsumexp(-1) for (rows,) in _tiles(_scratch_size(logits), logits)])
             logps.append(logits.gather(-1, target[:, None]).squeeze(-1) - log_sum)
             if statistics:
                 greedy.append(logits.argmax(-1) == target)
@@ -271,18 +271,16 @@ def _give_back(buffer: Tensor | None) -> None:
         _idle.append(buffer)
 
 
-def _rows(logits: Tensor) -> tuple[Tensor, ...]:
-    """Split logits into groups of tokens whose copies are small, on the CPU; elsewhere all are one group."""
-    return logits.split(tile_size(logits.shape[-1], SCRATCH_BYTES)) if logits.device.type == "cpu" else (logits,)
+def _scratch_size(logits: Tensor) -> int:
+    """Tokens whose exponentials are in memory at a time: few on the CPU, all elsewhere."""
+    return tile_size(logits.shape[-1], SCRATCH_BYTES) if logits.device.type == "cpu" else max(1, len(logits))
 
 
 def _entropy(logits: Tensor, log_sum: Tensor) -> Tensor:
     """Entropy of each token in nats, [tokens]."""
     means = []
-    start = 0
-    for rows in _rows(logits):
-        probabilities = (rows - log_sum[start : start + len(rows), None]).exp_()
-        start += len(rows)
+    for rows, log_sums in _tiles(_scratch_size(logits), logits, log_sum):
+        probabilities = (rows - log_sums[:, None]).exp_()
         # sum_v p_v z_v with 0 * -inf = 0
         means.append(probabilities.mul_(rows).nan_to_num_(nan=0.0).sum(-1))
     # H = -sum_v p_v log p_v = logsumexp(z) - sum_v p_v z_v
