@@ -42,6 +42,7 @@ SMALL_LISTS = 2_000
 """Rows up to which ``auto`` keeps rows in memory that come from no local files."""
 VERSION = 1
 """Version of the format; raise it when the tables or the rules of tokenization change."""
+_BY_THEMSELVES: list[FinishReason] = ["eos", "eos"]
 BATCH = 512
 """Rows of a record batch."""
 TABLE, LENGTHS, FACTS = "rows.arrow", "lengths.npy", "facts.json"
@@ -427,7 +428,7 @@ def _decode(batch: pyarrow.RecordBatch, row: int) -> Prompt:
 
     cell = batch.column(9)[row].as_py()
     more: _More = {} if cell is None else json.loads(cell)
-    reasons: Sequence[FinishReason] = more.get("reasons", ["eos", "eos"])
+    reasons = more.get("reasons", _BY_THEMSELVES)
     # in the order of `_encode`; a response without tokens is none
     responses = [
         Response(ids(column), text(column + 1), reason, source="dataset")
