@@ -4,10 +4,9 @@ Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif``
 gets a page of its own in docs/results/, with tables, machine and date, beside its figures and the runs' curves, so that
 a figure of the tables can be computed again without the runs. The first figure and a link to that page come between the
 markers of docs/results.md, where the text is written by hand. ``--smoke`` does the same with two seeds and few labels,
-into a folder of its own, in a few minutes. ``--only`` also takes
-comparisons that are left out otherwise, because they take longer: ``menu_labels``, ``menu_models``, ``menu_judges``,
-``menu_exploration``, ``menu_people``, ``menu_systems``, ``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``,
-which fetch a model with npm.
+into a folder of its own, in a few minutes. ``--only`` also takes comparisons that are left out otherwise, because they
+take longer: ``menu_labels``, ``menu_models``, ``menu_judges``, ``menu_exploration``, ``menu_people``, ``menu_systems``,
+``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``, which fetch a model with npm.
 """
 
 from __future__ import annotations
