@@ -1,8 +1,8 @@
 """Pictures of what a run leaves, for the manual: ``python -m benchmarks.gallery``.
 
-Runs the quickstart with a quarter of its rounds, or takes the folder of a run (``--run``), and writes docs/gallery/: the
-reward-KL frontier, and the page ``report.html`` as a browser shows it, which needs chromium. Summary and first answers
-come between the markers of docs/gallery.md. About a minute on two cores.
+Runs the quickstart with a quarter of its rounds, or takes the folder of a run (``--run``), and writes docs/gallery/:
+the reward-KL frontier, and the page ``report.html`` as a browser shows it, which needs chromium. Summary and first
+answers come between the markers of docs/gallery.md. About a minute on two cores.
 """
 
 from __future__ import annotations
