@@ -67,6 +67,8 @@ def excerpt(folder: Path, note: str = "") -> str:
             f"On {machine()}{note}, {start['time'][:10]}; the last line of its output:",
             f"```text\n{result}\n```",
             "![Held-out reward against KL, at the start and at the end](gallery/frontier.png)",
+            "`report.html`, by the callback `RunPage`:",
+            "![The page with numbers, and answers before and after](gallery/report.png)",
             f"The first {ANSWERS} rows of `completions.md`, held-out prompts with their rewards:",
             "\n".join(answers),
         ]
