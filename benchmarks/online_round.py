@@ -38,7 +38,7 @@ def ours(job: Job) -> dict[str, Any]:
             del prompts
             return RewardOutput(torch.tensor([r.text.count("e") / (len(r.text) + 1) for r in responses]))
 
-    clock, first = Clock(), {}
+    clock, first = Clock(job.device), {}
 
     class Ticks(L.Callback):
         def on_train_start(self, *_: Any) -> None:
@@ -61,7 +61,7 @@ def ours(job: Job) -> dict[str, Any]:
         prompt_options=PromptOptions(max_prompt_tokens=MAX_PROMPT, on_long_prompt="drop"),
     )
     folder = tempfile.mkdtemp()
-    trainer = bare_trainer(folder, [RewardMonitor(), Ticks()], max_steps=job.steps + job.skip)
+    trainer = bare_trainer(job, folder, [RewardMonitor(), Ticks()], max_steps=job.steps + job.skip)
     trainer.fit(module, datamodule=data)
     assert (Path(folder) / "ledger.sqlite").exists()
     return timed(clock, job, tokens=2 * job.batch * job.new_tokens, **first)

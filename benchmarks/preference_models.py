@@ -1,6 +1,7 @@
-"""Accuracy of a preference model in the world "menu": labels of the start policy, then fresh pairs.
+"""Accuracy of a preference model in the world "menu" or "stories": labels of the start policy, then fresh pairs.
 
     python -m benchmarks.preference_models --labels 240 480 960 --seeds 30 31
+    python -m benchmarks.preference_models --world stories --labels 96 216 432 --seeds 30 31
 
 Accuracy is the share of fresh pairs whose better response the posterior mean names; correlation is that of the mean
 gaps with those of the oracle.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,55 @@ from lightning_rlhf.models.load import end_of_sequence_ids, load_policy, load_to
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.models.reference import build_reference
 from lightning_rlhf.preference_models import KernelPreferenceModel, KernelScales, ModelStart
+from lightning_rlhf.prompts import AbstractPromptSource
 from lightning_rlhf.prompts.tokenize import tokenize_rows
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.rewards import AbstractReward, LexiconReward
 from lightning_rlhf.types import Comparison, Preference, Prompt, Response
-from lightning_rlhf.worlds import MenuPrompts, MenuReward
+from lightning_rlhf.worlds import MenuPrompts, MenuReward, StoryPrompts
 
 
-CHECKPOINT = "world:menu"
+@dataclass(frozen=True)
+class World:
+    """A policy with its prompts and its oracle.
+
+    Args:
+        checkpoint: the start policy.
+        prompts: its training prompts.
+        reward: the oracle.
+        tokens: tokens of a response, at most.
+        arms: preference models by name.
+    """
+
+    checkpoint: str
+    prompts: AbstractPromptSource
+    reward: AbstractReward
+    tokens: int
+    arms: Mapping[str, KernelPreferenceModel]
+
+
+def menu(tastes: int) -> World:
+    """The world "menu", whose policy knows nothing but its tokens."""
+    arms = {
+        "default": KernelPreferenceModel(),
+        "scales by evidence": KernelPreferenceModel(evidence_labels=256),
+        "without second order": KernelPreferenceModel(scales=KernelScales(pair=0.0)),
+        "surface features": KernelPreferenceModel(surface=True),
+    }
+    return World("world:menu", MenuPrompts("train"), MenuReward(2.0, tastes), 8, arms)
+
+
+def stories() -> World:
+    """The world "stories", whose policy is a pretrained language model, with sentiment as the oracle."""
+    linear = KernelScales(linear=0.7, prompt=0.0, pair=0.0, hidden=0.0, middle=1.4)
+    arms = {
+        "worlds/stories_silver": KernelPreferenceModel(scales=KernelScales(middle=0.7)),
+        **{
+            f"embeddings and middle layer, whitening {power:g}": KernelPreferenceModel(scales=linear, whitening=power)
+            for power in (1.0, 0.5, 0.25, 0.0)
+        },
+    }
+    return World("world:stories", StoryPrompts("train"), LexiconReward(8.0), 32, arms)
 
 
 @dataclass(frozen=True)
@@ -51,21 +94,21 @@ class Accuracy:
     posterior_seconds: float
 
 
-class MenuPairs:
-    """Pairs of the start policy."""
+class Pairs:
+    """Pairs of the start policy of a world."""
 
-    def __init__(self) -> None:
-        self.policy = load_policy(CHECKPOINT).eval()
-        tokenizer = load_tokenizer(CHECKPOINT)
+    def __init__(self, world: World) -> None:
+        self.policy = load_policy(world.checkpoint).eval()
+        tokenizer = load_tokenizer(world.checkpoint)
         self.prompts, _ = tokenize_rows(
-            MenuPrompts("train").load(), tokenizer, max_prompt_tokens=8, max_response_tokens=8
+            world.prompts.load(), tokenizer, max_prompt_tokens=64, max_response_tokens=world.tokens
         )
         self.engine = DecodeEngine(
             self.policy,
             build_reference(self.policy, "fixed"),
             tokenizer,
             beta=0.1,
-            decoding=Decoding(max_new_tokens=8, rows=256),
+            decoding=Decoding(max_new_tokens=world.tokens, rows=256),
             eos_ids=end_of_sequence_ids(self.policy, tokenizer),
         )
 
@@ -82,7 +125,7 @@ class MenuPairs:
         return [comparison for comparison in made if not comparison.has_equal_responses]
 
 
-def gaps(comparisons: Sequence[Comparison], reward: MenuReward) -> Tensor:
+def gaps(comparisons: Sequence[Comparison], reward: AbstractReward) -> Tensor:
     """Reward gaps of the oracle."""
     prompts = [comparison.prompt for comparison in comparisons]
     first = reward.score(prompts, [comparison.a for comparison in comparisons]).mean
@@ -101,16 +144,40 @@ def predicted_gaps(model: KernelPreferenceModel, comparisons: Sequence[Compariso
     return torch.cat(means)
 
 
-def measure(
-    world: MenuPairs, model: KernelPreferenceModel, labels: Sequence[int], seed: int, tastes: int = 0
-) -> list[Accuracy]:
+@dataclass(frozen=True)
+class Data:
+    """Pairs of one seed.
+
+    Args:
+        start: inputs of a preference model.
+        labeled: pairs with labels.
+        fresh: pairs whose order is predicted.
+    """
+
+    start: ModelStart
+    labeled: list[Preference]
+    fresh: list[Comparison]
+
+
+def collect(world: World, labels: int, fresh: int, seeds: Sequence[int]) -> list[Data]:
+    """Sample the pairs of each seed, and label those to learn from."""
+    source = Pairs(world)
+    found = []
+    for seed in seeds:
+        key = Key((seed,))
+        samples = source.sample(512, key.fold(0))
+        train = source.pairs(labels, key.fold(1))
+        made = RewardLabeler(world.reward).label(train, key.fold(4))
+        labeled = [Preference(comparison, label) for comparison, label in zip(train, made, strict=True)]
+        start = ModelStart(world.checkpoint, ModelOptions(), torch.device("cpu"), samples, key.fold(3))
+        found.append(Data(start, labeled, source.pairs(fresh, key.fold(2))))
+    return found
+
+
+def measure(world: World, data: Data, model: KernelPreferenceModel, labels: Sequence[int]) -> list[Accuracy]:
     """Fit the model to more and more labels, and order fresh pairs."""
-    key, reward = Key((seed,)), MenuReward(2.0, tastes)
-    start = ModelStart(CHECKPOINT, ModelOptions(), torch.device("cpu"), world.sample(512, key.fold(0)), key.fold(3))
-    model.setup(start)
-    train, fresh = world.pairs(max(labels), key.fold(1)), world.pairs(1000, key.fold(2))
-    made = RewardLabeler(reward).label(train, key.fold(4))
-    preferences = [Preference(comparison, label) for comparison, label in zip(train, made, strict=True)]
+    model.setup(data.start)
+    fresh, preferences, reward = data.fresh, data.labeled, world.reward
     truth = gaps(fresh, reward)
     results = []
     for count in labels:
@@ -133,23 +200,20 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[240, 480, 960])
     parser.add_argument("--seeds", type=int, nargs="+", default=[30, 31])
     parser.add_argument("--tastes", type=int, default=0, help="tastes of the oracle, see MenuReward")
+    parser.add_argument("--world", choices=["menu", "stories"], default="menu")
+    parser.add_argument("--fresh", type=int, default=1000, help="fresh pairs whose order is predicted")
     options = parser.parse_args()
-    arms = {
-        "default": KernelPreferenceModel(),
-        "scales by evidence": KernelPreferenceModel(evidence_labels=256),
-        "without second order": KernelPreferenceModel(scales=KernelScales(pair=0.0)),
-        "surface features": KernelPreferenceModel(surface=True),
-    }
-    world = MenuPairs()
-    for name, model in arms.items():
-        runs = [measure(world, model, options.labels, seed, options.tastes) for seed in options.seeds]
+    world = stories() if options.world == "stories" else menu(options.tastes)
+    data = collect(world, max(options.labels), options.fresh, options.seeds)
+    for name, model in world.arms.items():
+        runs = [measure(world, part, model, options.labels) for part in data]
         for results in zip(*runs, strict=True):
             accuracy = sum(result.accuracy for result in results) / len(results)
             correlation = sum(result.correlation for result in results) / len(results)
             seconds = max(result.fit_seconds for result in results)
             pool = max(result.posterior_seconds for result in results)
             print(
-                f"{name:22} {results[0].labels:5} labels: accuracy {accuracy:.3f} correlation {correlation:.3f} "
+                f"{name:44} {results[0].labels:5} labels: accuracy {accuracy:.3f} correlation {correlation:.3f} "
                 f"fit {seconds:.2f} s, 64 responses {1000 * pool:.0f} ms"
             )
 

@@ -4,10 +4,9 @@ Runs the comparisons ``compare/tabular``, ``compare/menu`` and ``compare/rlaif``
 gets a page of its own in docs/results/, with tables, machine and date, beside its figures and the runs' curves, so that
 a figure of the tables can be computed again without the runs. The first figure and a link to that page come between the
 markers of docs/results.md, where the text is written by hand. ``--smoke`` does the same with two seeds and few labels,
-into a folder of its own, in a few minutes. ``--only`` also takes
-comparisons that are left out otherwise, because they take longer: ``menu_labels``, ``menu_models``, ``menu_judges``,
-``menu_exploration``, ``menu_people``, ``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``,
-which fetch a model with npm.
+into a folder of its own, in a few minutes. ``--only`` also takes comparisons that are left out otherwise, because they
+take longer: ``menu_labels``, ``menu_models``, ``menu_judges``, ``menu_exploration``, ``menu_people``, ``menu_systems``,
+``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``, which fetch a model with npm.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ SMOKE = {
     "menu_judges": ["--experiment.seeds=2", "--experiment.labels=160", "--at_labels=[80,160]"],
     "menu_exploration": ["--experiment.seeds=2", "--experiment.labels=96", "--at_labels=[48,96]"],
     "menu_people": ["--experiment.seeds=2"],
+    "menu_systems": ["--experiment.seeds=2", "--experiment.labels=96", "--at_labels=[48,96]"],
     "quickstart_labels": ["--experiment.seeds=1", "--experiment.labels=48", "--at_labels=[24,48]"],
 }
 """Makes a comparison short: arguments, or another comparison in its place."""
@@ -57,6 +57,7 @@ TITLES = {
     "menu_judges": 'Judges of 78 and 63 % in the world "menu"',
     "menu_exploration": 'Efficient exploration in the world "menu"',
     "menu_people": 'People in the world "menu"',
+    "menu_systems": 'Samplers of related systems in the world "menu"',
     "quickstart_labels": "SmolLM2-135M",
 }
 """Titles of the pages with tables."""

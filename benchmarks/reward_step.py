@@ -16,6 +16,7 @@ from benchmarks.harness import (
     Job,
     check_same,
     model_folder,
+    operations,
     pair_tokens,
     parser,
     read_ids,
@@ -37,11 +38,15 @@ def ours(job: Job) -> dict[str, Any]:
     from lightning_rlhf.batching.steps import plan
     from lightning_rlhf.logprobs.scores import response_scores
 
-    model = AutoModelForSequenceClassification.from_pretrained(job.options["folder"], dtype=torch.float32).train()
+    model = (
+        AutoModelForSequenceClassification.from_pretrained(job.options["folder"], dtype=torch.float32)
+        .train()
+        .to(job.device)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     layout = job.options.get("layout", "auto")
     limit = job.options.get("tokens_per_pass", TOKENS_PER_PASS)
-    clock, losses = Clock(), []
+    clock, losses = Clock(job.device), []
     clock.start()
     for rows in read_ids(job):
         groups = [(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
@@ -59,7 +64,8 @@ def ours(job: Job) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(total)
         clock.tick()
-    return timed(clock, job, tokens=pair_tokens(job), loss=losses[0])
+    tokens = pair_tokens(job)
+    return timed(clock, job, tokens=tokens, operations=operations(model, tokens, training=True), loss=losses[0])
 
 
 def scorer_folder(name: str) -> str:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rlhf.callbacks.average import WeightAverage
 from lightning_rlhf.callbacks.reporting import root
 from lightning_rlhf.models.card import RunFacts, write_cards
+from lightning_rlhf.models.hub import HubRepo, check_login, push_folder
 from lightning_rlhf.protocols import TrainedModule, module_of
 from lightning_rlhf.runtime.fingerprint import described
 from lightning_rlhf.runtime.run_record import versions
@@ -25,10 +27,21 @@ class HFExport(Callback):
     Args:
         folder: where to write it, relative to ``trainer.default_root_dir``, or an absolute path.
         license: license of the weights for the card, an SPDX identifier such as ``apache-2.0``; default: not stated.
+        push_to_hub: repository to which the folder is uploaded; default: none. If that fails, the run does not: a
+            warning names cause and remedy.
+
+    Raises:
+        ValueError: at the start of a run, if it is to be uploaded and there is no token.
     """
 
-    def __init__(self, folder: str = "model", license: str | None = None) -> None:
-        self.folder, self.license = folder, license
+    def __init__(self, folder: str = "model", license: str | None = None, push_to_hub: HubRepo | None = None) -> None:
+        self.folder, self.license, self.push_to_hub = folder, license, push_to_hub
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the model can be uploaded, before it is trained."""
+        # rank zero uploads
+        if self.push_to_hub is not None and stage == "fit" and not trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
+            check_login(self.push_to_hub)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export; all ranks take part, since a sharded policy must be gathered, and rank zero writes."""
@@ -44,6 +57,17 @@ class HFExport(Callback):
         facts = self._facts(trainer, pl_module)
         if trainer.is_global_zero and folder.is_dir():
             write_cards(folder, facts, folder.parent.resolve().name if folder.name == "model" else folder.name)
+            self._push(folder, bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+
+    def _push(self, folder: Path, trial: bool) -> None:
+        """Upload the folder."""
+        if self.push_to_hub is None or trial:
+            return
+        try:
+            rank_zero_info(f"uploaded to {push_folder(folder, self.push_to_hub)}")
+        except ValueError as error:
+            # hours of training must not end as a failure for want of a network
+            rank_zero_warn(str(error))
 
     def _facts(self, trainer: Trainer, pl_module: LightningModule) -> RunFacts:
         """Facts of the run for its card."""

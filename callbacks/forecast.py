@@ -22,8 +22,8 @@ class SilverMonitor(Callback):
 
     A rule for settings without an oracle: of two models or scales, take the one with the lower mean of
     ``silver/label_nll`` (prequential validation, Dawid 1984); above ln 2 = 0.693 silver labels mislead. Logged once per
-    round: ``silver/label_nll`` in nats, ``silver/label_accuracy`` and ``silver/labels_fitted``; all rounds are in
-    ``silver.csv`` in ``trainer.default_root_dir``. It takes no arguments.
+    round: ``silver/label_nll`` in nats, ``silver/label_accuracy``, ``silver/labels_fitted`` and ``silver/kappa``; all
+    rounds are in ``silver.csv`` in ``trainer.default_root_dir``. It takes no arguments.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,7 @@ class SilverMonitor(Callback):
                 "silver/label_nll": forecast.nll,
                 "silver/label_accuracy": forecast.accuracy,
                 "silver/labels_fitted": float(forecast.fitted),
+                "silver/kappa": forecast.kappa,
             },
         )
         if trainer.is_global_zero:

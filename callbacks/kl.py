@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import log_known, preference_source
+from lightning_rlhf.collectors.recorded import sampled
 from lightning_rlhf.evaluation.heldout import HeldOutRow, summarize
 from lightning_rlhf.protocols import Round
 
@@ -44,7 +45,7 @@ def round_kl(round_: Round) -> float | None:
     """Mean log ratio of the policy's responses in a round, nats per response; None without log-probabilities."""
     # k1 = log pi_theta(y|x) - log pi_ref(y|x), y ~ pi_theta
     ratios: list[float] = []
-    for preference in round_.preferences:
+    for preference in sampled(round_.preferences):
         for response in (preference.comparison.a, preference.comparison.b):
             known = response.policy_logps is not None and response.reference_logps is not None
             # the mean log ratio of responses of another source does not estimate this KL

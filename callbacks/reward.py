@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import log_known, preference_source
+from lightning_rlhf.collectors.recorded import sampled
 from lightning_rlhf.evaluation.heldout import HeldOutRow, summarize
 from lightning_rlhf.losses import reward_accuracy
 from lightning_rlhf.protocols import Round, beta_of
@@ -95,7 +96,7 @@ def round_reward(round_: Round, part: str = "") -> float | None:
         part: ``/<name>`` of a part of the reward; default: the reward itself.
     """
     rewards: list[float] = []
-    for preference in round_.preferences:
+    for preference in sampled(round_.preferences):
         comparison, meta = preference.comparison, preference.label.meta
         for name, response in ((f"reward_a{part}", comparison.a), (f"reward_b{part}", comparison.b)):
             if response.source == "policy" and name in meta:
@@ -106,6 +107,6 @@ def round_reward(round_: Round, part: str = "") -> float | None:
 def part_rewards(round_: Round) -> dict[str, float | None]:
     """Means of the parts of the reward in a round, ``train/reward/<name>``; empty for a reward without parts."""
     names: set[str] = set()
-    for preference in round_.preferences:
+    for preference in sampled(round_.preferences):
         names |= {key.partition("/")[2] for key in preference.label.meta if key.startswith(("reward_a/", "reward_b/"))}
     return {f"train/reward/{name}": round_reward(round_, f"/{name}") for name in sorted(names)}

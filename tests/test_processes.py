@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_rlhf.ledger.recorded import RecordedTable
 from lightning_rlhf.ledger.silver import UNLABELED, SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.load import LoRA, load_policy, load_tokenizer, save_policy
@@ -169,3 +170,44 @@ def test_shards_take_the_steps_of_ddp_in_mixed_precision_and_with_accumulation(
     assert max((p - q).abs().max().item() for p, q in zip(start, ddp, strict=True)) > 1e-4
     for p, q in zip(ddp, fsdp, strict=True):
         torch.testing.assert_close(p, q, atol=5e-5, rtol=1e-4)  # of a step, 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_rows_from_disk_and_score_them_ahead(tmp_path: Path, tiny_policy: Path) -> None:
+    lines = [{"prompt": f"{n}?", "chosen": "yes" * (n % 3 + 1), "rejected": "no" * (n % 4 + 1)} for n in range(132)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cache = {"LIGHTNING_RLHF_CACHE": str(tmp_path / "cache")}
+
+    def train(name: str, launcher: list[str], *options: str) -> Path:
+        done = subprocess.run(
+            [
+                *(sys.executable, *launcher, "-m", "lightning_rlhf", "fit", "--config=dpo_offline", *options),
+                *(f"--model.policy={tiny_policy}", "--data.prompts.path=rows.jsonl", "--data.pairs_per_batch=2"),
+                *("--data.decoding.max_new_tokens=8", "--data.decoding.rows=4", "--model.optimizer.lr=1e-3"),
+                *("--data.prompt_options.rows=disk", "--data.rounds.ledger_pairs=rows", f"--run_dir={name}"),
+                *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"),
+                *("--trainer.logger=false", "--trainer.limit_val_batches=0"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, **cache, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return tmp_path / name
+
+    # 66 steps: two windows
+    folders = [train("one", [], "--config=trainer/cpu")]
+    for overlay in ("ddp", "fsdp"):
+        folders.append(train(overlay, TWO, f"--config=trainer/{overlay}", "--trainer.devices=2"))
+    single, *several = (AutoModelForCausalLM.from_pretrained(folder / "model") for folder in folders)
+    known = []
+    for folder in folders:
+        with PreferenceStore(folder / "ledger.sqlite", read_only=True) as store:
+            known.append(RecordedTable(store).reference_logps(0, 132))
+            assert (store.num_labels, list(store.preferences())) == (132, [])
+    for other, logps in zip(several, known[1:], strict=True):
+        torch.testing.assert_close(torch.from_numpy(logps), torch.from_numpy(known[0]), atol=1e-4, rtol=1e-5)
+        for p, q in zip(single.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)

@@ -41,8 +41,9 @@ from lightning_rlhf.losses import bradley_terry_loss
 from lightning_rlhf.prompts import DatasetPrompts, PrincipledPrompts
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards import AbstractReward, PrincipleReward, RewardOutput
+from lightning_rlhf.rewards.base import RoundSamples
 from lightning_rlhf.samplers import OfflineSampler
-from lightning_rlhf.types import Comparison, Label, Prompt, Response
+from lightning_rlhf.types import Comparison, Label, Prompt, Response, Rollout
 
 
 KEY = Key((7,))
@@ -335,6 +336,35 @@ def test_the_statement_of_a_prompt_holds_fixed_and_sampled_principles() -> None:
         PrincipleReward(Attributes(torch.zeros(2, 2)), fixed=["praise"])
     with pytest.raises(ValueError, match="samples at least one principle per prompt, or has fixed ones"):
         PrincipleReward(Attributes(torch.zeros(2, 2)), sampled=0)
+
+
+class Follower(Attributes):
+    """Learns from the responses of a round."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(2, 2))
+        self.seen: list[RoundSamples] = []
+
+    def learn(self, samples: RoundSamples) -> None:
+        self.seen.append(samples)
+
+    def metrics(self) -> dict[str, float]:
+        return {"rounds": float(len(self.seen))}
+
+
+def test_a_reward_that_learns_sees_the_principles_of_its_prompts() -> None:
+    def rollouts(text: str) -> list[Rollout]:
+        return [Rollout(Prompt(0, (1,), text), Response((2,), "1 0", "eos"), 1.0)]
+
+    inner = Follower()
+    reward = PrincipleReward(inner, sampled=0, fixed=["helpful"])
+    assert reward.learns_from_samples and not PrincipleReward(Attributes(torch.zeros(2, 2))).learns_from_samples
+    reward.learn(RoundSamples(1, rollouts("now"), lambda index: rollouts(f"round {index}"), KEY))
+    (samples,) = inner.seen
+    for found, text in ((samples.prompts[0], "now"), (samples.earlier(0)[0].prompt, "round 0")):
+        assert found.text == f"{text}\n\n{reward.statement(found)}\n\n"
+    assert (samples.index, samples.key) == (1, KEY)
+    assert reward.metrics() == {"rounds": 1.0}
 
 
 def test_principles_stand_behind_the_last_turn() -> None:

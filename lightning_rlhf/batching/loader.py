@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast, overload
 
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_rlhf.batching.steps import Step
+
+
+Item = TypeVar("Item")
+
+PAGE = 512  # items that `AbstractStoredItems` reads at a time when it is iterated
+
+
+class AbstractStoredItems(Sequence[Item]):
+    """Items of an epoch that are read when a batch needs them; every rank must ask for the same ones."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Token positions of each item, known without reading it."""
+
+    @abstractmethod
+    def fetch(self, places: Sequence[int]) -> Mapping[int, Item]:
+        """Read the items at some places."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        """Read one item, or a part of them at once."""
+        chosen = range(len(self))[place]
+        if isinstance(chosen, int):
+            return self.fetch([chosen])[chosen]
+        found = self.fetch(chosen)
+        return [found[i] for i in chosen]
+
+    def __iter__(self) -> Iterator[Item]:
+        """Read all items, some hundred at a time."""
+        for start in range(0, len(self), PAGE):
+            yield from self[start : start + PAGE]
 
 
 class RankSampler(DistributedSampler[Any]):
@@ -17,14 +61,41 @@ class RankSampler(DistributedSampler[Any]):
     def __init__(self, indices: list[int], rank: int = 0, world: int = 1) -> None:
         super().__init__(indices, num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.indices = indices
+        self.start = 0
+        """Place of the first index that is yielded."""
 
     def __iter__(self) -> Iterator[int]:
         """Yield the indices in order."""
-        return iter(self.indices)
+        return iter(self.indices[self.start :])
 
     def __len__(self) -> int:
         """Number of items of this rank."""
         return len(self.indices)
+
+
+class StepDataset(Dataset[tuple[list[Item], Step]], Generic[Item]):
+    """The steps of an epoch with the items of this rank, each made when its turn comes.
+
+    Args:
+        items: items of the epoch.
+        steps: steps of this rank.
+        before: called on every rank with the number of a step before its items are read.
+    """
+
+    def __init__(self, items: Sequence[Item], steps: Sequence[Step], before: Callable[[int], None]) -> None:
+        self.items, self.steps, self.before = items, steps, before
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, number: int) -> tuple[list[Item], Step]:
+        self.before(number)
+        step = self.steps[number]
+        if isinstance(self.items, AbstractStoredItems):
+            # those of all ranks: the ledger is read on rank zero, which gives them to the others
+            found = self.items.fetch(step.everyone)
+            return [found[i] for i in step.indices], step
+        return [self.items[i] for i in step.indices], step
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -46,10 +117,11 @@ class ResumableLoader(DataLoader[Any]):
         # cleared at once: later passes over this loader begin at the first batch
         skip, self.skip = self.skip, 0
         self.yielded = skip
-        for i, batch in enumerate(super().__iter__()):
-            if i >= skip:
-                # before the yield: a checkpoint that is saved after the step on this batch counts it
-                self.yielded = i + 1
-                yield batch
+        # batches that were handed out before are not made again
+        cast(RankSampler, self.sampler).start = skip
+        for i, batch in enumerate(super().__iter__(), start=skip):
+            # before the yield: a checkpoint that is saved after the step on this batch counts it
+            self.yielded = i + 1
+            yield batch
         # a checkpoint between two epochs skips nothing
         self.yielded = 0

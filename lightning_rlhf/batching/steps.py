@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
+from typing import overload
 
 import torch
 
@@ -97,6 +99,63 @@ def plan(
         # L_r = sum_{i in r} w_i l_i / (pairs / world): the average over ranks is the mean over pairs
         steps.append(Step(indices, tuple(map(len, mine)), num_padding, len(pairs) / world, tuple(pairs)))
     return steps
+
+
+class EpochPlan(Sequence[Step]):
+    """The steps of `plan`, each made when it is asked for: a step depends on its own pairs alone.
+
+    Args:
+        order: the pairs of the epoch, like the arguments below as `plan` takes them.
+        lengths: see there.
+        pairs_per_step: see there.
+        max_tokens: see there.
+        rank: see there.
+        world: see there.
+        min_micro_batches: see there.
+    """
+
+    def __init__(
+        self,
+        order: list[int],
+        lengths: Sequence[int],
+        pairs_per_step: int,
+        max_tokens: int | None,
+        rank: int = 0,
+        world: int = 1,
+        min_micro_batches: int = 1,
+    ) -> None:
+        self.order, self.lengths = order, lengths
+        self.pairs_per_step = pairs_per_step
+        self._make = partial(
+            plan,
+            lengths=lengths,
+            pairs_per_step=pairs_per_step,
+            max_tokens=max_tokens,
+            rank=rank,
+            world=world,
+            min_micro_batches=min_micro_batches,
+        )
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.pairs_per_step)
+
+    @overload
+    def __getitem__(self, number: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Step]: ...
+
+    def __getitem__(self, number: int | slice) -> Step | list[Step]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        (step,) = self._make(self.pairs(number % len(self)))
+        return step
+
+    def pairs(self, number: int, steps: int = 1) -> list[int]:
+        """Pairs on all ranks of so many steps, from step ``number`` on."""
+        return self.order[number * self.pairs_per_step : (number + steps) * self.pairs_per_step]
 
 
 def _deal(pairs: list[int], lengths: Sequence[int], world: int) -> list[list[int]]:

@@ -8,9 +8,11 @@ from typing import TypeAlias
 
 from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
+from lightning_rlhf.collectors.recorded import RecordedPairs
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question, booked_once
+from lightning_rlhf.ledger.labeled import LabeledTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.randomness import Key, Stream
@@ -40,8 +42,8 @@ class Round:
     """
 
     index: int
-    preferences: list[Preference]
-    comparisons: list[Comparison] = field(default_factory=list)
+    preferences: Sequence[Preference]
+    comparisons: Sequence[Comparison] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
     sampling_seconds: float = 0.0
     labeling_seconds: float = 0.0
@@ -50,6 +52,8 @@ class Round:
     @property
     def ties(self) -> int:
         """Free ties: pairs of equal responses. They are among the preferences."""
+        if isinstance(self.preferences, RecordedPairs):
+            return self.preferences.ties
         return sum(preference.label.is_free_tie for preference in self.preferences)
 
 
@@ -71,6 +75,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         progress: makes progress bars, as `tqdm` does: ``progress(description, total)`` is a context that yields one.
         reference_cache: keeps reference log-probabilities of recorded responses; default: the cache that the
             environment names.
+        score_reference: whether pairs are scored under the reference when they are sampled.
     """
 
     def __init__(
@@ -83,8 +88,10 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         label_attempts: int = 1,
         progress: Progress | None = None,
         reference_cache: ReferenceCache | None = None,
+        score_reference: bool = True,
     ) -> None:
         super().__init__(store, key, progress)
+        self.score_reference = score_reference
         self.sampler, self.labeler = sampler, labeler
         self.label_attempts = label_attempts
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
@@ -110,7 +117,9 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         # the last chunk may have fewer prompts than there are ranks
         made = self.sampler.sample(prompts, source, key) if prompts else []  # type: ignore[arg-type]
         sampled = returned(self.sampler, "sample", made, len(prompts), Comparison, "prompts")
-        return sampled if source is None else with_reference_logps(sampled, source, self.reference_cache)
+        if source is None or not self.score_reference:
+            return sampled
+        return with_reference_logps(sampled, source, self.reference_cache)
 
     def _keep(self, index: int, items: Sequence[Comparison], positions: Sequence[int]) -> None:
         self._ledger.add_comparisons(index, items, positions)
@@ -119,13 +128,16 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         bought = self.label(index, chunk, num_prompts)
         failed = self._ledger.failed(index)
         # a round without a single label cannot be trained on: it stays open for more attempts
-        labels = [label for _, _, label in self._rows(index, num_prompts)]
-        if not failed or any(label is not None and not label.is_free_tie for label in labels):
+        if not failed or self._has_label(index, num_prompts):
             info = {"prompts": num_prompts, "failed": failed, "upto": self._ledger.last_attempt()}
             # pairs that may still get a label, which then belongs to a later round
             awaited = self._awaited(index, num_prompts) if getattr(self.labeler, "whole_rounds", False) else []
             self._ledger.close_round(index, {**info, "open": len(awaited)} if awaited else info)
         return bought
+
+    def _has_label(self, index: int, num_prompts: int) -> bool:
+        """Whether a comparison of a round has a label that is no free tie."""
+        return any(label and not label.is_free_tie for _, _, label in self._rows(index, num_prompts))
 
     def label(self, index: int, chunk: int, num_prompts: int | None = None) -> int:
         """Buy the labels that a round lacks, chunk by chunk, on rank zero; returns how many.
@@ -143,16 +155,19 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         rows = self._rows(index, num_prompts)
         to_label = self._to_label(rows)
         # before the labeler is asked: a tie then counts as labeled and costs nothing
-        self.store.add_ties(
-            [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
-        )
+        ties = [id_ for id_, c, label in rows if id_ in to_label and label is None and c.has_equal_responses]
+        self.store.add_ties(ties)
         if getattr(self.labeler, "whole_rounds", False):
             # closed rounds only: labels of this one are there after a restart, and not when it is begun
             self.labeler.recall(self._memory(index - 1))
         for attempt in range(self.label_attempts):
             # the ledger counts attempts, so that a restart does not exceed label_attempts
             asked = self.store.attempts(index)
-            rows = self._rows(index, num_prompts)
+            # read again only if it may have changed: a round may be the whole data set
+            if attempt and not self.store.failed(index):
+                break
+            if attempt or ties:
+                rows = self._rows(index, num_prompts)
             open_ = [
                 (id_, c)
                 for id_, c, label in rows
@@ -278,7 +293,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             ]
             after = (self._ledger.round_info(index - 1) or {}).get("upto")
             if after is not None:
-                preferences += self._ledger.late_labels(index, after, upto)
+                preferences += LabeledTable(self._ledger).read(self._ledger.late_ids(index, after, upto))
         return preferences, [comparison for _, comparison, _ in rows], self._ledger.failed(index)
 
 

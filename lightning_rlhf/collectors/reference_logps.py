@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lightning_rlhf.collectors.recorded import RecordedPairs
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.types import Comparison, Preference, pair_rows
@@ -32,15 +33,16 @@ def with_reference_logps(
     ]
 
 
-def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) -> list[Preference]:
+def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) -> Sequence[Preference]:
     """Recompute reference log-probabilities of an older reference; without an engine, keep all."""
-    if engine is None:
-        return list(preferences)
+    # rows of the data hold no log-probabilities
+    if engine is None or isinstance(preferences, RecordedPairs):
+        return preferences
     version = engine.reference.version if engine.reference is not None else 0
     # a pair without a version was scored by no reference of this run: it stays as it is
     stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
     if not stale:
-        return list(preferences)
+        return preferences
     # without the old values, since only responses without reference log-probabilities are scored
     bare: list[Comparison] = []
     for c in [p.comparison for p in stale]:

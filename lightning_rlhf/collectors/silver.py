@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_rlhf.batching.steps import epoch_order
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
+from lightning_rlhf.estimators.temperature import gap_factor
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.ledger.schema import silver_meta
@@ -51,6 +52,10 @@ class SilverOptions:
             1 keeps every pair on-policy.
         real_weight: weight of the loss of real pairs, >= 0.
         kappa: scale of posterior reward gaps, > 0; above 1 it undoes the shrinkage of the posterior mean.
+        kappa_labels: latest labels by which ``kappa`` is calibrated, >= 1; default: none, kappa is fixed. At every fit
+            the model first learns from the labels before them; ``kappa`` is multiplied by the factor at which it then
+            predicts them best. A policy whose responses become equally good has smaller gaps than a model expects that
+            learnt from earlier ones.
         damping: use the posterior variance: the less certain a gap is, the nearer its label is to 1/2.
         refit_every: new labels after which the model is fitted again, >= 1.
         min_labels: labels before the first fit, >= 1; until then the run trains on real pairs, one epoch per round.
@@ -67,6 +72,7 @@ class SilverOptions:
     steps_per_sampling: int = 1
     real_weight: float = 0.3
     kappa: float = 2.0
+    kappa_labels: int | None = None
     damping: bool = True
     refit_every: int = 32
     min_labels: int = 64
@@ -81,6 +87,11 @@ class SilverOptions:
         for name in ("pool", "start_samples"):
             if getattr(self, name) < 2:
                 raise ValueError(f"data.silver.{name} must be at least 2; got {getattr(self, name)}")
+        if self.kappa_labels is not None and not (self.kappa_labels >= 1 and self.model.REFITS):
+            raise ValueError(
+                f"data.silver.kappa_labels must be at least 1, and the model one that forgets earlier fits, such as "
+                f"KernelPreferenceModel; got {self.kappa_labels} and {type(self.model).__name__}"
+            )
         if not self.real_weight >= 0 or not self.kappa > 0:
             raise ValueError(
                 f"data.silver.real_weight must be >= 0 and data.silver.kappa > 0; got {self.real_weight}, {self.kappa}"
@@ -113,6 +124,7 @@ class Forecast:
         nll: mean negative log-likelihood of the labels, nats; ln 2 = 0.693 for a model that knows nothing.
         accuracy: share of the labels on the side of the posterior mean; soft labels count by their larger side.
         labels: labels of the round, free ties left out.
+        kappa: scale of the reward gaps of silver labels when the round was bought; None in rows of earlier versions.
     """
 
     round: int
@@ -120,6 +132,7 @@ class Forecast:
     nll: float
     accuracy: float
     labels: int
+    kappa: float | None = None
 
 
 class SilverCollector:
@@ -138,6 +151,8 @@ class SilverCollector:
         self.options, self.key = options, key.fold(Stream.SILVER)
         self.labels_fitted = 0
         """Real labels that the model was fitted to; 0 before the first fit."""
+        self.kappa = options.kappa
+        """Scale of reward gaps of the newest fit."""
         self.forecast: Forecast | None = None
         """Prediction of the newest round; None before the first one that a fitted model saw."""
 
@@ -207,7 +222,21 @@ class SilverCollector:
                 if not options.model.REFITS:
                     options.model.fit(last)
         if last is not None and options.model.REFITS:
+            if options.kappa_labels is not None:
+                self.kappa = options.kappa * self._calibration(last, options.kappa_labels)
             options.model.fit(last)
+
+    def _calibration(self, preferences: Sequence[Preference], latest: int) -> float:
+        """Factor of reward gaps at which the model predicts the latest labels after a fit to those before them."""
+        # half of the labels at most, so that there is a model
+        latest = min(latest, len(preferences) // 2)
+        earlier, held = preferences[: len(preferences) - latest], preferences[len(preferences) - latest :]
+        if not earlier or not held:
+            return 1.0
+        self.options.model.fit(earlier)
+        mean, _ = self._gaps([preference.comparison for preference in held])
+        label = torch.tensor([preference.probability for preference in held], dtype=torch.float64)
+        return gap_factor(mean, label)
 
     def _predict(self, preferences: Sequence[Preference], index: int) -> Forecast:
         """Predict the labels of a round that the model has not seen (prequential validation)."""
@@ -218,7 +247,7 @@ class SilverCollector:
         nll = torch.nn.functional.binary_cross_entropy(predicted, label).item()
         # a mean of 0 is a guess
         right = torch.where(mean == 0, 0.5, ((mean > 0) == (label > 0.5)).double()).mean().item()
-        return Forecast(index, self.labels_fitted, nll, right, len(preferences))
+        return Forecast(index, self.labels_fitted, nll, right, len(preferences), self.kappa)
 
     def _gaps(self, pairs: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of the reward gap of each pair; [pairs] each."""
@@ -310,7 +339,7 @@ class SilverCollector:
         """Label pairs by the posterior and write them into the ledger; on rank zero."""
         mean, variance = self._gaps(pairs)
         damping = variance if self.options.damping else torch.zeros_like(variance)
-        probabilities = win_probability(mean, damping, self.options.kappa).tolist()
+        probabilities = win_probability(mean, damping, self.kappa).tolist()
         labeled: list[SilverPair] = []
         for pair, p, m, v in zip(pairs, probabilities, mean.tolist(), variance.tolist(), strict=True):
             equal = pair.has_equal_responses

@@ -17,8 +17,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_rlhf.commands.votes import helpsteer_rows, vote_rows
+from lightning_rlhf.annotation.tools import Tool
+from lightning_rlhf.commands.votes import helpsteer_rows, tool_rows, vote_rows
 from lightning_rlhf.labelers.recorded import recorded_probability
+from lightning_rlhf.ledger.recorded import check_holds_pairs
 from lightning_rlhf.ledger.rollouts import RolloutTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Message, Preference, Prompt, Rollout
@@ -26,7 +28,7 @@ from lightning_rlhf.types import Comparison, Message, Preference, Prompt, Rollou
 
 Format = Literal["auto", "jsonl", "parquet"]
 Rows = Literal["auto", "plain", "conversational"]
-Content = Literal["rows", "votes", "helpsteer"]
+Content = Literal["rows", "votes", "helpsteer", "argilla", "potato"]
 Row = dict[str, Any]
 
 _TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -57,6 +59,7 @@ def export_ledger(
     rows: Rows = "auto",
     best: bool = False,
     content: Content = "rows",
+    unlabeled: bool = False,
 ) -> int:
     """Write the labeled comparisons of a ledger as preference rows, or its rollouts, and return how many there are.
 
@@ -82,8 +85,10 @@ def export_ledger(
             messages, to which the other trainer applies its own template; ``auto`` writes messages if every prompt has
             them.
         best: of rollouts, only the most rewarded one of each prompt and round.
-        content: ``rows`` as above; ``votes`` of people, for `import_votes`; or labeled pairs in the form of
-            ``helpsteer``. The last two are JSON lines.
+        content: ``rows`` as above; ``votes`` of people, for `import_votes`; labeled pairs in the form of
+            ``helpsteer``; or all pairs for people to judge in ``argilla`` (a list, .json) or ``potato``. All but rows
+            are JSON.
+        unlabeled: of the pairs for Argilla and potato, only those without a label.
 
     Raises:
         ValueError: if nothing is labeled yet, the format cannot be told, or a prompt without messages is to be written
@@ -92,9 +97,12 @@ def export_ledger(
     target, kind = check_target(ledger, out, format)
     # a snapshot: the run may add rows between the two passes
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        check_holds_pairs(store)
         if content != "rows":
             if kind != "jsonl":
                 raise ValueError(f"content={content} is written as JSON lines; name {out} .jsonl")
+            if content in ("argilla", "potato"):
+                return _write_pairs(store, content, unlabeled, target)
             return _write(vote_rows(store) if content == "votes" else helpsteer_rows(store), target, kind)
         any_has_source = False
         count, all_have_messages, any_has_rewards, any_is_recorded, any_has_options = 0, True, False, False, False
@@ -138,6 +146,7 @@ def export_comparisons(ledger: str, out: str, format: Format = "auto") -> int:
     """
     target, kind = check_target(ledger, out, format)
     with PreferenceStore(ledger, read_only=True) as store, store.snapshot():
+        check_holds_pairs(store)
         found = next(store.walk(), None)
         if found is None and (rollouts := _groups(store)):
             return _write_rollouts(rollouts, target, kind, "auto", False)
@@ -335,13 +344,24 @@ def check_target(ledger: str, out: str, format: Format = "auto") -> tuple[Path, 
     return target, format
 
 
-def _write(rows: Iterable[Row], target: Path, kind: Format) -> int:
+def _write_pairs(store: PreferenceStore, tool: Tool, unlabeled: bool, target: Path) -> int:
+    """Write pairs for an annotation tool."""
+    if (tool == "argilla") != (target.suffix == ".json"):
+        raise ValueError(f"Argilla reads a list, and potato JSON lines: name {target} .json or .jsonl accordingly")
+    count = _write(tool_rows(store, tool, unlabeled), target, "json" if tool == "argilla" else "jsonl")
+    if not count:
+        which = "pair without a label" if unlabeled else "pair"
+        raise ValueError(f"ledger of run {store.run_id} holds no {which}, so {target} is empty; sample some first")
+    return count
+
+
+def _write(rows: Iterable[Row], target: Path, kind: Format | Literal["json"]) -> int:
     """Write rows to a file that appears only when it is complete; returns their number."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # readers never see a half-written file
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        count = (_write_jsonl if kind == "jsonl" else _write_parquet)(rows, partial)
+        count = {"jsonl": _write_jsonl, "json": _write_list}.get(kind, _write_parquet)(rows, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # else a power loss after the rename may leave an empty file
         partial.replace(target)
@@ -357,6 +377,17 @@ def _write_jsonl(rows: Iterable[Row], path: Path) -> int:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
+    return count
+
+
+def _write_list(rows: Iterable[Row], path: Path) -> int:
+    """Write one list of JSON, a row per line."""
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(("[\n" if count == 0 else ",\n") + json.dumps(row, ensure_ascii=False))
+            count += 1
+        file.write("\n]\n" if count else "[]\n")
     return count
 
 

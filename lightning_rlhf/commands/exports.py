@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning_rlhf.commands.export import Content, Format, Rows, export_ledger
+from lightning_rlhf.models.hub import HubRepo, check_login, push_folder
 
 
 def export(
@@ -13,6 +16,8 @@ def export(
     rows: Rows = "auto",
     best: bool = False,
     content: Content = "rows",
+    unlabeled: bool = False,
+    push_to_hub: HubRepo | None = None,
 ) -> str:
     """Write the labels of a ledger as rows for other trainers, or the model of a checkpoint as a folder.
 
@@ -29,17 +34,24 @@ def export(
             messages; ``auto`` writes messages if every prompt has them.
         best: of rollouts, only the most rewarded one of each prompt and round.
         content: ``rows``, or ``votes`` of people for the command ``import``, or labeled pairs in the form of
-            ``helpsteer``; the last two are JSON lines.
+            ``helpsteer``, or all pairs for people to judge in ``argilla`` (name the file ``.json``) or ``potato``.
+        unlabeled: of the pairs for Argilla and potato, only those without a label.
+        push_to_hub: repository to which the folder of a model is uploaded as well.
 
     Raises:
         ValueError: if not exactly one of ``ledger`` and ``checkpoint`` is given, among others.
     """
+    if push_to_hub is not None:
+        if checkpoint is None:
+            raise ValueError("push_to_hub uploads the folder of a model: give --checkpoint")
+        check_login(push_to_hub)
     if ledger is not None and checkpoint is None:
-        return f"wrote {export_ledger(ledger, out, format, rows, best, content)} rows"
+        return f"wrote {export_ledger(ledger, out, format, rows, best, content, unlabeled)} rows"
     if checkpoint is None or ledger is not None:
         raise ValueError("name what to export: either --ledger=RUN/ledger.sqlite or --checkpoint=RUN")
     # imported here: rows need no modules
     from lightning_rlhf.commands.checkpoint_export import export_checkpoint
 
     step = export_checkpoint(checkpoint, out)
-    return f"wrote the model of step {step} to {out}"
+    written = f"wrote the model of step {step} to {out}"
+    return written if push_to_hub is None else f"{written}, uploaded to {push_folder(Path(out), push_to_hub)}"

@@ -73,7 +73,7 @@ def overview() -> str:
             "lightning-rlhf COMMAND --help lists the settings of a command, and the shipped configs.",
             "lightning-rlhf fit --model.help, --data.sampler.help, --data.sampler.help=PILAFSampler explain a part.",
             "lightning-rlhf fit --config NAME --print_config prints all settings as they are in force.",
-            "lightning-rlhf --version prints the version.",
+            "lightning-rlhf --version prints the version, --print_completion a script for completion in bash.",
             "",
             "exit statuses:",
             *statuses,

@@ -114,16 +114,19 @@ class Part:
         """Names of the arguments of the class that is chosen."""
         return [] if self.chosen is None else list(arguments_of(self.chosen))
 
+    def classes(self) -> dict[str, type]:
+        """Classes that can be chosen here, by their short name; groups of settings are none."""
+        found: dict[str, type] = {}
+        for kind in self.kinds:
+            found |= {} if dataclasses.is_dataclass(kind) else subclasses(kind)
+        return {name: kind for name, kind in found.items() if _ours(kind)}
+
     def help(self) -> str:
         """Describe the part: its classes, and the arguments of the one that is chosen."""
         lines = []
         if self.owner is not None:
             lines += [f"--{self.path}: {described_argument(self.owner, self.path.rpartition('.')[2])}", ""]
-        groups = [kind for kind in self.kinds if not dataclasses.is_dataclass(kind)]
-        found: dict[str, type] = {}
-        for kind in groups:
-            found |= subclasses(kind)
-        choices = sorted(name for name, kind in found.items() if _ours(kind))
+        choices = sorted(self.classes())
         if choices:
             lines += [f"classes: {', '.join(choices)}; or module.Class of your own", ""]
             lines += [f"--{self.path}.help={choices[0]} explains one of them; --{self.path}=NAME chooses it", ""]

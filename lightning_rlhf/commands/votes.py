@@ -1,12 +1,13 @@
-"""Votes of a ledger as files: ``votes.jsonl`` in both directions, and rows in the form of HelpSteer3."""
+"""Votes of a ledger as files: ``votes.jsonl`` in both directions, rows in the form of HelpSteer3, annotation tools."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
+from lightning_rlhf.annotation.tools import Tool, pair_name, pair_row, read_answers, vote_of_answer
 from lightning_rlhf.annotation.votes import JSON, Vote, vote_of
 from lightning_rlhf.labelers.votes import VoteOptions, label_of_votes
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -15,6 +16,7 @@ from lightning_rlhf.types import Comparison, Label
 
 Place: TypeAlias = tuple[int, int]
 """Round and position of a comparison."""
+VoteFormat = Literal["votes", "argilla", "potato"]
 DEFAULT_VOTES = VoteOptions()
 
 
@@ -26,16 +28,43 @@ def vote_rows(store: PreferenceStore) -> Iterator[JSON]:
         yield {**place, "prompt_index": indices[round_, position], **vote.to_json()}
 
 
-def import_votes(ledger: str, votes: str, options: VoteOptions = DEFAULT_VOTES) -> dict[str, int]:
-    """Take votes from a file in the form of ``lightning-rlhf export --content=votes`` into the ledger of the same run.
+def tool_rows(store: PreferenceStore, tool: Tool, unlabeled: bool = False) -> Iterator[JSON]:
+    """Pairs as an annotation tool shows them, under names by which `import_votes` finds them; without votes.
+
+    Args:
+        store: the ledger.
+        tool: the tool.
+        unlabeled: only pairs without a label.
+    """
+    for round_, position, comparison, label in store.walk():
+        if comparison.is_single or (unlabeled and label is not None):
+            continue
+        turns = _context(comparison)
+        # one question is shown as it is, a conversation with its speakers
+        texts = [turn["content"] if len(turns) == 1 else f"{turn['role']}: {turn['content']}" for turn in turns]
+        name = pair_name(store.run_id, round_, position)
+        yield pair_row(tool, name, "\n\n".join(texts), comparison.a.text, comparison.b.text)
+
+
+def import_votes(
+    ledger: str,
+    votes: str,
+    options: VoteOptions = DEFAULT_VOTES,
+    format: VoteFormat = "votes",
+    question: str = "preference",
+) -> dict[str, int]:
+    """Take votes from a file into the ledger of the same run: of ``lightning-rlhf export --content=votes``, or a tool.
 
     A pair without a label gets one from its votes. On a pair that has one, votes are kept as late ones, which count in
     statistics only. Votes that the ledger has, by their uid, are left out, so that a file may be imported again.
 
     Args:
         ledger: path of the ledger; no run may have it open.
-        votes: the file, one object of JSON per line.
+        votes: the file, one object of JSON per line; records of Argilla; or potato's folder ``annotation_output``.
         options: how votes become labels.
+        format: ``votes``, or the tool that showed the pairs of ``lightning-rlhf export --content=argilla`` or
+            ``potato``.
+        question: name of the question in Argilla, or of the annotation scheme in potato.
 
     Returns:
         Numbers of rows ``read``, of ``new`` votes, of ``late`` ones among them, and of new ``labels``.
@@ -46,7 +75,7 @@ def import_votes(ledger: str, votes: str, options: VoteOptions = DEFAULT_VOTES) 
     if not Path(ledger).exists():
         raise ValueError(f"{ledger}: no such ledger; give the ledger.sqlite of a run")
     with PreferenceStore(ledger) as store:
-        rows = _read(votes, store)
+        rows = _read(votes, store) if format == "votes" else _read_tool(format, votes, question, store)
         known = {vote.uid for _, _, vote in store.votes()}
         fresh: dict[Place, list[Vote]] = {}
         for place, vote in rows:
@@ -94,6 +123,19 @@ def _read(path: str, store: PreferenceStore) -> list[tuple[Place, Vote]]:
                 f"{where}: round {place[0]}, position {place[1]} holds prompt {indices.get(place)} here, not {index}"
             )
         found.append((place, vote))
+    return found
+
+
+def _read_tool(tool: Tool, path: str, question: str, store: PreferenceStore) -> list[tuple[Place, Vote]]:
+    places = {pair_name(store.run_id, round_, place): (round_, place) for round_, place, _, _ in store.walk()}
+    found = []
+    for answer in read_answers(tool, path, question):
+        if answer.pair not in places:
+            raise ValueError(
+                f"{answer.where}: pair {answer.pair} is none of run {store.run_id}; import the votes into the ledger "
+                f"that exported the pairs"
+            )
+        found.append((places[answer.pair], vote_of_answer(tool, answer)))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import lightning as L
@@ -20,16 +21,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import StepBatch
-from lightning_rlhf.batching.loader import RankSampler, ResumableLoader
-from lightning_rlhf.batching.steps import Step, epoch_order, group_by_length, plan
+from lightning_rlhf.batching.loader import AbstractStoredItems, RankSampler, ResumableLoader, StepDataset
+from lightning_rlhf.batching.steps import EpochPlan, Step, epoch_order, group_by_length
 from lightning_rlhf.collectors.progress import restore_other_bars, silence_other_bars
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, at_least_one
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.ledger.same_run import RowDigest, digest_of_rows, row_differences
-from lightning_rlhf.prompts import AbstractPromptSource, DatasetCompletions, DatasetPrompts, tokenize_rows
+from lightning_rlhf.ledger.row_digest import RowDigest, digest_of_rows
+from lightning_rlhf.ledger.same_run import row_differences
+from lightning_rlhf.prompts import AbstractPromptSource, DatasetCompletions, DatasetPrompts
 from lightning_rlhf.prompts.files import RowData, holds_rows
 from lightning_rlhf.prompts.mixture import SOURCE_COLUMN
+from lightning_rlhf.prompts.table import PromptTable, Tokenization, load_prompts
 from lightning_rlhf.prompts.template import turn_format
+from lightning_rlhf.prompts.tokenize import TokenLimits
 from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward
@@ -65,13 +69,17 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         UNIT: name of an item in progress bars and speeds.
         RESPONSE_LIMIT: the argument that limits responses, for errors.
         ROW_SOURCE: reads rows that are given as they are, as a list of dictionaries or a `datasets.Dataset`.
+        ROWS_ON_DISK: whether ``prompt_options.rows`` counts for training rows; else they stay in memory.
     """
 
-    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset({"heldout", "batching.max_tokens_per_micro_batch"})
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset(
+        {"heldout", "batching.max_tokens_per_micro_batch", "prompt_options.rows"}
+    )
     ITEMS: ClassVar[str] = "items_per_batch"
     UNIT: ClassVar[str] = "pair"
     RESPONSE_LIMIT: ClassVar[str] = "decoding.max_new_tokens"
     ROW_SOURCE: ClassVar[type[DatasetPrompts] | type[DatasetCompletions]] = DatasetPrompts
+    ROWS_ON_DISK: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -103,8 +111,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         self.epochs_per_round: int | None = None
         self.label_budget: int | None = None
         """Most labels that may be bought in total; the last round is cut to it. The `LabelBudget` callback sets it."""
-        self._prompts: list[Prompt] = []
-        self._heldout: list[Prompt] = []
+        self._prompts: Sequence[Prompt] = []
+        self._heldout: Sequence[Prompt] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: RowDigest = digest_of_rows([])
         self._accumulate = 1
@@ -159,7 +167,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         # token ids belong to one tokenizer: another module needs the rows tokenized again
         if not self._prompts or self._tokenizer is not tokenizer:
             self._tokenizer = tokenizer
-            self._prompts = self._load(self.prompt_source, "training")
+            self._prompts = self._load(self.prompt_source, "training", self.ROWS_ON_DISK)
             self._rows = digest_of_rows(self._prompts)
             if self.heldout_source is not None:
                 self._heldout = self._load(self.heldout_source, "held-out")
@@ -249,13 +257,13 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         items = self.items(epoch)
         # every rank makes the same plan from the same items, and keeps its own share of each step
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        lengths = [self.length(item) for item in items]
+        lengths = self.lengths(items)
         per_step = self._items_per_step(items)
         order = epoch_order(len(items), self.key.fold(Stream.ORDER, epoch))
         order = group_by_length(
             order, lengths, per_step, self.batching.length_window, self.key.fold(Stream.WINDOWS, epoch)
         )
-        steps = plan(
+        steps = EpochPlan(
             order,
             lengths,
             per_step,
@@ -266,12 +274,26 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             min_micro_batches=self._accumulate,
         )
         return ResumableLoader(
-            [([items[i] for i in step.indices], step) for step in steps],  # type: ignore[arg-type]
-            # all steps on every rank: `plan` has already divided the items of a step among the ranks
+            StepDataset(items, steps, partial(self.before_step, steps)),
+            # all steps on every rank: a step has already divided its items among the ranks
             sampler=RankSampler(list(range(len(steps))), rank, world),
             collate_fn=self._collate,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def lengths(self, items: Sequence[Item]) -> Sequence[int]:
+        """Token positions of all items of an epoch."""
+        if isinstance(items, AbstractStoredItems):
+            return items.lengths
+        return [self.length(item) for item in items]
+
+    def before_step(self, steps: EpochPlan, number: int) -> None:
+        """Called on every rank before the batch of a step is made, in order; nothing by default.
+
+        Args:
+            steps: steps of the epoch.
+            number: number of the step in the epoch, from 0.
+        """
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Serve held-out prompts in batches of ``decoding.rows``."""
@@ -311,9 +333,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         ((mine, step),) = items
         return self.collate(mine, step)
 
-    def _load(self, source: AbstractPromptSource, what: str) -> list[Prompt]:
+    def _load(self, source: AbstractPromptSource, what: str, on_disk: bool = False) -> Sequence[Prompt]:
         module = module_of(self.trainer, StepModule, type(self).__name__)
-        rows = source.load()
         window = module.context_window
         limit = self.prompt_options.max_prompt_tokens
         # prompt and response share the context window: max_prompt_tokens = window - max_new_tokens
@@ -330,24 +351,24 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
                 f"{self.decoding.max_new_tokens} exceed the policy's window of {window} tokens together; lower one of "
                 f"them"
             )
-        prompts, report = tokenize_rows(
-            rows,
+        how = Tokenization(
             module.tokenizer,
-            max_prompt_tokens=limit,
-            max_response_tokens=self.decoding.max_new_tokens,
-            on_long_prompt=self.prompt_options.on_long_prompt,
+            TokenLimits(limit, self.decoding.max_new_tokens, self.prompt_options.on_long_prompt),
             system_prompt=self.prompt_options.system_prompt,
+            end_ids=tuple(module.configured_end_ids),
             chat=self.prompt_options.chat,
-            end_ids=module.configured_end_ids,
         )
+        prompts, found = load_prompts(source, how, self.prompt_options.rows if on_disk else "memory")
+        table = prompts if isinstance(prompts, PromptTable) else None
         end = turn_format(module.tokenizer).end
-        if end is not None and end not in module.configured_end_ids and any(p.messages is not None for p in prompts):
+        chats = any(p.messages is not None for p in prompts) if table is None else table.facts["has_messages"]
+        if end is not None and end not in module.configured_end_ids and chats:
             token = module.tokenizer.convert_ids_to_tokens(end)
             rank_zero_info(
                 f"{what} prompts: turns end with {token!r}, which the checkpoint does not stop at; responses end there "
                 f"from now on, and the saved model does"
             )
-        counts = {reason: n for reason, n in {**source.report, **report}.items() if n}
+        counts = {reason: n for reason, n in found.items() if n}
         form = getattr(source, "format_name", None)
         rank_zero_info(
             f"{what} prompts: {len(prompts)}"
@@ -362,8 +383,11 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
     def _unread(self, source: AbstractPromptSource, prompts: Sequence[Prompt]) -> list[str]:
         """Columns of the rows that neither the source nor a reward reads."""
         names = dict.fromkeys(getattr(source, "unread_columns", ()))
-        for prompt in prompts:
-            names |= dict.fromkeys(prompt.columns)
+        if isinstance(prompts, PromptTable):
+            names |= dict.fromkeys(prompts.facts["column_names"])
+        else:
+            for prompt in prompts:
+                names |= dict.fromkeys(prompt.columns)
         read: set[str] = set()
         for reward in self.rewards():
             read |= columns_read(reward, list(names))

@@ -50,14 +50,26 @@ class PreferenceRoundOptions(RoundOptions):
         heldout_generate: whether validation generates answers to held-out prompts, for reward, KL and J; recorded
             held-out pairs are evaluated in any case. Default: not in offline runs, whose sampler decodes nothing,
             unless the held-out rows have no pairs.
+        reference_logps: when recorded pairs of an offline run are scored under the reference: ``ahead``, at most 64
+            steps before they are trained on; ``all``, before the first step; ``live``, in every step again.
+        ledger_pairs: the ledger of an offline run holds ``copies`` of all recorded pairs and labels, or the numbers of
+            their ``rows``; ``auto``: copies up to 2,000 pairs, and where labels are bought.
     """
 
     replay: int | Literal["last", "all"] = "last"
     label_attempts: int = 1
     heldout_generate: bool | None = None
+    reference_logps: Literal["ahead", "all", "live"] = "ahead"
+    ledger_pairs: Literal["auto", "copies", "rows"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reference_logps not in ("ahead", "all", "live"):
+            raise ValueError(
+                f"data.rounds.reference_logps must be 'ahead', 'all' or 'live'; got {self.reference_logps!r}"
+            )
+        if self.ledger_pairs not in ("auto", "copies", "rows"):
+            raise ValueError(f"data.rounds.ledger_pairs must be 'auto', 'copies' or 'rows'; got {self.ledger_pairs!r}")
         # "last" and "all" are no numbers; 1 passes the check
         replay = self.replay if isinstance(self.replay, int) else 1
         at_least_one(rounds__label_attempts=self.label_attempts, rounds__replay=replay)
@@ -68,8 +80,8 @@ class PrincipleRoundOptions(PreferenceRoundOptions):
     """How rounds are cut, labeled and replayed, and how principles are sampled in an epoch (arXiv 2310.05910).
 
     Args:
-        prompts_per_round, epochs_per_round, replay, label_attempts, ledger, heldout_generate: as in
-            `PreferenceRoundOptions`.
+        prompts_per_round, epochs_per_round, replay, label_attempts, ledger, heldout_generate, reference_logps,
+            ledger_pairs: as in `PreferenceRoundOptions`.
         stop: parameter of the geometric distribution of the number of principles of a pair, in (0, 1).
         most_principles: largest number, >= 1.
         negated: probability that a principle is negated, in [0, 1].
@@ -123,12 +135,15 @@ class PromptOptions:
         on_long_prompt: ``error`` stops, ``drop`` leaves the row out, ``truncate`` keeps the end of the prompt.
         system_prompt: system turn put before conversational prompts; default: none.
         chat: take plain prompts as the user's turns, and render them with the chat template.
+        rows: where tokenized training rows of preference runs are: ``memory``; ``disk``, in a table that later runs
+            open again; or ``auto``, on disk from files of 1 MB or 2,000 other rows on.
     """
 
     max_prompt_tokens: int | None = None
     on_long_prompt: Literal["error", "drop", "truncate"] = "error"
     system_prompt: str | None = None
     chat: bool = False
+    rows: Literal["auto", "memory", "disk"] = "auto"
 
     def __post_init__(self) -> None:
         at_least_one(prompt_options__max_prompt_tokens=self.max_prompt_tokens)

@@ -7,17 +7,25 @@ a round is read from the ledger, so that a killed run continues with the pairs a
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from lightning_rlhf.batching.batches import PreferenceBatch
 from lightning_rlhf.batching.collate import collate_preferences
-from lightning_rlhf.batching.steps import Step
+from lightning_rlhf.batching.steps import EpochPlan, Step
 from lightning_rlhf.collectors.preferences import Round, RoundCollector
+from lightning_rlhf.collectors.recorded import RecordedPairs, all_have_pairs
+from lightning_rlhf.collectors.reference_ahead import ReferenceScorer, is_late
 from lightning_rlhf.collectors.reference_logps import refreshed
 from lightning_rlhf.collectors.silver import Forecast, SilverCollector, SilverOptions
 from lightning_rlhf.datamodules.base import DEFAULT_DECODING
@@ -29,22 +37,33 @@ from lightning_rlhf.datamodules.options import (
     PreferenceRoundOptions,
     PromptOptions,
 )
+from lightning_rlhf.datamodules.replay import ReplayedPairs, ReplayedRound, is_stale, stored_round
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.evaluation.feedback import Feedback, feedback_summary
+from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding
-from lightning_rlhf.labelers import AbstractLabeler, RewardLabeler, ThumbsLabeler
+from lightning_rlhf.labelers import AbstractLabeler, RecordedLabeler, RewardLabeler, ThumbsLabeler
+from lightning_rlhf.ledger.labeled import LabeledTable, StoredRound
+from lightning_rlhf.ledger.recorded import RecordedRound, RecordedTable
+from lightning_rlhf.ledger.row_digest import digest_of_rows
 from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.preference_models.base import UsesPreferenceModel
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.prompts.table import PromptTable
 from lightning_rlhf.protocols import SilverModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
 from lightning_rlhf.rewards import AbstractReward
 from lightning_rlhf.rewards.base import check_rows
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler, MixtureSampler
-from lightning_rlhf.types import Preference, State
+from lightning_rlhf.samplers import AbstractPairSampler, AbstractSelectiveSampler, MixtureSampler, OfflineSampler
+from lightning_rlhf.types import Preference, Prompt, State
+
+
+MOST_COPIES = 2_000
+"""Recorded pairs up to which the ledger of an offline run holds copies of them, unless a setting says otherwise."""
 
 
 @accepts_old_names("data")
@@ -71,8 +90,12 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         "reward",
         "rounds.label_attempts",
         "rounds.heldout_generate",
+        # the same values at another time, and the same pairs in another place
+        "rounds.reference_logps",
+        "rounds.ledger_pairs",
     }
     ITEMS: ClassVar[str] = "pairs_per_batch"
+    ROWS_ON_DISK: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -107,9 +130,13 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         self.heldout_reward = reward or (labeler.reward if isinstance(labeler, RewardLabeler | ThumbsLabeler) else None)
         self.replay, self.label_attempts = rounds.replay, rounds.label_attempts
         self.heldout_generate = rounds.heldout_generate
+        self.reference_logps, self.ledger_pairs = rounds.reference_logps, rounds.ledger_pairs
         self.round: Round | None = None
         """The newest round, for callbacks."""
-        self._rounds: dict[int, list[Preference]] = {}
+        self._rounds: dict[int, Sequence[Preference]] = {}
+        # rounds that are replayed from the ledger
+        self._stored: dict[int, StoredRound] = {}
+        self._scorer: ReferenceScorer | None = None
         _check_silver(silver, rounds, sampler)
         self.silver = silver
         self._silver: SilverCollector | None = None
@@ -183,7 +210,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         Raises:
             ValueError: naming the setting that does not fit.
         """
-        recorded = [prompt.is_single for prompt in self._prompts] if not self.sampler.needs_engine else []
+        recorded = [] if self.sampler.needs_engine else _single_or_pair(self._prompts)
         module, judges = self.trainer.lightning_module, self.labeler.judges
         singles = self.sampler.makes_singles or any(recorded)
         held_out = any(prompt.is_single for prompt in self._heldout)
@@ -264,6 +291,10 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         # replayed rounds make epochs grow
         return super()._items_per_epoch() if self.replay in ("last", 1) or self.epochs_per_round is None else None
 
+    def lengths(self, items: Sequence[Preference]) -> Sequence[int]:
+        """Token positions of all pairs of an epoch."""
+        return items.lengths() if isinstance(items, RecordedPairs) else super().lengths(items)
+
     def length(self, item: Preference) -> int:
         """Token positions of a pair, its prompt counted once."""
         pair = item.comparison
@@ -272,6 +303,8 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def collate(self, items: Sequence[Preference], step: Step) -> PreferenceBatch:
         """Make a batch of pairs."""
         batch = collate_preferences(items)
+        if self._scorer is not None:
+            batch = _with_reference(batch, items, self._scorer.totals[step.indices])
         # padding pairs have weight 0; [-num_padding:] would be the whole batch where there are none
         batch.weight[len(batch) - step.num_padding :] = 0.0
         return replace(
@@ -293,18 +326,63 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
 
     def forget_rounds(self) -> None:
         """Forget all rounds, and reset the sampler to its initial state."""
-        self.round, self._rounds = None, {}
+        self.round, self._rounds, self._stored, self._scorer = None, {}, {}, None
         self._silver, self._silver_state, self._first_silver_round = None, {}, None
         # copied again: the sampler may keep the state and change it, and the next fit needs it once more
         self.sampler.load_state_dict(copy.deepcopy(self._initial_sampler))
 
-    def buffer(self, due: int, epoch: int) -> list[Preference]:
+    def buffer(self, due: int, epoch: int) -> Sequence[Preference]:
         """Preferences to train on: of the rounds that are replayed, oldest first, or silver and real ones."""
         if self.silver is not None:
             return self._silver_buffer(self.silver, due, epoch)
         kept = self.replay if isinstance(self.replay, int) else {"last": 1, "all": due + 1}[self.replay]
-        self._keep_rounds(max(due - kept + 1, 0), due)
-        return list(chain.from_iterable(self._rounds.values()))
+        if kept > 1:
+            return self._replayed(max(due - kept + 1, 0), due)
+        self._keep_rounds(due, due)
+        # not as a list: pairs of many rows are made when they are asked for
+        return self._rounds[due]
+
+    def _replayed(self, first: int, due: int) -> ReplayedPairs:
+        """The rounds ``first, ..., due``; those before the newest stay in the ledger if it has their values."""
+        for index in range(first, due + 1):
+            if index in self._rounds or index in self._stored:
+                continue
+            # a resumed run reads no pair of a round that it had finished
+            if index < min(due, self._observed) and self._keep_stored(index):
+                self._module().start_round(index)
+            else:
+                self._collect(index)
+        for index in range(first, due):
+            if index not in self._stored:
+                self._keep_stored(index)
+        engine = self._engine()
+        kept: dict[int, Sequence[Preference]] = {}
+        rounds: list[ReplayedRound] = []
+        for index in range(first, due + 1):
+            stored = self._stored.get(index)
+            # the ledger has log-probabilities of the reference of its round, which may have moved since
+            if stored is not None and not is_stale(stored, engine):
+                rounds.append(stored)
+                continue
+            pairs = self._rounds[index] if index in self._rounds or stored is None else self._read_pairs(stored.ids)
+            kept[index] = refreshed(pairs, engine)
+            rounds.append(kept[index])
+        self._rounds = kept
+        self._stored = {index: stored for index, stored in self._stored.items() if first <= index}
+        return ReplayedPairs(rounds, read=self._read_pairs, length=self.length)
+
+    def _keep_stored(self, index: int) -> bool:
+        """Take note of the pairs of a round in the ledger, if it is closed; every rank must ask."""
+        # lengths come from the ledger, which does not know those of a subclass
+        if type(self).length is not PreferenceDataModule.length:
+            return False
+        found = distributed.from_rank_zero(lambda: None if self._store is None else stored_round(self._store, index))
+        if found is not None:
+            self._stored[index] = found
+        return found is not None
+
+    def _read_pairs(self, ids: Sequence[int]) -> list[Preference]:
+        return distributed.from_rank_zero(lambda: [] if self._store is None else LabeledTable(self._store).read(ids))
 
     def _keep_rounds(self, first: int, due: int) -> None:
         """Keep the rounds ``first, ..., due``; rounds that are missing are collected, or read from the ledger."""
@@ -315,7 +393,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         engine = self._engine()
         self._rounds = {i: refreshed(self._rounds[i], engine) for i in range(first, due + 1)}
 
-    def _silver_buffer(self, silver: SilverOptions, due: int, epoch: int) -> list[Preference]:
+    def _silver_buffer(self, silver: SilverOptions, due: int, epoch: int) -> Sequence[Preference]:
         """Pairs of the newest round until the model is fitted, then silver pairs with real pairs of all rounds."""
         collector = self._silver_collector(silver)
         if due not in self._rounds and due > 0:
@@ -351,13 +429,101 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def _collect(self, index: int) -> None:
         # first of all: it may move the reference, from which responses are sampled and scored
         self._module().start_round(index)
-        result = self._collector().collect(index, self._round_prompts(index), self._engine(), self._chunk())
+        if self._names_rows(index):
+            result = self._recorded_round(index)
+        else:
+            result = self._collector().collect(index, self._round_prompts(index), self._engine(), self._chunk())
         self._rounds[index] = result.preferences
         self.round = result
         # once per round, also if a resumed run reads the round again
         if index >= self._observed:
             self.sampler.observe(result.comparisons)
             self._observed = index + 1
+        self._scorer = self._late_scorer(index, result.preferences)
+
+    @property
+    def _is_offline(self) -> bool:
+        """Whether the one round of the run is the recorded pairs with their recorded labels."""
+        kinds = (type(self.sampler), type(self.labeler))
+        return kinds == (OfflineSampler, RecordedLabeler) and self.epochs_per_round is None and self.silver is None
+
+    def _names_rows(self, index: int) -> bool:
+        """Whether the ledger names the rows of a round rather than hold its pairs; every rank must ask.
+
+        Raises:
+            ValueError: if it is to name them and cannot.
+        """
+        budget = self.label_budget is not None or self.cost_budget is not None
+        named, copied = distributed.from_rank_zero(partial(self._ledger_pairs, index))
+        if named and budget:
+            raise ValueError(
+                f"{self.ledger} names the recorded rows of its round, all of them, and a label budget counts pairs: "
+                f"leave the budget out, or set data.rounds.ledger_pairs=copies in another run folder"
+            )
+        # a ledger goes on as it was begun
+        if named or copied:
+            return named
+        fits = self._is_offline and not budget and all_have_pairs(self._prompts)
+        if self.ledger_pairs == "rows" and not fits:
+            raise ValueError(
+                "data.rounds.ledger_pairs=rows is for recorded pairs with their recorded labels and no label budget, "
+                "in one round: set data.sampler=OfflineSampler, data.labeler=RecordedLabeler and "
+                "data.rounds.epochs_per_round=null, or leave data.rounds.ledger_pairs out"
+            )
+        large = self.ledger_pairs == "auto" and self._pairs_of_round > MOST_COPIES
+        return fits and (large or self.ledger_pairs == "rows")
+
+    def _ledger_pairs(self, index: int) -> tuple[bool, bool]:
+        """Whether the ledger names the rows of a round, and whether it holds pairs of it; on rank zero."""
+        assert self._store is not None
+        return RecordedTable(self._store).read(index) is not None, bool(self._store.positions(index))
+
+    @property
+    def _pairs_of_round(self) -> int:
+        return self.prompts_per_round or len(self._prompts)
+
+    def _recorded_round(self, index: int) -> Round:
+        """The round of the recorded pairs, which are read from their rows."""
+        rows = np.array(self._round_rows(index), np.int32)
+        pairs = RecordedPairs(self._prompts, rows, self.key, index)
+        start = time.perf_counter()
+        distributed.from_rank_zero(partial(self._close_recorded, index, pairs))
+        return Round(index, pairs, pairs.comparisons, labeling_seconds=time.perf_counter() - start)
+
+    def _close_recorded(self, index: int, pairs: RecordedPairs) -> None:
+        assert self._store is not None
+        if self._store.round_info(index) is None:
+            recorded = RecordedRound(digest_of_rows(self._prompts)["digest"], pairs.rows, pairs.ties)
+            RecordedTable(self._store).close_round(index, recorded)
+
+    def _late_scorer(self, index: int, pairs: Sequence[Preference]) -> ReferenceScorer | None:
+        """Scores the pairs of an offline round that have no reference log-probabilities yet; None if all have."""
+        engine = self._engine()
+        if not self._is_offline or engine is None or engine.reference is None:
+            return None
+        # those of a closed round were scored when it was sampled, or not at all
+        if not isinstance(pairs, RecordedPairs) and all(p.comparison.a.reference_logps is not None for p in pairs):
+            return None
+        cache = ReferenceCache.from_environment()
+        return ReferenceScorer(pairs, index, self._store, self.reference_logps, self._chunk(), self._scoring, cache)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[PolicyEngine]:
+        """The engine, with sharded models gathered, in the precision of training; every rank must enter."""
+        with self._module().gathered(), self.trainer.precision_plugin.forward_context():
+            engine = self._engine()
+            assert engine is not None  # asked by `_late_scorer`
+            yield engine
+
+    def before_step(self, steps: EpochPlan, number: int) -> None:
+        """Score pairs under the reference that this step and those ahead of it need."""
+        if self._scorer is None:
+            return
+        # a run that ends before the epoch does needs no more
+        left = self.trainer.max_steps - self.trainer.global_step
+        last = len(steps) if self.trainer.max_steps < 0 else min(number + max(left, 1), len(steps))
+        batches = self.trainer.num_training_batches
+        self._scorer.prepare(steps, number, int(min(last, max(batches, number + 1))))
 
     def sample_round(self, index: int) -> None:
         """Sample the comparisons of a round."""
@@ -390,11 +556,40 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
             self.key,
             label_attempts=self.label_attempts,
             progress=self._progress,
+            score_reference=not self._scores_late,
         )
+
+    @property
+    def _scores_late(self) -> bool:
+        """Whether pairs are not scored under the reference when they are sampled, but some steps before their own."""
+        per_step = self.items_per_batch * self._accumulate
+        return self._is_offline and is_late(self.reference_logps, self._pairs_of_round / per_step)
 
     def _chunk(self) -> int:
         # two responses per pair fill a decoding batch on every rank
         return max(self.decoding.rows // 2, 1) * self.trainer.world_size
+
+
+def _single_or_pair(prompts: Sequence[Prompt]) -> list[bool]:
+    """Whether recorded rows are single responses: one entry per row, or, of a table, one per kind that it has."""
+    if isinstance(prompts, PromptTable):
+        singles = prompts.facts["singles"]
+        return [True] * (singles > 0) + [False] * (singles < len(prompts))
+    return [prompt.is_single for prompt in prompts]
+
+
+def _with_reference(
+    batch: PreferenceBatch, items: Sequence[Preference], totals: NDArray[np.float64]
+) -> PreferenceBatch:
+    """A batch with reference log-probabilities of responses a and b, nats, [pairs, 2]."""
+    # as `collate_preferences` chooses: the chosen response is the more probable winner
+    first = torch.tensor([item.probability >= 0.5 or item.comparison.is_single for item in items])
+    a, b = torch.from_numpy(totals).unbind(1)
+    return replace(
+        batch,
+        reference_chosen_logps=torch.where(first, a, b),
+        reference_rejected_logps=torch.where(first, b, a),
+    )
 
 
 def _is_silver(preference: Preference) -> bool:

@@ -284,7 +284,11 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
         return self.prompts_per_round or len(self._prompts)
 
     def _round_prompts(self, index: int) -> list[Prompt]:
-        """Prompts of a round: the next piece of an endless stream of shuffled epochs over the data set."""
+        """Prompts of a round, see `_round_rows`."""
+        return [self._prompts[row] for row in self._round_rows(index)]
+
+    def _round_rows(self, index: int) -> list[int]:
+        """Rows of a round: the next piece of an endless stream of shuffled epochs over the data set."""
         total = len(self._prompts)
         size = self.prompts_per_round or total
         trial = int(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -302,15 +306,15 @@ class AbstractRoundDataModule(AbstractStepDataModule[Item]):
             size = max(0, min(size, int(left // self.labels_per_prompt / self.label_fraction + 1e-9)))
         # place p of the stream is row order_k[p mod N] of pass k = floor(p / N) over the N rows
         orders: dict[int, list[int]] = {}
-        prompts = []
+        rows = []
         # start = index * full size, also after a round that was cut: the number alone decides the prompts
         start = index * (self.prompts_per_round or total)
         for position in range(start, start + size):
             passed, place = divmod(position, total)
             if passed not in orders:
                 orders[passed] = epoch_order(total, self.key.fold(Stream.PROMPTS, passed))
-            prompts.append(self._prompts[orders[passed][place]])
-        return prompts
+            rows.append(orders[passed][place])
+        return rows
 
     def _labels_before(self, index: int) -> int:
         return distributed.from_rank_zero(lambda: 0 if self._store is None else self.labels_before(self._store, index))

@@ -48,7 +48,7 @@ from lightning_rlhf.estimators.tabular import (
     tilted_pair_distribution,
     tpilaf_pair_distribution,
 )
-from lightning_rlhf.estimators.temperature import fit_temperature, tempered
+from lightning_rlhf.estimators.temperature import fit_temperature, gap_factor, tempered
 
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "expected_dpo_loss",
     "fit_temperature",
     "gae",
+    "gap_factor",
     "gaussian_samples",
     "geometric_count",
     "group_relative",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.1, 100.0
 """Bounds of a fitted temperature: few pairs on which all agree would make it 0."""
+MOST_FACTOR = 10.0
+"""Bound of a fitted factor of reward gaps, and of its inverse."""
 SURE = 1e-6
 """Probabilities count as at least so far from 0 and 1, whose logits are infinite."""
 
@@ -62,6 +67,24 @@ def fit_temperature(probability: Tensor, target: Tensor, weight: Tensor | None =
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 2 / (low + high)
+
+
+def gap_factor(gap: Tensor, target: Tensor, prior_std: float = 0.7) -> float:
+    """Factor s of reward gaps whose probabilities predict labels best, near 1 where labels are few.
+
+    Maximizes ``sum_i (p_i log sigma(s f_i) + (1 - p_i) log sigma(-s f_i)) - (log s)^2 / (2 prior_std^2)`` over s in
+    [1 / `MOST_FACTOR`, `MOST_FACTOR`].
+
+    Args:
+        gap: predicted reward gaps f, nats; [pairs].
+        target: labels p, probabilities that the first response is preferred; [pairs].
+        prior_std: standard deviation of log s in its prior, > 0.
+    """
+    grid = torch.linspace(-math.log(MOST_FACTOR), math.log(MOST_FACTOR), 801, dtype=torch.float64)
+    scaled = grid.exp()[:, None] * gap.double()
+    # log p(label) = p log sigma(z) + (1 - p) log sigma(-z) = p z - log(1 + e^z)
+    value = (target.double() * scaled - F.softplus(scaled)).sum(1) - grid.square() / (2 * prior_std**2)
+    return float(grid[value.argmax()].exp())
 
 
 def _logits(probability: Tensor) -> Tensor:

@@ -19,13 +19,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_rlhf.ledger.counters import recount
 from lightning_rlhf.ledger.people import PEOPLE_SCHEMA
-from lightning_rlhf.ledger.schema import ROLLOUT_SCHEMA, SCHEMA, SILVER_SCHEMA, TIE_SCHEMA
+from lightning_rlhf.ledger.schema import (
+    COUNTER_SCHEMA,
+    COUNTER_VERSION,
+    RECORDED_SCHEMA,
+    ROLLOUT_SCHEMA,
+    SCHEMA,
+    SILVER_SCHEMA,
+    TIE_SCHEMA,
+    schema_version,
+)
 
 
 APPLICATION_ID = 0x524C4846  # "RLHF", in the header of the file
-SCHEMA_VERSION = 5
-UPGRADES = {2: ROLLOUT_SCHEMA, 3: TIE_SCHEMA, 4: SILVER_SCHEMA, 5: PEOPLE_SCHEMA}
+SCHEMA_VERSION = 6
+UPGRADES = {
+    2: ROLLOUT_SCHEMA,
+    3: TIE_SCHEMA,
+    4: SILVER_SCHEMA,
+    5: PEOPLE_SCHEMA,
+    COUNTER_VERSION: [*COUNTER_SCHEMA, *RECORDED_SCHEMA],
+}
 """Statements that make a ledger of the version before one of this version; they only add."""
 REMEDIES = {
     sqlite3.SQLITE_FULL: (errno.ENOSPC, "free some space and start again; every label written so far is kept"),
@@ -91,11 +107,6 @@ def check_is_ledger(db: sqlite3.Connection, path: Path) -> bool:
     return True
 
 
-def schema_version(db: sqlite3.Connection) -> int:
-    """Version of the tables in the file."""
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
-
-
 def take_lease(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     """Become the only writer, until the connection returned is closed or this process dies.
 
@@ -140,6 +151,9 @@ def prepare_for_writing(db: sqlite3.Connection, path: Path) -> None:
     for version in range(schema_version(db) + 1, SCHEMA_VERSION + 1):
         for statement in UPGRADES[version]:
             db.execute(statement)
+        if version == COUNTER_VERSION:
+            # once: a scan of all rows, seconds for a million labels
+            recount(db)
         db.execute(f"PRAGMA user_version = {version}")
     set_value(db, "writer", {"pid": os.getpid(), "host": socket.gethostname()})
     db.execute("COMMIT")

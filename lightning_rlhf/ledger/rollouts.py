@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lightning_rlhf.ledger.database import readable, schema_version
+from lightning_rlhf.ledger.counters import count, scores_before
+from lightning_rlhf.ledger.database import readable
 from lightning_rlhf.ledger.schema import (
     INSERT_ROLLOUT,
     INSERT_SCORE,
@@ -17,6 +18,7 @@ from lightning_rlhf.ledger.schema import (
     decode_rollout,
     find_or_add_prompt,
     rollout_row,
+    schema_version,
     score_row,
 )
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -98,6 +100,7 @@ class RolloutTable:
                         f"ask only for rollouts whose reward is None"
                     )
             db.executemany(INSERT_SCORE, rows)
+            count(db, "scores", len(rows))
 
     def rollouts(self, round: int) -> list[tuple[int, int, Rollout]]:
         """The rollouts of a round with their ids and positions, by position and sample."""
@@ -127,5 +130,4 @@ class RolloutTable:
         with self.store.reading() as db:
             if schema_version(db) < 2:
                 return 0
-            query = "SELECT COUNT(*) FROM scores s JOIN rollouts r ON r.id = s.rollout WHERE r.round < ?"
-            return int(db.execute(query, (before,)).fetchone()[0])
+            return scores_before(db, before)

@@ -5,16 +5,14 @@ Rows count by their content, not by the path of their file.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NotRequired, TypedDict
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.ledger.row_digest import SHORT, RowDigest, digest_of_columns, digest_of_rows
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.renamed import renamed_settings
 from lightning_rlhf.runtime.fingerprint import (
@@ -26,71 +24,12 @@ from lightning_rlhf.runtime.fingerprint import (
     without,
     without_new_defaults,
 )
-from lightning_rlhf.types import Prompt, Response
+from lightning_rlhf.types import Prompt
 
 
 ROWS, HELDOUT_ROWS, CODE, COLUMNS = "training_rows", "heldout_rows", "code", "columns"
 """Keys under which a ledger stores digests of the rows, and of the code of a user's own classes."""
-NAMED = 100_000
-"""Rows up to which a digest of each is kept, so that a message can name the first that differs."""
-_SHORT = 4
 _OBJECTS = {"labeler", "reward"}
-
-
-class RowDigest(TypedDict):
-    """Digest of a list of rows, as plain JSON.
-
-    Attributes:
-        count: number of rows.
-        digest: digest of all of them.
-        each: short digests of each, one after the other; for at most `NAMED` rows.
-    """
-
-    count: int
-    digest: str
-    each: NotRequired[str]
-
-
-def digest_of_rows(prompts: Sequence[Prompt]) -> RowDigest:
-    """Digest of a list of rows.
-
-    Token ids count, so that another tokenizer, chat template or limit of length gives other rows.
-    """
-    whole = hashlib.blake2b(digest_size=16)
-    each = bytearray()
-    for prompt in prompts:
-        digest = hashlib.blake2b(digest_size=16)
-        for part in _parts(prompt):
-            # the length first: without it ("ab", "c") and ("a", "bc") would have one digest
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        whole.update(digest.digest())
-        each += digest.digest()[:_SHORT]
-    found: RowDigest = {"count": len(prompts), "digest": whole.hexdigest()}
-    if len(prompts) <= NAMED:
-        found["each"] = each.hex()
-    return found
-
-
-def _parts(prompt: Prompt) -> Iterator[bytes]:
-    yield from _content(prompt.ids, prompt.text)
-    yield b"" if prompt.messages is None else json.dumps(prompt.messages, sort_keys=True).encode()
-    for response in prompt.pair or ():
-        yield from _response(response)
-    if prompt.recorded is not None:
-        yield repr((float(prompt.recorded.probability), float(prompt.recorded.weight))).encode()
-    if prompt.completion is not None:
-        yield from _response(prompt.completion)
-
-
-def _response(response: Response) -> Iterator[bytes]:
-    yield from _content(response.ids, response.text)
-
-
-def _content(ids: Sequence[int], text: str) -> Iterator[bytes]:
-    yield array("q", ids).tobytes()
-    # a text may hold lone surrogates, which strict UTF-8 refuses to encode
-    yield text.encode("utf-8", "surrogatepass")
 
 
 def row_differences(then: RowDigest, now: RowDigest, prompts: Sequence[Prompt], source: str, where: str) -> list[str]:
@@ -118,7 +57,7 @@ def row_differences(then: RowDigest, now: RowDigest, prompts: Sequence[Prompt], 
 
 
 def _short_digests(each: str) -> list[str]:
-    size = 2 * _SHORT  # hexadecimal digits
+    size = 2 * SHORT  # hexadecimal digits
     return [each[start : start + size] for start in range(0, len(each), size)]
 
 
@@ -264,13 +203,11 @@ def note_code(store: PreferenceStore, code: Mapping[str, str]) -> None:
 
 def note_columns(store: PreferenceStore, prompts: Sequence[Prompt], source: str) -> None:
     """Warn if other columns of the rows have changed: rewards that read them may score later rounds differently."""
-    if not any(prompt.columns for prompt in prompts):
-        return
     # apart from the digest of the rows, so that a ledger of a version without columns continues
-    whole = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        whole.update(json.dumps(dict(prompt.columns), sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
-    now, before = whole.hexdigest(), store.value(COLUMNS)
+    now = digest_of_columns(prompts)
+    if now is None:
+        return
+    before = store.value(COLUMNS)
     if before not in (None, now):
         rank_zero_warn(
             f"{source}: columns that rewards may read have changed since the run began; the rounds that the ledger "

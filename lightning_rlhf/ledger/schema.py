@@ -66,6 +66,26 @@ SILVER_SCHEMA = [
     "variance REAL, fitted INTEGER, cost REAL NOT NULL, time REAL NOT NULL, UNIQUE (epoch, position))",
 ]
 """Table that version 4 of the schema added: pairs with labels by a preference model."""
+COUNTER_VERSION = 6
+COUNTER_SCHEMA = [
+    "CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, count INTEGER NOT NULL, total REAL NOT NULL, "
+    "correction REAL NOT NULL)",
+    "INSERT OR IGNORE INTO counters VALUES ('passes', 0, 0.0, 0.0), ('ties', 0, 0.0, 0.0), ('scores', 0, 0.0, 0.0)",
+    # labels and cost of all attempts up to one, a row for each transaction that added labels
+    "CREATE TABLE IF NOT EXISTS running (attempt INTEGER PRIMARY KEY, labels INTEGER NOT NULL, cost REAL NOT NULL, "
+    "correction REAL NOT NULL)",
+    # pairs that two labelers judged are found without a scan of all attempts
+    "CREATE INDEX IF NOT EXISTS routed_attempts ON attempts (comparison) WHERE status = 'routed'",
+]
+"""Tables that version 6 of the schema added: totals, so that no round scans the rows of earlier ones."""
+RECORDED_SCHEMA = [
+    "CREATE TABLE IF NOT EXISTS recorded (round INTEGER PRIMARY KEY, digest TEXT NOT NULL, rows BLOB NOT NULL, "
+    "pairs INTEGER NOT NULL, ties INTEGER NOT NULL, time REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS reference_logps (id INTEGER PRIMARY KEY, round INTEGER NOT NULL, "
+    "positions BLOB NOT NULL, logps BLOB NOT NULL, time REAL NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS reference_logps_of_round ON reference_logps (round)",
+]
+"""Tables that version 6 of the schema added: recorded pairs by their rows, and their reference log-probabilities."""
 SCHEMA = [
     "CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE prompts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, {_declare(PROMPT_COLUMNS)}, "
@@ -88,6 +108,8 @@ SCHEMA = [
     *TIE_SCHEMA,
     *SILVER_SCHEMA,
     *PEOPLE_SCHEMA,
+    *COUNTER_SCHEMA,
+    *RECORDED_SCHEMA,
 ]
 INSERT_PROMPT = f"INSERT INTO prompts (hash, {', '.join(PROMPT_COLUMNS)}) VALUES ({_marks(1 + len(PROMPT_COLUMNS))})"
 INSERT_COMPARISON = f"INSERT INTO comparisons VALUES ({_marks(4 + len(COMPARISON_COLUMNS))})"
@@ -102,11 +124,24 @@ SELECT_ROLLOUTS = (
     "WHERE r.round = ? ORDER BY r.position, r.sample"
 )
 INSERT_ATTEMPT = f"INSERT INTO attempts (comparison, status, probability, cost, meta, time) VALUES ({_marks(6)})"
-SELECT_COMPARISONS = (
-    f"SELECT c.position, c.id, c.{', c.'.join(COMPARISON_COLUMNS)}, c.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
+_SELECT_PAIRS = (
+    f"c.id, c.{', c.'.join(COMPARISON_COLUMNS)}, c.prompt, p.{', p.'.join(PROMPT_COLUMNS)}, "
     "l.probability, l.cost, l.meta, {tie} FROM comparisons c JOIN prompts p ON p.id = c.prompt "
     "LEFT JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
-    "WHERE c.round = ? AND c.position > ? ORDER BY c.position LIMIT ?"
+)
+SELECT_COMPARISONS = (
+    f"SELECT c.position, {_SELECT_PAIRS}WHERE c.round = ? AND c.position > ? ORDER BY c.position LIMIT ?"
+)
+SELECT_PAIRS = f"SELECT c.round, {_SELECT_PAIRS}WHERE c.id IN (SELECT value FROM json_each(?))"
+"""Pairs by a JSON list of their numbers, in any order; rows as of `SELECT_COMPARISONS`, with the round in front."""
+SELECT_SIZES = (
+    # SQLite finds the length of a blob in the head of its row, without reading it; 4 bytes a token
+    "SELECT c.id, c.round, c.position, "
+    "(COALESCE(length(p.ids), 0) + COALESCE(length(c.a_ids), 0) + COALESCE(length(c.b_ids), 0)) / 4, "
+    "COALESCE(json_extract(c.meta, '$.reference_version'), -1), l.id, {tie} "
+    "FROM comparisons c JOIN prompts p ON p.id = c.prompt "
+    "LEFT JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
+    "WHERE {where} ORDER BY c.round, c.position"
 )
 INSERT_SILVER = (
     f"INSERT INTO silver (epoch, position, prompt, {', '.join(COMPARISON_COLUMNS + SILVER_COLUMNS)}, time) "
@@ -119,6 +154,11 @@ SELECT_SILVER = (
 )
 IS_TIE = "EXISTS (SELECT 1 FROM ties WHERE ties.comparison = c.id)"
 """Whether a comparison is a free tie; put 0 in its place for a ledger of an older version, which has none."""
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """Version of the tables in the file."""
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def comparison_row(comparison: Comparison, where: str) -> tuple[Cell, ...]:
@@ -219,7 +259,7 @@ def find_or_add_prompt(db: sqlite3.Connection, prompt: Prompt) -> int:
 
 
 def decode(row: Sequence[object], prompts: dict[int, Prompt]) -> tuple[int, int, Comparison, Label | None]:
-    """Read a row of `SELECT_COMPARISONS`: position, id, comparison, label.
+    """Read a row of `SELECT_COMPARISONS` or `SELECT_PAIRS`: position or round, id, comparison, label.
 
     Args:
         row: the row.

@@ -9,8 +9,15 @@ import time
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from lightning_rlhf.ledger.database import readable, schema_version
-from lightning_rlhf.ledger.schema import INSERT_SILVER, SELECT_SILVER, decode_silver, find_or_add_prompt, silver_row
+from lightning_rlhf.ledger.database import readable
+from lightning_rlhf.ledger.schema import (
+    INSERT_SILVER,
+    SELECT_SILVER,
+    decode_silver,
+    find_or_add_prompt,
+    schema_version,
+    silver_row,
+)
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Comparison, Label, Prompt
 

@@ -22,6 +22,15 @@ from types import TracebackType
 from typing import Any
 
 from lightning_rlhf.annotation.votes import Vote
+from lightning_rlhf.ledger.counters import (
+    cost_before,
+    count,
+    labels_before,
+    mean_passes,
+    note_attempts,
+    recorded,
+    ties_before,
+)
 from lightning_rlhf.ledger.database import (
     check_is_ledger,
     connect,
@@ -29,7 +38,6 @@ from lightning_rlhf.ledger.database import (
     get_value,
     prepare_for_writing,
     readable,
-    schema_version,
     set_value,
     take_lease,
 )
@@ -45,6 +53,7 @@ from lightning_rlhf.ledger.schema import (
     comparison_row,
     decode,
     find_or_add_prompt,
+    schema_version,
     to_prompt,
 )
 from lightning_rlhf.runtime.fingerprint import Settings, differences
@@ -240,6 +249,8 @@ class PreferenceStore:
             if inserts and db.execute("SELECT 1 FROM rounds WHERE round = ?", (round,)).fetchone():
                 raise ValueError(f"round {round} of {self.path} is closed; add new comparisons to a later round")
             db.executemany(INSERT_COMPARISON, inserts)
+            new = [c for c, position in zip(comparisons, positions, strict=True) if position not in stored]
+            count(db, "passes", len(new), [float(comparison.passes) for comparison in new])
         return ids
 
     def add_labels(
@@ -292,6 +303,7 @@ class PreferenceStore:
                 "UPDATE totals SET attempts = attempts + ?, labels = labels + ?, cost = cost + ?",
                 (len(rows), sum(x.status == "ok" for x in labels), sum(x.cost for x in labels)),
             )
+            note_attempts(db)
 
     def add_late_votes(self, comparison: int, votes: Sequence[Vote]) -> None:
         """Keep votes that came after the label of a comparison, marked as late; those that are there stay."""
@@ -322,15 +334,16 @@ class PreferenceStore:
                     raise ValueError(
                         f"{problem} {identity} in {self.path}; pass ids of comparisons whose label is None"
                     )
-            db.executemany("INSERT OR IGNORE INTO ties VALUES (?, ?)", [(identity, now) for identity in ids])
+            # the number of rows that were not there
+            new = db.executemany("INSERT OR IGNORE INTO ties VALUES (?, ?)", [(identity, now) for identity in ids])
+            count(db, "ties", max(new.rowcount, 0))
 
     def count_ties(self, before: int | None = None) -> int:
         """Number of pairs of equal responses, in rounds before round ``before`` or in all."""
         with self.reading() as db:
             if schema_version(db) < 3:
                 return 0
-            query = "SELECT COUNT(*) FROM ties t JOIN comparisons c ON c.id = t.comparison WHERE c.round < ?"
-            return int(db.execute(query, (sys.maxsize if before is None else before,)).fetchone()[0])
+            return ties_before(db, sys.maxsize if before is None else before)
 
     def prompts(self) -> Iterator[Prompt]:
         """The prompts of all comparisons and rollouts, each once, in arbitrary order."""
@@ -343,7 +356,8 @@ class PreferenceStore:
     def has_samples(self) -> bool:
         """Whether the ledger holds a comparison or a rollout."""
         with self.reading() as db:
-            tables = ("comparisons", "rollouts") if schema_version(db) >= 2 else ("comparisons",)
+            version = schema_version(db)
+            tables = ["comparisons", *["rollouts"][: version >= 2], *["recorded"][: version >= 6]]
             return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
@@ -486,25 +500,13 @@ class PreferenceStore:
         """
         upto = (self.round_info(before - 1) or {}).get("upto")
         with self.reading() as db:
-            if upto is not None:
-                query = "SELECT COUNT(*) FROM attempts WHERE status = 'ok' AND id <= ?"
-                return int(db.execute(query, (upto,)).fetchone()[0])
-            query = (
-                # from the attempts, since the table of totals does not tell rounds apart
-                "SELECT COUNT(*) FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
-                "WHERE c.round < ?"
-            )
-            return int(db.execute(query, (before,)).fetchone()[0])
+            return labels_before(db, before, upto)
 
     def cost(self, before: int) -> float:
         """Cost of the attempts that were made before round ``before`` began, failed ones too."""
         upto = (self.round_info(before - 1) or {}).get("upto")
         with self.reading() as db:
-            if upto is not None:
-                query = "SELECT TOTAL(cost) FROM attempts WHERE id <= ?"
-                return float(db.execute(query, (upto,)).fetchone()[0])
-            query = "SELECT TOTAL(l.cost) FROM comparisons c JOIN attempts l ON l.comparison = c.id WHERE c.round < ?"
-            return float(db.execute(query, (before,)).fetchone()[0])
+            return cost_before(db, before, upto)
 
     def sources(self) -> dict[str, tuple[int, int, float]]:
         """Labels, attempts and their cost by the ``source`` that labelers note in ``meta``; empty if none does."""
@@ -523,10 +525,12 @@ class PreferenceStore:
         """
         with self.reading() as db:
             rows = db.execute(
-                "SELECT r.cost, r.meta, l.probability, l.cost, l.meta FROM attempts l JOIN attempts r ON r.id = "
-                "(SELECT MAX(id) FROM attempts WHERE comparison = l.comparison AND status = ?) "
-                "WHERE l.status = 'ok' AND l.id <= ? ORDER BY l.id",
-                (ROUTED, sys.maxsize if upto is None else upto),
+                # from the routed ones, which have an index of their own: CROSS JOIN keeps this order
+                "SELECT r.cost, r.meta, l.probability, l.cost, l.meta FROM "
+                "(SELECT comparison, MAX(id) AS newest FROM attempts WHERE status = 'routed' GROUP BY comparison) o "
+                "CROSS JOIN attempts l ON l.comparison = o.comparison AND l.status = 'ok' AND l.id <= ? "
+                "JOIN attempts r ON r.id = o.newest ORDER BY l.id",
+                (sys.maxsize if upto is None else upto,),
             ).fetchall()
         return [
             (Label(None, ROUTED, first, json.loads(noted)), Label(probability, "ok", cost, json.loads(meta)))
@@ -548,24 +552,19 @@ class PreferenceStore:
             ).fetchall()
         return dict(rows)
 
-    def late_labels(self, before: int, after: int, upto: int) -> list[Preference]:
-        """Labels of rounds before round ``before`` whose attempts have numbers in (after, upto], by round and position.
+    def late_ids(self, before: int, after: int, upto: int) -> list[int]:
+        """Comparisons of rounds before round ``before`` whose labels are attempts in (after, upto].
 
-        They arrived when their own round was closed, and belong to the round that was open then.
+        The labels arrived when their own round was closed, and belong to the round that was open then.
         """
         with self.reading() as db:
             rows = db.execute(
-                "SELECT c.id, c.round FROM comparisons c JOIN attempts l ON l.comparison = c.id AND l.status = 'ok' "
-                "WHERE c.round < ? AND l.id > ? AND l.id <= ?",
-                (before, after, upto),
+                # by the numbers of the attempts, which are few: CROSS JOIN keeps this order
+                "SELECT c.id FROM attempts l CROSS JOIN comparisons c ON c.id = l.comparison "
+                "WHERE l.status = 'ok' AND l.id > ? AND l.id <= ? AND c.round < ? ORDER BY c.round, c.position",
+                (after, upto, before),
             ).fetchall()
-        wanted = {identity for identity, _ in rows}
-        found = []
-        for round in sorted({round for _, round in rows}):
-            for identity, comparison, label in self.comparisons(round):
-                if identity in wanted and label is not None:
-                    found.append(Preference(comparison, label, round))
-        return found
+        return [identity for (identity,) in rows]
 
     def votes(self, rounds: Sequence[int] | None = None, upto: int | None = None) -> list[tuple[int, int, Vote]]:
         """Votes of people with the round and position of their comparison, oldest first.
@@ -580,13 +579,14 @@ class PreferenceStore:
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""
         with self.reading() as db:
-            mean = db.execute("SELECT AVG(passes) FROM comparisons").fetchone()[0]
-        return math.nan if mean is None else float(mean)
+            mean = mean_passes(db)
+        return math.nan if mean is None else mean
 
     @property
     def num_labels(self) -> int:
         """Number of labels with status ``"ok"``."""
-        return int(self._total("labels"))
+        with self.reading() as db:
+            return int(self._total("labels")) + recorded(db, "pairs - ties")
 
     @property
     def num_attempts(self) -> int:

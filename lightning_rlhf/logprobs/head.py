@@ -17,6 +17,14 @@ from torch import Tensor
 
 LOGIT_BYTES = 256 * 2**20
 """Byte budget of float32 logits; above it they are computed in tiles, and again in the backward pass."""
+SCRATCH_BYTES = 8 * 2**20
+"""Byte budget of the copies of logits that exponentials are computed in, on the CPU: it stays in the caches."""
+_idle: list[Tensor] = []
+"""The memory of the last tile on the CPU, of at most `LOGIT_BYTES` or one token, while no tile is in it.
+
+The C library would give so large a block back to the system at once, and the system would clear its pages again for the
+next tile, which took half of the time of scoring.
+"""
 
 
 @dataclass(frozen=True)
@@ -149,26 +157,27 @@ class _Scores(torch.autograd.Function):
         frozen = need_hidden and not need_weight and not need_bias
         logps, log_sums, entropy, greedy, directions = [], [], [], [], []
         kept: Tensor | None = None
+        # a single tile is kept for the backward pass; several would be the full logits in memory
+        keep = grad and not frozen and len(hidden) <= tile
+        buffer = None if keep else _take_buffer(hidden, weight, tile)
         for part, target in _tiles(tile, hidden, targets):
-            logits, compute_dtype = _logits(part, weight, bias, rule)
+            logits, compute_dtype = _logits(part, weight, bias, rule, buffer=buffer)
             # log p_y = z_y - logsumexp(z)
-            log_sum = logits.logsumexp(-1)
+            log_sum = torch.cat([rows.logsumexp(-1) for (rows,) in _tiles(_scratch_size(logits), logits)])
             logps.append(logits.gather(-1, target[:, None]).squeeze(-1) - log_sum)
             if statistics:
                 greedy.append(logits.argmax(-1) == target)
-                probabilities = (logits - log_sum[:, None]).exp_()
-                # H = -sum_v p_v log p_v = logsumexp(z) - sum_v p_v z_v, with 0 * -inf = 0
-                entropy.append(log_sum - probabilities.mul_(logits).nan_to_num_(nan=0.0).sum(-1))
-                del probabilities
+                entropy.append(_entropy(logits, log_sum))
             if frozen:
                 # s (onehot - p) W, the gradient of log p_y in h; the backward pass multiplies by g
                 delta = _delta(logits, log_sum, target, rule)
                 directions.append(delta.to(compute_dtype) @ weight.to(compute_dtype))
             else:
                 log_sums.append(log_sum)
-            # a single tile is kept for the backward pass; several would be the full logits in memory
-            if grad and not frozen and len(hidden) <= tile:
+            if keep:
                 kept = logits
+            del logits
+        _give_back(buffer)
         ctx.rule, ctx.tile, ctx.kept, ctx.frozen = rule, tile, kept, frozen
         if grad:
             ctx.compute_dtype = compute_dtype
@@ -192,9 +201,10 @@ class _Scores(torch.autograd.Function):
         dtype = ctx.compute_dtype
         by_hidden: list[Tensor] = []
         by_weight = by_bias = None
+        buffer = _take_buffer(hidden, weight, ctx.tile) if ctx.kept is None else None
         for part, target, log_sum, g in _tiles(ctx.tile, hidden, targets, log_sums, gradient):
             kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward pass recomputes them
-            logits = _logits(part, weight, bias, ctx.rule, dtype)[0] if kept is None else kept
+            logits = _logits(part, weight, bias, ctx.rule, dtype, buffer)[0] if kept is None else kept
             # g s (onehot - p), [tile, vocabulary]
             delta = _delta(logits, log_sum, target, ctx.rule).mul_(g.to(logits.dtype)[:, None])
             if need_bias:
@@ -207,6 +217,7 @@ class _Scores(torch.autograd.Function):
                 product = delta.T @ part.to(dtype)
                 by_weight = product.to(weight.dtype) if by_weight is None else by_weight.add_(product)
             del logits, kept, delta
+        _give_back(buffer)
         return (
             torch.cat(by_hidden).to(hidden.dtype) if need_hidden else None,
             by_weight,
@@ -216,15 +227,64 @@ class _Scores(torch.autograd.Function):
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, dtype: torch.dtype | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: LogitRule,
+    dtype: torch.dtype | None = None,
+    buffer: Tensor | None = None,
 ) -> tuple[Tensor, torch.dtype]:
     """Logits in float32 or better, and the data type of the product: that of the weights, or of autocast."""
     if dtype is not None:  # backward pass: autocast is off there, so that the data type of the forward is passed in
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    out = None if buffer is None else buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    plain = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
+    if out is not None and plain:
+        # the products that `linear` calls, into memory that is there
+        product = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+        return rule.apply(product), product.dtype
     product = torch.nn.functional.linear(hidden, weight, bias)
-    logits = product if product.dtype == torch.float64 else product.float()
+    if out is not None and product.dtype != torch.float64:
+        logits = out.copy_(product)
+    else:
+        logits = product if product.dtype == torch.float64 else product.float()
     return rule.apply(logits), product.dtype
+
+
+def _take_buffer(hidden: Tensor, weight: Tensor, tile: int) -> Tensor | None:
+    """Memory for the logits of a tile, float32, flat; None where the device has an allocator that keeps memory."""
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float64:
+        return None
+    size = min(tile, len(hidden)) * len(weight)
+    # pop(): a second thread finds none, and gets its own
+    if _idle and (found := _idle.pop()).numel() >= size:
+        return found
+    # a tensor of inference mode could not be written outside of it
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.float32)
+
+
+def _give_back(buffer: Tensor | None) -> None:
+    """Keep the memory of a tile for the next one."""
+    if buffer is not None and not _idle:
+        _idle.append(buffer)
+
+
+def _scratch_size(logits: Tensor) -> int:
+    """Tokens whose exponentials are in memory at a time: few on the CPU, all elsewhere."""
+    return tile_size(logits.shape[-1], SCRATCH_BYTES) if logits.device.type == "cpu" else max(1, len(logits))
+
+
+def _entropy(logits: Tensor, log_sum: Tensor) -> Tensor:
+    """Entropy of each token in nats, [tokens]."""
+    means = []
+    for rows, log_sums in _tiles(_scratch_size(logits), logits, log_sum):
+        probabilities = (rows - log_sums[:, None]).exp_()
+        # sum_v p_v z_v with 0 * -inf = 0
+        means.append(probabilities.mul_(rows).nan_to_num_(nan=0.0).sum(-1))
+    # H = -sum_v p_v log p_v = logsumexp(z) - sum_v p_v z_v
+    return log_sum - torch.cat(means)
 
 
 def _delta(logits: Tensor, log_sum: Tensor, target: Tensor, rule: LogitRule) -> Tensor:

@@ -205,6 +205,9 @@ class KernelPreferenceModel(AbstractPreferenceModel):
 
     Args:
         scales: prior standard deviations of the parts.
+        whitening: how far features are whitened, in [0, 1]: 1 gives all directions the same variance, 0 keeps their
+            variances as they are. The directions of a pretrained model that vary much say most about its texts: there
+            0.25 orders pairs better.
         surface: also use the number of repeated tokens and log pi_ref of the response, as a linear kernel. Report
             results with and without it: they may be terms of a simulated oracle.
         evidence_labels: labels from which on multipliers of the scales are chosen by the log evidence, >= 1; default:
@@ -216,15 +219,19 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         self,
         *,
         scales: KernelScales = DEFAULT_SCALES,
+        whitening: float = 1.0,
         surface: bool = False,
         evidence_labels: int | None = None,
         most_labels: int = 4096,
     ) -> None:
+        if not 0 <= whitening <= 1:
+            raise ValueError(f"whitening must be in [0, 1]; got {whitening}")
         if evidence_labels is not None and evidence_labels < 1:
             raise ValueError(f"evidence_labels must be at least 1, or null; got {evidence_labels}")
         if most_labels < 1:
             raise ValueError(f"most_labels must be at least 1; got {most_labels}")
         self.scales = scales
+        self.whitening = whitening
         # log pi_ref is a surface feature
         self.surface = self.needs_reference_logps = surface
         self.evidence_labels = evidence_labels
@@ -256,10 +263,10 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         found = self._trunk.features(prompts, responses)
         ones = torch.ones_like(found.lengths)
         self._statistics = _Statistics(
-            prompt=fit_whitening(found.prompt, ones, PROMPT_SQUARED_NORM),
-            tokens=fit_whitening(found.tokens, found.lengths, SQUARED_NORM),
-            hidden=fit_whitening(found.hidden, found.lengths, SQUARED_NORM),
-            middle=fit_whitening(found.middle, found.lengths, SQUARED_NORM),
+            prompt=fit_whitening(found.prompt, ones, PROMPT_SQUARED_NORM, self.whitening),
+            tokens=fit_whitening(found.tokens, found.lengths, SQUARED_NORM, self.whitening),
+            hidden=fit_whitening(found.hidden, found.lengths, SQUARED_NORM, self.whitening),
+            middle=fit_whitening(found.middle, found.lengths, SQUARED_NORM, self.whitening),
             length=_moments(found.lengths.double()[:, None]),
             surface=_moments(self._surface(responses)),
         )

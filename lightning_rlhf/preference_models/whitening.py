@@ -14,11 +14,11 @@ LEAST_SHRINKAGE = 0.01
 
 @dataclass(frozen=True)
 class Whitening:
-    """A linear map that gives features unit covariance, and then a mean squared norm of choice.
+    """A linear map that gives features unit covariance, or goes part of the way, and then a mean squared norm.
 
     Args:
         center: mean feature per unit of length; [width].
-        factor: lower Cholesky factor of the shrunk covariance; [width, width].
+        factor: lower Cholesky factor of the shrunk covariance C, or of C^power; [width, width].
         scale: factor of the whitened features.
     """
 
@@ -29,12 +29,12 @@ class Whitening:
     def __call__(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Whitened features, [rows, width]; arguments as in `fit_whitening`."""
         centered = features.double() - lengths.double()[:, None] * self.center
-        # L^-1 z has covariance L^-1 C L^-T = I
+        # with L L^T = C^power: L^-1 z has covariance L^-1 C L^-T, the identity at power 1
         whitened: Tensor = torch.linalg.solve_triangular(self.factor, centered.T, upper=False).T
         return self.scale * whitened
 
 
-def fit_whitening(features: Tensor, lengths: Tensor, squared_norm: float) -> Whitening:
+def fit_whitening(features: Tensor, lengths: Tensor, squared_norm: float, power: float = 1.0) -> Whitening:
     """Fit a whitening of sums over tokens.
 
     The covariance is shrunk towards a multiple of the identity by the oracle approximating shrinkage of Chen et al.
@@ -44,6 +44,8 @@ def fit_whitening(features: Tensor, lengths: Tensor, squared_norm: float) -> Whi
         features: sums over the tokens of each sample; [samples, width].
         lengths: tokens of each sample; ones for features that are no sums; [samples].
         squared_norm: mean squared norm of the whitened features over the samples.
+        power: exponent of the covariance, in [0, 1]: inner products are ``z^T C^-power z'``. 1 whitens, 0 only centers
+            and scales.
     """
     features, lengths = features.double(), lengths.double()
     count, width = features.shape
@@ -61,6 +63,16 @@ def fit_whitening(features: Tensor, lengths: Tensor, squared_norm: float) -> Whi
     shrinkage = max(shrinkage, LEAST_SHRINKAGE)
     shrunk = (1 - shrinkage) * covariance
     shrunk.diagonal().add_(shrinkage * trace / width)
-    unscaled = Whitening(center, torch.linalg.cholesky(shrunk), 1.0)
+    unscaled = Whitening(center, torch.linalg.cholesky(_power(shrunk, power)), 1.0)
     mean = float(unscaled(features, lengths).square().sum(1).mean())
     return Whitening(center, unscaled.factor, (squared_norm / mean) ** 0.5)
+
+
+def _power(matrix: Tensor, power: float) -> Tensor:
+    """Power of a positive definite matrix."""
+    if power == 1:
+        return matrix
+    values, vectors = torch.linalg.eigh(matrix)
+    # V diag(e^power) V^T
+    powered: Tensor = (vectors * values.pow(power)) @ vectors.T
+    return powered

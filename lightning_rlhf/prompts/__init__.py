@@ -18,7 +18,7 @@ from lightning_rlhf.prompts.completions import DatasetCompletions
 from lightning_rlhf.prompts.dataset import DatasetPrompts
 from lightning_rlhf.prompts.files import DatasetFiles
 from lightning_rlhf.prompts.hh import HHPrompts
-from lightning_rlhf.prompts.judged import HelpSteerPrompts, LabelStudioPrompts, RewardBenchPrompts
+from lightning_rlhf.prompts.judged import ArgillaPrompts, HelpSteerPrompts, LabelStudioPrompts, RewardBenchPrompts
 from lightning_rlhf.prompts.ledger import LedgerPrompts
 from lightning_rlhf.prompts.mixed_pairs import MixedPairs
 from lightning_rlhf.prompts.mixture import MixedPrompts
@@ -32,6 +32,7 @@ from lightning_rlhf.prompts.unpaired import DatasetUnpaired
 __all__ = [
     "CHAT_TEMPLATES",
     "AbstractPromptSource",
+    "ArgillaPrompts",
     "BuiltinPrompts",
     "DatasetCompletions",
     "DatasetFiles",

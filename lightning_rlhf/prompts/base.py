@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 
 from lightning_rlhf.prompts.files import Data, holds_rows, name_of
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
@@ -39,3 +41,14 @@ class AbstractPromptSource(KeepsArguments, ABC):
         Called once per data set and rank. Rows left out on purpose are counted in `report`; rows that cannot be read
         raise an error which names the row.
         """
+
+    def stream(self) -> Iterator[PromptRow]:
+        """The rows of `load`, one after another; a source that reads its data in portions needs no memory for all.
+
+        `report` is complete when the last row has been read.
+        """
+        yield from self.load()
+
+    def data_files(self) -> list[Path]:
+        """Local files that `load` reads, where it reads nothing else; their rows are kept on disk once tokenized."""
+        return []

@@ -17,13 +17,14 @@ Messages may have other fields and roles, such as ``tool_calls`` and ``tool``: t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from lightning_rlhf.prompts.base import AbstractPromptSource, note_data
-from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, name_of, read_rows
-from lightning_rlhf.prompts.formats import SourcedRow, convert_rows, format_of, resemblance
+from lightning_rlhf.prompts.files import DatasetFiles, Row, describe, local_files, name_of, read_rows, stream_rows
+from lightning_rlhf.prompts.formats import RowFormat, SourcedRow, convert_rows, format_of, resemblance
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
@@ -112,22 +113,43 @@ class DatasetPrompts(AbstractPromptSource):
         """
         self.report.clear()
         rows = self._in_known_format(read_rows(self._data, self.split, self.limit))
-        columns = columns_of(rows)
+        kept = list(self._usable(rows, columns_of(rows)))
+        return rows_of_part(kept, self.part, self.heldout_share)
+
+    def stream(self) -> Iterator[PromptRow]:
+        """The rows of `load`, one after another: files are read twice, first for the names of their columns."""
+        # rows of another format may belong together, and a part of the rows may be empty
+        columns = columns_of(stream_rows(self._data, self.split, self.limit))
+        if self.part != "all" or self._other_format(columns) is not None or not self.data_files():
+            yield from self.load()
+            return
+        self.report.clear()
+        self.format_name = None
+        yield from self._usable(stream_rows(self._data, self.split, self.limit), columns)
+
+    def data_files(self) -> list[Path]:
+        """Local files of the rows."""
+        return local_files(self._data)
+
+    def _usable(self, rows: Iterable[SourcedRow], columns: list[str]) -> Iterator[PromptRow]:
+        """The rows that can be used, parsed; the others are counted."""
         take_pairs = self._takes_pairs(columns)
-        kept = []
-        for source, row in rows:
-            parsed = self._parse(row, source, take_pairs)
-            reason = unusable_pair(parsed.pair)
-            if reason is None:
-                kept.append(parsed)
-            else:
-                self.report[reason] += 1
-        if not kept:
-            raise ValueError(f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): check the data")
         # columns that a conversion adds are no columns of the data
         known = self._read_columns | (MADE if self.format_name else set())
-        self.unread_columns = [name for name in columns if name not in known and name not in kept[0].columns]
-        return rows_of_part(kept, self.part, self.heldout_share)
+        count, first = 0, None
+        for source, row in rows:
+            count += 1
+            parsed = self._parse(row, source, take_pairs)
+            reason = unusable_pair(parsed.pair)
+            if reason is not None:
+                self.report[reason] += 1
+                continue
+            if first is None:
+                first = parsed
+                self.unread_columns = [name for name in columns if name not in known and name not in first.columns]
+            yield parsed
+        if first is None:
+            raise ValueError(f"{self.path}: none of {count} rows can be used ({dict(self.report)}): check the data")
 
     @property
     def _read_columns(self) -> set[str]:
@@ -136,15 +158,8 @@ class DatasetPrompts(AbstractPromptSource):
 
     def _in_known_format(self, rows: list[SourcedRow]) -> list[SourcedRow]:
         """Rows of another format as rows of this one, where the columns to be read are not there."""
-        columns = columns_of(rows)
-        has_pairs = all(name in columns for name in self._pair_columns)
         self.format_name = None
-        if self.prompt_column in columns and (has_pairs or self.kind != "preference"):
-            return rows
-        # two answers before one: a format with pairs has prompts, too
-        form = format_of(columns, pairs=True)
-        if form is None and self.kind != "preference":
-            form = format_of(columns, pairs=False)
+        form = self._other_format(columns_of(rows))
         if form is None:
             return rows
         self.format_name = form.name
@@ -156,6 +171,17 @@ class DatasetPrompts(AbstractPromptSource):
                 f"the data"
             )
         return converted
+
+    def _other_format(self, columns: list[str]) -> RowFormat | None:
+        """The format of rows without the columns to be read; None if they are there, or no format is known."""
+        has_pairs = all(name in columns for name in self._pair_columns)
+        if self.prompt_column in columns and (has_pairs or self.kind != "preference"):
+            return None
+        # two answers before one: a format with pairs has prompts, too
+        form = format_of(columns, pairs=True)
+        if form is None and self.kind != "preference":
+            form = format_of(columns, pairs=False)
+        return form
 
     @property
     def _pair_columns(self) -> tuple[str, str]:
@@ -255,11 +281,13 @@ class DatasetPrompts(AbstractPromptSource):
         return without_final_answer(first[:length], source, self.chosen_column)
 
 
-def columns_of(rows: Sequence[SourcedRow]) -> list[str]:
+def columns_of(rows: Iterable[SourcedRow]) -> list[str]:
     """Columns of rows, in the order of their appearance: optional ones may be missing in the first rows."""
     columns: dict[str, None] = {}
     for _, row in rows:
-        columns |= dict.fromkeys(row)
+        # most rows have no new column
+        if not columns.keys() >= row.keys():
+            columns |= dict.fromkeys(row)
     return list(columns)
 
 

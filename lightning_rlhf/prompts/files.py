@@ -42,6 +42,12 @@ class DatasetFiles:
         data_files: files within it, or of the format; may have ``*``.
         revision: branch, tag or commit of a data set on the Hub.
         streaming: read rows as they are needed, rather than the whole data set first; goes well with ``limit``.
+        shuffle_buffer: of streamed rows, the next one is sampled from this many, >= 1; default: in order. With
+            ``limit`` the first rows of the shuffled stream are taken. Files are shuffled as well.
+        shuffle_seed: decides the order, which is the same on every rank and after every restart.
+
+    Raises:
+        ValueError: if a buffer is given for rows that are not streamed, or holds none.
     """
 
     path: str
@@ -50,6 +56,14 @@ class DatasetFiles:
     data_files: str | list[str] | None = None
     revision: str | None = None
     streaming: bool = False
+    shuffle_buffer: int | None = None
+    shuffle_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1 row, or null; got {self.shuffle_buffer}")
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ValueError("shuffle_buffer is for streamed rows: set streaming: true, or leave it out")
 
     def __str__(self) -> str:
         parts = [self.path, self.name, self.data_dir, self.data_files, self.revision and f"@{self.revision}"]
@@ -91,13 +105,46 @@ def read_rows(data: Data, split: str = "train", limit: int | None = None) -> lis
     Raises:
         ValueError: if there is no such data, if it cannot be read, or if it has no rows.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, or null for all rows; got {limit}")
     # a generator: JSON lines and Parquet batches behind the limit are not parsed
-    result = list(islice(_all_rows(data, split), limit))
+    result = list(stream_rows(data, split, limit))
     if not result:
         raise ValueError(f"{name_of(data)}: has no rows: check the file, or choose another split than {split!r}")
     return result
+
+
+def local_files(data: Data) -> list[Path]:
+    """Local files that some data names, in the order in which they are read; none if anything else is read."""
+    if isinstance(data, DatasetFiles) or holds_rows(data):
+        return []
+    found: list[Path] = []
+    for path in [data] if isinstance(data, str) else cast(list[str], data):
+        local = Path(path).expanduser()
+        # as in `_rows_at`: a pattern stands for sorted files
+        matching = [local] if local.is_file() else [Path(file) for file in sorted(glob(str(local), recursive=True))]
+        if not matching or not all(file.is_file() for file in matching):
+            return []
+        found += matching
+    return found
+
+
+def stream_rows(data: Data, split: str = "train", limit: int | None = None) -> Iterator[tuple[str, Row]]:
+    """The rows of `read_rows`, one after another.
+
+    Raises:
+        ValueError: if the limit is below 1, if there is no such data, or if it cannot be read.
+    """
+    check_limit(limit)
+    return islice(_all_rows(data, split), limit)
+
+
+def check_limit(limit: int | None) -> None:
+    """Check a maximum number of rows; None is no limit.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or null for all rows; got {limit}")
 
 
 def _all_rows(data: Data, split: str) -> Iterator[tuple[str, Row]]:
@@ -260,6 +307,8 @@ def _dataset_rows(local: Path, path: str | DatasetFiles, split: str) -> Iterator
                 split=split,
                 streaming=given.streaming,
             )
+            if given.shuffle_buffer is not None:
+                loaded = loaded.shuffle(seed=given.shuffle_seed, buffer_size=given.shuffle_buffer)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = " / ".join(str(part) for part in (error, error.__cause__) if part is not None)
         kind = "folder" if local.is_dir() else "Hub data set"
@@ -269,8 +318,11 @@ def _dataset_rows(local: Path, path: str | DatasetFiles, split: str) -> Iterator
             else "check the id, the split and the connection, or give the path of a local file or folder"
         )
         raise ValueError(f"{path}: cannot read split {split!r} of this {kind} ({cause}): {remedy}") from error
+    # the number is a place in the stream, and in the data only where nothing was shuffled
+    shuffled = isinstance(path, DatasetFiles) and path.shuffle_buffer is not None
+    place = " of the shuffled stream" if shuffled else ""
     for number, row in enumerate(loaded, start=1):
-        yield f"{path}[{split}] row {number}", {name: _without_nulls(cell) for name, cell in row.items()}
+        yield f"{path}[{split}] row {number}{place}", {name: _without_nulls(cell) for name, cell in row.items()}
 
 
 def _without_nulls(value: object) -> object:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.dataset import parse_number, parse_probability, unusable_pair
-from lightning_rlhf.prompts.files import Row, read_rows
+from lightning_rlhf.prompts.files import Row, local_files, read_rows, stream_rows
+from lightning_rlhf.prompts.formats import SourcedRow
 from lightning_rlhf.prompts.messages import field_error, parse_finish_reasons, parse_text, split_turns
 from lightning_rlhf.prompts.parts import Part, rows_of_part
 from lightning_rlhf.types import Message, PromptRow, RecordedPair
@@ -50,20 +53,37 @@ class HHPrompts(AbstractPromptSource):
             ValueError: if the data is missing, or a row lacks a transcript, or no row can be used.
         """
         self.report.clear()
-        rows = read_rows(self.path, self.split, self.limit)
-        kept = []
+        kept = list(self._usable(read_rows(self.path, self.split, self.limit)))
+        return rows_of_part(kept, self.part, self.heldout_share)
+
+    def stream(self) -> Iterator[PromptRow]:
+        """The rows of `load`, one after another."""
+        if self.part != "all":  # a part of the rows may be empty
+            yield from self.load()
+            return
+        self.report.clear()
+        yield from self._usable(stream_rows(self.path, self.split, self.limit))
+
+    def data_files(self) -> list[Path]:
+        """Local files of the rows."""
+        return local_files(self.path)
+
+    def _usable(self, rows: Iterable[SourcedRow]) -> Iterator[PromptRow]:
+        """The rows that can be used, parsed; the others are counted."""
+        count, used = 0, False
         for source, row in rows:
+            count += 1
             parsed = parse_pair(row, source)
             if isinstance(parsed, PromptRow):
-                kept.append(parsed)
+                used = True
+                yield parsed
             else:
                 self.report[parsed] += 1
-        if not kept:
+        if not used:
             raise ValueError(
-                f"{self.path}: none of {len(rows)} rows can be used ({dict(self.report)}): HHPrompts reads transcripts "
+                f"{self.path}: none of {count} rows can be used ({dict(self.report)}): HHPrompts reads transcripts "
                 f"'\\n\\nHuman: ...\\n\\nAssistant: ...'; use DatasetPrompts for other formats"
             )
-        return rows_of_part(kept, self.part, self.heldout_share)
 
 
 def parse_pair(row: Row, source: str) -> PromptRow | str:

@@ -1,4 +1,4 @@
-"""Pairs that people judged elsewhere: in the form of HelpSteer3 and RewardBench, and exports of Label Studio."""
+"""Pairs that people judged elsewhere: in the form of HelpSteer3 and RewardBench, of Label Studio and Argilla."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
+from lightning_rlhf.annotation.tools import argilla_answers
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.dataset import unusable_pair
 from lightning_rlhf.prompts.files import Row, describe, read_rows
@@ -182,6 +183,47 @@ class LabelStudioPrompts(AbstractJudgedPrompts):
         if not values:
             return None
         pair = RecordedPair(left, right, sum(values) / len(values))
+        return PromptRow(source, messages=({"role": "user", "content": prompt},), pair=pair)
+
+
+class ArgillaPrompts(AbstractJudgedPrompts):
+    """Records of Argilla (``dataset.records.to_json``) with two responses and a label question on them.
+
+    P(first response preferred) is the mean over the people who submitted an answer: 1 for ``response_1``, 0 for
+    ``response_2``, 1/2 for ``tie`` and ``both_bad``.
+
+    Args:
+        path: the file, ``.json``.
+        limit: take only the first records, >= 1; null takes all.
+        question: name of the question.
+        prompt: name of the field with the prompt.
+        first: name of the field with the first response.
+        second: name of the field with the second response.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        limit: int | None = None,
+        question: str = "preference",
+        prompt: str = "prompt",
+        first: str = "response_1",
+        second: str = "response_2",
+    ) -> None:
+        super().__init__(path, limit=limit)
+        self.question, self.names = question, (prompt, first, second)
+
+    def parse(self, row: Row, source: str) -> PromptRow | None:
+        """Read a record."""
+        fields = row.get("fields")
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{source}: 'fields' must be an object, got {describe(fields)}: export by `to_json`")
+        prompt, first, second = (_text(fields, name, source) for name in self.names)
+        answers = argilla_answers(row, self.question, source)
+        if not answers:
+            return None
+        values = [{"left": 1.0, "right": 0.0}.get(answer.side, 0.5) for answer in answers]
+        pair = RecordedPair(first, second, sum(values) / len(values))
         return PromptRow(source, messages=({"role": "user", "content": prompt},), pair=pair)
 
 

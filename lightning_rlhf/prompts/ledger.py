@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_rlhf.ledger.recorded import check_holds_pairs
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.dataset import unusable_pair, unusable_response
@@ -36,6 +37,7 @@ class LedgerPrompts(AbstractPromptSource):
         rows: list[PromptRow] = []
         # a snapshot, since the run may still write
         with PreferenceStore(self.path, read_only=True) as store, store.snapshot():
+            check_holds_pairs(store)
             for round_, position, comparison, label in store.walk():
                 if self.limit is not None and len(rows) >= self.limit:
                     break

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Literal, TypeAlias, cast
 
 from jinja2 import TemplateError
@@ -107,41 +108,131 @@ def tokenize_rows(
         ValueError: if a prompt is empty, or too long (and ``on_long_prompt`` is "error"), if there are conversations
             and no chat template, if the template does not fit or leaves a part out, or if no row is left.
     """
-    if max_prompt_tokens < 1 or max_response_tokens < 1:
-        raise ValueError(f"limits must be at least 1 token; got {max_prompt_tokens=} and {max_response_tokens=}")
-    if on_long_prompt not in ("error", "drop", "truncate"):
-        raise ValueError(f"on_long_prompt must be 'error', 'drop' or 'truncate'; got {on_long_prompt!r}")
     counts: Counter[str] = Counter()
-    if chat:
-        rows = [as_turn(row) for row in rows]
-    renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
-    drafts = _drafts(rows, renderer, max_prompt_tokens, on_long_prompt, counts)
-    prompts: list[Prompt] = []
-    completions = _completions(drafts, tokenizer)
-    for draft in drafts:
-        # before any `continue`: dropped rows must take their completions from the shared iterator too
-        answers = [next(completions) for _ in draft.written.rests]
-        recorded = _recorded(draft, answers, renderer, end_ids, max_response_tokens, counts)
-        if recorded is None:
-            continue
-        prompt = draft.prompt
-        if draft.row.pair is not None:
-            prompt = replace(prompt, pair=(recorded[0], NO_RESPONSE if draft.row.is_single else recorded[1]))
-        elif recorded:
-            prompt = replace(prompt, completion=recorded[0])
-        # cut only now, since the completions are tokenized behind the whole prompt
-        if len(prompt.ids) > max_prompt_tokens:
-            counts[TRUNCATED_PROMPT] += 1
-            ids, text = renderer.truncated(prompt.ids, prompt.text, max_prompt_tokens)
-            prompt = replace(prompt, ids=ids, text=text)
-        prompts.append(prompt)
+    settings = TokenLimits(max_prompt_tokens, max_response_tokens, on_long_prompt)
+    prompts = list(
+        tokenized(
+            rows,
+            tokenizer,
+            settings,
+            counts=counts,
+            system_prompt=system_prompt,
+            chat_template=chat_template,
+            end_ids=end_ids,
+            chat=chat,
+        )
+    )
     counts = +counts  # without zeros
+    check_some_left(len(prompts), len(rows), counts)
+    return prompts, dict(counts)
+
+
+def check_some_left(prompts: int, rows: int, counts: Mapping[str, int]) -> None:
+    """Check that there are prompts.
+
+    Args:
+        prompts: number of prompts.
+        rows: number of rows that they were made of.
+        counts: numbers of dropped and truncated rows, by reason.
+
+    Raises:
+        ValueError: if there are none.
+    """
     if not prompts:
         raise ValueError(
-            f"no prompts are left of {len(rows)} rows ({dict(counts)}): raise max_prompt_tokens and "
+            f"no prompts are left of {rows} rows ({dict(counts)}): raise max_prompt_tokens and "
             f"max_response_tokens, or check the data"
         )
-    return prompts, dict(counts)
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """Limits of prompts and responses.
+
+    Args:
+        max_prompt_tokens: longest prompt in tokens, template included, >= 1.
+        max_response_tokens: longest recorded completion in tokens, EOS included, >= 1; longer ones lose their end.
+        on_long_prompt: treatment of longer prompts, as in `tokenize_rows`.
+
+    Raises:
+        ValueError: if a limit is below 1, or the treatment has another name.
+    """
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    on_long_prompt: Literal["error", "drop", "truncate"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_tokens < 1 or self.max_response_tokens < 1:
+            raise ValueError(
+                f"limits must be at least 1 token; got max_prompt_tokens={self.max_prompt_tokens} and "
+                f"max_response_tokens={self.max_response_tokens}"
+            )
+        if self.on_long_prompt not in ("error", "drop", "truncate"):
+            raise ValueError(f"on_long_prompt must be 'error', 'drop' or 'truncate'; got {self.on_long_prompt!r}")
+
+
+def tokenized(
+    rows: Iterable[PromptRow],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: TokenLimits,
+    *,
+    counts: Counter[str],
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+    end_ids: Collection[int] = (),
+    chat: bool = False,
+) -> Iterator[Prompt]:
+    """The prompts of `tokenize_rows`, one after another: rows are read and tokenized in portions.
+
+    Args:
+        rows: rows of a prompt source.
+        tokenizer: tokenizer of the policy.
+        limits: limits of prompts and responses.
+        counts: receives the numbers of dropped and truncated rows, by reason.
+        system_prompt: see `tokenize_rows`, like the arguments below.
+        chat_template: see there.
+        end_ids: see there.
+        chat: see there.
+    """
+    renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
+    stream, first = iter(rows), 0
+    while part := list(islice(stream, TEXTS_AT_ONCE)):
+        first, start = first + len(part), first
+        written = [as_turn(row) for row in part] if chat else part
+        drafts = _drafts(written, renderer, limits, start, counts)
+        completions = _completions(drafts, tokenizer)
+        for draft in drafts:
+            # before any `continue`: dropped rows must take their completions from the shared iterator too
+            answers = [next(completions) for _ in draft.written.rests]
+            prompt = _finished(draft, answers, renderer, end_ids, limits, counts)
+            if prompt is not None:
+                yield prompt
+
+
+def _finished(
+    draft: _Draft,
+    answers: Sequence[tuple[int, ...]],
+    renderer: _Renderer,
+    end_ids: Collection[int],
+    limits: TokenLimits,
+    counts: Counter[str],
+) -> Prompt | None:
+    """A prompt with its recorded completions; None, counted, if they cannot be used."""
+    recorded = _recorded(draft, answers, renderer, end_ids, limits.max_response_tokens, counts)
+    if recorded is None:
+        return None
+    prompt = draft.prompt
+    if draft.row.pair is not None:
+        prompt = replace(prompt, pair=(recorded[0], NO_RESPONSE if draft.row.is_single else recorded[1]))
+    elif recorded:
+        prompt = replace(prompt, completion=recorded[0])
+    # cut only now, since the completions are tokenized behind the whole prompt
+    if len(prompt.ids) > limits.max_prompt_tokens:
+        counts[TRUNCATED_PROMPT] += 1
+        ids, text = renderer.truncated(prompt.ids, prompt.text, limits.max_prompt_tokens)
+        prompt = replace(prompt, ids=ids, text=text)
+    return prompt
 
 
 def as_turn(row: PromptRow) -> PromptRow:
@@ -171,15 +262,19 @@ class _Draft:
 def _drafts(
     rows: Sequence[PromptRow],
     renderer: _Renderer,
-    max_prompt_tokens: int,
-    on_long_prompt: Literal["error", "drop", "truncate"],
+    limits: TokenLimits,
+    first: int,
     counts: Counter[str],
 ) -> list[_Draft]:
-    """Tokenize the prompts; long ones are errors, or dropped and counted, or kept to be truncated later."""
+    """Tokenize the prompts; long ones are errors, or dropped and counted, or kept to be truncated later.
+
+    The first row has the number ``first`` in its data set.
+    """
+    max_prompt_tokens, on_long_prompt = limits.max_prompt_tokens, limits.on_long_prompt
     written = [renderer.write(row) for row in rows]
     encoded = encode_all(renderer.tokenizer, [one.text for one in written])
     drafts: list[_Draft] = []
-    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True)):
+    for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True), start=first):
         ids = renderer.with_front(bare, conversational=one.messages is not None)
         if not ids:
             problem = "is empty, and the tokenizer puts no token in front of it"

@@ -19,6 +19,7 @@ from lightning_rlhf.rewards.uncertainty import UncertaintyPenalty
 from lightning_rlhf.rewards.verifiable import ExactAnswerReward, JSONSchemaReward, LengthReward, PatternReward
 from lightning_rlhf.rewards.weighted import WeightedReward
 from lightning_rlhf.rewards.win import WinProbabilityReward
+from lightning_rlhf.rewards.wrapped import AbstractWrappedReward
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "AbstractEmbedder",
     "AbstractNoveltyReward",
     "AbstractReward",
+    "AbstractWrappedReward",
     "AdversarialReward",
     "CountNoveltyReward",
     "DiscriminatorSteps",

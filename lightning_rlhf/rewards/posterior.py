@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_rlhf.ledger.recorded import check_holds_pairs
 from lightning_rlhf.ledger.silver import UNLABELED, SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
@@ -64,6 +65,7 @@ class PosteriorReward(AbstractReward):
         if self._is_fitted:
             return
         with PreferenceStore(self.ledger, read_only=True) as store:
+            check_holds_pairs(store)
             preferences = [p for p in store.preferences() if not p.label.is_free_tie]
             pairs = [pair for pair, _ in SilverTable(store).pairs(UNLABELED)]
         if not preferences:

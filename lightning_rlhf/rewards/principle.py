@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lightning_rlhf.estimators.principles import weighted_subset
 from lightning_rlhf.judging.principle import conditioned, load_principles, named, statement
 from lightning_rlhf.randomness import Key, Stream
-from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output, check_rows, columns_read
-from lightning_rlhf.runtime.plugins import check_plugin
-from lightning_rlhf.types import Prompt, Response
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, RoundSamples, as_output
+from lightning_rlhf.rewards.wrapped import AbstractWrappedReward
+from lightning_rlhf.types import Prompt, Response, Rollout
 
 
-class PrincipleReward(AbstractReward):
+class PrincipleReward(AbstractWrappedReward):
     """r(x, y | P) of a principle-conditioned reward model (SALMON, arXiv 2310.05910).
 
     P holds the ``fixed`` principles, the interventions of the paper, for every prompt, and ``sampled`` others,
@@ -46,12 +45,11 @@ class PrincipleReward(AbstractReward):
         fixed: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        check_plugin("PrincipleReward.reward", reward, AbstractReward)
+        super().__init__(reward)
         if sampled < 0 or (sampled == 0 and not fixed):
             raise ValueError(
                 f"PrincipleReward samples at least one principle per prompt, or has fixed ones; got sampled={sampled}"
             )
-        self.reward = reward
         self.principles = load_principles(principles)
         self.sampled, self.seed = sampled, seed
         self._fixed = named(self.principles, fixed)
@@ -73,29 +71,20 @@ class PrincipleReward(AbstractReward):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
         """Score ``responses[i]`` as an answer to ``prompts[i]`` with its principles."""
-        asked = [conditioned(prompt, self.statement(prompt)) for prompt in prompts]
+        asked = [self._asked(prompt) for prompt in prompts]
         return as_output(self.reward, self.reward.score(asked, responses), len(responses))
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Let the reward check the rows."""
-        check_rows(self.reward, prompts)
+    def learn(self, samples: RoundSamples) -> None:
+        """Let the reward learn from the responses of a round, with the principles of their prompts."""
 
-    def columns_read(self, names: Sequence[str]) -> set[str]:
-        """Columns that the reward reads."""
-        return columns_read(self.reward, names)
+        def earlier(index: int) -> list[Rollout]:
+            return self._conditioned(samples.earlier(index))
 
-    def observe(self, output: RewardOutput) -> None:
-        """Let the reward learn from a round."""
-        self.reward.observe(output)
+        super().learn(replace(samples, rollouts=self._conditioned(samples.rollouts), earlier=earlier))
 
-    def earned(self, output: RewardOutput) -> Tensor:
-        """Rewards of a round in training, as the reward has them."""
-        return self.reward.earned(output)
+    def _conditioned(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return [replace(rollout, prompt=self._asked(rollout.prompt)) for rollout in rollouts]
 
-    def state_dict(self) -> dict[str, object]:
-        """State of the reward."""
-        return self.reward.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of `state_dict`."""
-        self.reward.load_state_dict(state)
+    def _asked(self, prompt: Prompt) -> Prompt:
+        """The prompt with its principles."""
+        return conditioned(prompt, self.statement(prompt))

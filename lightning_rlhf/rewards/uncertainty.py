@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import (
-    AbstractReward,
-    RewardOutput,
-    RoundSamples,
-    as_output,
-    check_rows,
-    columns_read,
-    learns_from_samples,
-    metrics_of,
-)
-from lightning_rlhf.runtime.plugins import check_plugin
+from lightning_rlhf.rewards.base import AbstractReward, RewardOutput, as_output
+from lightning_rlhf.rewards.wrapped import AbstractWrappedReward
 from lightning_rlhf.types import Prompt, Response
 
 
-class UncertaintyPenalty(AbstractReward):
+class UncertaintyPenalty(AbstractWrappedReward):
     """Another reward minus ``weight * (u - mean u)``, where u is its standard deviation.
 
     UP-RLHF, Zhai et al. 2024 (arXiv 2401.00243). The mean is taken over all training responses up to the present round,
@@ -37,8 +28,8 @@ class UncertaintyPenalty(AbstractReward):
         # a negative weight would reward disagreement; NaN fails the comparison, too
         if not 0 <= weight < float("inf"):
             raise ValueError(f"UncertaintyPenalty needs a finite weight >= 0; got {weight}")
-        check_plugin("UncertaintyPenalty.reward", reward, AbstractReward)
-        self.reward, self.weight = reward, weight
+        super().__init__(reward)
+        self.weight = weight
         self._count, self._sum = 0, 0.0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> RewardOutput:
@@ -51,28 +42,6 @@ class UncertaintyPenalty(AbstractReward):
                 f"use an ensemble, or leave the penalty out"
             )
         return output
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Let the reward check the rows."""
-        check_rows(self.reward, prompts)
-
-    def columns_read(self, names: Sequence[str]) -> set[str]:
-        """Columns that the reward reads."""
-        return columns_read(self.reward, names)
-
-    @property
-    def learns_from_samples(self) -> bool:
-        """Whether the reward learns from the responses of a round."""
-        return learns_from_samples(self.reward)
-
-    def learn(self, samples: RoundSamples) -> None:
-        """Let the reward learn from the responses of a round."""
-        if self.learns_from_samples:
-            self.reward.learn(samples)
-
-    def metrics(self) -> Mapping[str, float]:
-        """Metrics of the reward."""
-        return metrics_of(self.reward)
 
     def observe(self, output: RewardOutput) -> None:
         """Take the standard deviations of a round into their mean."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -293,26 +294,7 @@ def test_the_admin_adds_pauses_and_exports(setup: Setup) -> None:
     assert admin.get("/admin/report.json").json()["votes"] == 1
 
 
-PAYLOADS = [
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "![x](http://evil.example/track.png)",
-    "[click](javascript:alert(1))",
-    "<http://evil.example>",
-    "[ref]\n\n[ref]: javascript:alert(1)",
-    "<svg/onload=alert(1)>",
-    "<iframe src=//evil.example></iframe>",
-    "<details open ontoggle=alert(1)>",
-    "`<script>alert(1)</script>`",
-    '```"><script>alert(1)</script>\nx\n```',
-    "</bdi></section><form action=//evil.example><button>",
-    "<a href='//evil.example'>x</a>",
-    "<style>*{display:none}</style>",
-    "&lt;script&gt;alert(1)&lt;/script&gt;",
-    "| a |\n|:-:|\n| <img src=x onerror=alert(1)> |",
-    "# <b onmouseover=alert(1)>x",
-    "<!-- --><math><mtext></form><form><mglyph><style></math><img src onerror=alert(1)>",
-]
+PAYLOADS: list[str] = json.loads(Path(__file__).with_name("payloads.json").read_text())
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

@@ -1,7 +1,8 @@
 """The page in a real Chromium: sign-in, keys, undo, payloads, widths, and a server that is killed under an open page.
 
 Also accessibility by axe-core, and the pictures of docs/people.md. Needs the extra ``browser``, and Debian's chromium
-and chromium-driver; skipped without, unless ``BROWSER_TESTS=required``. ``WRITE_SCREENSHOTS=1`` writes the pictures.
+and chromium-driver (.ci/run installs them); skipped without. ``BROWSER_TESTS=required``, of `make test-browser`, fails
+in their place, and runs axe-core on every panel in every color and width. ``WRITE_SCREENSHOTS=1`` writes the pictures.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ from lightning_rlhf.annotation.serve import read_secrets
 
 
 CHROMIUM, DRIVER = which("chromium"), which("chromedriver")
-if os.environ.get("BROWSER_TESTS") == "required":
+REQUIRED = os.environ.get("BROWSER_TESTS") == "required"
+if REQUIRED:
     from selenium import webdriver
 
     assert CHROMIUM is not None and DRIVER is not None, "apt-get install chromium chromium-driver"
 else:
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     if CHROMIUM is None or DRIVER is None:
-        pytest.skip("needs chromium and chromium-driver", allow_module_level=True)
+        pytest.skip("needs chromium and chromium-driver (apt-get install)", allow_module_level=True)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 WIDTHS = (1400, 800, 390)
 
 PAYLOAD = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script> ![x](http://127.0.0.1:9/x)"
+PAYLOADS: list[str] = json.loads(Path(__file__).with_name("payloads.json").read_text())
 LONG = "\n\n".join(["A paragraph of patient prose about timber beams and their bending. " * 12] * 30)
 
 
@@ -56,12 +59,12 @@ def browser() -> Iterator[Any]:
 
 
 def wait(condition: Callable[[], object]) -> None:
-    """Wait up to ten seconds until something holds."""
-    for _ in range(100):
+    """Wait up to thirty seconds until something holds."""
+    for _ in range(300):
         if condition():
             return
         time.sleep(0.1)
-    raise AssertionError("it did not come true within ten seconds")
+    raise AssertionError("it did not come true within thirty seconds")
 
 
 def sign_in(browser: Any, server: Any) -> None:
@@ -97,12 +100,25 @@ def votes(server: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def harmless(browser: Any, server: Any) -> bool:
+    """Whether the texts on the page left no elements of their own, no title, no dialog, and no request elsewhere."""
+    elements = "return document.querySelectorAll('.text :is(a, b, details, form, iframe, img, script, style, svg)')"
+    requests = "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    return (
+        browser.execute_script(elements) == []
+        and browser.title == "Which response is better?"
+        and all(address.startswith(server.url) for address in browser.execute_script(requests))
+    )
+
+
 @pytest.mark.slow
 def test_a_person_judges_and_nothing_is_lost(tmp_path: Path, start_server: Callable[..., Any], browser: Any) -> None:
     server = start_server(tmp_path, undo_seconds=1000.0)
     items = [
         Item("k0", ({"role": "user", "content": PAYLOAD},), PAYLOAD, LONG, priority=9.0),
-        *(Item(f"k{n}", ({"role": "user", "content": f"q{n}"},), f"a{n}", f"b{n}") for n in range(1, 8)),
+        # a blank line between two payloads, so that each begins a paragraph
+        Item("k1", ({"role": "user", "content": "q1"},), "\n\n".join(PAYLOADS), PAYLOADS[0], priority=8.0),
+        *(Item(f"k{n}", ({"role": "user", "content": f"q{n}"},), f"a{n}", f"b{n}") for n in range(2, 8)),
     ]
     server.client.push("run", items, QueueOptions(overlap=0.0))
     sign_in(browser, server)
@@ -111,8 +127,7 @@ def test_a_person_judges_and_nothing_is_lost(tmp_path: Path, start_server: Calla
         resize(browser, width)
         bar = browser.execute_script("return document.querySelector('.bar').getBoundingClientRect().bottom")
         assert bar <= 800, "the verdicts are on the screen, however long the responses"
-    assert browser.execute_script("return document.querySelectorAll('#stage img, #stage script').length") == 0
-    assert browser.title == "Which response is better?", "no payload ran"
+    assert harmless(browser, server)
     press(browser, "1")
     wait(lambda: len(votes(server)) == 1)
     (vote,) = votes(server)
@@ -123,6 +138,8 @@ def test_a_person_judges_and_nothing_is_lost(tmp_path: Path, start_server: Calla
     press(browser, "b")
     wait(lambda: len(votes(server)) == 2)
     assert votes(server)[1]["verdict"] == "both_bad" and votes(server)[1]["supersedes"] == vote["uid"]
+    wait(lambda: "evil.example" in browser.find_element("id", "stage").text)
+    assert harmless(browser, server)
 
     # the server dies under a page with a typed rationale
     press(browser, "w")
@@ -232,7 +249,8 @@ def test_axe_finds_nothing_serious_and_tab_alone_gives_a_verdict(
         scheme(browser, colors)
         for width in (1400, 390):
             resize(browser, width)
-            for panel in ("", "w", "f", "s"):
+            # the panels once, unless everything is asked for
+            for panel in ("", "w", "f", "s") if REQUIRED or (colors, width) == ("light", 1400) else ("",):
                 if panel:
                     press(browser, panel)
                 assert findings(browser) == [], (colors, width, panel)

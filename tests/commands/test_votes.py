@@ -15,7 +15,7 @@ from lightning_rlhf.commands.export import export_ledger
 from lightning_rlhf.commands.votes import import_votes
 from lightning_rlhf.labelers.votes import VoteOptions
 from lightning_rlhf.ledger.store import PreferenceStore
-from lightning_rlhf.prompts import DatasetPrompts, HelpSteerPrompts, LabelStudioPrompts
+from lightning_rlhf.prompts import ArgillaPrompts, DatasetPrompts, HelpSteerPrompts, LabelStudioPrompts
 from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 
@@ -152,3 +152,80 @@ def test_label_studio_tasks(tmp_path: Path) -> None:
         source.load()
     with pytest.raises(ValueError, match="field 'question' must be text"):
         LabelStudioPrompts(str(file), prompt="question").load()
+
+
+def answered(record: dict[str, object], user: str, better: str, status: str = "submitted") -> dict[str, object]:
+    """A record of Argilla with one more answer, for the response of that text."""
+    fields, responses = record["fields"], record["responses"]
+    assert isinstance(fields, dict) and isinstance(responses, dict)
+    value = next((name for name in ("response_1", "response_2") if fields[name] == better), better)
+    given = [*responses.get("preference", []), {"value": value, "user_id": user, "status": status}]
+    return record | {"responses": {"preference": given}}
+
+
+def test_pairs_are_judged_in_argilla(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "ledger.sqlite").close()
+    ledger, file = str(tmp_path / "ledger.sqlite"), tmp_path / "records.json"
+    main(["export", f"--ledger={ledger}", f"--out={file}", "--content=argilla"])
+    records = json.loads(file.read_text())
+    assert len(records) == 3 and records[0]["fields"]["prompt"] == "hello"
+    assert len({record["fields"]["response_1"][0] for record in records}) <= 2, "either response may stand first"
+    assert "run" not in json.dumps(records), "people see nothing of the run"
+    records[2] = answered(answered(answered(records[2], "u1", "b2"), "u2", "tie"), "u3", "a2", "discarded")
+    records[0] = answered(records[0], "u1", "a0")
+    file.write_text(json.dumps(records))
+    main(["import", f"--ledger={ledger}", f"--votes={file}", "--format=argilla"])
+    assert "3 votes read, 3 new, 1 of them late, 1 new labels" in capsys.readouterr().out
+    assert import_votes(ledger, str(file), format="argilla") == {"read": 3, "new": 0, "late": 0, "labels": 0}
+    with PreferenceStore(ledger, read_only=True) as store:
+        label = store.comparisons(0)[2][2]
+        assert label is not None and label.probability == 0.25
+        assert [vote.verdict for _, position, vote in store.votes() if position == 2] == ["b", "tie"]
+    # the same file as recorded pairs
+    read = ArgillaPrompts(str(file)).load()
+    sides = [(row.pair.chosen, row.pair.probability) for row in read if row.pair]
+    assert [probability if chosen[0] == "a" else 1 - (probability or 0) for chosen, probability in sides] == [1.0, 0.25]
+
+    file.write_text(json.dumps([answered(records[1], "u1", "maybe")]))
+    with pytest.raises(ValueError, match=r"row 1: question 'preference' has the answer 'maybe'.*response_1"):
+        import_votes(ledger, str(file), format="argilla")
+    with pytest.raises(ValueError, match=r"nobody answered the question 'best'.*\['preference'\]"):
+        import_votes(ledger, str(file), format="argilla", question="best")
+    file.write_text(json.dumps([answered(records[1] | {"id": "other"}, "u1", "a1")]))
+    with pytest.raises(ValueError, match="row 1: pair other is none of run"):
+        import_votes(ledger, str(file), format="argilla")
+
+
+def test_pairs_are_judged_in_potato(tmp_path: Path) -> None:
+    fill(tmp_path / "ledger.sqlite").close()
+    ledger, file = str(tmp_path / "ledger.sqlite"), tmp_path / "items.jsonl"
+    assert export_ledger(ledger, str(file), content="potato", unlabeled=True) == 1
+    (item,) = rows(file)
+    assert set(item) == {"id", "text", "responses"} and set(item["responses"]) == {"a2", "b2"}  # type: ignore[call-overload]
+    place = "AB"[item["responses"].index("a2")]  # type: ignore[attr-defined]
+    output = tmp_path / "annotation_output"
+    for user in ("ann", "bob", "eve"):
+        (output / user).mkdir(parents=True)
+    state = {"user_id": "ann@x", "instance_id_to_label_to_value": {item["id"]: []}}
+    state["instance_id_to_label_to_value"][item["id"]] = [[{"schema": "preference", "name": "selection"}, place]]  # type: ignore[index]
+    (output / "ann" / "user_state.json").write_text(json.dumps(state))
+    (output / "bob" / "user_state.json").write_text(
+        json.dumps({"instance_id_to_label_to_value": {item["id"]: {"preference": {"selection": "tie"}}}})
+    )
+    # another version of potato, on a scale: -2 is for the response on the left
+    scale = {"preference": {"scale_value": "-2" if place == "A" else "2"}}
+    row = {"id": item["id"], "displayed_text": "x", "label_annotations": scale}
+    (output / "eve" / "annotated_instances.jsonl").write_text(json.dumps(row) + "\n")
+    assert import_votes(ledger, str(output), format="potato") == {"read": 3, "new": 3, "late": 0, "labels": 1}
+    assert import_votes(ledger, str(output), format="potato")["new"] == 0
+    with PreferenceStore(ledger, read_only=True) as store:
+        given = {vote.annotator: (vote.verdict, vote.strength) for _, place, vote in store.votes() if place == 2}
+    assert given == {"ann@x": ("a", None), "bob": ("tie", None), "eve": ("a", 2)}
+    with pytest.raises(ValueError, match="Argilla reads a list"):
+        export_ledger(ledger, str(file), content="argilla")
+    with pytest.raises(ValueError, match="holds no pair without a label"):
+        export_ledger(ledger, str(file), content="potato", unlabeled=True)
+    scale["preference"]["scale_value"] = "7"
+    (output / "eve" / "annotated_instances.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"eve/annotated_instances.jsonl row 1: scheme 'preference'.*-3 to 3"):
+        import_votes(ledger, str(output), format="potato")

@@ -44,7 +44,7 @@ from lightning_rlhf.samplers import (
     TPILAFSampler,
     VanillaSampler,
 )
-from lightning_rlhf.types import Comparison, Label, Prompt, PromptRow, RecordedPair, Response
+from lightning_rlhf.types import Comparison, Label, Preference, Prompt, PromptRow, RecordedPair, Response
 
 
 class Bytes(AbstractReward):
@@ -132,7 +132,7 @@ def data(sampler: AbstractPairSampler, labeler: AbstractLabeler | None = None, *
     rounds = {"prompts_per_round": 4, **taken(options, PreferenceRoundOptions)}
     batching = taken(options, BatchOptions)
     settings = {"pairs_per_batch": 2, "decoding": Decoding(max_new_tokens=4, rows=4), **options}
-    return PreferenceDataModule(
+    return settings.pop("kind", PreferenceDataModule)(
         settings.pop("prompts", BuiltinPrompts("train", limit=6)),
         sampler,
         labeler or RewardLabeler(Bytes()),
@@ -190,6 +190,32 @@ def test_rounds_and_replay(
     assert [len(epoch) for epoch in seen.epochs] == sizes
     with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
         assert {p.round for p in store.preferences()} == set(range(draws))
+
+
+class InMemory(PreferenceDataModule):
+    """Replays rounds from memory, as it must where the ledger does not know the length of a pair."""
+
+    def length(self, item: Preference) -> int:
+        return super().length(item)
+
+
+@pytest.mark.parametrize("replay", [2, "all"])
+def test_replayed_rounds_are_read_from_the_ledger_and_train_to_the_same_bit(
+    tmp_path: Path, tiny_policy: Path, replay: Any
+) -> None:
+    found = []
+    for kind in (PreferenceDataModule, InMemory):
+        seen, policy = Buffers(), module(tiny_policy)
+        loaded = data(VanillaSampler(), kind=kind, replay=replay, length_window=2)
+        trainer(tmp_path / kind.__name__, 4, seen).fit(policy, datamodule=loaded)
+        items: Any = loaded.trainer.train_dataloader.dataset.items  # type: ignore[union-attr]
+        in_memory = [isinstance(pairs, list) for pairs in items.rounds]
+        earlier = 3 if replay == "all" else 1
+        # only the newest round is in memory
+        assert in_memory == [kind is InMemory] * earlier + [True]
+        found.append((seen.epochs, torch.cat([p.detach().flatten() for p in policy.parameters()])))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_pairs_move_the_policy_towards_the_labels(tmp_path: Path, tiny_policy: Path) -> None:

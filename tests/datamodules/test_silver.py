@@ -20,6 +20,7 @@ from lightning_rlhf import DPOModule, PreferenceDataModule
 from lightning_rlhf.callbacks import LabelBudget, SilverMonitor
 from lightning_rlhf.collectors.silver import SilverOptions
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions
+from lightning_rlhf.estimators import gap_factor
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RewardLabeler
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -195,11 +196,32 @@ def test_labels_are_those_of_the_posterior(whole: tuple[Path, DPOModule, Items, 
         assert preference.probability == pytest.approx(float(win_probability(mean, variance, 2.0)))
 
 
+def test_kappa_follows_the_latest_labels(tmp_path: Path, tiny_policy: Path) -> None:
+    """Kappa times the factor at which a fit to the labels before the latest four predicts those four."""
+    model = Ridge()
+    _, _, items = fit(tmp_path, tiny_policy, model, kappa_labels=4)
+    # at 8 and at 12 labels: without the latest four, then with all
+    assert model.fits == [4, 8, 8, 12]
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        preferences = list(store.preferences())
+    earlier = Ridge()
+    earlier.fit(preferences[:8])
+    pairs = [preference.comparison for preference in preferences[8:]]
+    first = torch.arange(0, 8, 2)
+    prompts, responses = zip(*[(pair.prompt, r) for pair in pairs for r in (pair.a, pair.b)], strict=True)
+    mean, _ = earlier.posterior(prompts, responses).gap(first, first + 1)
+    factor = gap_factor(mean, torch.tensor([p.probability for p in preferences[8:]], dtype=torch.float64))
+    assert factor != 1.0
+    for preference in silver(items.epochs[-1]):
+        gap, variance = (torch.tensor(preference.label.meta[name]) for name in ("mean", "variance"))
+        assert preference.probability == pytest.approx(float(win_probability(gap, variance, 2.0 * factor)))
+
+
 def test_forecasts_are_made_before_the_labels_are_learned(whole: tuple[Path, DPOModule, Items, Ridge]) -> None:
     """The labels of round 2 under the model that was fitted to the eight labels of rounds 0 and 1."""
     folder = whole[0]
     (row,) = csv.DictReader((folder / "silver.csv").read_text().splitlines())
-    assert (row["round"], row["fitted"], row["labels"]) == ("2", "8", "4")
+    assert (row["round"], row["fitted"], row["labels"], row["kappa"]) == ("2", "8", "4", "2.0")
     with PreferenceStore(folder / "ledger.sqlite", read_only=True) as store:
         preferences = list(store.preferences())
     model, new = Ridge(), [p for p in preferences if p.round == 2]
@@ -300,6 +322,11 @@ def test_no_steps_trains_on_real_pairs(tmp_path: Path, tiny_policy: Path) -> Non
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SilverOptions(Ridge(), **settings)
+
+
+def test_kappa_of_a_model_that_trains_on_is_not_calibrated() -> None:
+    with pytest.raises(ValueError, match="one that forgets earlier fits"):
+        SilverOptions(Continued(), kappa_labels=8)
 
 
 def test_rounds_that_contradict_silver_labels() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_rlhf.logprobs import head
 from lightning_rlhf.logprobs.head import LogitRule, score_tokens, tile_size
 
 
@@ -94,3 +97,48 @@ def test_a_forbidden_token_leaves_the_entropy_finite() -> None:
 
 def test_tiles_come_from_a_byte_budget() -> None:
     assert tile_size(50_000, 2**20) == 5 and tile_size(10**9, 1) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight"])
+def test_memory_that_is_used_again_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: str
+) -> None:
+    """Tiles in one buffer, and exponentials a few rows at a time, against new memory for each, all rows at once."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(40, 16, generator=generator), torch.randn(1000, 16, generator=generator)
+    targets, rule = torch.randint(1000, (40,), generator=generator), LogitRule(cap=3.0, temperature=0.7)
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+
+    def scored(bias: Tensor | None) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            scores = score_tokens(hidden, weight, targets, bias=bias, rule=rule, tile=15, statistics=True)
+        wanted = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+        gradients = torch.autograd.grad(scores.logps.sum(), wanted) if wanted else ()
+        assert scores.entropy is not None and scores.greedy is not None
+        return [scores.logps.detach(), scores.entropy, scores.greedy, *gradients]
+
+    for bias in (None, torch.randn(1000, generator=generator)):
+        with monkeypatch.context() as patch:
+            patch.setattr(head, "_take_buffer", lambda *_: None)
+            expected = scored(bias)
+        # 3 rows of exponentials at a time
+        monkeypatch.setattr(head, "SCRATCH_BYTES", 3 * 4000)
+        with torch.inference_mode():
+            score_tokens(hidden, weight, targets, bias=bias, tile=15)
+        found = scored(bias)
+        # results are no views of memory that the next call overwrites
+        score_tokens(hidden.detach() + 1, weight.detach(), targets, tile=15)
+        assert all(map(torch.equal, found, expected))
+        assert len(head._idle) == 1
+
+
+def test_threads_do_not_share_the_memory_of_a_tile() -> None:
+    hidden, weight = torch.randn(200, 8), torch.randn(500, 8)
+    targets = torch.arange(200)
+    with torch.no_grad():
+        expected = [score_tokens(hidden * k, weight, targets, tile=50).logps for k in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda k: score_tokens(hidden * k, weight, targets, tile=50).logps, range(8)))
+    assert all(map(torch.equal, found, expected))

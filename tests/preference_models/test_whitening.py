@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -61,3 +62,24 @@ def test_gram_matrices_do_not_depend_on_the_basis_of_features() -> None:
         grams.append(white @ white.T)
     torch.testing.assert_close(grams[0], grams[1])
     torch.testing.assert_close(grams[0], grams[2])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
+def test_a_power_below_one_leaves_part_of_the_variances(power: float) -> None:
+    """With covariance C of the samples, up to shrinkage, the whitened ones have C^(1 - power) up to a factor."""
+    samples = correlated(40_000, 4)
+    ones = torch.ones(len(samples))
+    white = fit_whitening(samples, ones, 8.0, power)(samples, ones)
+    found, before = torch.linalg.eigvalsh(white.T.cov()), torch.linalg.eigvalsh(samples.T.cov())
+    expected = before ** (1 - power)
+    torch.testing.assert_close(found / found.sum(), expected / expected.sum(), atol=0.01, rtol=0)
+    assert abs(float(white.square().sum(1).mean()) - 8.0) < 1e-9
+
+
+def test_power_zero_only_centers_and_scales() -> None:
+    samples = correlated(50, 6)
+    ones = torch.ones(50)
+    white = fit_whitening(samples, ones, 4.0, 0.0)(samples, ones)
+    centered = samples - samples.mean(0)
+    gram, expected = white @ white.T, centered @ centered.T
+    torch.testing.assert_close(gram, expected * (gram.trace() / expected.trace()))

@@ -235,6 +235,30 @@ def test_arguments_of_load_dataset_are_handed_on(tmp_path: Path, monkeypatch: py
     }
 
 
+def test_streamed_rows_are_shuffled_through_a_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": str(n)}) for n in range(200)))
+
+    def numbers(**options: Any) -> list[int]:
+        files = DatasetFiles("json", data_files=str(file), streaming=True, **options)
+        rows = DatasetPrompts(files, limit=50).load()
+        assert ("of the shuffled stream" in rows[0].source) == ("shuffle_buffer" in options)
+        return [int(str(row.text)) for row in rows]
+
+    assert numbers() == list(range(50))
+    found = numbers(shuffle_buffer=20, shuffle_seed=3)
+    assert found == numbers(shuffle_buffer=20, shuffle_seed=3), "the same after a restart"
+    assert found != sorted(found) and found != numbers(shuffle_buffer=20)
+    assert len(set(found)) == 50
+    # row i is sampled from a buffer that has read the first i + 20 rows
+    assert all(number < place + 20 for place, number in enumerate(found))
+    with pytest.raises(ValueError, match="shuffle_buffer is for streamed rows: set streaming"):
+        DatasetFiles("json", shuffle_buffer=20)
+    with pytest.raises(ValueError, match="at least 1 row, or null; got 0"):
+        DatasetFiles("json", streaming=True, shuffle_buffer=0)
+
+
 def graded(completions: list[str], answer: list[str]) -> list[float]:
     return [0.0 for _ in completions]
 
