@@ -1,8 +1,8 @@
 """Pictures of what a run leaves, for the manual: ``python -m benchmarks.gallery``.
 
-Runs the quickstart with a quarter of its rounds, or takes the folder of a run (``--run``), and writes docs/gallery: the
-reward-KL frontier, and the page ``report.html`` as a browser shows it, which needs chromium. Summary and first answers
-come between the markers of docs/gallery.md. About a minute on two cores.
+Runs the quickstart with a quarter of its rounds, or takes the folder of a run (``--run``), and writes docs/gallery/:
+the reward-KL frontier, and the page ``report.html`` as a browser shows it, which needs chromium. Summary and first
+answers come between the markers of docs/gallery.md. About a minute on two cores.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def excerpt(folder: Path, note: str = "") -> str:
             f"On {machine()}{note}, {start['time'][:10]}; the last line of its output:",
             f"```text\n{result}\n```",
             "![Held-out reward against KL, at the start and at the end](gallery/frontier.png)",
+            "`report.html`, by the callback `RunPage`:",
+            "![The page with numbers, and answers before and after](gallery/report.png)",
             f"The first {ANSWERS} rows of `completions.md`, held-out prompts with their rewards:",
             "\n".join(answers),
         ]
