@@ -11,6 +11,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
+from itertools import chain
 
 import lightning as L
 
@@ -109,7 +110,7 @@ def _values(annotation: object) -> Iterable[str]:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return [value for value in arguments if isinstance(value, str)]
-    return [value for inner in arguments for value in _values(inner)]
+    return chain.from_iterable(map(_values, arguments))
 
 
 def _compare_names() -> list[str]:
