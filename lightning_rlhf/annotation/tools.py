@@ -119,9 +119,10 @@ def _responses(record: Mapping[str, object], where: str) -> list[dict[str, objec
     """Responses with their question: Argilla writes lists by question, or one list in which each names its question."""
     given = record.get("responses") or {}
     if isinstance(given, Mapping):
-        by_question, given = given, []
-        for name, entries in by_question.items():
-            given += [{"question": name, **entry} for entry in entries]
+        found: list[dict[str, object]] = []
+        for name, entries in given.items():
+            found += [{"question": name, **entry} for entry in entries]
+        return found
     if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
         raise ValueError(f"{where}: 'responses' must be an object of lists: export records by `to_json`")
     return given
