@@ -17,7 +17,7 @@ from typing import ClassVar
 import lightning as L
 import optuna
 
-from lightning_rlhf.cli import RLHFCLI
+from lightning_rlhf.cli import main
 
 
 FOLDER = Path("runs/sweep")
@@ -50,7 +50,7 @@ def objective(trial: optuna.Trial, arguments: list[str], folder: Path = FOLDER) 
         "trainer.callbacks+": f"{__name__}.Prune",
         "run_dir": run_dir,
     }
-    RLHFCLI(["fit", *arguments, *(f"--{name}={value}" for name, value in values.items())])
+    main(["fit", *arguments, *(f"--{name}={value}" for name, value in values.items())])
     return float(json.loads((run_dir / "summary.json").read_text())["j_after"])
 
 

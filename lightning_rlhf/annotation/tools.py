@@ -119,7 +119,10 @@ def _responses(record: Mapping[str, object], where: str) -> list[dict[str, objec
     """Responses with their question: Argilla writes lists by question, or one list in which each names its question."""
     given = record.get("responses") or {}
     if isinstance(given, Mapping):
-        given = [{"question": name, **entry} for name, entries in given.items() for entry in entries]
+        found: list[dict[str, object]] = []
+        for name, entries in given.items():
+            found += [{"question": name, **entry} for entry in entries]
+        return found
     if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
         raise ValueError(f"{where}: 'responses' must be an object of lists: export records by `to_json`")
     return given
@@ -141,10 +144,11 @@ def _potato(path: Path, question: str, asked: set[str]) -> Iterator[Answer]:
     if path.is_file():
         files = [path]
     else:
-        folders = sorted(child for child in path.iterdir() if child.is_dir())
-        # the state of a person has what the other file repeats
-        both = [[folder / name for name in ("user_state.json", "annotated_instances.jsonl")] for folder in folders]
-        files = [next(file for file in pair if file.is_file()) for pair in both if any(map(Path.is_file, pair))]
+        files = []
+        for folder in sorted(filter(Path.is_dir, path.iterdir())):
+            # the state of a person has what the other file repeats
+            given = [folder / name for name in ("user_state.json", "annotated_instances.jsonl")]
+            files += [file for file in given if file.is_file()][:1]
     for file in files:
         for where, annotator, pair, schemes in _instances(file):
             asked.update(schemes)

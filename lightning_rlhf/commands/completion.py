@@ -11,6 +11,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
+from itertools import chain
 
 import lightning as L
 
@@ -41,7 +42,8 @@ _RUN = (
 
 def completion_script() -> str:
     """The script, for bash 3.2 and newer."""
-    tables = {
+    flag = {"--help": [_FLAG]}
+    tables: dict[str, dict[str, list[str]]] = {
         "fit": _run_table(),
         "compare": _table(_arguments(CompareRun)) | {"--config": _compare_names()},
         "evaluate": _table(_arguments(EvaluationRun)) | {"--config": []},
@@ -54,7 +56,7 @@ def completion_script() -> str:
     }
     texts = []
     for command, table in tables.items():
-        rows = [" ".join([option, *values]) for option, values in sorted((table | {"--help": [_FLAG]}).items())]
+        rows = [" ".join([option, *values]) for option, values in sorted((table | flag).items())]
         names = "fit|validate|sample" if command == "fit" else command
         # no name has a quote in it
         texts.append(f"    {names}) table='" + "\n".join(rows) + "' ;;")
@@ -109,7 +111,7 @@ def _values(annotation: object) -> Iterable[str]:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return [value for value in arguments if isinstance(value, str)]
-    return [value for inner in arguments for value in _values(inner)]
+    return chain.from_iterable(map(_values, arguments))
 
 
 def _compare_names() -> list[str]:
