@@ -135,7 +135,7 @@ def limits(device: str) -> Result:
     target = torch.empty_like(source)
     # every float is read and written
     found["gigabytes_per_second"] = 2 * source.nbytes / best(device, lambda: target.copy_(source)) / 1e9
-    return {name: round(value, 3) for name, value in found.items()}
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def best(device: str, call: Callable[[], object]) -> float:

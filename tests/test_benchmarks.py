@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import annotation_load, gallery, results
+from benchmarks import annotation_load, gallery, head, ledger, results
 from benchmarks.harness import check_same, ids_in_order, model_folder
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
@@ -65,6 +66,29 @@ def test_the_load_of_the_annotation_server_is_measured(tmp_path: Path) -> None:
     assert 0 < found["next_p50_ms"] <= found["next_p99_ms"] and 0 < found["vote_p50_ms"] <= found["vote_p99_ms"]
     assert annotation_load.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert annotation_load.percentile(list(map(float, range(1, 201))), 0.99) == 198.0
+
+
+def test_a_ledger_is_timed_at_each_size(tmp_path: Path) -> None:
+    path, prompts = tmp_path / "ledger.sqlite", ledger.make_prompts(50, 3)
+    columns = {}
+    for size, held in ((100, 0), (300, 108)):
+        assert ledger.fill(path, size, prompts)[1] == size - held
+        # two rounds of four pairs, which are in the ledger afterwards
+        columns[str(size)] = ledger.timed(path, prompts, Namespace(pairs=4, repeats=2))
+    assert all(value >= 0 for figures in columns.values() for value in figures.values())
+    lines = ledger.table(columns).splitlines()
+    assert lines[0] == "| labels in the ledger | 100 | 300 |"
+    assert sum(line.startswith("| a round of 4 pairs, CPU ms |") for line in lines) == 1
+
+
+def test_both_arms_of_the_head_find_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # put back afterwards: one arm changes them
+    for name in ("_take_buffer", "SCRATCH_BYTES"):
+        monkeypatch.setattr(head.head, name, getattr(head.head, name))
+    sizes = {"device": "cpu", "tokens": 30, "width": 8, "vocabulary": 500, "batches": 2}
+    for kind in head.KINDS:
+        results = [head.work(Namespace(**sizes, worker=arm), kind) for arm in head.ARMS]
+        assert results[0]["sum"] == results[1]["sum"] < 0
 
 
 def test_arms_that_differ_are_refused() -> None:
