@@ -217,3 +217,24 @@ def test_pictures_of_the_gallery_are_smaller_and_look_alike(tmp_path: Path) -> N
     assert (tmp_path / "small.png").stat().st_size < 0.8 * (tmp_path / "large.png").stat().st_size
     # half a level of 16, and the rounding to 8 bits
     assert abs(image.imread(tmp_path / "small.png")[..., :3] - picture).max() < 0.5 / 15 + 0.5 / 255 + 1e-3
+
+
+@pytest.mark.slow
+def test_costs_by_the_number_of_rows_are_printed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.data_scale", "--rows=20,40", "--length=short", "--batch=2"),
+            *("--set=rounds.ledger_pairs=rows", "--set=prompt_options.rows=disk", f"--out={tmp_path / 'out.jsonl'}"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    for arm in ("ours, cold", "ours, warm"):
+        assert all(run["cpu"] > 0 and run["rss_mb"] > 0 for run in line[arm].values())
+    # two arms with two numbers of rows each, below two lines of header
+    assert sum(row.startswith("| ") for row in done.stdout.splitlines()) == 6
