@@ -306,7 +306,12 @@ def test_the_head_sees_predicting_positions_only_and_a_tile_at_most(monkeypatch:
     packed_scores(model, packed)  # the probe has its own forward passes
     seen: list[int] = []
     plain = head._logits
-    monkeypatch.setattr(head, "_logits", lambda hidden, *args: seen.append(len(hidden)) or plain(hidden, *args))
+
+    def spy(hidden: Tensor, *args: Any, **named: Any) -> tuple[Tensor, torch.dtype]:
+        seen.append(len(hidden))
+        return plain(hidden, *args, **named)
+
+    monkeypatch.setattr(head, "_logits", spy)
     packed_scores(model, packed).logps.sum().backward()
     assert seen == [45]  # the backward pass overwrites them
     seen.clear()
