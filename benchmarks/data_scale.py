@@ -125,7 +125,7 @@ def ours(job: Job) -> dict[str, Any]:
         rounds=PreferenceRoundOptions(epochs_per_round=None, **settings["rounds"]),
     )
     with tempfile.TemporaryDirectory() as folder:
-        bare_trainer(folder, [Begins()], max_epochs=1, max_steps=job.steps).fit(module, datamodule=data)
+        bare_trainer(job, folder, [Begins()], max_epochs=1, max_steps=job.steps).fit(module, datamodule=data)
         ledger = Path(folder) / "ledger.sqlite"
         return {**start.report(), "ledger_mb": ledger.stat().st_size / 2**20}
 
