@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Job, bare_trainer, corpus, machine, model_folder, parser, process, work
+from benchmarks.harness import Job, bare_trainer, corpus, machine, model_folder, parser, process, save_llama, work
 
 
 LENGTHS = {"hh": ((150, 900), (60, 500)), "short": ((40, 80), (40, 80))}
@@ -52,26 +52,11 @@ def write_rows(path: Path, count: int, length: str) -> None:
 
 def tiny_model(folder: Path) -> str:
     """A random Llama of one layer, with the tokenizer of the small model of the other benchmarks."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder("small"))
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        bos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, len(tokenizer), width=64, inner=128, layers=1, heads=2)
     return str(folder)
 
 

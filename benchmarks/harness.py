@@ -346,9 +346,8 @@ def model_folder(name: str) -> Path:
 
 def _make_small(folder: Path) -> None:
     """A random Llama with 6 M parameters, and a byte-level BPE learned on the standard library."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -362,14 +361,22 @@ def _make_small(folder: Path) -> None:
         tokenizer_object=bpe, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>", model_max_length=2048
     )
     tokenizer.save_pretrained(folder)
+    save_llama(folder, VOCABULARY, width=256, inner=768, layers=4, heads=4)
+
+
+def save_llama(folder: Path, vocabulary: int, *, width: int, inner: int, layers: int, heads: int) -> None:
+    """Write a random Llama, whose EOS, BOS and padding are tokens 0, 1 and 2."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         eos_token_id=0,
