@@ -6,7 +6,8 @@ a figure of the tables can be computed again without the runs. The first figure 
 markers of docs/results.md, where the text is written by hand. ``--smoke`` does the same with two seeds and few labels,
 into a folder of its own, in a few minutes. ``--only`` also takes comparisons that are left out otherwise, because they
 take longer: ``menu_labels``, ``menu_models``, ``menu_judges``, ``menu_exploration``, ``menu_people``, ``menu_systems``,
-``quickstart_labels``, and ``stories``, ``stories_labels`` and ``stories_size``, which fetch a model with npm.
+``menu_ensembles``, ``menu_rlhf``, ``menu_thumbs``, ``quickstart_labels``, and ``stories``, ``stories_labels`` and
+``stories_size``, which fetch a model with npm.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ SMOKE = {
     "menu_exploration": ["--experiment.seeds=2", "--experiment.labels=96", "--at_labels=[48,96]"],
     "menu_people": ["--experiment.seeds=2"],
     "menu_systems": ["--experiment.seeds=2", "--experiment.labels=96", "--at_labels=[48,96]"],
+    "menu_ensembles": ["--experiment.seeds=1"],
+    "menu_rlhf": ["--experiment.seeds=1"],
+    "menu_thumbs": ["--experiment.seeds=2", "--experiment.labels=96"],
     "quickstart_labels": ["--experiment.seeds=1", "--experiment.labels=48", "--at_labels=[24,48]"],
 }
 """Makes a comparison short: arguments, or another comparison in its place."""
@@ -58,6 +62,9 @@ TITLES = {
     "menu_exploration": 'Efficient exploration in the world "menu"',
     "menu_people": 'People in the world "menu"',
     "menu_systems": 'Samplers of related systems in the world "menu"',
+    "menu_ensembles": 'Ensembles of reward models in the world "menu"',
+    "menu_rlhf": 'PILAF for reward models in the world "menu"',
+    "menu_thumbs": 'PILAF for single responses in the world "menu"',
     "quickstart_labels": "SmolLM2-135M",
 }
 """Titles of the pages with tables."""

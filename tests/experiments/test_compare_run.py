@@ -201,7 +201,7 @@ def test_arms_may_have_label_budgets_of_their_own() -> None:
 
 def test_named_comparisons_parse() -> None:
     names = "tabular menu menu_labels menu_models menu_judges menu_exploration menu_people stories stories_labels smoke"
-    beyond = ("tabular_rlhf", "tabular_thumbs", "menu_rlhf", "menu_thumbs", "menu_systems")
+    beyond = ("tabular_rlhf", "tabular_thumbs", "menu_rlhf", "menu_thumbs", "menu_systems", "menu_ensembles")
     for name in (*names.split(), *beyond, "stories_size", "quickstart_labels", "smollm2"):
         assert yaml.safe_load(find_config(f"compare/{name}").read_text())["experiment"]
         with pytest.raises(SystemExit) as ended:
