@@ -293,7 +293,7 @@ class Walker:
 
 
 def pretraining(arm: str, seeds: int = 4, episodes: int = 400) -> dict[str, float]:
-    """Mean episodes until success, and mean success in the first 20 episodes, after pretraining.
+    """Mean episodes until success, and mean success in the first 20 episodes, after pretraining; standard errors.
 
     Args:
         arm: reward of pretraining: ``scratch`` has none; ``mixed`` alignment and novelty in equal parts; ``random`` the
@@ -314,8 +314,11 @@ def pretraining(arm: str, seeds: int = 4, episodes: int = 400) -> dict[str, floa
             reward = WeightedReward(chosen, dict.fromkeys(chosen, 1 / len(chosen)), standardize=True)
             walker.pretrain(reward, episodes)
         found.append(walker.finetune())
-    episodes_needed, first = zip(*found, strict=True)
-    return {"episodes": float(np.mean(episodes_needed)), "first": float(np.mean(first))}
+    means, errors = np.mean(found, 0), np.std(found, 0, ddof=1) / len(found) ** 0.5
+    names = ("episodes", "first")
+    return dict(zip(names, means.tolist(), strict=True)) | {
+        f"{name}_stderr": error for name, error in zip(names, errors.tolist(), strict=True)
+    }
 
 
 def test_pretraining_on_language_and_novelty_shortens_the_learning_of_a_task() -> None:
