@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_rlhf.batching.steps import Step
+from lightning_rlhf.runtime.lazy import AbstractLazySequence
 
 
 Item = TypeVar("Item")
@@ -16,35 +17,34 @@ Item = TypeVar("Item")
 PAGE = 512  # items that `AbstractStoredItems` reads at a time when it is iterated
 
 
-class AbstractStoredItems(Sequence[Item]):
-    """Items of an epoch that are read when a batch needs them; every rank must ask for the same ones."""
+class AbstractEpochItems(AbstractLazySequence[Item]):
+    """Items of an epoch that are made when a batch needs them, and whose lengths are known before."""
 
     @property
     @abstractmethod
     def lengths(self) -> Sequence[int]:
-        """Token positions of each item, known without reading it."""
+        """Token positions of each item, known without making it."""
+
+
+class AbstractStoredItems(AbstractEpochItems[Item]):
+    """Items that the ledger holds; every rank must ask for the same ones."""
 
     @abstractmethod
     def fetch(self, places: Sequence[int]) -> Mapping[int, Item]:
         """Read the items at some places."""
 
+    def make(self, place: int) -> Item:
+        """Read the item at a place."""
+        return self.fetch([place])[place]
+
+    def make_all(self, places: Sequence[int]) -> list[Item]:
+        """Read the items at some places at once."""
+        found = self.fetch(places)
+        return [found[place] for place in places]
+
     def __len__(self) -> int:
         """Number of items."""
         return len(self.lengths)
-
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        """Read one item, or a part of them at once."""
-        chosen = range(len(self))[place]
-        if isinstance(chosen, int):
-            return self.fetch([chosen])[chosen]
-        found = self.fetch(chosen)
-        return [found[i] for i in chosen]
 
     def __iter__(self) -> Iterator[Item]:
         """Read all items, some hundred at a time."""

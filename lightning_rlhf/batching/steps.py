@@ -6,15 +6,14 @@ memory is cut into micro-batches here, so that steps, checkpoints, schedules and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
-from typing import overload
 
 import torch
 
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.runtime.lazy import AbstractLazySequence
 
 
 @dataclass(frozen=True)
@@ -101,56 +100,25 @@ def plan(
     return steps
 
 
-class EpochPlan(Sequence[Step]):
+class EpochPlan(AbstractLazySequence[Step]):
     """The steps of `plan`, each made when it is asked for: a step depends on its own pairs alone.
 
     Args:
-        order: the pairs of the epoch, like the arguments below as `plan` takes them.
-        lengths: see there.
-        pairs_per_step: see there.
-        max_tokens: see there.
-        rank: see there.
-        world: see there.
-        min_micro_batches: see there.
+        order: the pairs of the epoch.
+        pairs_per_step: pairs of an optimizer step on all ranks.
+        one_step: `plan` of the pairs of one step.
     """
 
-    def __init__(
-        self,
-        order: list[int],
-        lengths: Sequence[int],
-        pairs_per_step: int,
-        max_tokens: int | None,
-        rank: int = 0,
-        world: int = 1,
-        min_micro_batches: int = 1,
-    ) -> None:
-        self.order, self.lengths = order, lengths
-        self.pairs_per_step = pairs_per_step
-        self._make = partial(
-            plan,
-            lengths=lengths,
-            pairs_per_step=pairs_per_step,
-            max_tokens=max_tokens,
-            rank=rank,
-            world=world,
-            min_micro_batches=min_micro_batches,
-        )
+    def __init__(self, order: list[int], pairs_per_step: int, one_step: Callable[[list[int]], list[Step]]) -> None:
+        self.order, self.pairs_per_step = order, pairs_per_step
+        self._one_step = one_step
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.pairs_per_step)
 
-    @overload
-    def __getitem__(self, number: int) -> Step: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[Step]: ...
-
-    def __getitem__(self, number: int | slice) -> Step | list[Step]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        (step,) = self._make(self.pairs(number % len(self)))
+    def make(self, place: int) -> Step:
+        """Plan a step."""
+        (step,) = self._one_step(self.pairs(place))
         return step
 
     def pairs(self, number: int, steps: int = 1) -> list[int]:

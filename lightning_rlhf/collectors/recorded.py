@@ -5,20 +5,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_rlhf.batching.loader import AbstractEpochItems
 from lightning_rlhf.labelers.recorded import RecordedLabeler
 from lightning_rlhf.prompts.table import PromptTable, has_equal_responses
 from lightning_rlhf.randomness import Key, Stream
+from lightning_rlhf.runtime.lazy import AbstractLazySequence
 from lightning_rlhf.samplers.draws import coin
 from lightning_rlhf.samplers.offline import recorded_comparison
 from lightning_rlhf.types import Comparison, Preference, Prompt, free_tie
 
 
-class RecordedPairs(Sequence[Preference]):
+class RecordedPairs(AbstractEpochItems[Preference]):
     """The preferences that `OfflineSampler` and `RecordedLabeler` make of the rows of a round, bit for bit.
 
     Nothing is kept but the numbers of the rows.
@@ -39,18 +40,8 @@ class RecordedPairs(Sequence[Preference]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, place: int) -> Preference: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Preference]: ...
-
-    def __getitem__(self, place: int | slice) -> Preference | list[Preference]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
+    def make(self, place: int) -> Preference:
+        """Make the preference of a row."""
         prompt = self.prompts[int(self.rows[place])]
         # the second pair of a prompt has another key, as in a round that is sampled in chunks
         key = self._sampling.fold(place // len(self.prompts))
@@ -72,6 +63,7 @@ class RecordedPairs(Sequence[Preference]):
             return 0
         return sum(has_equal_responses(self.prompts[int(row)]) for row in self.rows)
 
+    @property
     def lengths(self) -> Sequence[int]:
         """Token positions of each pair, its prompt counted once."""
         if isinstance(self.prompts, PromptTable):
@@ -82,7 +74,7 @@ class RecordedPairs(Sequence[Preference]):
         return array("q", tokens[self.rows].tobytes())
 
 
-class _Comparisons(Sequence[Comparison]):
+class _Comparisons(AbstractLazySequence[Comparison]):
     """The comparisons of `RecordedPairs`."""
 
     def __init__(self, pairs: RecordedPairs) -> None:
@@ -91,15 +83,8 @@ class _Comparisons(Sequence[Comparison]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @overload
-    def __getitem__(self, place: int) -> Comparison: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Comparison]: ...
-
-    def __getitem__(self, place: int | slice) -> Comparison | list[Comparison]:
-        if isinstance(place, slice):
-            return [preference.comparison for preference in self.pairs[place]]
+    def make(self, place: int) -> Comparison:
+        """The pair of a row."""
         return self.pairs[place].comparison
 
 

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.batching.batches import StepBatch
-from lightning_rlhf.batching.loader import AbstractStoredItems, RankSampler, ResumableLoader, StepDataset
-from lightning_rlhf.batching.steps import EpochPlan, Step, epoch_order, group_by_length
+from lightning_rlhf.batching.loader import AbstractEpochItems, RankSampler, ResumableLoader, StepDataset
+from lightning_rlhf.batching.steps import EpochPlan, Step, epoch_order, group_by_length, plan
 from lightning_rlhf.collectors.progress import restore_other_bars, silence_other_bars
 from lightning_rlhf.datamodules.options import BatchOptions, PromptOptions, at_least_one
 from lightning_rlhf.generation.base import Decoding
@@ -263,16 +263,17 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         order = group_by_length(
             order, lengths, per_step, self.batching.length_window, self.key.fold(Stream.WINDOWS, epoch)
         )
-        steps = EpochPlan(
-            order,
-            lengths,
-            per_step,
-            self._max_tokens_per_micro_batch(),
-            rank,
-            world,
+        one_step = partial(
+            plan,
+            lengths=lengths,
+            pairs_per_step=per_step,
+            max_tokens=self._max_tokens_per_micro_batch(),
+            rank=rank,
+            world=world,
             # accumulate_grad_batches=k runs at least k backward passes, so that it still saves memory
             min_micro_batches=self._accumulate,
         )
+        steps = EpochPlan(order, per_step, one_step)
         return ResumableLoader(
             StepDataset(items, steps, partial(self.before_step, steps)),
             # all steps on every rank: a step has already divided its items among the ranks
@@ -283,7 +284,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
 
     def lengths(self, items: Sequence[Item]) -> Sequence[int]:
         """Token positions of all items of an epoch."""
-        if isinstance(items, AbstractStoredItems):
+        if isinstance(items, AbstractEpochItems):
             return items.lengths
         return [self.length(item) for item in items]
 

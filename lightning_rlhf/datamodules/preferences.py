@@ -291,10 +291,6 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
         # replayed rounds make epochs grow
         return super()._items_per_epoch() if self.replay in ("last", 1) or self.epochs_per_round is None else None
 
-    def lengths(self, items: Sequence[Preference]) -> Sequence[int]:
-        """Token positions of all pairs of an epoch."""
-        return items.lengths() if isinstance(items, RecordedPairs) else super().lengths(items)
-
     def length(self, item: Preference) -> int:
         """Token positions of a pair, its prompt counted once."""
         pair = item.comparison

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
+from lightning_rlhf.runtime.lazy import AbstractLazySequence
 from lightning_rlhf.types import Prompt, Response
 
 
@@ -72,7 +73,7 @@ class RowHasher:
         return self._columns.hexdigest() if self._has_columns else None
 
 
-class AbstractDigestedRows(Sequence[Prompt]):
+class AbstractDigestedRows(AbstractLazySequence[Prompt]):
     """Rows that know their digests, so that nobody has to read them all again."""
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import tokenizers
@@ -110,22 +110,10 @@ class PromptTable(AbstractDigestedRows):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        number, row = divmod(place % len(self), BATCH)
+    def make(self, place: int) -> Prompt:
+        """Read a row."""
+        number, row = divmod(place, BATCH)
         return _decode(self._batch(number), row)
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, object]:
         # a mapped file belongs to its process

@@ -277,8 +277,8 @@ def test_other_files_settings_and_tokenizers_have_tables_of_their_own(tmp_path: 
 def test_steps_are_those_of_the_whole_plan() -> None:
     order, lengths = [4, 1, 3, 0, 2, 6, 5], [5, 9, 2, 7, 1, 3, 8]
     for rank in (0, 1):
-        steps = EpochPlan(order, lengths, 3, 10, rank, 2, 2)
-        expected = plan(order, lengths, 3, 10, rank, 2, 2)
+        how = partial(plan, lengths=lengths, pairs_per_step=3, max_tokens=10, rank=rank, world=2, min_micro_batches=2)
+        steps, expected = EpochPlan(order, 3, how), how(order)
         assert list(steps) == expected and len(steps) == 3 and steps[-1] == expected[-1]
         assert [step.everyone for step in steps] == [step.everyone for step in expected]
     assert steps.pairs(1, 2) == [0, 2, 6, 5]
