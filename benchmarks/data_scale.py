@@ -35,11 +35,11 @@ OURS, PEER = "ours", "TRL, precomputed reference"
 def write_rows(path: Path, count: int, length: str) -> None:
     """Write preference rows, pieces of the standard library, as JSON lines."""
     text = "\n".join(corpus())
-    draw = random.Random(1)
+    numbers = random.Random(1)
 
     def piece(low: int, high: int) -> str:
-        size = draw.randint(low, high)
-        start = draw.randrange(len(text) - size)
+        size = numbers.randint(low, high)
+        start = numbers.randrange(len(text) - size)
         return text[start : start + size]
 
     prompt, response = LENGTHS[length]

@@ -34,7 +34,7 @@ FILL_ROUND = 1024  # pairs of a round that only fills the ledger: a million labe
 
 
 def main() -> None:
-    """Fill one ledger to each size, and time what a round does there, in CPU time: the disk has its own."""
+    """Fill one ledger to each size, and time the operations of a round there, in CPU time: the disk has its own."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--labels", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="ascending sizes")
     options.add_argument("--pairs", type=int, default=64, help="pairs of a timed round")

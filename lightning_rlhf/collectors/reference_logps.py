@@ -33,12 +33,17 @@ def with_reference_logps(
     ]
 
 
+def reference_version(engine: PolicyEngine) -> int:
+    """Version of the reference of an engine; 0 without one."""
+    return engine.reference.version if engine.reference is not None else 0
+
+
 def refreshed(preferences: Sequence[Preference], engine: PolicyEngine | None) -> Sequence[Preference]:
     """Recompute reference log-probabilities of an older reference; without an engine, keep all."""
     # rows of the data hold no log-probabilities
     if engine is None or isinstance(preferences, RecordedPairs):
         return preferences
-    version = engine.reference.version if engine.reference is not None else 0
+    version = reference_version(engine)
     # a pair without a version was scored by no reference of this run: it stays as it is
     stale = [p for p in preferences if p.comparison.meta.get("reference_version", version) != version]
     if not stale:

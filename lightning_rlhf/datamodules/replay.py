@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TypeAlias
 
 from lightning_rlhf.batching.loader import AbstractStoredItems
+from lightning_rlhf.collectors.reference_logps import reference_version
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.ledger.labeled import LabeledTable, StoredRound
 from lightning_rlhf.ledger.store import PreferenceStore
@@ -72,6 +73,4 @@ def stored_round(store: PreferenceStore, index: int) -> StoredRound | None:
 
 def is_stale(stored: StoredRound, engine: PolicyEngine | None) -> bool:
     """Whether reference log-probabilities in the ledger are not those of the reference of this engine."""
-    if engine is None:
-        return False
-    return stored.is_stale(engine.reference.version if engine.reference is not None else 0)
+    return engine is not None and stored.is_stale(reference_version(engine))

@@ -101,6 +101,8 @@ def digest_of_columns(prompts: Sequence[Prompt]) -> str | None:
     """Digest of the other columns of rows, which rewards may read; None if no row has any."""
     if isinstance(prompts, AbstractDigestedRows):
         return prompts.columns_digest
+    if not any(prompt.columns for prompt in prompts):
+        return None
     hasher = RowHasher()
     for prompt in prompts:
         hasher.add_columns(prompt.columns)

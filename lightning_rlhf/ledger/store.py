@@ -357,8 +357,10 @@ class PreferenceStore:
         """Whether the ledger holds a comparison or a rollout."""
         with self.reading() as db:
             version = schema_version(db)
-            tables = ["comparisons", *["rollouts"][: version >= 2], *["recorded"][: version >= 6]]
-            return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
+            # with the version of the schema that added the table
+            tables = {"comparisons": 1, "rollouts": 2, "recorded": 6}
+            there = [table for table, since in tables.items() if since <= version]
+            return any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in there)
 
     def comparisons(self, round: int) -> list[tuple[int, Comparison, Label | None]]:
         """The comparisons of a round in order of position, each with its id and its label, None if it has none yet."""
