@@ -53,9 +53,9 @@ class SilverOptions:
         real_weight: weight of the loss of real pairs, >= 0.
         kappa: scale of posterior reward gaps, > 0; above 1 it undoes the shrinkage of the posterior mean.
         kappa_labels: latest labels by which ``kappa`` is calibrated, >= 1; default: none, kappa is fixed. At every fit
-            the model first learns from the labels before them; ``kappa`` is multiplied by the factor at which it then
-            predicts them best. A policy whose responses become equally good has smaller gaps than a model expects that
-            learnt from earlier ones.
+            the model predicts each of them without its label (`AbstractPreferenceModel.held_out_gaps`); ``kappa`` is
+            multiplied by the factor at which it predicts them best. A policy whose responses become equally good has
+            smaller gaps than a model expects that learnt from earlier ones.
         damping: use the posterior variance: the less certain a gap is, the nearer its label is to 1/2.
         refit_every: new labels after which the model is fitted again, >= 1.
         min_labels: labels before the first fit, >= 1; until then the run trains on real pairs, one epoch per round.
@@ -227,16 +227,14 @@ class SilverCollector:
             options.model.fit(last)
 
     def _calibration(self, preferences: Sequence[Preference], latest: int) -> float:
-        """Factor of reward gaps at which the model predicts the latest labels after a fit to those before them."""
+        """Factor of reward gaps at which the model predicts the latest labels without knowing them."""
         # half of the labels at most, so that there is a model
         latest = min(latest, len(preferences) // 2)
-        earlier, held = preferences[: len(preferences) - latest], preferences[len(preferences) - latest :]
-        if not earlier or not held:
+        if latest == 0:
             return 1.0
-        self.options.model.fit(earlier)
-        mean, _ = self._gaps([preference.comparison for preference in held])
-        label = torch.tensor([preference.probability for preference in held], dtype=torch.float64)
-        return gap_factor(mean, label)
+        gap = self.options.model.held_out_gaps(preferences, latest)
+        label = torch.tensor([preference.probability for preference in preferences[-latest:]], dtype=torch.float64)
+        return gap_factor(gap, label)
 
     def _predict(self, preferences: Sequence[Preference], index: int) -> Forecast:
         """Predict the labels of a round that the model has not seen (prequential validation)."""

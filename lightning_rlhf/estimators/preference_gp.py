@@ -112,6 +112,23 @@ def predict(fit: Laplace, cross: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]
     return mean, (covariance + covariance.T) / 2
 
 
+def leave_one_out(fit: Laplace) -> Tensor:
+    """Mean of the gap of each pair in the posterior of all other labels, nats; [pairs].
+
+    The site of a pair is taken out of the Gaussian posterior (the cavity of GPML eq. 3.56). With ``b = diag(B^-1)`` the
+    posterior variance is ``(1 - b) / W``, and the cavity has the variance ``c = (1 - b) / (W b)`` and the mean
+    ``f - c g``, g the slope.
+
+    Args:
+        fit: result of `laplace`.
+    """
+    inverse = torch.cholesky_inverse(fit.factor).diagonal()
+    # W is 0 where a label is certain or has no weight; then its slope is 0 as well
+    curvature = fit.curvature.clamp_min(torch.finfo(torch.float64).tiny)
+    variance = (1 - inverse) / (curvature * inverse)
+    return fit.mode - variance * fit.slope
+
+
 def choose_variances(
     grams: Tensor,
     start: Tensor,

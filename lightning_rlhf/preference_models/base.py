@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
-from lightning_rlhf.types import Preference, Prompt, Response, State
+from lightning_rlhf.types import Preference, Prompt, Response, State, pair_rows
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,21 @@ class AbstractPreferenceModel(KeepsArguments, ABC):
         Raises:
             RuntimeError: if the model was not fitted.
         """
+
+    def held_out_gaps(self, preferences: Sequence[Preference], latest: int) -> Tensor:
+        """Mean reward gaps of the latest pairs by a posterior that does not know their own labels; nats, [latest].
+
+        This fits the model to the preferences before them. A model that knows the posterior without one label, as
+        `KernelPreferenceModel` does, overrides it. Either changes the fit: call `fit` afterwards.
+
+        Args:
+            preferences: all preferences, in the order of the ledger.
+            latest: how many of them are predicted, >= 1 and fewer than all.
+        """
+        self.fit(preferences[:-latest])
+        posterior = self.posterior(*pair_rows([preference.comparison for preference in preferences[-latest:]]))
+        first = torch.arange(0, 2 * latest, 2)
+        return posterior.gap(first, first + 1)[0]
 
     def state_dict(self) -> State:
         """State for the checkpoint; empty where the preferences alone decide the posterior."""

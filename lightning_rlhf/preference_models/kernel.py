@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lightning_rlhf.estimators.preference_gp import Laplace, choose_variances, laplace, predict
+from lightning_rlhf.estimators.preference_gp import Laplace, choose_variances, laplace, leave_one_out, predict
 from lightning_rlhf.preference_models.base import AbstractPreferenceModel, ModelStart, Posterior
 from lightning_rlhf.preference_models.trunk import FrozenTrunk, content
 from lightning_rlhf.preference_models.whitening import Whitening, fit_whitening
@@ -283,6 +283,12 @@ class KernelPreferenceModel(AbstractPreferenceModel):
             chosen = torch.arange(count) * len(used) // count
             self._variances = self._by_evidence(self._pairs[chosen], probabilities[chosen])
         self._laplace = laplace(prior_covariance(self._pairs, self._pairs, self._variances), probabilities)
+
+    def held_out_gaps(self, preferences: Sequence[Preference], latest: int) -> Tensor:
+        """Gaps in the posterior of all labels but the own one; see `AbstractPreferenceModel.held_out_gaps`."""
+        self.fit(preferences)
+        assert self._laplace is not None  # by `fit`
+        return leave_one_out(self._laplace)[-latest:]
 
     def posterior(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Posterior:
         """Posterior of the rewards of responses; see `AbstractPreferenceModel.posterior`."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_rlhf.estimators.preference_gp import choose_variances, laplace, predict
+from lightning_rlhf.estimators.preference_gp import choose_variances, laplace, leave_one_out, predict
 
 
 def problem(pairs: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,3 +148,19 @@ def test_bad_input_is_refused() -> None:
         laplace(gram, probabilities + float("nan"))
     with pytest.raises(ValueError, match=">= 0"):
         laplace(gram, probabilities, -weights)
+
+
+def test_leaving_one_out_is_a_fit_without_it() -> None:
+    """The mean of the cavity against the mean of a fit to all other pairs."""
+    gram, probabilities, _ = problem(40, scale=4.0)
+    labels = probabilities.round()
+    fit = laplace(gram, labels)
+    refitted = []
+    for place in range(len(labels)):
+        others = torch.arange(len(labels)) != place
+        without = laplace(gram[others][:, others], labels[others])
+        refitted.append(predict(without, gram[[place]][:, others], gram[[place]][:, [place]])[0])
+    exact = torch.cat(refitted)
+    # the approximation leaves the curvature of the other pairs as it is
+    error = (leave_one_out(fit) - exact).abs().max()
+    assert error < 0.05 * (fit.mode - exact).abs().max()
