@@ -46,14 +46,14 @@ class RowHasher:
 
         Token ids count, so that another tokenizer, chat template or limit of length gives other rows.
         """
-        digest = hashlib.blake2b(digest_size=16)
+        content: list[bytes] = []
         for part in _parts(prompt):
             # the length first: without it ("ab", "c") and ("a", "bc") would have one digest
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        self._whole.update(digest.digest())
+            content += len(part).to_bytes(8, "little"), part
+        digest = hashlib.blake2b(b"".join(content), digest_size=16).digest()
+        self._whole.update(digest)
         if self.count < NAMED:
-            self._each += digest.digest()[:SHORT]
+            self._each += digest[:SHORT]
         self.count += 1
 
     def add_columns(self, columns: Mapping[str, object]) -> None:
