@@ -1,6 +1,7 @@
 """Memory, CPU time and wall time before the first optimizer step of offline DPO, by the number of rows.
 
     python -m benchmarks.data_scale --peer trl
+    python -m benchmarks.data_scale --peer trl --only "TRL with live reference"
     python -m benchmarks.data_scale --rows 1000,10000,100000,1000000 --length hh
     python -m benchmarks.data_scale --rows 1000,10000 --length short --set rounds.reference_logps=all
 
@@ -29,7 +30,7 @@ from benchmarks.harness import Job, bare_trainer, corpus, machine, model_folder,
 
 LENGTHS = {"hh": ((150, 900), (60, 500)), "short": ((40, 80), (40, 80))}
 """Characters of prompts and of responses; those of HH-RLHF have 600 and 300 in the mean."""
-OURS, PEER = "ours", "TRL, precomputed reference"
+OURS, PEER, LIVE = "ours", "TRL with precomputed reference", "TRL with live reference"
 
 
 def write_rows(path: Path, count: int, length: str) -> None:
@@ -173,7 +174,9 @@ def measure(arguments: Any, folder: Path) -> dict[str, dict[int, dict[str, float
     arms: dict[str, dict[str, Any]] = {OURS: {"set": changes}}
     if arguments.peer == "trl":
         arms[PEER] = {"worker": "trl", "precompute": True}
-        arms["TRL, live reference"] = {"worker": "trl", "precompute": False}
+        arms[LIVE] = {"worker": "trl", "precompute": False}
+    if arguments.only:
+        arms = {name: arm for name, arm in arms.items() if name == OURS or name in arguments.only.split(",")}
     found: dict[str, dict[int, dict[str, float]]] = {}
     for size in arguments.rows:
         rows = folder / f"{size}.jsonl"
