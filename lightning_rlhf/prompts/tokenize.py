@@ -180,6 +180,8 @@ def tokenized(
     chat_template: str | None = None,
     end_ids: Collection[int] = (),
     chat: bool = False,
+    encoder: TextEncoder | None = None,
+    first: int = 0,
 ) -> Iterator[Prompt]:
     """The prompts of `tokenize_rows`, one after another: rows are read and tokenized in portions.
 
@@ -192,10 +194,12 @@ def tokenized(
         chat_template: see there.
         end_ids: see there.
         chat: see there.
+        encoder: encoder with the tokenizer, which keeps what it knows from one call to the next.
+        first: number of the first row in its data set, from 0.
     """
     renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
-    encoder = TextEncoder(tokenizer)
-    stream, first = iter(rows), 0
+    encoder = encoder or TextEncoder(tokenizer)
+    stream = iter(rows)
     while part := list(islice(stream, TEXTS_AT_ONCE)):
         first, start = first + len(part), first
         written = [as_turn(row) for row in part] if chat else part
