@@ -8,8 +8,8 @@
 The rows are pieces of the standard library in a file that the benchmark writes, the model is a random one of 1 M
 parameters, and every run takes three steps. A cold run reads and tokenizes the file; a warm one comes after it and
 finds the caches on disk. CPU time is that of all processes, and memory is that of the one that trains: children that
-tokenize rows share most of theirs with it, and end before the first step. Memory and CPU time are per row above the smallest run of the same arm, so that the libraries,
-the model and the steps themselves drop out.
+tokenize rows share most of theirs with it, and end before the first step. Both are per row above the smallest run of
+the same arm, so that the libraries, the model and the steps themselves drop out.
 """
 
 from __future__ import annotations
