@@ -82,8 +82,7 @@ class Start:
 
     def report(self) -> dict[str, Any]:
         """The result of the worker."""
-        peaks = {"rss_mb": resource.RUSAGE_SELF, "child_mb": resource.RUSAGE_CHILDREN}
-        return {**self.first, **{name: resource.getrusage(who).ru_maxrss / 1024 for name, who in peaks.items()}}
+        return {**self.first, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def ours(job: Job) -> dict[str, Any]:
