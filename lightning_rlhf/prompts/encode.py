@@ -78,25 +78,34 @@ class TextEncoder:
         """Ids of each text."""
         if self._pieces is None:
             return encode_all(self.tokenizer, texts)
-        return [ids for _, ids in self._portions(texts)]
+        return [_numbers(b"".join(known)) for _, known in self._portions(texts)]
 
     def encode_open(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids of each text, and its last piece."""
         if self._pieces is None:
             return [Encoded(ids, text, ids) for text, ids in zip(texts, encode_all(self.tokenizer, texts), strict=True)]
         return [
-            Encoded(ids, pieces[-1], _numbers(self._ids[pieces[-1]])) if pieces else Encoded((), "", ())
-            for pieces, ids in self._portions(texts)
+            Encoded(_numbers(b"".join(known)), pieces[-1], _numbers(known[-1])) if pieces else Encoded((), "", ())
+            for pieces, known in self._portions(texts)
         ]
 
-    def _portions(self, texts: Sequence[str]) -> Iterator[tuple[list[str], Ids]]:
-        """Pieces of each text, and its ids."""
+    def _portions(self, texts: Sequence[str]) -> Iterator[tuple[list[str], list[bytes]]]:
+        """Pieces of each text, and the ids of each piece."""
         assert self._pieces is not None
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             split = [self._pieces.findall(text) for text in texts[start : start + TEXTS_AT_ONCE]]
-            self._learn(split)
-            for pieces in split:
-                yield pieces, _numbers(b"".join(map(self._ids.__getitem__, pieces)))
+            # most texts have no new piece, and are looked up once
+            found = [self._known(pieces) for pieces in split]
+            self._learn([pieces for pieces, known in zip(split, found, strict=True) if known is None])
+            for pieces, known in zip(split, found, strict=True):
+                yield pieces, known if known is not None else [self._ids[piece] for piece in pieces]
+
+    def _known(self, pieces: Sequence[str]) -> list[bytes] | None:
+        """Ids of pieces; None if one is new."""
+        try:
+            return [self._ids[piece] for piece in pieces]
+        except KeyError:
+            return None
 
     def _learn(self, split: Sequence[Sequence[str]]) -> None:
         """Let the tokenizer encode the pieces that are new."""
