@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from lightning_rlhf.collectors.base import AbstractRoundCollector
+from lightning_rlhf.collectors.memory import LedgerMemory
 from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.collectors.recorded import RecordedPairs
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
 from lightning_rlhf.generation import PolicyEngine
-from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Memory, Question, booked_once
+from lightning_rlhf.labelers.base import AbstractLabeler, Answer, Question, booked_once
 from lightning_rlhf.ledger.labeled import LabeledTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
@@ -95,6 +96,7 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         self.sampler, self.labeler = sampler, labeler
         self.label_attempts = label_attempts
         self.reference_cache = reference_cache or ReferenceCache.from_environment()
+        self._remembered = LedgerMemory()
 
     def _new_round(self, index: int) -> Round:
         return Round(index, [])
@@ -159,7 +161,8 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
         self.store.add_ties(ties)
         if getattr(self.labeler, "whole_rounds", False):
             # closed rounds only: labels of this one are there after a restart, and not when it is begun
-            self.labeler.recall(self._memory(index - 1))
+            upto = int((self._ledger.round_info(index - 1) or {}).get("upto", 0))
+            self.labeler.recall(self._remembered.upto(self._ledger, upto))
         for attempt in range(self.label_attempts):
             # the ledger counts attempts, so that a restart does not exceed label_attempts
             asked = self.store.attempts(index)
@@ -223,12 +226,6 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             questions.append(Question(f"{run}/{id_}/{attempt}", comparison, place >= len(own), earlier))
         for answers in self.labeler.stream(questions, answered + len(given), key):
             yield [pairs[place][0] for place, _ in answers], [answer for _, answer in answers]
-
-    def _memory(self, index: int) -> Memory:
-        """What the rounds up to ``index`` have brought."""
-        upto = int((self._ledger.round_info(index) or {}).get("upto", 0))
-        votes = self._ledger.votes(upto=upto)
-        return Memory(self._ledger.overlap(upto), [((round_, place), vote) for round_, place, vote in votes])
 
     def _is_final(self, id_: int, attempt: int) -> bool:
         """Whether people gave an answer that is no label, and will not be asked again."""

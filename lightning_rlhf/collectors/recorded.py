@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lightning_rlhf.batching.loader import AbstractEpochItems
 from lightning_rlhf.labelers.recorded import RecordedLabeler
-from lightning_rlhf.prompts.table import PromptTable, has_equal_responses
+from lightning_rlhf.prompts.portions import has_equal_responses
+from lightning_rlhf.prompts.table import PromptTable
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.runtime.lazy import AbstractLazySequence
 from lightning_rlhf.samplers.draws import coin

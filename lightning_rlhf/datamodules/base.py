@@ -31,7 +31,8 @@ from lightning_rlhf.ledger.same_run import row_differences
 from lightning_rlhf.prompts import AbstractPromptSource, DatasetCompletions, DatasetPrompts
 from lightning_rlhf.prompts.files import RowData, holds_rows
 from lightning_rlhf.prompts.mixture import SOURCE_COLUMN
-from lightning_rlhf.prompts.table import PromptTable, Tokenization, load_prompts
+from lightning_rlhf.prompts.portions import Tokenization
+from lightning_rlhf.prompts.table import PromptTable, load_prompts
 from lightning_rlhf.prompts.template import turn_format
 from lightning_rlhf.prompts.tokenize import TokenLimits
 from lightning_rlhf.protocols import PreferenceSource, Round, StepData, StepModule, module_of
@@ -359,7 +360,9 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
             end_ids=tuple(module.configured_end_ids),
             chat=self.prompt_options.chat,
         )
-        prompts, found = load_prompts(source, how, self.prompt_options.rows if on_disk else "memory")
+        prompts, found = load_prompts(
+            source, how, self.prompt_options.rows if on_disk else "memory", self.prompt_options.workers
+        )
         table = prompts if isinstance(prompts, PromptTable) else None
         end = turn_format(module.tokenizer).end
         chats = any(p.messages is not None for p in prompts) if table is None else table.facts["has_messages"]

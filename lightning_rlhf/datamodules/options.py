@@ -137,6 +137,7 @@ class PromptOptions:
         chat: take plain prompts as the user's turns, and render them with the chat template.
         rows: where tokenized training rows of preference runs are: ``memory``; ``disk``, in a table that later runs
             open again; or ``auto``, on disk from files of 1 MB or 2,000 other rows on.
+        workers: processes that tokenize rows for the disk, >= 1; default: one per core from 5,000 rows on.
     """
 
     max_prompt_tokens: int | None = None
@@ -144,9 +145,10 @@ class PromptOptions:
     system_prompt: str | None = None
     chat: bool = False
     rows: Literal["auto", "memory", "disk"] = "auto"
+    workers: int | None = None
 
     def __post_init__(self) -> None:
-        at_least_one(prompt_options__max_prompt_tokens=self.max_prompt_tokens)
+        at_least_one(prompt_options__max_prompt_tokens=self.max_prompt_tokens, prompt_options__workers=self.workers)
 
 
 # frozen, so that all DataModules can share them as default arguments

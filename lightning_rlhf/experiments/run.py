@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from lightning_rlhf.experiments.plots import (
     plot_labels,
 )
 from lightning_rlhf.experiments.report import figures_of, grid_of, markdown, verdicts
+from lightning_rlhf.runtime.children import follow_parent
 
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -240,14 +240,6 @@ def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
             traceback.print_exc()
             log.flush()
             os._exit(1)
-
-
-def follow_parent() -> None:
-    """End this process when the comparison does, however it ends: an orphan would hold its ledger."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

@@ -51,11 +51,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the closed rounds of a run have brought.
+    """What the closed rounds of a run have brought, read from the ledger when it is asked for.
 
     Args:
         overlap: pairs that two labelers judged: the answer with status `ROUTED`, and the label.
-        votes: votes of people behind the labels, with round and position of their pair.
+        votes: votes of people behind the labels, with round and position of their pair; late ones are left out.
     """
 
     overlap: Sequence[tuple[Label, Label]] = ()

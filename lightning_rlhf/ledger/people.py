@@ -54,19 +54,27 @@ def insert_guidelines(db: sqlite3.Connection, name: str, text: str) -> None:
     db.execute("INSERT OR IGNORE INTO guidelines VALUES (?, ?, ?)", (name, text, time.time()))
 
 
-def select_votes(
-    db: sqlite3.Connection, rounds: Sequence[int] | None, upto: int | None = None
-) -> list[tuple[int, int, Vote]]:
-    """Round, position and vote, oldest first; with ``upto`` those on pairs with a label that old."""
-    labeled = "WHERE EXISTS (SELECT 1 FROM attempts l WHERE l.comparison = c.id AND l.status = 'ok' AND l.id <= ?) "
-    columns = ", ".join(f"v.{name} AS {name}" for name in FIELDS)
-    cursor = db.execute(
-        f"SELECT c.round, c.position, n.name AS annotator, {columns} FROM votes v "
-        "JOIN comparisons c ON c.id = v.comparison JOIN annotators n ON n.id = v.annotator "
-        f"{'' if upto is None else labeled}ORDER BY v.id",
-        () if upto is None else (upto,),
-    )
-    names = [column[0] for column in cursor.description]
-    rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+def select_votes(db: sqlite3.Connection, rounds: Sequence[int] | None) -> list[tuple[int, int, Vote]]:
+    """Round, position and vote, oldest first."""
+    tables = "FROM votes v JOIN comparisons c ON c.id = v.comparison JOIN annotators n ON n.id = v.annotator"
     wanted = None if rounds is None else set(rounds)
-    return [(row["round"], row["position"], vote_of(row)) for row in rows if wanted is None or row["round"] in wanted]
+    found = _select(db, f"{tables} ORDER BY v.id")
+    return [(round_, place, vote) for _, round_, place, vote in found if wanted is None or round_ in wanted]
+
+
+def select_labeled_votes(db: sqlite3.Connection, upto: int, after: int) -> dict[int, tuple[tuple[int, int], Vote]]:
+    """Round and position, and vote, by the number of the vote; see `PreferenceStore.labeled_votes`."""
+    # by the numbers of the labels, which are few: CROSS JOIN keeps this order
+    tables = (
+        "FROM attempts l CROSS JOIN votes v ON v.comparison = l.comparison JOIN comparisons c ON c.id = v.comparison "
+        "JOIN annotators n ON n.id = v.annotator WHERE l.id > ? AND l.id <= ? AND l.status = 'ok' AND NOT v.late"
+    )
+    return {number: ((round_, place), vote) for number, round_, place, vote in _select(db, tables, after, upto)}
+
+
+def _select(db: sqlite3.Connection, tables: str, *numbers: int) -> list[tuple[int, int, int, Vote]]:
+    """Number, round, position and vote of votes ``v``, with the comparison ``c`` and the annotator ``n``."""
+    columns = ", ".join(f"v.{name} AS {name}" for name in FIELDS)
+    cursor = db.execute(f"SELECT v.id, c.round, c.position, n.name AS annotator, {columns} {tables}", numbers)
+    names = [column[0] for column in cursor.description[3:]]
+    return [(*row[:3], vote_of(dict(zip(names, row[3:], strict=True)))) for row in cursor.fetchall()]

@@ -46,20 +46,23 @@ class RowHasher:
 
         Token ids count, so that another tokenizer, chat template or limit of length gives other rows.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for part in _parts(prompt):
-            # the length first: without it ("ab", "c") and ("a", "bc") would have one digest
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        self._whole.update(digest.digest())
-        if self.count < NAMED:
-            self._each += digest.digest()[:SHORT]
-        self.count += 1
+        self.add_digests([digest_of_row(prompt)])
+
+    def add_digests(self, digests: Sequence[bytes]) -> None:
+        """Add the next rows by their digests, see `digest_of_row`."""
+        self._whole.update(b"".join(digests))
+        for digest in digests[: max(0, NAMED - self.count)]:
+            self._each += digest[:SHORT]
+        self.count += len(digests)
 
     def add_columns(self, columns: Mapping[str, object]) -> None:
         """Add the other columns of the next row."""
-        self._has_columns = self._has_columns or bool(columns)
-        self._columns.update(json.dumps(dict(columns), sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+        self.add_encoded_columns(encoded_columns(columns), has_columns=bool(columns))
+
+    def add_encoded_columns(self, columns: bytes, *, has_columns: bool) -> None:
+        """Add the other columns of the next rows, joined, see `encoded_columns`."""
+        self._has_columns = self._has_columns or has_columns
+        self._columns.update(columns)
 
     def digest(self) -> RowDigest:
         """Digest of the rows so far."""
@@ -107,6 +110,20 @@ def digest_of_columns(prompts: Sequence[Prompt]) -> str | None:
     for prompt in prompts:
         hasher.add_columns(prompt.columns)
     return hasher.columns_digest()
+
+
+def digest_of_row(prompt: Prompt) -> bytes:
+    """Digest of one row."""
+    content: list[bytes] = []
+    for part in _parts(prompt):
+        # the length first: without it ("ab", "c") and ("a", "bc") would have one digest
+        content += len(part).to_bytes(8, "little"), part
+    return hashlib.blake2b(b"".join(content), digest_size=16).digest()
+
+
+def encoded_columns(columns: Mapping[str, object]) -> bytes:
+    """The other columns of a row as they are hashed."""
+    return json.dumps(dict(columns), sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
 
 
 def _parts(prompt: Prompt) -> Iterator[bytes]:

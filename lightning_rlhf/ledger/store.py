@@ -41,7 +41,7 @@ from lightning_rlhf.ledger.database import (
     set_value,
     take_lease,
 )
-from lightning_rlhf.ledger.people import insert_guidelines, insert_votes, select_votes
+from lightning_rlhf.ledger.people import insert_guidelines, insert_votes, select_labeled_votes, select_votes
 from lightning_rlhf.ledger.schema import (
     INSERT_ATTEMPT,
     INSERT_COMPARISON,
@@ -519,20 +519,20 @@ class PreferenceStore:
             ).fetchall()
         return {str(source): (labels, attempts, cost) for source, labels, attempts, cost in rows}
 
-    def overlap(self, upto: int | None = None) -> list[tuple[Label, Label]]:
+    def overlap(self, upto: int | None = None, after: int = 0) -> list[tuple[Label, Label]]:
         """Pairs that two labelers judged: the answer with status ``"routed"`` and the label, by number of the label.
 
         Args:
             upto: number of the newest attempt that counts, as `last_attempt` gives it; default: all.
+            after: labels are attempts behind this one.
         """
         with self.reading() as db:
             rows = db.execute(
-                # from the routed ones, which have an index of their own: CROSS JOIN keeps this order
-                "SELECT r.cost, r.meta, l.probability, l.cost, l.meta FROM "
-                "(SELECT comparison, MAX(id) AS newest FROM attempts WHERE status = 'routed' GROUP BY comparison) o "
-                "CROSS JOIN attempts l ON l.comparison = o.comparison AND l.status = 'ok' AND l.id <= ? "
-                "JOIN attempts r ON r.id = o.newest ORDER BY l.id",
-                (sys.maxsize if upto is None else upto,),
+                # from the labels behind `after`, which are few; CROSS JOIN keeps this order
+                "SELECT r.cost, r.meta, l.probability, l.cost, l.meta FROM attempts l CROSS JOIN attempts r ON r.id = "
+                "(SELECT MAX(id) FROM attempts WHERE comparison = l.comparison AND status = 'routed') "
+                "WHERE l.id > ? AND l.id <= ? AND l.status = 'ok' ORDER BY l.id",
+                (after, sys.maxsize if upto is None else upto),
             ).fetchall()
         return [
             (Label(None, ROUTED, first, json.loads(noted)), Label(probability, "ok", cost, json.loads(meta)))
@@ -568,15 +568,22 @@ class PreferenceStore:
             ).fetchall()
         return [identity for (identity,) in rows]
 
-    def votes(self, rounds: Sequence[int] | None = None, upto: int | None = None) -> list[tuple[int, int, Vote]]:
+    def votes(self, rounds: Sequence[int] | None = None) -> list[tuple[int, int, Vote]]:
         """Votes of people with the round and position of their comparison, oldest first.
 
         Args:
             rounds: the rounds; default: all.
-            upto: only votes on pairs whose label is attempt ``upto`` or an earlier one; default: all votes.
         """
         with self.reading() as db:
-            return select_votes(db, rounds, upto) if schema_version(db) >= 5 else []
+            return select_votes(db, rounds) if schema_version(db) >= 5 else []
+
+    def labeled_votes(self, upto: int, after: int = 0) -> dict[int, tuple[tuple[int, int], Vote]]:
+        """Votes on pairs whose labels are attempts in (after, upto], with round and position, by their number.
+
+        Votes that came after the label of their pair are not among them.
+        """
+        with self.reading() as db:
+            return select_labeled_votes(db, upto, after) if schema_version(db) >= 5 else {}
 
     def mean_passes(self) -> float:
         """Mean of `Comparison.passes` over all comparisons; NaN if there are none."""

@@ -10,11 +10,9 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 import numpy as np
 import tokenizers
@@ -26,8 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.ledger.row_digest import AbstractDigestedRows, RowDigest, RowHasher
 from lightning_rlhf.models.cache import cached, file_digest
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.tokenize import TokenLimits, check_some_left, tokenized
-from lightning_rlhf.types import NO_RESPONSE, FinishReason, Message, Prompt, PromptRow, RecordedPair, Response
+from lightning_rlhf.prompts.portions import More, NotStorableError, Portion, Tokenization, portions, schema
+from lightning_rlhf.prompts.tokenize import check_some_left
+from lightning_rlhf.types import NO_RESPONSE, FinishReason, Prompt, PromptRow, RecordedPair, Response
 
 
 if TYPE_CHECKING:
@@ -73,22 +72,6 @@ class Facts(TypedDict):
     pairs: int
     singles: int
     ties: int
-
-
-class _More(TypedDict, total=False):
-    """Parts of a prompt that many rows do not have, as JSON in one column."""
-
-    messages: list[Message]
-    template_options: dict[str, object]
-    subset: str
-    columns: dict[str, object]
-    recorded: NotRequired[list[str]]
-    reasons: NotRequired[list[FinishReason]]
-    is_completion: bool
-
-
-class NotStorableError(Exception):
-    """A row holds an object that JSON does not give back as it was."""
 
 
 class PromptTable(AbstractDigestedRows):
@@ -140,45 +123,15 @@ class PromptTable(AbstractDigestedRows):
         return self._open[1]
 
 
-@dataclass(frozen=True)
-class Tokenization:
-    """How rows become tokens, as `tokenized` takes it.
-
-    Args:
-        tokenizer: tokenizer of the policy.
-        limits: limits of prompts and responses.
-        system_prompt: system message for conversations that have none.
-        end_ids: token ids at which generation stops.
-        chat: take a plain prompt as the user's turn of a conversation.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    limits: TokenLimits
-    system_prompt: str | None
-    end_ids: tuple[int, ...]
-    chat: bool
-
-    def prompts(self, rows: Iterable[PromptRow], counts: Counter[str]) -> Iterator[Prompt]:
-        """Tokenize rows one after another."""
-        return tokenized(
-            rows,
-            self.tokenizer,
-            self.limits,
-            counts=counts,
-            system_prompt=self.system_prompt,
-            end_ids=self.end_ids,
-            chat=self.chat,
-        )
-
-
 def load_prompts(
-    source: AbstractPromptSource, how: Tokenization, storage: Storage
+    source: AbstractPromptSource, how: Tokenization, storage: Storage, workers: int | None = None
 ) -> tuple[Sequence[Prompt], dict[str, int]]:
     """Read and tokenize the rows of a source, or open the table of an earlier run.
 
     Args:
         source: the source; its report and the facts that `load` notes are those of the earlier run.
         how: how rows become tokens.
+        workers: processes that tokenize the rows of a table, see `portions`.
         storage: ``memory`` makes a list, ``disk`` a table; ``auto`` a table from `SMALL_FILES` or `SMALL_LISTS` on.
 
     Returns:
@@ -194,9 +147,13 @@ def load_prompts(
     if storage == "memory" or (storage == "auto" and small):
         return _in_memory(source.load(), source, how)
     key = _key(source, files, how)
+
+    def build(scratch: Path) -> None:
+        _build(source.stream(), source, how, workers, scratch)
+
     if key is not None:
         try:
-            folder = cached(f"rows-{files[0].stem}", key, lambda scratch: _build(source.stream(), source, how, scratch))
+            folder = cached(f"rows-{files[0].stem}", key, build)
         except (NotStorableError, OSError) as error:
             return _kept(error, source, how)
         table = PromptTable(folder)
@@ -207,7 +164,7 @@ def load_prompts(
         return _in_memory(rows, source, how)
     owner = tempfile.TemporaryDirectory(prefix="lightning_rlhf-rows-")
     try:
-        _build(rows, source, how, Path(owner.name))
+        _build(rows, source, how, workers, Path(owner.name))
     except (NotStorableError, OSError) as error:
         return _kept(error, source, how)
     table = PromptTable(Path(owner.name), owner)
@@ -228,19 +185,12 @@ def _kept(error: Exception, source: AbstractPromptSource, how: Tokenization) -> 
     return _in_memory(source.load(), source, how)
 
 
-def _build(rows: Iterable[PromptRow], source: AbstractPromptSource, how: Tokenization, folder: Path) -> None:
+def _build(
+    rows: Iterable[PromptRow], source: AbstractPromptSource, how: Tokenization, workers: int | None, folder: Path
+) -> None:
     """Tokenize rows into a table."""
-    counts: Counter[str] = Counter()
-    read = Counter[str]()
-
-    def counted() -> Iterator[PromptRow]:
-        for row in rows:
-            read["rows"] += 1
-            yield row
-
-    facts = write_table(how.prompts(counted(), counts), folder)
-    check_some_left(facts["digest"]["count"], read["rows"], +counts)
-    facts["counts"] = {**source.report, **counts}
+    facts = write_table(portions(rows, how, workers), folder)
+    facts["counts"] = {**source.report, **facts["counts"]}
     facts["format_name"] = getattr(source, "format_name", None)
     facts["unread_columns"] = list(getattr(source, "unread_columns", ()))
     (folder / FACTS).write_text(json.dumps(facts))
@@ -289,44 +239,40 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 # -- rows of the table -------------------------------------------------------------------------------------------------
 
 
-def write_table(prompts: Iterable[Prompt], folder: Path) -> Facts:
-    """Write prompts to a folder, in portions, and count what runs ask of them.
+def write_table(parts: Iterable[Portion], folder: Path) -> Facts:
+    """Write portions to a folder, and count what runs ask of their rows.
 
     Raises:
-        NotStorableError: if a row holds what JSON does not give back.
+        ValueError: if no row is left.
     """
-    # takes a second to import
     import pyarrow
 
-    texts, ids = pyarrow.binary(), pyarrow.list_(pyarrow.int32())
-    kinds = {"index": pyarrow.int64(), "ids": ids, "text": texts, "a_ids": ids, "a_text": texts, "b_ids": ids}
-    kinds |= {"b_text": texts, "probability": pyarrow.float64(), "weight": pyarrow.float64(), "more": texts}
-    schema = pyarrow.schema(list(kinds.items()))
-    hasher, columns, counts = RowHasher(), dict[str, None](), Counter[str]()
+    hasher, names, counts, left_out, read = RowHasher(), dict[str, None](), Counter[str](), Counter[str](), 0
     lengths: list[NDArray[np.int32]] = [np.zeros((0, 3), np.int32)]
-    stream = iter(prompts)
-    with pyarrow.OSFile(str(folder / TABLE), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
-        while part := list(islice(stream, BATCH)):
-            cells = [_encode(prompt) for prompt in part]
-            arrays = [
-                pyarrow.array(cell, kind) for cell, kind in zip(zip(*cells, strict=True), kinds.values(), strict=True)
-            ]
-            writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-            lengths.append(np.array([_token_counts(prompt) for prompt in part], np.int32))
-            for prompt in part:
-                hasher.add(prompt)
-                hasher.add_columns(prompt.columns)
-                columns |= dict.fromkeys(prompt.columns)
-                counts["messages"] += prompt.messages is not None
-                counts["pairs"] += prompt.pair is not None
-                counts["singles"] += prompt.is_single
-                counts["ties"] += has_equal_responses(prompt)
+    waiting = pyarrow.Table.from_batches([], schema=schema())
+    with pyarrow.OSFile(str(folder / TABLE), "wb") as sink, pyarrow.ipc.new_file(sink, schema()) as writer:
+        for part in parts:
+            hasher.add_digests(part.digests)
+            hasher.add_encoded_columns(part.columns, has_columns=bool(part.column_names))
+            lengths.append(part.lengths)
+            names |= dict.fromkeys(part.column_names)
+            counts, left_out, read = counts + part.counts, left_out + part.left_out, read + part.read
+            # portions are uneven where rows are dropped, and a row is found by its place: all batches but the last
+            # have the same size
+            waiting = pyarrow.concat_tables([waiting, pyarrow.Table.from_batches([part.batch])]).combine_chunks()
+            whole = len(waiting) - len(waiting) % BATCH
+            for batch in waiting.slice(0, whole).to_batches(BATCH):
+                writer.write_batch(batch)
+            waiting = waiting.slice(whole)
+        for batch in waiting.to_batches(BATCH):
+            writer.write_batch(batch)
+    check_some_left(hasher.count, read, left_out)
     np.save(folder / LENGTHS, np.concatenate(lengths))
-    facts: Facts = {
+    return {
         "digest": hasher.digest(),
         "columns_digest": hasher.columns_digest(),
-        "column_names": list(columns),
-        "counts": {},
+        "column_names": list(names),
+        "counts": dict(left_out),
         "format_name": None,
         "unread_columns": [],
         "has_messages": counts["messages"] > 0,
@@ -334,75 +280,6 @@ def write_table(prompts: Iterable[Prompt], folder: Path) -> Facts:
         "singles": counts["singles"],
         "ties": counts["ties"],
     }
-    (folder / FACTS).write_text(json.dumps(facts))
-    return facts
-
-
-def has_equal_responses(prompt: Prompt) -> bool:
-    """Whether the two recorded responses of a prompt are a tie, as `Comparison.has_equal_responses` says it."""
-    if prompt.pair is None or prompt.is_single:
-        return False
-    a, b = prompt.pair
-    return a.ids == b.ids or (a.text == b.text and "\ufffd" not in a.text)
-
-
-def _token_counts(prompt: Prompt) -> tuple[int, int, int]:
-    first, second = _responses(prompt)
-    return len(prompt.ids), len(first.ids), len(second.ids)
-
-
-def _responses(prompt: Prompt) -> tuple[Response, Response]:
-    """The pair of a prompt, or its completion and none."""
-    return prompt.pair or (prompt.completion or NO_RESPONSE, NO_RESPONSE)
-
-
-def _encode(prompt: Prompt) -> tuple[object, ...]:
-    """Cells of a row of the table."""
-    first, second = _responses(prompt)
-    more: _More = {}
-    if prompt.messages is not None:
-        more["messages"] = list(prompt.messages)
-    if prompt.template_options:
-        more["template_options"] = prompt.template_options
-    if prompt.subset:
-        more["subset"] = prompt.subset
-    if prompt.columns:
-        more["columns"] = dict(prompt.columns)
-    if prompt.completion is not None:
-        more["is_completion"] = True
-    recorded = prompt.recorded
-    if recorded is not None and (recorded.chosen, recorded.rejected) != (first.text, second.text):
-        more["recorded"] = [recorded.chosen, recorded.rejected]
-    if "length" in (first.finish_reason, second.finish_reason):
-        more["reasons"] = [first.finish_reason, second.finish_reason]
-    known = (None, None) if recorded is None else (recorded.probability, recorded.weight)
-    row = (
-        prompt.index,
-        prompt.ids,
-        _bytes(prompt.text),
-        first.ids,
-        _bytes(first.text),
-        second.ids,
-        _bytes(second.text),
-    )
-    return *row, *known, _json(more, prompt.index) if more else None
-
-
-def _json(more: _More, index: int) -> bytes:
-    try:
-        text = json.dumps(more)
-        # tuples come back as lists, and some keys as strings
-        same = json.loads(text) == more
-    except (TypeError, ValueError) as error:
-        raise NotStorableError(f"row {index} holds an object that is no JSON ({error})") from error
-    if not same:
-        raise NotStorableError(f"row {index} holds an object that JSON does not give back")
-    return text.encode()
-
-
-def _bytes(text: str) -> bytes:
-    # a text may hold lone surrogates, which strict UTF-8 refuses to encode
-    return text.encode("utf-8", "surrogatepass")
 
 
 def _decode(batch: pyarrow.RecordBatch, row: int) -> Prompt:
@@ -415,7 +292,7 @@ def _decode(batch: pyarrow.RecordBatch, row: int) -> Prompt:
         return cast(bytes, batch.column(column)[row].as_py()).decode("utf-8", "surrogatepass")
 
     cell = batch.column(9)[row].as_py()
-    more: _More = {} if cell is None else json.loads(cell)
+    more: More = {} if cell is None else json.loads(cell)
     reasons = more.get("reasons", _BY_THEMSELVES)
     # in the order of `_encode`; a response without tokens is none
     responses = [

@@ -35,6 +35,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.prompts.dataset import EMPTY, IDENTICAL
+from lightning_rlhf.prompts.encode import TEXTS_AT_ONCE, Encoded, Ids, TextEncoder, encode_all
 from lightning_rlhf.prompts.messages import TOOLS, field_error, holds_text_alone
 from lightning_rlhf.prompts.template import TurnFormat, shared_length, turn_format
 from lightning_rlhf.types import NO_RESPONSE, FinishReason, Message, Prompt, PromptRow, Response
@@ -71,9 +72,6 @@ LINKS = ("tool_call_id", "id", "index")
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields with the reasoning of the assistant; templates may leave them out of earlier turns."""
-
-TEXTS_AT_ONCE = 1024
-"""Number of texts per call of the tokenizer."""
 
 
 def tokenize_rows(
@@ -182,6 +180,8 @@ def tokenized(
     chat_template: str | None = None,
     end_ids: Collection[int] = (),
     chat: bool = False,
+    encoder: TextEncoder | None = None,
+    first: int = 0,
 ) -> Iterator[Prompt]:
     """The prompts of `tokenize_rows`, one after another: rows are read and tokenized in portions.
 
@@ -194,14 +194,17 @@ def tokenized(
         chat_template: see there.
         end_ids: see there.
         chat: see there.
+        encoder: encoder with the tokenizer, which keeps what it knows from one call to the next.
+        first: number of the first row in its data set, from 0.
     """
     renderer = _Renderer(tokenizer, system_prompt, CHAT_TEMPLATES.get(chat_template or "", chat_template), counts)
-    stream, first = iter(rows), 0
+    encoder = encoder or TextEncoder(tokenizer)
+    stream = iter(rows)
     while part := list(islice(stream, TEXTS_AT_ONCE)):
         first, start = first + len(part), first
         written = [as_turn(row) for row in part] if chat else part
-        drafts = _drafts(written, renderer, limits, start, counts)
-        completions = _completions(drafts, tokenizer)
+        drafts = _drafts(written, renderer, encoder, limits, start, counts)
+        completions = _completions(drafts, encoder)
         for draft in drafts:
             # before any `continue`: dropped rows must take their completions from the shared iterator too
             answers = [next(completions) for _ in draft.written.rests]
@@ -249,19 +252,20 @@ class _Draft:
     Args:
         row: the data row.
         prompt: the prompt, not truncated.
-        bare: token ids of the prompt's text, without special tokens in front.
+        encoded: token ids of the prompt's text, without special tokens in front.
         written: the row as text.
     """
 
     row: PromptRow
     prompt: Prompt
-    bare: tuple[int, ...]
+    encoded: Encoded
     written: _Written
 
 
 def _drafts(
     rows: Sequence[PromptRow],
     renderer: _Renderer,
+    encoder: TextEncoder,
     limits: TokenLimits,
     first: int,
     counts: Counter[str],
@@ -272,10 +276,10 @@ def _drafts(
     """
     max_prompt_tokens, on_long_prompt = limits.max_prompt_tokens, limits.on_long_prompt
     written = [renderer.write(row) for row in rows]
-    encoded = encode_all(renderer.tokenizer, [one.text for one in written])
+    encoded = encoder.encode_open([one.text for one in written])
     drafts: list[_Draft] = []
     for index, (row, one, bare) in enumerate(zip(rows, written, encoded, strict=True), start=first):
-        ids = renderer.with_front(bare, conversational=one.messages is not None)
+        ids = renderer.with_front(bare.ids, conversational=one.messages is not None)
         if not ids:
             problem = "is empty, and the tokenizer puts no token in front of it"
             raise field_error(row.source, "prompt", problem, "write a prompt, or drop the row")
@@ -317,13 +321,13 @@ def _recorded(
     recorded: list[Response] = []
     for number, (ids, text) in enumerate(zip(answers, written.answers, strict=True)):
         # a plain prompt that was rendered beforehand is a chat as well
-        chat = written.messages is not None or renderer.format.asks(draft.bare)
+        chat = written.messages is not None or renderer.format.asks(draft.encoded.ids)
         reason = row.finish_reasons[number] if row.finish_reasons else "eos"
         ended, inside = renderer.ended(ids, end_ids, chat, reason, row.source)
         counts[ENDED_INSIDE] += inside
         # None where text behind an end of turn was dropped: the text of the row would say more than the ids
-        recorded.append(_response(renderer.tokenizer, ended, max_response_tokens, reason, None if inside else text))
-    ends = set(renderer.ends(end_ids))
+        recorded.append(_response(renderer, ended, max_response_tokens, reason, None if inside else text))
+    ends = renderer.ends(end_ids)
     if any(ends.issuperset(response.ids) for response in recorded):  # nothing but EOS
         counts[EMPTY] += 1
         return None
@@ -432,6 +436,10 @@ class _Renderer:
         self.template = template
         self.counts = counts
         self.leading = leading_special_ids(tokenizer)
+        # attributes of a tokenizer take microseconds each
+        self.bos, self.eos = cast(tuple[int | None, int | None], (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        self._ends: dict[tuple[int, ...], frozenset[int]] = {}
+        self._spelled: dict[int, str] = {}
         self._unwritten: str | None = None
 
     @cached_property
@@ -641,7 +649,7 @@ class _Renderer:
 
     def with_front(self, bare: tuple[int, ...], *, conversational: bool) -> tuple[int, ...]:
         """Ids of a prompt with the special tokens in front, and one BOS even if the text begins with BOS."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos, eos = self.bos, self.eos
         has_front = bool(bare) and (bare[0] == bos or bare[: len(self.leading)] == self.leading)
         rendered = not conversational and self.format.asks(bare) and not self.format.writes_bos
         ids = bare if conversational or has_front or rendered else self.leading + bare
@@ -649,10 +657,19 @@ class _Renderer:
             ids = ids[1:]
         return ids
 
-    def ends(self, end_ids: Collection[int]) -> tuple[int, ...]:
+    def ends(self, end_ids: Collection[int]) -> frozenset[int]:
         """Token ids that end a completion."""
-        known = (self.tokenizer.eos_token_id, self.format.end, *end_ids)
-        return tuple(dict.fromkeys(id_ for id_ in known if isinstance(id_, int)))
+        key = tuple(end_ids)
+        if key not in self._ends:
+            known = (self.eos, self.format.end, *key)
+            self._ends[key] = frozenset(id_ for id_ in known if isinstance(id_, int))
+        return self._ends[key]
+
+    def spelled(self, id_: int) -> str:
+        """Name of a token."""
+        if id_ not in self._spelled:
+            self._spelled[id_] = str(self.tokenizer.convert_ids_to_tokens(id_))
+        return self._spelled[id_]
 
     def ended(
         self, ids: tuple[int, ...], end_ids: Collection[int], chat: bool, reason: FinishReason, source: str
@@ -669,11 +686,13 @@ class _Renderer:
         Returns:
             The ids, and whether text behind the end is lost.
         """
-        eos = self.tokenizer.eos_token_id
+        eos = self.eos
         if not isinstance(eos, int):
             raise ValueError(f"{source}: the tokenizer has no EOS to end the completions: set tokenizer.eos_token")
         ends = self.ends(end_ids)
-        first = next((place for place, id_ in enumerate(ids) if id_ in ends), len(ids))
+        first = len(ids)
+        if not ends.isdisjoint(ids):
+            first = next(place for place, id_ in enumerate(ids) if id_ in ends)
         end = self.format.end if chat and self.format.end is not None else eos
         # ids = kept + last + behind; `last` is the first end among the ids, or the one appended
         kept, last = ids[:first], ids[first : first + 1] or (end,)
@@ -756,16 +775,32 @@ def _answers(row: PromptRow) -> tuple[Message, ...]:
     return tuple({"role": "assistant", "content": text} for text in texts)
 
 
-def _completions(drafts: Sequence[_Draft], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
+def _completions(drafts: Sequence[_Draft], encoder: TextEncoder) -> Iterator[Ids]:
     """Token ids of the recorded completions of the rows, in order, chosen before rejected."""
-    flat: list[tuple[tuple[int, ...], str, str]] = []
+    flat: list[tuple[Encoded, str]] = []
     for draft in drafts:
-        flat.extend((draft.bare, draft.written.text, rest) for rest in draft.written.rests)
+        flat.extend((draft.encoded, rest) for rest in draft.written.rests)
     # in portions, since prompt and completion together are long
     for start in range(0, len(flat), TEXTS_AT_ONCE):
         part = flat[start : start + TEXTS_AT_ONCE]
-        wholes = encode_all(tokenizer, [text + rest for _, text, rest in part])
-        yield from _after(tokenizer, [(bare, whole, rest) for (bare, _, rest), whole in zip(part, wholes, strict=True)])
+        # the ids in front of the tail are the same with and without the completion
+        wholes = encoder.encode([prompt.tail + rest for prompt, rest in part])
+        yield from _behind(encoder.tokenizer, part, wholes)
+
+
+def _behind(
+    tokenizer: PreTrainedTokenizerBase, part: Sequence[tuple[Encoded, str]], wholes: Sequence[Ids]
+) -> list[Ids]:
+    """Token ids of completions, from those of the tails of their prompts and the completions as one."""
+    found = [
+        whole[len(prompt.tail_ids) :] if whole[: len(prompt.tail_ids)] == prompt.tail_ids else None
+        for (prompt, _), whole in zip(part, wholes, strict=True)
+    ]
+    merged = [place for place, ids in enumerate(found) if ids is None]
+    cases = [(part[place][0].ids, part[place][0].whole(wholes[place]), part[place][1]) for place in merged]
+    for place, ids in zip(merged, _after(tokenizer, cases), strict=True):
+        found[place] = ids
+    return [ids or () for ids in found]
 
 
 def _after(
@@ -804,20 +839,6 @@ def _after(
         for place in open_:  # the tokenizer does not decode to the text, so that no way is better than another
             (found[place],) = encode_all(tokenizer, [cases[place][2]])
     return [ids or () for ids in found]
-
-
-def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of texts, without added special tokens.
-
-    Texts go to the tokenizer in lists, since fast tokenizers then use all cores.
-    """
-    ids: list[tuple[int, ...]] = []
-    # in portions: a fast tokenizer also returns offsets and strings, which take 100 bytes per token and more
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        # verbose=False: no warning about texts longer than the context window, since lengths are checked here
-        encoding = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False, verbose=False)
-        ids.extend(map(tuple, encoding["input_ids"]))
-    return ids
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
@@ -871,7 +892,7 @@ def truncate_left(
 
 
 def _response(
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: _Renderer,
     ids: tuple[int, ...],
     max_tokens: int,
     reason: FinishReason,
@@ -880,18 +901,19 @@ def _response(
     """Make a response of recorded ids, cut after ``max_tokens``.
 
     Args:
-        tokenizer: the tokenizer.
+        renderer: knows the tokenizer.
         ids: ids, with the end.
         max_tokens: maximum number of ids.
         reason: finish reason in the row.
         written: text of the row; None to decode the ids.
     """
     kept = ids[:max_tokens]
-    text = decode(tokenizer, kept, skip_special_tokens=True)
-    end = str(tokenizer.convert_ids_to_tokens(ids[-1]))
-    if len(kept) == len(ids):
-        # a text that spells out its end token is replaced by the decoded one, which leaves it out
-        text = written if written is not None and end not in written else text
+    whole = len(kept) == len(ids)
+    # a text that spells out its end token is replaced by the decoded one, which leaves it out
+    if whole and written is not None and renderer.spelled(ids[-1]) not in written:
+        return Response(kept, written, reason, source="dataset")
+    text = decode(renderer.tokenizer, kept, skip_special_tokens=True)
+    if whole:
         return Response(kept, text, reason, source="dataset")
     if written is not None and written.lstrip().startswith(text.lstrip()):
         # some tokenizers drop the leading space

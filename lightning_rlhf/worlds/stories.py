@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.logprobs.prefix_tree import next_token_logps
 from lightning_rlhf.models.load import load_policy, load_tokenizer
-from lightning_rlhf.prompts.tokenize import encode_all, leading_special_ids
+from lightning_rlhf.prompts.encode import encode_all
+from lightning_rlhf.prompts.tokenize import leading_special_ids
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
 from lightning_rlhf.types import Prompt, Response
 from lightning_rlhf.worlds.prompts import AbstractWorldPrompts

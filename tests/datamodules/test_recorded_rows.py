@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf import DPOModule, PreferenceDataModule
 from lightning_rlhf.batching.steps import EpochPlan, plan
@@ -28,9 +32,10 @@ from lightning_rlhf.ledger.recorded import RecordedTable
 from lightning_rlhf.ledger.row_digest import digest_of_columns, digest_of_rows
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.load import load_tokenizer
-from lightning_rlhf.prompts import DatasetPrompts, DatasetUnpaired, HHPrompts, LedgerPrompts, table
+from lightning_rlhf.prompts import DatasetPrompts, DatasetUnpaired, HHPrompts, LedgerPrompts, portions, table
 from lightning_rlhf.prompts.base import AbstractPromptSource
-from lightning_rlhf.prompts.table import PromptTable, Tokenization, load_prompts
+from lightning_rlhf.prompts.portions import Tokenization
+from lightning_rlhf.prompts.table import PromptTable, load_prompts
 from lightning_rlhf.prompts.tokenize import TokenLimits
 from lightning_rlhf.samplers import OfflineSampler
 
@@ -228,7 +233,7 @@ def test_a_table_gives_back_the_prompts_that_were_written(
     _, written, _ = load("disk")
     if kind != "singles":
         # rows that cannot be read in portions are tokenized in every run
-        monkeypatch.setattr(table, "tokenized", None)
+        monkeypatch.setattr(portions, "tokenized", None)
     second, opened, again = load("disk")
     assert isinstance(written, PromptTable) and isinstance(opened, PromptTable)
     assert list(opened) == list(written) == kept and opened[-1] == kept[-1] and opened[:2] == kept[:2]
@@ -282,3 +287,66 @@ def test_steps_are_those_of_the_whole_plan() -> None:
         assert list(steps) == expected and len(steps) == 3 and steps[-1] == expected[-1]
         assert [step.everyone for step in steps] == [step.everyone for step in expected]
     assert steps.pairs(1, 2) == [0, 2, 6, 5]
+
+
+def tokenization(tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+    return Tokenization(tokenizer, TokenLimits(64, 16, "drop"), None, (), False)
+
+
+def test_a_table_is_the_same_however_many_processes_make_it(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(portions, "TEXTS_AT_ONCE", 8)
+    monkeypatch.setattr(table, "BATCH", 16)
+    path = tmp_path / "rows.jsonl"
+    # every fifth prompt is too long, so that portions are uneven
+    lines = [
+        {"prompt": f"{n}? " * (40 if n % 5 == 0 else 1), "chosen": f"yes {n}", "rejected": "no", "answer": n}
+        for n in range(70)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    made = tokenization(load_tokenizer(str(tiny_policy)))
+    kept, counts = load_prompts(DatasetPrompts(str(path)), made, "memory")
+    assert len(kept) == 56 and counts["long prompts dropped"] == 14
+    files = {}
+    for workers in (1, 2):
+        monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path / f"cache-{workers}"))
+        opened, again = load_prompts(DatasetPrompts(str(path)), made, "disk", workers)
+        assert isinstance(opened, PromptTable)
+        assert list(opened) == kept and [p.columns for p in opened] == [p.columns for p in kept]
+        assert again["long prompts dropped"] == 14
+        assert opened.row_digest == digest_of_rows(kept) and opened.columns_digest == digest_of_columns(kept)
+        files[workers] = [(opened.folder / name).read_bytes() for name in (table.TABLE, table.LENGTHS, table.FACTS)]
+    assert files[1] == files[2]
+
+
+def test_a_process_that_fails_or_is_killed_names_the_row(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(portions, "TEXTS_AT_ONCE", 4)
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(30)]
+    lines[21]["prompt"] = "?" * 99
+    path.write_text("\n".join(map(json.dumps, lines)))
+    made = replace(tokenization(load_tokenizer(str(tiny_policy))), limits=TokenLimits(64, 16))
+    with pytest.raises(ValueError, match=r"rows.jsonl row 22: prompt has 99 tokens"):
+        load_prompts(DatasetPrompts(str(path)), made, "disk", 2)
+    parent, tokenize_portion = os.getpid(), portions.portion_of
+
+    def killed(rows: Sequence[Any], how: Tokenization, first: int) -> Any:
+        if os.getpid() != parent and first == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenize_portion(rows, how, first)
+
+    monkeypatch.setattr(portions, "portion_of", killed)
+    with pytest.raises(RuntimeError, match=r"killed, .* from \S+ row \d+ to \S+ row \d+: set .*prompt_options.workers"):
+        load_prompts(DatasetPrompts(str(path)), made, "disk", 2)
+    # nothing is left of the table
+    assert not list((tmp_path / "cache").glob("rows-*/rows.arrow"))
+    # a few rows need no process
+    monkeypatch.setattr(portions, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(portions, "portion_of", tokenize_portion)
+    opened, _ = load_prompts(DatasetPrompts(str(path)), tokenization(made.tokenizer), "disk")
+    assert len(opened) == 29
