@@ -30,7 +30,7 @@ test-browser: $(VENV)/.installed-test  ## annotation page, all of it, and search
 	BROWSER_TESTS=required WRITE_SCREENSHOTS=1 $(BIN)/python -m pytest tests/annotation/test_browser.py tests/test_site.py
 
 test-ray: $(VENV)-ray/.installed  ## compare and label on a Ray cluster of two local nodes, one of which dies; own environment
-	PYTHONPATH=. $(VENV)-ray/bin/python -m pytest tests/runtime/test_ray.py
+	PYTHONPATH=$(CURDIR) $(VENV)-ray/bin/python -m pytest tests/runtime/test_ray.py
 
 test-nodes: $(VENV)/.installed-test  ## training on three local nodes by torchrun, one of which is killed and replaced
 	NODE_TESTS=required $(BIN)/python -m pytest tests/faults/test_nodes.py

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -126,7 +126,7 @@ class CompareRun:
             run: Callable[..., Future[int]] = executor.submit
         else:
             # a cluster has a queue of its own
-            places, run = len(jobs), partial(self.processes.submit, isolated)
+            places, run = len(jobs), partial(cast(Callable[..., Future[int]], self.processes.submit), isolated)
         where = f"{places} at a time" if isinstance(self.processes, int) else f"by {type(self.processes).__name__}"
         print(f"{len(jobs)} cells, {len(done)} done; {where} in {self.run_dir}", flush=True)
         try:

@@ -114,9 +114,14 @@ class RayExecutor(Executor):
             # only now: a run that is refused, or has nothing left to do, starts no cluster
             self._ray.init(address=self.address, log_to_driver=False)
         # no retries by Ray: the caller counts them, for all executors alike
-        task = self._ray.remote(fn).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)
-        future: Future[T] = task.remote(*args, **kwargs).future()
+        task = self._ray.remote(_called).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)
+        # the function is an argument: Ray takes no builtin one as a task
+        future: Future[T] = task.remote(fn, *args, **kwargs).future()
         return future
+
+
+def _called(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    return fn(*args, **kwargs)
 
 
 def submitted(submit: Callable[P, Future[T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
