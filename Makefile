@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-human test test-fast test-browser lint format types docs clean distclean
+.PHONY: help demo demo-human test test-fast test-browser test-ray test-nodes lint format types docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -28,6 +28,12 @@ test-fast: $(VENV)/.installed-test  ## the tests that take seconds
 
 test-browser: $(VENV)/.installed-test  ## annotation page, all of it, and search of the manual in Chromium; pictures for docs/people.md
 	BROWSER_TESTS=required WRITE_SCREENSHOTS=1 $(BIN)/python -m pytest tests/annotation/test_browser.py tests/test_site.py
+
+test-ray: $(VENV)-ray/.installed  ## compare and label on a Ray cluster of two local nodes, one of which dies; own environment
+	PYTHONPATH=$(CURDIR) $(VENV)-ray/bin/python -m pytest tests/runtime/test_ray.py
+
+test-nodes: $(VENV)/.installed-test  ## training on three local nodes by torchrun, one of which is killed and replaced
+	NODE_TESTS=required $(BIN)/python -m pytest tests/faults/test_nodes.py
 
 lint: $(VENV)/.installed-test  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -62,9 +68,16 @@ $(VENV)/.installed-test: $(VENV)/.installed-demo
 	$(INSTALL) --no-deps axe-playwright-python
 	@touch $@
 
+# an environment of its own, since Ray pins libraries; it sees the packages of the other one
+$(VENV)-ray/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m venv $(VENV)-ray
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > "$$($(VENV)-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(VENV)-ray/bin/python -m pip install -qq --disable-pip-version-check 'ray>=2.40' submitit
+	@touch $@
+
 clean:  ## remove what builds and tools left behind
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-ray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,11 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rlhf.callbacks.average import WeightAverage
 from lightning_rlhf.callbacks.reporting import root
-from lightning_rlhf.models.card import RunFacts, write_cards
+from lightning_rlhf.models.card import RunFacts, card_name, write_cards
 from lightning_rlhf.models.hub import HubRepo, check_login, push_folder
 from lightning_rlhf.protocols import TrainedModule, module_of
 from lightning_rlhf.runtime.fingerprint import described
-from lightning_rlhf.runtime.run_record import versions
+from lightning_rlhf.runtime.run_record import last_start, versions
 
 
 class HFExport(Callback):
@@ -56,7 +55,7 @@ class HFExport(Callback):
         # only now: all ranks ask the ledger for the number of labels
         facts = self._facts(trainer, pl_module)
         if trainer.is_global_zero and folder.is_dir():
-            write_cards(folder, facts, folder.parent.resolve().name if folder.name == "model" else folder.name)
+            write_cards(folder, facts, card_name(folder, root(trainer)))
             self._push(folder, bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
 
     def _push(self, folder: Path, trial: bool) -> None:
@@ -72,9 +71,8 @@ class HFExport(Callback):
     def _facts(self, trainer: Trainer, pl_module: LightningModule) -> RunFacts:
         """Facts of the run for its card."""
         datamodule: object = getattr(trainer, "datamodule", None)
-        record = root(trainer) / "run.json"
-        if record.is_file():
-            start = json.loads(record.read_text(encoding="utf-8"))["starts"][-1]
+        start = last_start(root(trainer))
+        if start is not None:
             settings, known = start["config"], start["versions"]
         else:
             settings, known = {"model": described(pl_module), "data": described(datamodule)}, versions()

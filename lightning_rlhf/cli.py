@@ -20,7 +20,7 @@ from jsonargparse import (
 )
 
 from lightning_rlhf.commands import annotate
-from lightning_rlhf.commands.completion import completion_script
+from lightning_rlhf.commands.completion import print_completion
 from lightning_rlhf.commands.config_files import classes_in_configs, config_of, note_once
 from lightning_rlhf.commands.errors import ShortErrors
 from lightning_rlhf.commands.evaluate import EvaluationRun
@@ -155,8 +155,8 @@ def _run(argv: list[str], args: list[str] | None) -> None:
         counts = _call(import_votes, argv)
         print("{read} votes read, {new} new, {late} of them late, {labels} new labels".format(**counts))
         return
-    if argv[:1] == ["--print_completion"]:
-        print(completion_script(), end="")
+    if argv and argv[0].partition("=")[0] == "--print_completion":
+        print_completion(argv)
         return
     if argv[:1] == ["plan"]:
         print(_call(plan_run, argv))

@@ -144,10 +144,10 @@ def parse(arguments: Sequence[str]) -> None:
         for stage in Pipeline(str(ROOT / arguments[1]), overrides=variables).stages:
             parse(stage.arguments)
         return
-    if arguments[0] == "--print_completion":
+    if arguments[0].startswith("--print_completion"):
         with redirect_stdout(io.StringIO()) as script:
             main(arguments[:1])
-        assert "complete " in script.getvalue()
+        assert "_lightning_rlhf lightning-rlhf" in script.getvalue()
         return
     shows_something = any(re.search(r"^--help$|\.help(=|$)|^--print_config", argument) for argument in arguments)
     message = io.StringIO()

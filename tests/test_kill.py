@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import sqlite3
@@ -68,7 +69,9 @@ class Killer(Callback):
 COMMAND = [
     *(sys.executable, "-m", "lightning_rlhf", "fit", "--config", "dpo_online", "--config", "trainer/cpu"),
     "--trainer.callbacks=plugins.Killer",
+    "--trainer.callbacks+=lightning_rlhf.callbacks.RewardMonitor",
     "--trainer.callbacks+=lightning_rlhf.callbacks.Summary",
+    "--trainer.log_every_n_steps=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.max_epochs=3",
     "--trainer.check_val_every_n_epoch=3",
@@ -108,6 +111,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def points(folder: Path) -> list[tuple[str, int, str]]:
+    """Points of all curves in the CSV files of all starts: name, step and value."""
+    found = []
+    for file in folder.glob("metrics/version_*/metrics.csv"):
+        for row in csv.DictReader(file.open(newline="")):
+            step = int(row.pop("step"))
+            found += [
+                (name, step, value) for name, value in row.items() if value and name.startswith(("train/", "val/"))
+            ]
+    return sorted(found)
+
+
 @pytest.mark.slow
 def test_a_killed_run_buys_no_label_twice_and_ends_with_the_same_weights(tmp_path: Path, tiny_policy: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -127,6 +142,11 @@ def test_a_killed_run_buys_no_label_twice_and_ends_with_the_same_weights(tmp_pat
     expected, got = weights(straight / "run"), weights(killed / "run")
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    # each point of a curve is there once, wherever the run was killed
+    assert points(killed / "run") == points(straight / "run")
+    steps = [step for name, step, _ in points(killed / "run") if name == "train/reward"]
+    assert steps == [1, 5, 9]
 
     bought = Counter((killed / "bought.txt").read_text().split())
     assert sum(bought.values()) == 24

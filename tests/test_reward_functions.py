@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import sqlite3
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -177,6 +179,11 @@ def test_a_run_that_failed_scores_the_responses_of_its_ledger_with_their_columns
     assert sorted(flaky.answers) == sorted(2 * [f"It is one more.\n#### {i + 1}" for i in range(4)])
     for rollout in data.round.rollouts:
         assert rollout.reward == float(rollout.prompt.text.split(" ")[0]) + 1
+    # the curve of the reward is about all chunks, also those of the run that failed: mean and std of 1, 1, ..., 4, 4
+    (part,) = data.round.parts.values()
+    assert part == {"mean": 2.5, "std": pytest.approx(1.25**0.5), "count": 8}
+    with closing(sqlite3.connect(tmp_path / "run" / "ledger.sqlite")) as db:
+        assert db.execute("SELECT COUNT(*) FROM run WHERE key LIKE 'parts/%'").fetchone() == (0,)
 
 
 def length(completions: list[str]) -> list[float]:

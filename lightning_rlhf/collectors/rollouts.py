@@ -8,14 +8,13 @@ from itertools import chain, groupby
 from typing import TypedDict
 
 import torch
-from torch import Tensor
 
 from lightning_rlhf.collectors.base import AbstractRoundCollector
 from lightning_rlhf.collectors.progress import Progress
 from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.rollouts import RolloutGenerator
-from lightning_rlhf.ledger.rollouts import RolloutTable
+from lightning_rlhf.ledger.rollouts import RolloutTable, ScoredParts
 from lightning_rlhf.randomness import Key, Stream
 from lightning_rlhf.rewards import AbstractReward, RewardOutput, checked_output
 from lightning_rlhf.rewards.base import RoundSamples, metrics_of
@@ -49,8 +48,8 @@ class RolloutRound:
         sampling_seconds: wall time of sampling in this process.
         labeling_seconds: wall time of scoring in this process.
         labels_bought: scores bought in this process; those read back from the ledger are not counted.
-        parts: mean, std and number of the values of each part of the reward, by name, over the scores that this
-            process bought last; empty for a reward without parts.
+        parts: mean, std and number of the values of each part of the reward, by name; empty for a reward without
+            parts.
         metrics: metrics of a reward that learns from the responses, by name.
         failed: always empty: a reward that cannot score stops the run.
         preferences: always empty; for callbacks that report on pairs.
@@ -136,15 +135,18 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         self._rollouts.add(index, items, positions)
 
     def _finish(self, index: int, num_prompts: int, chunk: int) -> int:
-        bought, values = self._score(index, chunk * self.responses_per_prompt)
+        bought = self._score(index, chunk * self.responses_per_prompt)
         info: dict[str, object] = {"prompts": num_prompts}
-        parts = {name: part_moments(part) for name, part in values.items()}
+        # from the ledger, which also has the chunks that were scored before a restart
+        parts = {name: part_moments(values) for name, values in self._rollouts.parts(index).items()}
         metrics = metrics_of(self.reward)
         if parts:
             info["parts"] = parts
         if metrics:
             info["metrics"] = metrics
         self._ledger.close_round(index, info)
+        if parts:
+            self._rollouts.forget_parts()
         return bought
 
     def _before_labels(self, index: int, prompts: Sequence[Prompt]) -> None:
@@ -174,42 +176,35 @@ class RolloutCollector(AbstractRoundCollector[RolloutGenerator, list[Rollout], R
         info = distributed.from_rank_zero(lambda: self._ledger.round_info(index)) or {}
         result.parts, result.metrics = info.get("parts", {}), info.get("metrics", {})
 
-    def _score(self, index: int, chunk: int) -> tuple[int, dict[str, list[Tensor]]]:
-        """Buy the scores that are missing, chunk by chunk in the order of the round.
-
-        Returns:
-            Number of scores bought, and the values of the parts of the reward by name, a tensor per chunk.
-        """
-        assert self.table is not None
-        rows = self.table.rollouts(index)
-        missing = [(identity, rollout) for identity, _, rollout in rows if rollout.reward is None]
-        parts: dict[str, list[Tensor]] = {}
+    def _score(self, index: int, chunk: int) -> int:
+        """Buy the scores that are missing, chunk by chunk in the order of the round; returns their number."""
+        rows = self._rollouts.rollouts(index)
+        missing = [place for place, (_, _, rollout) in enumerate(rows) if rollout.reward is None]
         if not missing:
-            return 0, parts
+            return 0
         with self.progress(f"round {index}: scoring", len(missing)) as bar:
             for start in range(0, len(missing), chunk):
                 preemption.check()
-                part = missing[start : start + chunk]
-                rollouts = [rollout for _, rollout in part]
+                places = missing[start : start + chunk]
+                rollouts = [rows[place][2] for place in places]
                 prompts = [self._with_columns(rollout.prompt) for rollout in rollouts]
                 output = checked_output(self.reward, prompts, [rollout.response for rollout in rollouts])
-                for name, values in output.parts.items():
-                    parts.setdefault(name, []).append(values)
-                stds = [None] * len(part) if output.std is None else output.std.tolist()
+                parts = {name: values.tolist() for name, values in output.parts.items()}
                 # chunk by chunk: a run that is killed has lost one chunk of paid scores at most
-                self.table.add_scores([identity for identity, _ in part], output.mean.tolist(), stds)
-                bar.update(len(part))
-        return len(missing), parts
+                self._rollouts.add_scores(
+                    [rows[place][0] for place in places],
+                    output.mean.tolist(),
+                    [None] * len(places) if output.std is None else output.std.tolist(),
+                    ScoredParts(index, places[0], parts) if parts else None,
+                )
+                bar.update(len(places))
+        return len(missing)
 
 
-def part_moments(chunks: Sequence[Tensor]) -> PartMoments:
-    """Statistics of the values of a part of a reward; NaN marks responses to which it does not apply.
-
-    Args:
-        chunks: values, [responses] each.
-    """
-    values = torch.cat(list(chunks)).double()
-    known = values[~values.isnan()]
+def part_moments(values: Sequence[float]) -> PartMoments:
+    """Statistics of the values of a part of a reward; NaN marks responses to which it does not apply."""
+    found = torch.tensor(values, dtype=torch.float64)
+    known = found[~found.isnan()]
     # an empty tensor would give NaN, which is no JSON
     if not len(known):
         return PartMoments(mean=0.0, std=0.0, count=0)

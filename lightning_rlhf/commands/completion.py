@@ -1,4 +1,4 @@
-"""Completion in bash: ``lightning-rlhf --print_completion`` prints a script that knows commands, settings and classes.
+"""Completion in bash and zsh: ``--print_completion`` prints a script that knows commands, settings and classes.
 
 The script holds a table of all settings, so that a completion starts no Python. It is our own: shtab's scripts do not
 complete ``--setting=value``, and writing one for all nested classes of the parsers of jsonargparse takes minutes.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 
@@ -21,7 +22,7 @@ from lightning_rlhf.commands.evaluate import EvaluationRun
 from lightning_rlhf.commands.exports import export
 from lightning_rlhf.commands.fit import RLHFTrainer
 from lightning_rlhf.commands.label import LabelRun
-from lightning_rlhf.commands.overview import COMMANDS
+from lightning_rlhf.commands.overview import COMMANDS, short_usage
 from lightning_rlhf.commands.parts import Part, arguments_of, classes_of, type_of
 from lightning_rlhf.commands.plan import plan_run
 from lightning_rlhf.commands.votes import import_votes
@@ -40,8 +41,19 @@ _RUN = (
 )
 
 
-def completion_script() -> str:
-    """The script, for bash 3.2 and newer."""
+def completion_script(shell: str = "bash") -> str:
+    """The script of a shell.
+
+    Args:
+        shell: ``bash`` (3.2 and newer) or ``zsh``.
+
+    Raises:
+        ValueError: if there is none for the shell.
+    """
+    if shell not in _SCRIPTS:
+        raise ValueError(
+            f"there is no completion for {shell!r}: --print_completion writes one for {', '.join(_SCRIPTS)}"
+        )
     flag = {"--help": [_FLAG]}
     tables: dict[str, dict[str, list[str]]] = {
         "fit": _run_table(),
@@ -60,7 +72,21 @@ def completion_script() -> str:
         names = "fit|validate|sample" if command == "fit" else command
         # no name has a quote in it
         texts.append(f"    {names}) table='" + "\n".join(rows) + "' ;;")
-    return _SCRIPT.replace("@TABLES@", "\n".join(texts)).replace("@COMMANDS@", " ".join(COMMANDS))
+    return _SCRIPTS[shell].replace("@TABLES@", "\n".join(texts)).replace("@COMMANDS@", " ".join(COMMANDS))
+
+
+def print_completion(args: Sequence[str]) -> None:
+    """Print the script that ``--print_completion``, ``--print_completion=zsh`` or ``--print_completion zsh`` asks for.
+
+    Raises:
+        SystemExit: with status 2, if there is none for the shell.
+    """
+    _, _, shell = args[0].partition("=")
+    try:
+        print(completion_script(shell or (args[1] if len(args) > 1 else "bash")), end="")
+    except ValueError as error:
+        print(f"error: {error}\n{short_usage()}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def settings(roots: Mapping[str, object]) -> dict[str, list[str]]:
@@ -119,7 +145,7 @@ def _compare_names() -> list[str]:
     return sorted(f"compare/{entry.name[:-5]}" for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-_SCRIPT = r"""# bash completion of lightning-rlhf, written by `lightning-rlhf --print_completion`
+_BASH = r"""# bash completion of lightning-rlhf, written by `lightning-rlhf --print_completion`
 # a row of a table is a setting and its known values; "!" marks a setting that takes no value
 _lightning_rlhf() {
   local line=${COMP_LINE:0:COMP_POINT} table= option= value= word words row choices rest found start=
@@ -176,3 +202,61 @@ _lightning_rlhf() {
 }
 complete -F _lightning_rlhf lightning-rlhf
 """
+_ZSH = r"""#compdef lightning-rlhf
+# zsh completion of lightning-rlhf, written by `lightning-rlhf --print_completion=zsh`
+# a row of a table is a setting and its known values; "!" marks a setting that takes no value
+_lightning_rlhf() {
+  local table= option= row name rest previous
+  local -a choices
+  local -aU open flags
+  if (( CURRENT == 2 )); then
+    compadd -- @COMMANDS@ --help --version --print_completion
+    return
+  fi
+  case ${words[2]} in
+@TABLES@
+  esac
+  if [[ $PREFIX == --*=* ]]; then
+    option=${PREFIX%%=*}
+    # what stands before the value is no part of the matches
+    IPREFIX+="$option=" PREFIX=${PREFIX#*=}
+  elif [[ $PREFIX != -* ]]; then
+    previous=${words[CURRENT - 1]}
+    [[ $previous != -* || $previous == *=* ]] || option=$previous
+  fi
+  option=${option%+}
+  [[ $option != -c ]] || option=--config
+  if [[ $PREFIX != -* || -n $option ]]; then
+    for row in "${(@f)table}"; do
+      [[ ${row%% *} != "$option" || $row != *" "* ]] || choices=( ${=row#* } )
+    done
+    [[ ${choices[1]} != "!" ]] || choices=()
+    compadd -a choices || _files
+    return
+  fi
+  # settings level by level, since there are hundreds
+  for row in "${(@f)table}"; do
+    name=${row%% *}
+    [[ $name == "$PREFIX"* ]] || continue
+    rest=${name#"$PREFIX"}
+    if [[ $rest == *.* ]]; then
+      open+=( "$PREFIX${rest%%.*}." )
+    elif [[ $row == *" !" ]]; then
+      flags+=( "$name" )
+    else
+      open+=( "$name=" )
+    fi
+  done
+  compadd -Q -S "" -a open
+  compadd -Q -a flags
+  (( ${#open} + ${#flags} ))
+}
+if [[ ${zsh_eval_context[-1]} == loadautofunc ]]; then
+  _lightning_rlhf "$@"
+else
+  compdef _lightning_rlhf lightning-rlhf
+fi
+"""
+
+
+_SCRIPTS = {"bash": _BASH, "zsh": _ZSH}

@@ -43,7 +43,7 @@ from lightning_rlhf.commands.config_files import (
 )
 from lightning_rlhf.commands.errors import RunParser
 from lightning_rlhf.commands.export import export_comparisons
-from lightning_rlhf.commands.loggers import keep_in_run_folder, loggers_of, tell_settings
+from lightning_rlhf.commands.loggers import forget_repeated, keep_in_run_folder, loggers_of, tell_settings
 from lightning_rlhf.commands.settings import _plain, fingerprint
 from lightning_rlhf.datamodules.rounds import AbstractRoundDataModule
 from lightning_rlhf.renamed import renamed_arguments
@@ -318,8 +318,8 @@ class RLHFCLI(LightningCLI):
         # no local path to check: Lightning resolves the name, or reads from remote storage
         if continued in LIGHTNINGS_CHECKPOINTS or "://" in str(continued):
             return
-        if continued is not None:
-            path = Path(continued)
+        path = None if continued is None else Path(continued)
+        if path is not None:
             checked(path, self.trainer.global_rank, self.trainer.world_size)
             # a sharded checkpoint is read by the strategy that wrote it
             if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -328,8 +328,11 @@ class RLHFCLI(LightningCLI):
                     f"from <its run_dir>/model once it has ended"
                 )
             check_settings(meta(path), path, self.datamodule.fingerprint)
+        if self.trainer.is_global_zero:
+            steps = 0 if path is None else meta(path)["global_step"]
+            forget_repeated(self.run_dir, self.trainer.loggers, steps)
         # the point at step 0 of every curve
-        elif self.datamodule.heldout_source is not None:
+        if path is None and self.datamodule.heldout_source is not None:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _leave_nothing_behind(self) -> None:

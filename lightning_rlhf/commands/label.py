@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
@@ -30,12 +32,14 @@ from lightning_rlhf.evaluation.report import (
 )
 from lightning_rlhf.labelers.base import AbstractLabeler
 from lightning_rlhf.labelers.recorded import recorded_probability
+from lightning_rlhf.labelers.spread import SpreadLabeler
 from lightning_rlhf.ledger.same_run import check_same_settings
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.losses.preference import reward_accuracy
 from lightning_rlhf.prompts.base import AbstractPromptSource
 from lightning_rlhf.prompts.text import text_prompts
 from lightning_rlhf.randomness import Key
+from lightning_rlhf.runtime.executors import one_thread
 from lightning_rlhf.runtime.fingerprint import FREE_OF_SERVERS, described
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.types import Comparison, Label, Prompt
@@ -97,6 +101,8 @@ class LabelRun:
         label_attempts: times that a pair is shown to the labeler until it is given up, >= 1; a later call may raise it.
         chunk: pairs that are given to the labeler at once, >= 1; their labels are durable when it returns them.
         seed: seed of the order in which responses are shown, and of the labeler.
+        processes: processes of this machine that label chunks at the same time, >= 1; or an executor that spreads them,
+            such as `RayExecutor`, or another subclass of `concurrent.futures.Executor`. Default: this process alone.
     """
 
     def __init__(
@@ -110,14 +116,15 @@ class LabelRun:
         label_attempts: int = 1,
         chunk: int = 64,
         seed: int = 0,
+        processes: int | Executor | None = None,
     ) -> None:
         # 0 attempts or pairs would label nothing and report success
-        for name, value in (("label_attempts", label_attempts), ("chunk", chunk)):
-            if value < 1:
+        for name, value in (("label_attempts", label_attempts), ("chunk", chunk), ("processes", processes)):
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.source, self.labeler, self.run_dir = pairs, labeler, Path(run_dir)
         self.out, self.rows, self.recorded_labels = out, rows, recorded_labels
-        self.label_attempts, self.chunk, self.seed = label_attempts, chunk, seed
+        self.label_attempts, self.chunk, self.seed, self.processes = label_attempts, chunk, seed, processes
 
     @property
     def ledger(self) -> Path:
@@ -143,22 +150,37 @@ class LabelRun:
             objects = {"labeler": described(self.labeler)} if settings is None else settings
             check_same_settings(store, {**decisive, **objects}, {"pairs", *FREE_OF_SERVERS})
             check_same_pairs(store, prompts)
-            collector = RoundCollector(
-                store,
-                OfflineSampler(),
-                self.labeler,
-                Key((self.seed,)),
-                label_attempts=self.label_attempts,
-                progress=progress_bar,
-            )
-            collector.sample(0, prompts, None, PAGE)
-            # the rate counts labels, not the reading of the data
-            start = time.perf_counter()
-            bought = collector.label(0, self.chunk)
-            seconds = time.perf_counter() - start
+            with self._spread() as labeler:
+                collector = RoundCollector(
+                    store,
+                    OfflineSampler(),
+                    labeler,
+                    Key((self.seed,)),
+                    label_attempts=self.label_attempts,
+                    progress=progress_bar,
+                )
+                collector.sample(0, prompts, None, PAGE)
+                # the rate counts labels, not the reading of the data
+                start = time.perf_counter()
+                bought = collector.label(0, self.chunk)
+                seconds = time.perf_counter() - start
             report = label_report(store, self.source.report, bought, seconds, subsets)
         self._write(report, settings or {})
         return report
+
+    @contextmanager
+    def _spread(self) -> Iterator[AbstractLabeler]:
+        """The labeler, in the processes that it runs in."""
+        if self.processes is None:
+            yield self.labeler
+        elif isinstance(self.processes, Executor):
+            yield SpreadLabeler(self.labeler, self.processes, self.chunk)
+        else:
+            # started by the first chunk: a fork of this process would have its threads and its ledger
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["lightning_rlhf.labelers.spread"])
+            with one_thread(), ProcessPoolExecutor(self.processes, mp_context=context) as pool:
+                yield SpreadLabeler(self.labeler, pool, self.chunk)
 
     def _load(self) -> tuple[list[Prompt], list[str]]:
         """The pairs, and the part of the data that each belongs to."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from lightning_rlhf.evaluation.report import write_whole
 from lightning_rlhf.runtime.run_record import without_secrets
 
 
@@ -70,6 +73,35 @@ def loggers_of(given: object, run_dir: Path) -> list[Logger] | bool:
     own = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
     own = own or CSVLogger(run_dir, name="metrics")
     return [own, *(logger for logger in loggers if logger is not own)]
+
+
+def forget_repeated(run_dir: Path, loggers: list[Logger], steps: int) -> None:
+    """Remove the metrics of steps that a continued run takes again, so that each point of a curve is there once.
+
+    Rows of the CSV files of earlier starts are removed; TensorBoard is told not to show such points.
+
+    Args:
+        run_dir: the run folder.
+        loggers: loggers of the run, before they have written.
+        steps: optimizer steps that the run continues behind; 0 if it begins again.
+    """
+    for file in (run_dir / "metrics").glob("version_*/metrics.csv"):
+        with file.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            rows, names = list(reader), reader.fieldnames or []
+        # step n is logged as n - 1, with the validation and the end of the epoch behind it; a killed process may have
+        # left a part of a row
+        kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < steps]
+        if len(kept) < len(rows):
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+            write_whole(file, text.getvalue())
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # handed on to the writer, which is made when the first metric is logged
+            logger._kwargs["purge_step"] = steps
 
 
 def tell_settings(loggers: list[Logger], settings: Mapping[str, object]) -> None:

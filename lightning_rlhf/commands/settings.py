@@ -23,7 +23,7 @@ FREE_OF_COMMANDS = {
     *FREE_OF_SERVERS,
     *FREE_OF_MODELS,
     *("run_dir", "out", "rows", "label_attempts", "chunk", "config"),  # where results go, and how much is asked for
-    *("limit", "compile"),
+    *("limit", "compile", "processes"),
 }
 """Settings of a command, or of the objects it is given, that may change when it is called again."""
 

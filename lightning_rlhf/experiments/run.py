@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from functools import partial
 from itertools import chain
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -31,10 +30,7 @@ from lightning_rlhf.experiments.plots import (
     plot_labels,
 )
 from lightning_rlhf.experiments.report import figures_of, grid_of, markdown, verdicts
-from lightning_rlhf.runtime.children import follow_parent
-
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+from lightning_rlhf.runtime.executors import ATTEMPTS, ProcessExecutor, isolated, submitted, worker_error
 
 
 class CompareRun:
@@ -50,7 +46,8 @@ class CompareRun:
         overfitted: settings that start from an overfitted policy.
         claims: claims to be judged in place of those of PILAF.
         run_dir: folder of the cells and of the report: ``report.md``, ``report.json``, ``curves.csv`` and PNGs.
-        processes: cells that run at the same time, >= 1; default: one per core.
+        processes: cells that run at the same time on this machine, >= 1; default: one per core. Or an executor that
+            runs them elsewhere, such as `RayExecutor`, or another subclass of `concurrent.futures.Executor`.
         minutes: start no more cells after this time; the report is then about those that are there. No limit when not
             given.
         title: heading of report and figures.
@@ -67,19 +64,19 @@ class CompareRun:
         overfitted: list[str] | None = None,
         claims: list[Claim] | None = None,
         run_dir: str = "runs/compare",
-        processes: int | None = None,
+        processes: int | Executor | None = None,
         minutes: float | None = None,
         title: str = "Comparison",
         at_labels: list[int] | None = None,
     ) -> None:
         if any(labels < 0 for labels in at_labels or []):
             raise ValueError(f"at_labels are numbers of labels, not negative; got {at_labels}")
-        if processes is not None and processes < 1:
+        if isinstance(processes, int) and processes < 1:
             raise ValueError(f"processes must be at least 1; got {processes}")
         self.experiment, self.baseline, self.claimant = experiment, baseline, claimant
         self.overfitted, self.claims, self.at_labels = overfitted or [], claims, at_labels or []
         self.run_dir, self.title, self.minutes = Path(run_dir).absolute(), title, minutes
-        self.processes = processes or len(os.sched_getaffinity(0))
+        self.processes: int | Executor = processes or len(os.sched_getaffinity(0))
 
     def run(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Do the cells that are not done, write the report, and return its numbers.
@@ -124,40 +121,61 @@ class CompareRun:
         jobs = list(self.experiment.jobs())
         done = {job.name for job in jobs if self._done(job)}
         todo = [job for job in jobs if job.name not in done]
-        print(f"{len(jobs)} cells, {len(done)} done; {self.processes} at a time in {self.run_dir}", flush=True)
-        started, end = time.monotonic(), None if self.minutes is None else time.monotonic() + 60 * self.minutes
-        running: dict[str, Any] = {}
+        if isinstance(self.processes, int):
+            places, executor = self.processes, ProcessExecutor(self.processes)
+            run: Callable[..., Future[int]] = executor.submit
+        else:
+            # a cluster has a queue of its own
+            places, run = len(jobs), partial(cast(Callable[..., Future[int]], self.processes.submit), isolated)
+        where = f"{places} at a time" if isinstance(self.processes, int) else f"by {type(self.processes).__name__}"
+        print(f"{len(jobs)} cells, {len(done)} done; {where} in {self.run_dir}", flush=True)
+        try:
+            return self._spread(todo, done, places, run)
+        finally:
+            if isinstance(self.processes, int):
+                executor.shutdown(cancel_futures=True)
+
+    def _spread(self, todo: list[Job], done: set[str], places: int, run: Callable[..., Future[int]]) -> list[str]:
+        """Run jobs as soon as those that they wait for are done.
+
+        Args:
+            todo: the jobs; emptied.
+            done: names of jobs that are done; those that are done now are added.
+            places: jobs that may wait or run at the same time.
+            run: submits a task; its result is an exit status.
+
+        Returns:
+            Names of jobs that failed, or waited for one that did.
+        """
+        total, started = len(todo) + len(done), time.monotonic()
+        end = None if self.minutes is None else started + 60 * self.minutes
+        running: dict[Future[int], Job] = {}
+        lost: Counter[str] = Counter()
         failed: list[str] = []
-        # set before the fork server starts: libraries read these variables when they are loaded
-        with one_thread():
-            context = multiprocessing.get_context("forkserver")
-            # imported once: cells are forked from a process that has loaded torch and the rest
-            context.set_forkserver_preload(["lightning_rlhf.commands.fit"])
-            try:
-                while todo or running:
-                    late = end is not None and time.monotonic() > end
-                    ready = [] if late else [job for job in todo if set(job.after) <= done]
-                    for job in ready[: self.processes - len(running)]:
-                        todo.remove(job)
-                        self._cell(job).parent.mkdir(parents=True, exist_ok=True)
-                        process = context.Process(target=do, args=(self.experiment, job, self.run_dir / "cells"))
-                        process.start()
-                        running[job.name] = process
-                    if not running:
-                        # nothing runs and nothing can start: the jobs left wait for one that failed
-                        if not late:
-                            failed += [job.name for job in todo]
-                        break
-                    wait([process.sentinel for process in running.values()])
-                    for name in [name for name, process in running.items() if process.exitcode is not None]:
-                        ok = running.pop(name).exitcode == 0
-                        (done.add if ok else failed.append)(name)
-                        minutes = (time.monotonic() - started) / 60
-                        print(f"{len(done)}/{len(jobs)} {name}{'' if ok else ' FAILED'}, {minutes:.1f} min", flush=True)
-            finally:
-                for process in running.values():
-                    process.kill()
-                    process.join()
+        while todo or running:
+            late = end is not None and time.monotonic() > end
+            ready = [] if late else [job for job in todo if set(job.after) <= done]
+            for job in ready[: places - len(running)]:
+                todo.remove(job)
+                self._cell(job).parent.mkdir(parents=True, exist_ok=True)
+                running[submitted(run, do, self.experiment, job, self.run_dir / "cells")] = job
+            if not running:
+                # nothing runs and nothing can start: the jobs left wait for one that failed
+                return failed if late else failed + [job.name for job in todo]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, error = running.pop(future), worker_error(future)
+                if error is not None:
+                    lost[job.name] += 1
+                    print(f"{job.name}: its worker was lost ({error})", flush=True)
+                if error is not None and lost[job.name] < ATTEMPTS:
+                    # another worker goes on from the ledger and the checkpoints of the cell
+                    todo.insert(0, job)
+                    continue
+                # a cell that only another machine can read is none
+                ok = error is None and future.result() == 0 and self._cell(job).exists()
+                (done.add if ok else failed.append)(job.name)
+                minutes = (time.monotonic() - started) / 60
+                print(f"{len(done)}/{total} {job.name}{'' if ok else ' FAILED'}, {minutes:.1f} min", flush=True)
         return failed
 
     # ---- report ----------------------------------------------------------------------------------------------------
@@ -222,9 +240,9 @@ def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
     """Run a job in its own process; its output goes to ``log.txt`` in its folder."""
     import torch
 
-    threading.Thread(target=follow_parent, daemon=True).start()
     torch.set_num_threads(1)
     folder = root / job.name
+    folder.mkdir(parents=True, exist_ok=True)
     set_aside(folder / "log.txt")
     with (folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log:
         # descriptors, too: libraries in C and child processes do not write to sys.stdout
@@ -240,20 +258,6 @@ def do(experiment: AbstractExperiment, job: Job, root: Path) -> None:
             traceback.print_exc()
             log.flush()
             os._exit(1)
-
-
-@contextmanager
-def one_thread() -> Any:
-    """Let processes that are started inside use one thread for arithmetic."""
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def jsonable(value: Any) -> Any:

@@ -5,12 +5,14 @@ A score may have cost a call of a judge, so it is on the disk when `add_scores` 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from lightning_rlhf.ledger.counters import count, scores_before
-from lightning_rlhf.ledger.database import readable
+from lightning_rlhf.ledger.database import readable, set_value
 from lightning_rlhf.ledger.schema import (
     INSERT_ROLLOUT,
     INSERT_SCORE,
@@ -23,6 +25,21 @@ from lightning_rlhf.ledger.schema import (
 )
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class ScoredParts:
+    """Values of the parts of the rewards of some rollouts.
+
+    Args:
+        round: their round.
+        place: number of the first of these rollouts in the round.
+        values: values by the name of the part; NaN where a part does not apply.
+    """
+
+    round: int
+    place: int
+    values: Mapping[str, Sequence[float]]
 
 
 class RolloutTable:
@@ -77,13 +94,20 @@ class RolloutTable:
                         ],
                     )
 
-    def add_scores(self, ids: Sequence[int], rewards: Sequence[float], stds: Sequence[float | None]) -> None:
+    def add_scores(
+        self,
+        ids: Sequence[int],
+        rewards: Sequence[float],
+        stds: Sequence[float | None],
+        parts: ScoredParts | None = None,
+    ) -> None:
         """Append scores, all or none; they are on the disk when this returns.
 
         Args:
             ids: rollouts, as numbered by `rollouts`.
             rewards: reward of each, finite.
             stds: standard deviation of each, or None.
+            parts: values of the parts of these rewards, kept until the round is closed; default: there are none.
 
         Raises:
             ValueError: if a rollout has a score already: it would have been bought twice.
@@ -101,6 +125,26 @@ class RolloutTable:
                     )
             db.executemany(INSERT_SCORE, rows)
             count(db, "scores", len(rows))
+            if parts is not None:
+                # by place, so that a restart reads the values in the order of the round
+                set_value(db, f"{_part_key(parts.round)}{parts.place:012}", parts.values)
+
+    def parts(self, round: int) -> dict[str, list[float]]:
+        """Values of the parts of the rewards of an open round, by name, in the order of the round; NaN for none."""
+        key = _part_key(round)
+        found: dict[str, list[float]] = {}
+        with self.store.reading() as db:
+            # "/" is followed by "0" in the order of characters
+            query = "SELECT value FROM run WHERE key >= ? AND key < ? ORDER BY key"
+            for (text,) in db.execute(query, (key, key[:-1] + "0")):
+                for name, values in json.loads(text).items():
+                    found.setdefault(name, []).extend(values)
+        return found
+
+    def forget_parts(self) -> None:
+        """Remove the values of `parts`, of all rounds: of a closed round only their statistics are kept."""
+        with self.store.writing() as db:
+            db.execute("DELETE FROM run WHERE key >= 'parts/' AND key < 'parts0'")
 
     def rollouts(self, round: int) -> list[tuple[int, int, Rollout]]:
         """The rollouts of a round with their ids and positions, by position and sample."""
@@ -131,3 +175,7 @@ class RolloutTable:
             if schema_version(db) < 2:
                 return 0
             return scores_before(db, before)
+
+
+def _part_key(round: int) -> str:
+    return f"parts/{round}/"

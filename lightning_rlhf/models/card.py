@@ -38,8 +38,9 @@ class RunFacts:
     Args:
         base: the model that was trained, as the user named it.
         settings: ``model`` and ``data``, each ``class_path`` and ``init_args``, as in ``run.json``.
-        metrics: held-out metrics at the end, by name.
+        metrics: held-out metrics, by name.
         steps: optimizer steps.
+        validated_at: optimizer steps before the validation with these metrics; None if that was the last one.
         labels: labels or scores that were bought.
         cost: price of these labels in the labeler's unit; None where nothing is labeled.
         versions: versions of packages, by name.
@@ -50,6 +51,7 @@ class RunFacts:
     settings: Settings
     metrics: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
+    validated_at: int | None = None
     labels: int = 0
     cost: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -79,7 +81,8 @@ def model_card(facts: RunFacts, name: str, adapter: bool = False) -> str:
     shown = {name: value for name, value in facts.metrics.items() if SHOWN.fullmatch(name)}
     if shown:
         rows = {name: f"{value:.4g}" for name, value in sorted(shown.items())}
-        parts.append("## Results\n\nOn held-out rows, at the end of training.\n\n" + _table("metric", rows))
+        when = "at the end" if facts.validated_at in (None, facts.steps) else f"after {facts.validated_at} steps"
+        parts.append(f"## Results\n\nOn held-out rows, {when} of training.\n\n" + _table("metric", rows))
     parts += ["## Use\n\n" + _usage(facts, kind, adapter), "## License\n\n" + _license(facts)]
     if facts.versions:
         versions = ", ".join(f"{package} {version}" for package, version in facts.versions.items())
@@ -99,6 +102,13 @@ def write_cards(folder: Path, facts: RunFacts, name: str) -> None:
         if place.is_dir():
             is_adapter = (place / "adapter_config.json").is_file()
             (place / "README.md").write_text(model_card(facts, name, is_adapter), encoding="utf-8")
+
+
+def card_name(folder: Path, run: Path | None) -> str:
+    """Name of a model: that of its folder, or of the run for a folder called ``model``."""
+    if folder.name != "model":
+        return folder.name
+    return (folder.parent if run is None else run).resolve().name
 
 
 def class_name(part: object) -> str:

@@ -304,7 +304,7 @@ class StopOnSignal(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the run here if some rank was asked to, before the next round."""
-        self._end_if_asked(trainer)
+        self._end_if_asked(trainer, log_epoch)
         self._sampling = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -316,11 +316,12 @@ class StopOnSignal(L.Callback):
         else:
             self._tell(trainer, exception, "; the same command goes on from there")
 
-    def _end_if_asked(self, trainer: L.Trainer) -> None:
+    def _end_if_asked(self, trainer: L.Trainer, before: Callable[[L.Trainer], None] = lambda _: None) -> None:
         # one rank may hear of the signal before others, but all must save together
         number = distributed.largest(preemption.asked_by())
         if number:
             stopped = preemption.Stopped(number)
+            before(trainer)
             self._end(trainer, stopped)
             raise stopped
 
@@ -339,6 +340,16 @@ class StopOnSignal(L.Callback):
         print(f"{stopped.reason}{how}", flush=True)
         if stopped.signal == requeue_signal(trainer):
             print(preemption.requeue_job(), flush=True)
+
+
+def log_epoch(trainer: L.Trainer) -> None:
+    """Log the metrics of an epoch that ends, which Lightning would do after the callbacks have stopped the run."""
+    # as in its `_FitLoop.on_advance_end`: metrics of an epoch stand at its last step
+    trainer._logger_connector.on_epoch_end()
+    progress = trainer.fit_loop.epoch_loop
+    progress._batches_that_stepped -= 1
+    trainer._logger_connector.update_train_epoch_metrics()
+    progress._batches_that_stepped += 1
 
 
 def history(folder: Path) -> list[Path]:

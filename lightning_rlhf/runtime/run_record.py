@@ -20,7 +20,8 @@ from typing import cast
 import lightning as L
 
 from lightning_rlhf.ledger.same_run import without_arguments
-from lightning_rlhf.runtime.fingerprint import comparable, differences, without_new_defaults
+from lightning_rlhf.runtime.fingerprint import Settings, comparable, differences, without_new_defaults
+from lightning_rlhf.types import State
 
 
 PACKAGES = ("lightning-rlhf", "torch", "lightning", "transformers", "peft", "tokenizers", "jsonargparse", "numpy")
@@ -32,7 +33,7 @@ KEPT_STARTS = 32
 
 
 class RunRecord(L.Callback):
-    """Writes ``run.json`` when training starts, and puts the fingerprint into checkpoints.
+    """Writes ``run.json`` when training starts, and puts fingerprint and latest validation into checkpoints.
 
     A start that continues the run is appended to ``starts``, which keeps the first and the newest `KEPT_STARTS`. Rank
     zero writes.
@@ -45,15 +46,28 @@ class RunRecord(L.Callback):
 
     def __init__(self, folder: Path, settings: Mapping[str, object], fingerprint: Mapping[str, object]) -> None:
         self.folder, self.settings, self.fingerprint = folder, settings, fingerprint
+        self._validation: Settings = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
         if trainer.is_global_zero:
             write_record(self.folder, self.settings, trainer.world_size, trainer.ckpt_path)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the metrics, which the model card of a checkpoint states."""
+        if not trainer.sanity_checking:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            held_out = {name: value for name, value in metrics.items() if name.startswith("val/")}
+            self._validation = {"step": trainer.global_step, "metrics": held_out}
+
     def state_dict(self) -> dict[str, str]:
-        """The fingerprint, as JSON."""
-        return {"fingerprint": json.dumps(self.fingerprint)}
+        """The fingerprint, and the metrics of the latest validation if there was one, as JSON."""
+        found = {"fingerprint": self.fingerprint, "validation": self._validation}
+        return {name: json.dumps(value) for name, value in found.items() if value or name == "fingerprint"}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore the validation of `state_dict`; the fingerprint is that of this start."""
+        self._validation = json.loads(state_dict.get("validation", "{}"))
 
 
 def check_settings(checkpoint: Mapping[str, object], path: Path, now: Mapping[str, object]) -> None:
@@ -118,6 +132,14 @@ def write_record(folder: Path, settings: Mapping[str, object], processes: int, c
     fresh.write_text(text + "\n", encoding="utf-8")
     os.replace(fresh, path)
     return path
+
+
+def last_start(folder: Path) -> Settings | None:
+    """The newest start in the ``run.json`` of a run folder; None if there is no such file."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    return cast(Settings, json.loads(path.read_text(encoding="utf-8"))["starts"][-1])
 
 
 def versions() -> dict[str, str]:

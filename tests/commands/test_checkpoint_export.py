@@ -97,6 +97,11 @@ def test_a_full_policy(tmp_path: Path, tiny_policy: Path, capsys: pytest.Capture
 
     with pytest.raises(ValueError, match="is not empty"):
         export_checkpoint(saved.last_model_path, str(tmp_path / "model"))
+    # there is no run.json: the card has what the checkpoint says
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"Trained from `{tiny_policy}`, trained by [DPO]" in card
+    assert "| loss | IPOLoss |\n| beta | 0.3 |" in card and "| optimizer steps | 2 |" in card
+    assert "labels" not in card and "Results" not in card
 
 
 def test_an_adapter_and_a_checkpoint_of_another_one(tmp_path: Path, tiny_policy: Path) -> None:
@@ -151,6 +156,7 @@ def test_best_and_last_of_the_command_line(tmp_path: Path, tiny_policy: Path, mo
     )
     names = {path.name for path in Path("run/checkpoints/user").iterdir()}
     assert names == {"epoch=1-step=2.ckpt", "last.ckpt"}
+    export(next(Path("run/checkpoints").glob("epoch=*-step=1.ckpt")), tmp_path / "earlier")
     export("run/checkpoints/user/last.ckpt", tmp_path / "of_file")
     # a run folder stands for its newest checkpoint; as of 0.1, whose checkpoints do not say their module
     last = Path("run/checkpoints/last.ckpt").resolve()
@@ -161,6 +167,15 @@ def test_best_and_last_of_the_command_line(tmp_path: Path, tiny_policy: Path, mo
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ("of_file", "of_run", "run/model")]
     for name, value in models[2].items():
         assert torch.equal(models[0][name], value) and torch.equal(models[1][name], value)
+
+    # the card is the one that the end of the run has written
+    written = Path("run/model/README.md").read_text()
+    assert "| labels | 5 |" in written and "| val/loss | " in written and f"`{tiny_policy}`" in written
+    for name in ("of_file", "of_run"):
+        assert Path(name, "README.md").read_text() == written.replace("# run\n", f"# {name}\n")
+    earlier = Path("earlier/README.md").read_text()
+    assert "| optimizer steps | 1 |" in earlier and "| labels | 5 |" in earlier
+    assert earlier != written.replace("optimizer steps | 2", "optimizer steps | 1").replace("# run\n", "# earlier\n")
 
 
 @pytest.mark.slow

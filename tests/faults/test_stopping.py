@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def test_sigterm_at_the_last_step_leaves_nothing_to_do_but_the_end(make_runs: Ca
         *("--trainer.callbacks.labels=16", "--trainer.limit_val_batches=1.0"),
         *("--data.heldout=BuiltinPrompts", "--data.heldout.split=heldout", "--data.heldout.limit=4"),
     ]
-    summaries = []
+    summaries, rewards = [], []
     for name, faults in (("straight", [""]), ("stopped", ["step4=term", ""])):
         runs = make_runs(name)
         for fault in faults:
@@ -73,7 +75,12 @@ def test_sigterm_at_the_last_step_leaves_nothing_to_do_but_the_end(make_runs: Ca
             assert status == (143 if fault else 0), said
         assert (runs.folder / "run" / "checkpoints" / "last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
         summaries.append(json.loads((runs.folder / "run" / "summary.json").read_text()))
+        files = sorted((runs.folder / "run" / "metrics").glob("version_*/metrics.csv"))
+        rows = chain.from_iterable(csv.DictReader(file.open(newline="")) for file in files)
+        rewards.append([(row["step"], row["train/reward"]) for row in rows if row.get("train/reward")])
     assert summaries[0]["step_after"] == 4
+    # the curve of rounds has the one that the signal ended
+    assert rewards[0] == rewards[1] and [step for step, _ in rewards[0]] == ["1", "3"]
     for key in ("steps", "labels", "step_before", "step_after", "reward_before", "reward_after", "kl_after"):
         assert summaries[0][key] == summaries[1][key], key
 

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 
 def test_a_card_has_the_fields_of_the_hub_and_the_facts_of_the_run() -> None:
     facts = RunFacts(
-        "owner/base", SETTINGS, {"val/kl": 1.23456, "train/loss": 3.0}, 7, 12, 3.5, {"torch": "2.0"}, "mit"
+        "owner/base", SETTINGS, {"val/kl": 1.23456, "train/loss": 3.0}, 7, 4, 12, 3.5, {"torch": "2.0"}, "mit"
     )
     card = model_card(facts, "mine")
     assert front_matter(card) == {
@@ -50,6 +50,7 @@ def test_a_card_has_the_fields_of_the_hub_and_the_facts_of_the_run() -> None:
         "| cost of the labels | 3.5, in the unit of the labeler |",
     ):
         assert row in card
+    assert "On held-out rows, after 4 steps of training." in card
     # metrics of training are no results
     assert "train/loss" not in card
     assert "# mine\n\nTrained from `owner/base`, trained by [DPO](https://arxiv.org/abs/2305.18290)" in card
