@@ -18,8 +18,10 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-# GiB for keys and values; read when vLLM starts
+# read when vLLM starts: GiB for keys and values, no compilation, and no cores to itself
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
