@@ -150,13 +150,13 @@ def main() -> None:
     else:
         print("vLLM is not installed (make test-vllm): its arms are left out", file=sys.stderr)
     results = run("benchmarks.engines", arms, arguments)
-    merged = {
-        f"{arm}, {count} rows": [
-            {**turn["by_rows"][str(count)], "peak_mb": turn["peak_mb"] + turn["children_mb"]} for turn in turns
-        ]
-        for count in rows
-        for arm, turns in results.items()
-    }
+    merged: dict[str, list[dict[str, Any]]] = {}
+    for count in rows:
+        for arm, turns in results.items():
+            memory = [turn["peak_mb"] + turn["children_mb"] for turn in turns]
+            merged[f"{arm}, {count} rows"] = [
+                {**turn["by_rows"][str(count)], "peak_mb": peak} for turn, peak in zip(turns, memory, strict=True)
+            ]
     report("engines", arguments, merged, ours=f"ours, {rows[0]} rows")
     for count in rows:
         mine = merged[f"ours, {count} rows"]
