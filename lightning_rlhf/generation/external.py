@@ -26,6 +26,10 @@ from lightning_rlhf.models.rotary import rotary_window
 from lightning_rlhf.types import FinishReason, Prompt, Response
 
 
+LEAST_TEMPERATURE = 0.01
+"""Lowest temperature at which vLLM samples."""
+
+
 class Completion(Protocol):
     """A generated response, as ``vllm.CompletionOutput`` has it."""
 
@@ -46,7 +50,7 @@ class AbstractExternalEngine(AbstractEngine):
     with a LoRA adapter, and the reference is that base model, it also generates responses of the reference.
 
     Equal keys give equal responses as far as the kernels of the program are deterministic. Unlike with `DecodeEngine`,
-    a response may depend on the rest of the batch.
+    a response may depend on the rest of the batch. Temperatures below 0.01 take the most probable token.
 
     Args:
         policy: the policy.
@@ -164,6 +168,12 @@ def check_requests(requests: Sequence[Request], name: str, base_is_reference: bo
             )
         if not request.prompt.ids:
             raise ValueError(f"prompt {request.prompt.index} has no tokens; give the tokenizer a BOS token")
+
+
+def served_temperature(request: Request, decoding: Decoding) -> float:
+    """Temperature of a request for a program; 0, the most probable token, below 0.01, which vLLM would raise to it."""
+    temperature = decoding.temperature if request.temperature is None else request.temperature
+    return temperature if temperature >= LEAST_TEMPERATURE else 0.0
 
 
 def response_from_completion(

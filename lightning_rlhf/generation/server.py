@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.generation.base import Decoding, Request
@@ -27,6 +28,7 @@ from lightning_rlhf.generation.external import (
     AbstractExternalEngine,
     Completion,
     response_from_completion,
+    served_temperature,
     weight_version,
 )
 from lightning_rlhf.models.options import GenerationServer
@@ -150,13 +152,12 @@ class ServerEngine(AbstractExternalEngine):
 
     def _fields(self, request: Request, model: str, version: str) -> dict[str, object]:
         """The body of a request: sampling from the policy itself, whatever defaults the server has."""
-        temperature = self.decoding.temperature if request.temperature is None else request.temperature
         return {
             # the base model without the adapter is the reference
             "model": self.server.model if request.mix != 0 else model,
             "prompt": list(request.prompt.ids),
             "max_tokens": self.decoding.max_new_tokens,
-            "temperature": temperature,
+            "temperature": served_temperature(request, self.decoding),
             "top_p": self.decoding.top_p,
             "seed": request.key.seed(),
             # servers take defaults of these from the checkpoint's generation config
@@ -193,7 +194,9 @@ class ServerEngine(AbstractExternalEngine):
         if name in self._client.models():
             return name
         # another name and path for each version: servers cache adapters and prompts by both
-        save_policy(self.policy, self.tokenizer, folder / name, merge=False)
+        # without a tokenizer: vLLM would take one of an adapter for another tokenizer than that of its base
+        assert isinstance(self.policy, PeftModel)
+        self.policy.save_pretrained(str(folder / name), save_embedding_layers=False)
         self._client.post(
             "v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder / name)}, remedy=_LORA_MODE
         )

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.generation.base import Decoding, Request
-from lightning_rlhf.generation.external import AbstractExternalEngine, Completion, weight_version
+from lightning_rlhf.generation.external import AbstractExternalEngine, Completion, served_temperature, weight_version
 from lightning_rlhf.models.reference import AbstractReference
 from lightning_rlhf.models.save import save_base, save_policy
 from lightning_rlhf.runtime import distributed
@@ -164,7 +164,8 @@ class VLLMEngine(AbstractExternalEngine):
             rank = max(config.r for config in self.policy.peft_config.values())
             smallest = next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
             self._llm = self._start(base, enable_lora=True, max_loras=1, max_lora_rank=smallest)
-        save_policy(self.policy, self.tokenizer, folder, merge=False)
+        # without a tokenizer: vLLM would take one of an adapter for another tokenizer than that of its base
+        self.policy.save_pretrained(str(folder), save_embedding_layers=False)
         requests = importlib.import_module("vllm.lora.request")
         # another number and name for each version: vLLM keeps adapters by number, and cached prompts by name
         self._adapter = requests.LoRARequest(folder.name, self._num_pushed, str(folder))
@@ -183,7 +184,7 @@ def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[
     """Arguments of ``vllm.SamplingParams`` for a request; the seed is derived from its key."""
     return {
         "max_tokens": decoding.max_new_tokens,
-        "temperature": decoding.temperature if request.temperature is None else request.temperature,
+        "temperature": served_temperature(request, decoding),
         "top_p": decoding.top_p,
         "seed": request.key.seed(),
         # stop at these EOS ids only, not at those that vLLM reads from the checkpoint

@@ -139,7 +139,7 @@ def test_an_adapter_over_smollm2_answers_as_transformers_and_the_built_in_engine
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.03)
+                parameter.normal_(0, 0.3)
     after = vllm.generate([greedy, Request(greedy.prompt, Key((0,)), mix=-1, temperature=1e-6)])
     assert after[0].ids == plain() != before.ids
     # the base model without the adapter is the reference
