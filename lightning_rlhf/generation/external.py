@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
@@ -94,14 +94,18 @@ class AbstractExternalEngine(AbstractEngine):
         """Called with the number of generated tokens, once per `generate`."""
 
     @property
-    def adapter_served(self) -> bool:
-        """Whether the program gets the adapter beside a base model, rather than merged weights."""
-        return isinstance(self.policy, PeftModel) and all(map(is_uniform, self.policy.peft_config.values()))
+    def adapted(self) -> PeftModel | None:
+        """The policy, if the program gets its adapter beside a base model; None if it gets whole weights."""
+        # the type checker knows of no class that is both
+        policy = cast(nn.Module, self.policy)
+        if isinstance(policy, PeftModel) and all(map(is_uniform, policy.peft_config.values())):
+            return policy
+        return None
 
     @property
     def base_is_reference(self) -> bool:
         """Whether the base model of the program is the reference."""
-        return self.adapter_served and isinstance(self.reference, AdapterOffReference)
+        return self.adapted is not None and isinstance(self.reference, AdapterOffReference)
 
     @abstractmethod
     def complete(self, requests: Sequence[Request]) -> Sequence[Completion]:
@@ -204,7 +208,7 @@ def response_from_completion(
     return Response(ids=ids, text=text, finish_reason=reason, source=request.source)
 
 
-def weight_sums(policy: torch.nn.Module) -> Tensor:
+def weight_sums(policy: nn.Module) -> Tensor:
     """Sum of each trained tensor, [tensors], float64 on the CPU: a checksum that changes with the weights."""
     # frozen parameters do not change, so their sums would tell nothing
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -213,6 +217,6 @@ def weight_sums(policy: torch.nn.Module) -> Tensor:
     return torch.stack(sums).cpu() if sums else torch.zeros(0)
 
 
-def weight_version(policy: torch.nn.Module) -> str:
+def weight_version(policy: nn.Module) -> str:
     """Name of the trained weights, 16 hexadecimal digits; equal on all ranks of a run."""
     return hashlib.blake2b(weight_sums(policy).numpy().tobytes(), digest_size=8).hexdigest()

@@ -143,7 +143,7 @@ class ServerEngine(AbstractExternalEngine):
         # one request per response, since each has a seed of its own
         with ThreadPoolExecutor(min(self.server.concurrency, len(sent))) as pool:
             completions = list(pool.map(self._client.complete, sent))
-        if not self.adapter_served and self._server_version() != version:
+        if self.adapted is None and self._server_version() != version:
             raise GenerationServerError(
                 f"the weights of {self.server.base_url} changed while it generated: another run uses the server; give "
                 f"each run a server of its own (model.options.server.base_url)"
@@ -186,17 +186,19 @@ class ServerEngine(AbstractExternalEngine):
         folder = Path(self.server.folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         # the processes of a run have equal weights: the first one brings them, and the others find them
+        adapted = self.adapted
         with FileLock(folder / ".lock"):
-            return self._push_adapter(folder, version) if self.adapter_served else self._push_weights(folder, version)
+            if adapted is None:
+                return self._push_weights(folder, version)
+            return self._push_adapter(adapted, folder, version)
 
-    def _push_adapter(self, folder: Path, version: str) -> str:
+    def _push_adapter(self, adapted: PeftModel, folder: Path, version: str) -> str:
         name = f"policy-{version}"
         if name in self._client.models():
             return name
         # another name and path for each version: servers cache adapters and prompts by both
         # without a tokenizer: vLLM would take one of an adapter for another tokenizer than that of its base
-        assert isinstance(self.policy, PeftModel)
-        self.policy.save_pretrained(str(folder / name), save_embedding_layers=False)
+        adapted.save_pretrained(str(folder / name), save_embedding_layers=False)
         self._client.post(
             "v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder / name)}, remedy=_LORA_MODE
         )

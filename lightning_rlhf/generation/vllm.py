@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.generation.base import Decoding, Request
@@ -142,7 +142,8 @@ class VLLMEngine(AbstractExternalEngine):
         self._num_pushed += 1
         # a new folder each time: vLLM was observed to reuse weights of a path that it had read before (#32718)
         folder = Path(self._folder.name) / f"policy-{self._num_pushed}"
-        llm = self._push_adapter(folder) if self.adapter_served else self._push_weights(folder)
+        adapted = self.adapted
+        llm = self._push_weights(folder) if adapted is None else self._push_adapter(adapted, folder)
         self._pushed = version
         return llm
 
@@ -157,15 +158,14 @@ class VLLMEngine(AbstractExternalEngine):
             shutil.rmtree(folder)  # the first folder stays, since vLLM was started from it
         return self._llm
 
-    def _push_adapter(self, folder: Path) -> LLM:
-        assert isinstance(self.policy, PeftModel)
+    def _push_adapter(self, adapted: PeftModel, folder: Path) -> LLM:
         if self._llm is None:
-            base = save_base(self.policy, self.tokenizer, folder.with_name("base"))
-            rank = max(config.r for config in self.policy.peft_config.values())
+            base = save_base(adapted, self.tokenizer, folder.with_name("base"))
+            rank = max(cast(LoraConfig, config).r for config in adapted.peft_config.values())
             smallest = next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
             self._llm = self._start(base, enable_lora=True, max_loras=1, max_lora_rank=smallest)
         # without a tokenizer: vLLM would take one of an adapter for another tokenizer than that of its base
-        self.policy.save_pretrained(str(folder), save_embedding_layers=False)
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
         requests = importlib.import_module("vllm.lora.request")
         # another number and name for each version: vLLM keeps adapters by number, and cached prompts by name
         self._adapter = requests.LoRARequest(folder.name, self._num_pushed, str(folder))

@@ -24,7 +24,7 @@ from lightning_rlhf.generation.vllm import VLLMEngine
 from lightning_rlhf.models.dropout import train_mode_difference, without_dropout
 from lightning_rlhf.models.load import AdapterSettings, LoRA, end_of_sequence_ids, load_policy, save_policy
 from lightning_rlhf.models.lora import changes_base
-from lightning_rlhf.models.options import Generation, ModelOptions
+from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.models.reference import AbstractReference, AdapterSnapshotReference, ReferenceRule, build_reference
 from lightning_rlhf.models.save import load_weights
 from lightning_rlhf.models.sharding import fill, full_state_dict, scattered, shard
@@ -243,12 +243,9 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
                 f"model.options.generation={self.options.generation} writes the policy for another program from each "
                 f"process, which has a shard of it alone: set model.options.generation=local, or train with DDP"
             )
-        kinds: dict[Generation, Callable[..., PolicyEngine]] = {
-            "local": DecodeEngine,
-            "vllm": VLLMEngine,
-            "server": partial(ServerEngine, server=self.options.server),
-        }
-        engine = kinds[self.options.generation](
+        server = self.options.server
+        kind: Callable[..., PolicyEngine] = VLLMEngine if self.options.generation == "vllm" else DecodeEngine
+        engine = (kind if server is None else partial(ServerEngine, server=server))(
             self.policy,
             self.reference,
             self.tokenizer,

