@@ -4,6 +4,7 @@
     .venv-vllm/bin/python -m benchmarks.engines --model smollm2 --steps 1 --skip 1 --new-tokens 32
 
 Each engine decodes the same prompts in the same data type, one response each; nothing ends a response before its limit.
+Prompts are cut to their last 32 tokens, so that decoding is timed rather than prefill.
 CPU seconds are those of all processes, since vLLM decodes in one of its own. Starting up is not counted. Without vLLM
 its arms are left out.
 """
@@ -23,6 +24,10 @@ import psutil
 from benchmarks.harness import Clock, Job, parser, read_ids, report, run, timed, work
 
 
+PROMPT = 32
+"""Tokens of a prompt."""
+
+
 class TreeClock(Clock):
     """CPU seconds of this process and of those that it started."""
 
@@ -39,7 +44,7 @@ def decoding(job: Job, generate: Callable[[list[tuple[int, ...]]], None]) -> dic
         clock = TreeClock(job.device)
         clock.start()
         for step in read_ids(job):
-            generate([tuple(row["prompt_ids"]) for row in step[:rows]])
+            generate([tuple(row["prompt_ids"][-PROMPT:]) for row in step[:rows]])
             clock.tick()
         found[str(rows)] = timed(clock, job, tokens=rows * job.new_tokens)
     children = psutil.Process().children(recursive=True)
