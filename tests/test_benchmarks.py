@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
         ("reward_step", ["--peer", "trl"]),
         ("online_round", []),
         ("generation", []),
+        ("engines", []),
         ("rl_step", []),
         ("judge", []),
     ],

@@ -7,10 +7,21 @@ run the models on a KV cache.
 
 from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation.external import AbstractExternalEngine
+from lightning_rlhf.generation.server import ServerEngine
 from lightning_rlhf.generation.vllm import VLLMEngine
 
 
-__all__ = ["AbstractEngine", "DecodeEngine", "Decoding", "PolicyEngine", "Request", "VLLMEngine"]
+__all__ = [
+    "AbstractEngine",
+    "AbstractExternalEngine",
+    "DecodeEngine",
+    "Decoding",
+    "PolicyEngine",
+    "Request",
+    "ServerEngine",
+    "VLLMEngine",
+]
 
-PolicyEngine = DecodeEngine | VLLMEngine
+PolicyEngine = DecodeEngine | AbstractExternalEngine
 """Engines that sample from a policy and score under its reference."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.generation.base import Request
 from lightning_rlhf.generation.engine import DecodeEngine, with_logps
-from lightning_rlhf.generation.vllm import VLLMEngine
+from lightning_rlhf.generation.external import AbstractExternalEngine
 from lightning_rlhf.logprobs.packing import Group
 from lightning_rlhf.types import Rollout
 
@@ -32,7 +32,7 @@ class RolloutGenerator:
 
     def __init__(
         self,
-        engine: DecodeEngine | VLLMEngine,
+        engine: DecodeEngine | AbstractExternalEngine,
         values: Callable[[Sequence[Group]], list[Tensor]] | None = None,
     ) -> None:
         if engine.decoding.top_p < 1.0:

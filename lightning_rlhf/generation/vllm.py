@@ -1,10 +1,7 @@
-"""An engine that generates with vLLM, for samplers that use the policy alone; extra ``vllm``.
+"""An engine that generates with vLLM in this process; extra ``vllm``.
 
-It replaces `DecodeEngine` for vanilla and best-of-N pairs on one GPU. vLLM generates the ids. Log-probabilities are
-computed by the local policy with teacher forcing: those of vLLM come from other kernels, may have another data type,
-and are of tempered logits at temperatures other than 1.
-
-Written against the documented interface of vLLM; not tested on a GPU.
+It replaces `DecodeEngine` for samplers that choose among whole responses of the policy. ``make test-vllm`` runs it with
+the real vLLM on a CPU.
 """
 
 from __future__ import annotations
@@ -12,31 +9,23 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
-import torch
-from torch import Tensor
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.generation.base import AbstractEngine, Decoding, Request
-from lightning_rlhf.generation.engine import with_logps
-from lightning_rlhf.generation.text import sampled_text
-from lightning_rlhf.logprobs.compute import base_model
+from lightning_rlhf.generation.base import Decoding, Request
+from lightning_rlhf.generation.external import AbstractExternalEngine, Completion, served_temperature, weight_version
 from lightning_rlhf.models.reference import AbstractReference
-from lightning_rlhf.models.rotary import rotary_window
-from lightning_rlhf.models.save import save_policy
+from lightning_rlhf.models.save import save_base, save_policy
 from lightning_rlhf.runtime import distributed
-from lightning_rlhf.types import FinishReason, Prompt, Response
 
 
-class Completion(Protocol):
-    """The used part of ``vllm.CompletionOutput``."""
-
-    token_ids: Sequence[int]
-    finish_reason: str | None
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM's ``max_lora_rank`` may have."""
 
 
 class RequestOutput(Protocol):
@@ -49,7 +38,12 @@ class LLM(Protocol):
     """The used part of ``vllm.LLM``."""
 
     def generate(
-        self, prompts: list[dict[str, list[int]]], sampling_params: list[object], *, use_tqdm: bool
+        self,
+        prompts: list[dict[str, list[int]]],
+        sampling_params: list[object],
+        *,
+        use_tqdm: bool,
+        lora_request: object | None,
     ) -> list[RequestOutput]:
         """Generate one completion per prompt, in order."""
 
@@ -60,13 +54,13 @@ class LLM(Protocol):
         """Forget the keys and values of earlier prompts."""
 
 
-class VLLMEngine(AbstractEngine):
+class VLLMEngine(AbstractExternalEngine):
     """Generates responses of the policy with vLLM.
 
     Use one engine for a run, since starting vLLM takes a minute. Before generation, it compares the weights of the
-    policy with those that vLLM has. If they have changed, it saves them to a temporary folder, with adapters merged,
-    and vLLM reloads them. Equal keys give equal responses as far as the kernels of vLLM are deterministic. Unlike with
-    `DecodeEngine`, a response may depend on the rest of the batch.
+    policy with those that vLLM has. If they have changed, it saves them to a temporary folder, and vLLM reads them: a
+    LoRA adapter of one rank as an adapter of its base model, other adapters merged, a policy that is trained whole as
+    it is.
 
     Args:
         policy: the policy.
@@ -76,12 +70,14 @@ class VLLMEngine(AbstractEngine):
         decoding: length limit, temperature and top-p; ``rows`` has no effect, since vLLM forms its own batches.
         eos_ids: ids that end a response.
         tokens_per_batch: token positions per forward pass of scoring.
-        gpu_share: fraction of the GPU's memory for vLLM, in (0, 1]; the rest is for training.
+        gpu_share: fraction of the device's memory for vLLM, in (0, 1]; the rest is for training.
 
     Raises:
         ImportError: if vLLM is not installed.
-        ValueError: if there is more than one process.
+        ValueError: if there is more than one process, or the policy's rotary embedding depends on the text's length.
     """
+
+    NAME = "vLLM"
 
     def __init__(
         self,
@@ -96,105 +92,99 @@ class VLLMEngine(AbstractEngine):
         gpu_share: float = 0.3,
     ) -> None:
         if distributed.world_size() > 1:
-            raise ValueError("VLLMEngine serves one process; use the built-in DecodeEngine with several")
-        window = rotary_window(base_model(policy))
-        if window is not None:
             raise ValueError(
-                f"{type(base_model(policy)).__name__} turns texts beyond {window} tokens otherwise than shorter ones, "
-                f"and vLLM decides by the longest that it allows; use the built-in DecodeEngine "
-                f"(model.options.use_vllm=false)"
+                "VLLMEngine serves one process; with several, use a server (model.options.generation=server) or the "
+                "built-in DecodeEngine (model.options.generation=local)"
             )
+        super().__init__(
+            policy,
+            reference,
+            tokenizer,
+            beta=beta,
+            decoding=decoding,
+            eos_ids=eos_ids,
+            tokens_per_batch=tokens_per_batch,
+        )
         self._vllm = _import_vllm()
-        self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
-        self.beta, self.decoding, self.eos_ids = beta, decoding, frozenset(eos_ids)
-        self.tokens_per_batch, self.gpu_share = tokens_per_batch, gpu_share
-        self.on_tokens: Callable[[int], None] | None = None
-        """Called with the number of generated tokens, once per `generate`."""
+        self.gpu_share = gpu_share
         self._llm: LLM | None = None
-        # `weight_sums` of the weights that vLLM has
-        self._pushed: Tensor | None = None
+        # `weight_version` of the weights that vLLM has
+        self._pushed: str | None = None
         # held by the engine: the folder is deleted when this object is collected
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_rlhf_vllm_")
         self._num_pushed = 0
+        self._adapter: object | None = None
 
-    def generate(self, requests: Sequence[Request], *, reference_logps: bool = False) -> list[Response]:
-        """Generate one response per request, in order; see `AbstractEngine.generate`.
-
-        Raises:
-            ValueError: if a request mixes in the reference, a prompt is empty, or the reference is missing.
-            RuntimeError: if vLLM returns an incomplete response.
-        """
-        check_requests(requests)
-        if reference_logps and self.reference is None:
-            raise ValueError("reference_logps need a reference model, and the engine was built without one")
-        if not requests:
-            return []
+    def complete(self, requests: Sequence[Request]) -> Sequence[Completion]:
+        """Generate with vLLM; see `AbstractExternalEngine.complete`."""
         llm = self._follow_policy()
-        prompts = [request.prompt for request in requests]
-        settings = [sampling_settings(request, self.decoding, self.eos_ids) for request in requests]
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
-            [self._vllm.SamplingParams(**each) for each in settings],
-            use_tqdm=False,
-        )
-        responses = [
-            response_from_completion(request, output.outputs[0], self.eos_ids, self.tokenizer)
-            for request, output in zip(requests, outputs, strict=True)
-        ]
-        if self.on_tokens is not None:
-            self.on_tokens(sum(len(response.ids) for response in responses))
-        responses = with_logps(self.policy, "policy_logps", prompts, responses, self.tokens_per_batch)
-        return self.with_reference_logps(prompts, responses) if reference_logps else responses
-
-    def with_reference_logps(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
-        """Add reference log-probabilities to the responses that have none."""
-        assert self.reference is not None
-        with self.reference.active() as model:
-            return with_logps(model, "reference_logps", prompts, responses, self.tokens_per_batch)
+        found: dict[int, Completion] = {}
+        # vLLM takes one adapter per call, or none for the base model, which is the reference
+        for of_reference, adapter in ((False, self._adapter), (True, None)):
+            places = [i for i, request in enumerate(requests) if (request.mix != 0) == of_reference]
+            if not places:
+                continue
+            settings = [sampling_settings(requests[i], self.decoding, self.eos_ids) for i in places]
+            outputs = llm.generate(
+                [{"prompt_token_ids": list(requests[i].prompt.ids)} for i in places],
+                [self._vllm.SamplingParams(**each) for each in settings],
+                use_tqdm=False,
+                lora_request=adapter,
+            )
+            found |= {i: output.outputs[0] for i, output in zip(places, outputs, strict=True)}
+        return [found[i] for i in range(len(requests))]
 
     def _follow_policy(self) -> LLM:
-        """Start vLLM, or reload the weights of the policy if they have changed."""
-        state = weight_sums(self.policy)
-        if self._llm is not None and self._pushed is not None and torch.equal(state, self._pushed):
+        """Start vLLM, or give it the weights of the policy if they have changed."""
+        version = weight_version(self.policy)
+        if self._llm is not None and version == self._pushed:
             return self._llm
+        self._num_pushed += 1
         # a new folder each time: vLLM was observed to reuse weights of a path that it had read before (#32718)
         folder = Path(self._folder.name) / f"policy-{self._num_pushed}"
+        adapted = self.adapted
+        llm = self._push_weights(folder) if adapted is None else self._push_adapter(adapted, folder)
+        self._pushed = version
+        return llm
+
+    def _push_weights(self, folder: Path) -> LLM:
         save_policy(self.policy, self.tokenizer, folder)
         if self._llm is None:
-            # vLLM takes the name of the data type, "bfloat16" for torch.bfloat16
-            dtype = str(self.policy.dtype).removeprefix("torch.")
-            self._llm = self._vllm.LLM(model=str(folder), dtype=dtype, gpu_memory_utilization=self.gpu_share)
+            self._llm = self._start(folder)
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             # cached keys and values of prompts belong to the old weights
             self._llm.reset_prefix_cache()
             shutil.rmtree(folder)  # the first folder stays, since vLLM was started from it
-        self._num_pushed += 1
-        self._pushed = state
         return self._llm
 
+    def _push_adapter(self, adapted: PeftModel, folder: Path) -> LLM:
+        if self._llm is None:
+            base = save_base(adapted, self.tokenizer, folder.with_name("base"))
+            rank = max(cast(LoraConfig, config).r for config in adapted.peft_config.values())
+            smallest = next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
+            self._llm = self._start(base, enable_lora=True, max_loras=1, max_lora_rank=smallest)
+        # without a tokenizer: vLLM would take one of an adapter for another tokenizer than that of its base
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        requests = importlib.import_module("vllm.lora.request")
+        # another number and name for each version: vLLM keeps adapters by number, and cached prompts by name
+        self._adapter = requests.LoRARequest(folder.name, self._num_pushed, str(folder))
+        # vLLM reads an adapter at its first request, and the earlier ones are no longer needed
+        shutil.rmtree(folder.with_name(f"policy-{self._num_pushed - 1}"), ignore_errors=True)
+        return self._llm
 
-def check_requests(requests: Sequence[Request]) -> None:
-    """Check that vLLM can generate all requests.
-
-    Raises:
-        ValueError: if a request mixes in the reference, or a prompt is empty.
-    """
-    for request in requests:
-        if request.mix != 0:
-            raise ValueError(
-                f"vLLM decodes one model, and the request for prompt {request.prompt.index} mixes policy and reference "
-                f"(mix {request.mix:g}): use VanillaSampler or BestOfNSampler, or the built-in DecodeEngine"
-            )
-        if not request.prompt.ids:
-            raise ValueError(f"prompt {request.prompt.index} has no tokens; give the tokenizer a BOS token")
+    def _start(self, folder: Path, **settings: bool | int) -> LLM:
+        # vLLM takes the name of the data type, "bfloat16" for torch.bfloat16
+        dtype = str(self.policy.dtype).removeprefix("torch.")
+        llm: LLM = self._vllm.LLM(model=str(folder), dtype=dtype, gpu_memory_utilization=self.gpu_share, **settings)
+        return llm
 
 
 def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[int]) -> dict[str, object]:
     """Arguments of ``vllm.SamplingParams`` for a request; the seed is derived from its key."""
     return {
         "max_tokens": decoding.max_new_tokens,
-        "temperature": decoding.temperature if request.temperature is None else request.temperature,
+        "temperature": served_temperature(request, decoding),
         "top_p": decoding.top_p,
         "seed": request.key.seed(),
         # stop at these EOS ids only, not at those that vLLM reads from the checkpoint
@@ -205,39 +195,6 @@ def sampling_settings(request: Request, decoding: Decoding, eos_ids: Collection[
     }
 
 
-def response_from_completion(
-    request: Request, completion: Completion, eos_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
-) -> Response:
-    """Convert a ``vllm.CompletionOutput`` to a response.
-
-    Raises:
-        RuntimeError: if vLLM did not finish the response, or removed the EOS token.
-    """
-    ids = tuple(completion.token_ids)
-    # an EOS token must be in the ids: its log-probability is part of the response
-    ended = bool(ids) and ids[-1] in eos_ids
-    # an EOS at the length limit may be reported as "length"
-    finished = completion.finish_reason == "length" or (completion.finish_reason == "stop" and ended)
-    if not ids or not finished:
-        raise RuntimeError(
-            f"vLLM answered prompt {request.prompt.index} with {len(ids)} tokens and finish_reason "
-            f"{completion.finish_reason!r}, without an EOS at the end; expected a whole response with its EOS: check "
-            f"the version of vLLM against the extra 'vllm', or use the built-in DecodeEngine"
-        )
-    reason: FinishReason = "eos" if ended else "length"
-    text = sampled_text(tokenizer, request.prompt, ids, ended)
-    return Response(ids=ids, text=text, finish_reason=reason, source=request.source)
-
-
-def weight_sums(policy: torch.nn.Module) -> Tensor:
-    """Sum of each trained tensor, [tensors], float64 on the CPU: a checksum that changes with the weights."""
-    # frozen parameters do not change, so their sums would tell nothing
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    # in float64: a small update must not vanish in the rounding of a large sum
-    sums = [parameter.detach().sum(dtype=torch.float64) for parameter in trained]
-    return torch.stack(sums).cpu() if sums else torch.zeros(0)
-
-
 def _import_vllm() -> ModuleType:
     # imported by name: vLLM is an optional dependency
     try:
@@ -245,5 +202,5 @@ def _import_vllm() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             "VLLMEngine needs vLLM, which is not installed: pip install 'lightning-rlhf[vllm]', or use the built-in "
-            "DecodeEngine"
+            "DecodeEngine (model.options.generation=local)"
         ) from error

@@ -202,6 +202,11 @@ def is_plain(config: PeftConfig) -> bool:
     return config.init_lora_weights in (True, "gaussian") and changed <= allowed
 
 
+def is_uniform(config: PeftConfig) -> bool:
+    """Whether an adapter is plain LoRA with one rank and one scale on all of its layers, as inference servers read."""
+    return is_plain(config) and not (getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None))
+
+
 def _method(name: str) -> type[PeftConfig]:
     """Configuration class of a method of PEFT."""
     methods: Mapping[str, type[PeftConfig]] = {str(k.value): kind for k, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

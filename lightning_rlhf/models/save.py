@@ -182,6 +182,29 @@ def save_policy(
     return Path(folder)
 
 
+def save_base(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> Path:
+    """Write the model under the adapters as a folder of its own, as `save_policy` does.
+
+    Args:
+        model: the policy; the weights under its adapters are written without them.
+        tokenizer: its tokenizer.
+        folder: where to write.
+
+    Raises:
+        FileExistsError: if ``folder`` holds anything but a model, which would be lost.
+    """
+    base = model.get_base_model()
+    weights = _dequantized(model, base_state_dict(model.state_dict()))
+    with whole_folder(folder) as scratch:
+        with saved_dropout(base):
+            whole = cast(PreTrainedModel, base)
+            if any(map(is_quantized, whole.modules())):
+                whole = _unquantized(whole, weights)
+            whole.save_pretrained(scratch, state_dict=weights)
+        tokenizer.save_pretrained(scratch)
+    return Path(folder)
+
+
 def _unquantized(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model of transformers with other weights and without the quantization in its config."""
     config = copy.deepcopy(model.config)

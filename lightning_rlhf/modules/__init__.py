@@ -1,6 +1,6 @@
 """LightningModules. Subclass one to change its step; keep the fixed output keys for the callbacks."""
 
-from lightning_rlhf.models.options import ModelOptions
+from lightning_rlhf.models.options import GenerationServer, ModelOptions
 from lightning_rlhf.modules.base import AbstractPreferenceModule, AbstractStepModule, ItemLosses
 from lightning_rlhf.modules.difference import DifferenceModule
 from lightning_rlhf.modules.dpo import DPOModule
@@ -30,6 +30,7 @@ __all__ = [
     "DRLAIFModule",
     "DifferenceModule",
     "EfficientExplorationModule",
+    "GenerationServer",
     "GenerativeRewardModule",
     "ItemLosses",
     "KLControl",

@@ -35,7 +35,10 @@ class FittedModule(CheckpointModule, ShardedModule):
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset(
         f"options.{name}"
-        for name in ("scoring_batch_tokens", "gradient_checkpointing", "layout", "attn_implementation", "use_vllm")
+        for name in (
+            *("scoring_batch_tokens", "gradient_checkpointing", "layout", "attn_implementation"),
+            *("generation", "server", "use_vllm"),
+        )
     )
     DISABLE_DROPOUT: ClassVar[bool] = True
 

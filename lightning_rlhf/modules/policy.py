@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,8 +15,11 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_rlhf.generation import PolicyEngine
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
+from lightning_rlhf.generation.external import AbstractExternalEngine
+from lightning_rlhf.generation.server import ServerEngine
 from lightning_rlhf.generation.vllm import VLLMEngine
 from lightning_rlhf.models.dropout import train_mode_difference, without_dropout
 from lightning_rlhf.models.load import AdapterSettings, LoRA, end_of_sequence_ids, load_policy, save_policy
@@ -187,7 +192,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         self.reference_update = reference
         self.start = start
         self.reference: AbstractReference | None = None
-        self._vllm: VLLMEngine | None = None
+        self._external: AbstractExternalEngine | None = None
 
     def configure_model(self) -> None:
         """Load policy and reference, once, and move the policy to where it starts."""
@@ -228,12 +233,19 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         own = None if self.reference is None else self.reference.own_model
         return [] if own is None else [own]
 
-    def engine(self, decoding: Decoding) -> DecodeEngine | VLLMEngine:
-        """Make a decode engine over the current policy and reference; vLLM, which takes long to start, only once."""
-        if self._vllm is not None:
-            self._vllm.decoding = decoding
-            return self._vllm
-        engine = (VLLMEngine if self.options.use_vllm else DecodeEngine)(
+    def engine(self, decoding: Decoding) -> PolicyEngine:
+        """Make a decode engine over the current policy and reference; external ones, which start slowly, only once."""
+        if self._external is not None:
+            self._external.decoding = decoding
+            return self._external
+        if self.options.generation != "local" and self.device_mesh is not None:
+            raise ValueError(
+                f"model.options.generation={self.options.generation} writes the policy for another program from each "
+                f"process, which has a shard of it alone: set model.options.generation=local, or train with DDP"
+            )
+        server = self.options.server
+        kind: Callable[..., PolicyEngine] = VLLMEngine if self.options.generation == "vllm" else DecodeEngine
+        engine = (kind if server is None else partial(ServerEngine, server=server))(
             self.policy,
             self.reference,
             self.tokenizer,
@@ -242,7 +254,7 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
             eos_ids=end_of_sequence_ids(self.policy, self.tokenizer),
             tokens_per_batch=self.options.scoring_batch_tokens,
         )
-        self._vllm = engine if isinstance(engine, VLLMEngine) else None
+        self._external = engine if isinstance(engine, AbstractExternalEngine) else None
         return engine
 
     def start_round(self, index: int) -> None:

@@ -130,7 +130,7 @@ class PolicyWeightedSampler(AbstractSelectiveSampler):
         if not isinstance(engine, GradientEngine):
             raise ValueError(
                 f"PolicyWeightedSampler differentiates the policy, which {type(engine).__name__} cannot; use "
-                f"DecodeEngine, that is model.options.use_vllm=false"
+                f"DecodeEngine, that is model.options.generation=local"
             )
         if not prompts:
             return []

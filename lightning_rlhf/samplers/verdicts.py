@@ -136,7 +136,7 @@ class AbstractVerdictSampler(AbstractPairSampler):
         if not isinstance(engine, JudgeEngine):
             raise ValueError(
                 f"{type(self).__name__} reads verdicts of the policy in this process, and {type(engine).__name__} has "
-                f"none: leave model.options.use_vllm=false"
+                f"none: leave model.options.generation=local"
             )
         return LocalJudge.of_model(engine.policy, engine.tokenizer, JudgeOptions(chat=self.chat))
 

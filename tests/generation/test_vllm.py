@@ -1,6 +1,6 @@
 """The vLLM engine, as far as it goes without vLLM: refusals, translation, assembly, and following the policy.
 
-The stand-in below has the documented shape of ``vllm.LLM``; nothing here has met the real one.
+The stand-in below has the shape of ``vllm.LLM``; tests/samplers/test_vllm_real.py has the real one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.generation import DecodeEngine, Decoding, Request
-from lightning_rlhf.generation.vllm import VLLMEngine, response_from_completion, sampling_settings
+from lightning_rlhf.generation.external import response_from_completion
+from lightning_rlhf.generation.vllm import VLLMEngine, sampling_settings
 from lightning_rlhf.models import LoRA, build_reference, load_policy, load_tokenizer
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.types import Prompt
@@ -36,7 +38,11 @@ class LLM:
     model: str
     dtype: str
     gpu_memory_utilization: float
+    enable_lora: bool = False
+    max_loras: int = 0
+    max_lora_rank: int = 0
     asked: list[tuple[Any, Any]] = field(default_factory=list)
+    adapters: list[Any] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     head: Any = None
 
@@ -47,8 +53,9 @@ class LLM:
     def read(self, folder: str) -> None:
         self.head = AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.layers.1.mlp.down_proj.weight"]
 
-    def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
+    def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool, lora_request: Any) -> list[Any]:
         assert not use_tqdm
+        self.adapters.append(lora_request and load_file(Path(lora_request.path) / "adapter_model.safetensors"))
         self.asked.append((prompts, sampling_params))
         finish = ["stop", "length", "length"]  # an EOS on the last token allowed may be called "length"
         completions = [SimpleNamespace(token_ids=a, finish_reason=r) for a, r in zip(ANSWERS, finish, strict=True)]
@@ -62,10 +69,21 @@ class LLM:
         self.calls.append("reset_prefix_cache")
 
 
+@dataclass
+class LoRARequest:
+    """The shape of ``vllm.lora.request.LoRARequest``."""
+
+    name: str
+    number: int
+    path: str
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     LLM.made.clear()
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))  # type: ignore[arg-type]
+    modules: Any = sys.modules
+    monkeypatch.setitem(modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    monkeypatch.setitem(modules, "vllm.lora.request", SimpleNamespace(LoRARequest=LoRARequest))
     return LLM
 
 
@@ -118,7 +136,18 @@ def test_responses_carry_the_log_probabilities_of_the_local_policy(stand_in: typ
     assert engine.generate([]) == []
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["full", "lora"])
+# vLLM reads adapters of one rank alone
+MERGED = LoRA(r=2, peft={"rank_pattern": {"q_proj": 1}})
+
+
+def train(engine: VLLMEngine) -> None:
+    with torch.no_grad():
+        for parameter in engine.policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+
+
+@pytest.mark.parametrize("lora", [None, MERGED], ids=["full", "merged"])
 def test_vllm_follows_the_policy(stand_in: type[LLM], tiny_policy: Path, lora: LoRA | None) -> None:
     engine, _ = engines(tiny_policy, lora)
     engine.generate(REQUESTS)
@@ -126,10 +155,7 @@ def test_vllm_follows_the_policy(stand_in: type[LLM], tiny_policy: Path, lora: L
     (llm,) = stand_in.made
     assert (llm.calls, llm.dtype) == ([], "float32")  # nothing was trained in between
     before = llm.head
-    with torch.no_grad():
-        for parameter in engine.policy.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1
+    train(engine)
     engine.generate(REQUESTS)
     assert stand_in.made == [llm]
     assert llm.calls == ["reload_weights", "reset_prefix_cache"]
@@ -138,12 +164,30 @@ def test_vllm_follows_the_policy(stand_in: type[LLM], tiny_policy: Path, lora: L
     assert len(llm.calls) == 2
 
 
+def test_an_adapter_goes_to_vllm_beside_its_base(stand_in: type[LLM], tiny_policy: Path) -> None:
+    engine, _ = engines(tiny_policy, LoRA(r=3))
+    engine.generate(REQUESTS)
+    (llm,) = stand_in.made
+    assert (llm.enable_lora, llm.max_loras, llm.max_lora_rank, llm.calls) == (True, 1, 8, [])
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy).state_dict()
+    torch.testing.assert_close(llm.head, base["model.layers.1.mlp.down_proj.weight"])
+    train(engine)
+    engine.generate(REQUESTS)
+    before, after = llm.adapters
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name] + 0.1)
+    # the base model is the reference
+    responses = engine.generate([Request(r.prompt, r.key, mix=-1.0) for r in REQUESTS])
+    assert llm.adapters[-1] is None
+    assert [r.source for r in responses] == ["reference"] * 3
+    assert all(r.reference_logps is not None for r in responses)
+
+
 @pytest.mark.parametrize("mix", [-1.0, 0.1])
 def test_requests_that_mix_models_are_refused(stand_in: type[LLM], tiny_policy: Path, mix: float) -> None:
     engine, _ = engines(tiny_policy)
-    with pytest.raises(
-        ValueError, match=r"prompt 1 mixes policy and reference \(mix .*VanillaSampler or BestOfNSampler"
-    ):
+    with pytest.raises(ValueError, match=r"prompt 1 mixes policy and reference \(mix .*(LoRA policy|SIRPILAFSampler)"):
         engine.generate([REQUESTS[0], Request(PROMPTS[1], Key((2,)), mix=mix)])
     with pytest.raises(ValueError, match="prompt 4 has no tokens"):
         engine.generate([Request(Prompt(index=4, ids=(), text=""), Key((2,)))])

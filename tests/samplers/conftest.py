@@ -36,11 +36,14 @@ class World:
         length: longest response in tokens.
         same: whether the reference is the policy.
         ids: the prompt.
+        width: hidden size of the models.
     """
 
-    def __init__(self, beta: float = 0.5, length: int = 2, same: bool = False, ids: Ids = (0, 2, 1)) -> None:
+    def __init__(
+        self, beta: float = 0.5, length: int = 2, same: bool = False, ids: Ids = (0, 2, 1), width: int = 16
+    ) -> None:
         self.beta, self.length, self.ids = beta, length, ids
-        self.policy, self.reference = tiny_llama(1), tiny_llama(1 if same else 2)
+        self.policy, self.reference = tiny_llama(1, width), tiny_llama(1 if same else 2, width)
 
     def prompts(self, count: int, start: int = 0) -> list[Prompt]:
         """The same prompt many times, under different indices."""
@@ -103,17 +106,18 @@ class World:
         return found
 
 
-def tiny_llama(seed: int) -> LlamaForCausalLM:
+def tiny_llama(seed: int, width: int = 16) -> LlamaForCausalLM:
     """A random Llama with peaked next-token distributions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
-        initializer_range=0.35,
+        # logits as peaked at every width
+        initializer_range=0.35 * (16 / width) ** 0.5,
         bos_token_id=0,
         eos_token_id=EOS,
         tie_word_embeddings=False,
@@ -235,5 +239,7 @@ def tools() -> Any:
         assert_follows = staticmethod(assert_follows)
         product_law = staticmethod(product_law)
         ids_of = staticmethod(ids_of)
+        tokenizer = staticmethod(tiny_tokenizer)
+        llama = staticmethod(tiny_llama)
 
     return Tools

@@ -222,7 +222,7 @@ def test_state_survives_a_checkpoint_and_later_rounds_are_the_same(toy_engine: A
 
 def test_engines_without_weights_say_so(toy_engine: Any) -> None:
     engine = type("Weightless", (type(toy_engine).__mro__[1],), {"generate": type(toy_engine).generate})()
-    with pytest.raises(ValueError, match="use_vllm=false"):
+    with pytest.raises(ValueError, match="generation=local"):
         PolicyWeightedSampler(n=4, dim=4).sample(prompts(1), engine, Key((1,)))
 
 
