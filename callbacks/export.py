@@ -56,6 +56,7 @@ class HFExport(Callback):
         facts = self._facts(trainer, pl_module)
         if trainer.is_global_zero and folder.is_dir():
             write_cards(folder, facts, card_name(folder, root(trainer)))
+            rank_zero_info(f"model: {folder}")
             self._push(folder, bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
 
     def _push(self, folder: Path, trial: bool) -> None:

@@ -101,6 +101,8 @@ class Summary(HeldOutCallback):
             **result_of(self._before, self._after, beta_of(pl_module)),
             **pair_result_of(self._pairs_before, self._pairs_after),
             "steps": trainer.global_step,
+            # of the last step: nothing is held out in many offline runs
+            **({} if self._after or self._pairs_after else {"train_loss": logged(trainer, "train/loss")}),
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
             **({"silver_pairs": silver} if silver else {}),
@@ -184,6 +186,12 @@ def pair_result_of(before: Mapping[str, float], after: Mapping[str, float]) -> d
     return {**result, "pairs_step_before": before["step"], "pairs_step_after": after["step"]}
 
 
+def logged(trainer: Trainer, name: str) -> float | None:
+    """The last value of a metric; None if it was not logged."""
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else value.item()
+
+
 def closing_line(result: Mapping[str, Any]) -> str:
     """Put the result of a run into one line."""
     parts = []
@@ -202,15 +210,18 @@ def closing_line(result: Mapping[str, Any]) -> str:
         parts.append(f"KL {rounded(result['kl_after'])} nats/sequence")
     if trained and result["j_before"] is not None and result["j_after"] is not None:
         parts.append(f"J {rounded(result['j_before'])} -> {rounded(result['j_after'])}")
+    if not parts and result.get("train_loss") is not None:
+        parts.append(f"training loss {result['train_loss']:.3f} in step {result['steps']}, no held-out rows")
     parts.append(f"{result['labels']} labels")
-    # a price of 1 per label says nothing new
-    if result.get("cost") not in (None, float(result["labels"])):
+    recorded = result["passes_per_pair"] == 0
+    # a price of 1 per label says nothing new, nor does that of recorded labels
+    if result.get("cost") not in (None, float(result["labels"])) and not (recorded and result["cost"] == 0):
         parts.append(f"cost {result['cost']:.6g}")
     if result.get("ties"):
         parts.append(f"{result['ties']} free ties (equal responses)")
     if result.get("silver_pairs"):
         parts.append(f"{result['silver_pairs']} silver pairs")
-    if result["passes_per_pair"] is not None:
+    if result["passes_per_pair"] is not None and not recorded:
         parts.append(f"{result['passes_per_pair']:.1f} passes per pair")
     return ", ".join([*parts, f"{result['seconds']:.0f} s"])
 

@@ -22,13 +22,17 @@ def main() -> None:
 
         annotate(sys.argv[2:])
         return
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from lightning_rlhf.cli import main as run
     from lightning_rlhf.runtime.distributed import end_with
 
     try:
         run()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if not told_by_us(error):
+    except (ValueError, TypeError, OSError, RuntimeError, MisconfigurationException) as error:
+        # Lightning's own word for a setting that is wrong: the text says which
+        told = isinstance(error, MisconfigurationException) and not os.environ.get("LIGHTNING_RLHF_TRACEBACK")
+        if not (told or told_by_us(error)):
             raise
         print(f"error: {error}\n(LIGHTNING_RLHF_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
         raise SystemExit(1) from None

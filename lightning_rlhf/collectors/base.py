@@ -82,7 +82,8 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
         if not missing:
             return
         engine = self._engine(source)
-        with self.progress(f"round {index}: sampling", len(missing)) as bar:
+        doing = "reading recorded rows" if engine is None else "sampling"
+        with self.progress(f"round {index}: {doing}", len(missing)) as bar:
             if engine is not None:
                 engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):

@@ -46,6 +46,13 @@ def export_checkpoint(checkpoint: str, out: str) -> int:
     path, folder = Path(checkpoint), Path(out)
     if (path / "checkpoints" / "last.ckpt").exists():
         path = path / "checkpoints" / "last.ckpt"
+    elif not path.exists():
+        raise ValueError(
+            f"--checkpoint={checkpoint}: no such file or folder (relative paths count from {Path.cwd()}): name a "
+            f"checkpoint, or the run_dir of a run"
+        )
+    elif path.is_dir() and (path / "run.json").exists():
+        raise ValueError(f"--checkpoint={checkpoint}: this run has no checkpoint yet (checkpoints/last.ckpt)")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"--out={out} is not empty: name a folder that is not there yet")
     checked(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import resources
@@ -174,3 +174,24 @@ def _inline_null(arg: str) -> str:
     for key in reversed([key for key in found[1].split(".") if key != "init_args"]):
         value = {key: value}
     return f"--config={json.dumps(value)}"
+
+
+def with_heldout_class(args: list[str], classes: Mapping[str, str]) -> list[str]:
+    """Arguments in which held-out rows have the class of the training rows where none is chosen.
+
+    Args:
+        args: ``--data.heldout.path=test.jsonl`` and others.
+        classes: names of the classes that configs give, by path.
+    """
+    given = [arg.partition("=")[0].replace("init_args.", "") for arg in args]
+    first = next((i for i, name in enumerate(given) if name.startswith("--data.heldout.")), None)
+    chosen = {"--data.heldout", "--data.heldout.class_path"} & set(given) or "data.heldout" in classes
+    if first is None or chosen or given[first].endswith(".help"):
+        return args
+    # the command line comes after configs
+    of_rows = classes.get("data.prompts")
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        name, sign, value = arg.partition("=")
+        if name in ("--data.prompts", "--data.prompts.class_path"):
+            of_rows = value if sign else following
+    return args if of_rows is None else [*args[:first], f"--data.heldout={of_rows}", *args[first:]]

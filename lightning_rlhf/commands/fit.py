@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from jsonargparse import (
     Namespace,
 )
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # has no public name
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AbstractProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -40,6 +41,7 @@ from lightning_rlhf.commands.config_files import (
     config_names,
     nested_nulls,
     note_once,
+    with_heldout_class,
 )
 from lightning_rlhf.commands.errors import RunParser
 from lightning_rlhf.commands.export import export_comparisons
@@ -87,6 +89,11 @@ class RLHFTrainer(L.Trainer):
         if precision == "auto":
             # before the Trainer is built: its strategy and its precision are made in one piece
             device_type = device_type_of(accelerator)
+            if device_type == "cuda" and not CUDAAccelerator.is_available():
+                raise ValueError(
+                    f"trainer.accelerator={accelerator}: PyTorch {torch.__version__} sees no GPU on this machine; set "
+                    f"--trainer.accelerator=cpu, or install a build of PyTorch for the GPU and its driver"
+                )
             precision, reason = choose_precision(device_type, bf16_instructions(device_type))
             rank_zero_info(f"precision: {precision}, {reason}")
         check_precision(str(precision))
@@ -183,6 +190,7 @@ class RLHFCLI(LightningCLI):
         if args is None or isinstance(args, list):
             args = sys.argv[1:] if args is None else args
             args = nested_nulls(renamed_arguments(args, note_once, classes_in_configs(args)))
+            args = with_heldout_class(args, classes_in_configs(args))
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
@@ -287,7 +295,7 @@ class RLHFCLI(LightningCLI):
             rank_zero_info(
                 f"trainer.callbacks replaces the callbacks of the configs, and leaves out {', '.join(missing)}"
                 + (": no model/ folder is written at the end" if "HFExport" in missing else "")
-                + "; --trainer.callbacks+=NAME adds to them instead"
+                + "; --trainer.callbacks+=NAME, or callbacks+: in a config, adds to them instead"
             )
 
     def before_fit(self) -> None:
@@ -375,6 +383,8 @@ def hush() -> None:
     for message in (
         r".*is_gradient_checkpointing.* is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+        # of the table of layers, which estimates megabytes
+        r"Precision .* is not supported by the model summary",
         # the arguments are handed over after old names in them were replaced
         r"LightningCLI's args parameter is intended to run from within Python",
     ):

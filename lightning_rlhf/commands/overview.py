@@ -7,6 +7,8 @@ import sys
 from collections.abc import Collection, Sequence
 from importlib import metadata
 
+from lightning_rlhf.commands.elsewhere import COMMANDS as ELSEWHERE
+
 
 COMMANDS = {
     "fit": "train a policy or a reward model; the same command continues a run that was stopped",
@@ -50,7 +52,8 @@ def answered(args: Sequence[str]) -> bool:
         print(overview())
         return True
     if not first or (first not in COMMANDS and not first.startswith("-")):
-        cause = f"no command {first!r}{suggestion(first, COMMANDS)}" if first else "no command given"
+        ours = f"; here it is lightning-rlhf {ELSEWHERE[first]}" if first in ELSEWHERE else suggestion(first, COMMANDS)
+        cause = f"no command {first!r}{ours}" if first else "no command given"
         print(f"error: {cause}\n{short_usage()}", file=sys.stderr)
         raise SystemExit(2)
     return False
@@ -91,10 +94,20 @@ def short_usage(prog: str = "lightning-rlhf") -> str:
     return f"usage: {prog} [--config NAME] [--SETTING=VALUE ...]\nhelp on all settings: {prog} --help{part}"
 
 
-def suggestion(word: str, known: Collection[str]) -> str:
-    """The end of a message about a word that is not known: the nearest known one, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def suggestion(word: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """The end of a message about a word that is not known: the nearest known one, if one is near.
+
+    Args:
+        word: the word.
+        known: words that are known.
+        cutoff: how near one must be, from 0 to 1 (`difflib.SequenceMatcher.ratio`).
+    """
     # names of classes differ in capitals
-    lower = {name.lower(): name for name in known}
-    near = near or [lower[found] for found in difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.6)]
+    lower = {name.lower(): name for name in sorted(known)}
+    whole = word.lower()
+    near = [lower[whole]] if whole in lower else difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
+    near = near or [lower[found] for found in difflib.get_close_matches(whole, list(lower), n=1, cutoff=cutoff)]
+    # "cosine" for CosineWithWarmup: the shortest name that begins with it
+    longer = sorted((name for name in lower if len(whole) > 2 and name.startswith(whole)), key=len)
+    near = near or [lower[name] for name in longer[:1]]
     return f"; did you mean {near[0]}?" if near else ""

@@ -7,9 +7,11 @@ Lightning asks for the training loader again in every epoch. This is the hook at
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import lightning as L
@@ -120,15 +122,16 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         self._silenced_bars = False
 
     def _source(self, name: str, given: object) -> AbstractPromptSource:
-        """The source of rows that an argument gives: one, or rows themselves (dictionaries or `datasets.Dataset`).
+        """The source of rows that an argument gives: one, rows (dictionaries or `datasets.Dataset`), or their path.
 
         Raises:
             TypeError: if it is neither.
         """
         if isinstance(given, AbstractPromptSource):
             return given
-        if holds_rows(given):
-            source = self.ROW_SOURCE(cast(RowData, given))
+        path = str(given) if isinstance(given, str | Path) else None
+        if path is not None or holds_rows(given):
+            source = self.ROW_SOURCE(cast(RowData, given) if path is None else path)
             # the digest of the rows names them in a ledger, where the rows themselves would fill it
             self.__dict__["_arguments"][name] = source
             return source
@@ -177,7 +180,9 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
     def check_rewards(self) -> None:
         """Let the rewards check that the rows have the columns that they read; before any model is loaded."""
         if self.heldout_reward is not None:
-            check_rows(self.heldout_reward, self._heldout)
+            # often those of the config, where the training rows are the user's own
+            rows = f"{self._named_source(self.heldout_source, 'held-out rows')} (data.heldout)"
+            check_rows(self.heldout_reward, self._heldout, rows)
 
     def state_dict(self) -> State:
         """A digest of the rows, for the checkpoint: a resumed run must have the same rows."""
@@ -204,7 +209,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
     def _named_source(self, source: AbstractPromptSource | None = None, what: str = "training rows") -> str:
         """Rows and the file they come from, for messages."""
         found = source if source is not None else self.prompt_source
-        return f"{what} of {getattr(found, 'path', type(found).__name__)}"
+        return f"{what} of {source_name(found)}"
 
     def planned_steps(self) -> int | None:
         """Optimizer steps of the run if they are known in advance, for learning-rate schedules; else None."""
@@ -300,6 +305,8 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Serve held-out prompts in batches of ``decoding.rows``."""
         if not self._heldout:
+            # a run without held-out rows is meant to have none
+            warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
             return []
         world, rank = self.trainer.world_size, self.trainer.global_rank
         # rows r, r + world, r + 2 world, ...; no row is repeated to give every rank as many,
@@ -375,7 +382,7 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
         counts = {reason: n for reason, n in found.items() if n}
         form = getattr(source, "format_name", None)
         rank_zero_info(
-            f"{what} prompts: {len(prompts)}"
+            f"{what} prompts: {len(prompts)} of {source_name(source)}"
             + (f", read as {form}" if form else "")
             + (f"; dropped or truncated: {counts}" if counts else "")
         )
@@ -418,6 +425,11 @@ class AbstractStepDataModule(KeepsArguments, L.LightningDataModule, Generic[Item
                     f"memory"
                 )
         self._accumulate, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
+
+
+def source_name(source: object) -> str:
+    """Where rows come from, for messages: the path of a source, or its class."""
+    return f"{getattr(source, 'path', type(source).__name__)!s:.100}"
 
 
 # mark of a module that a fit has trained

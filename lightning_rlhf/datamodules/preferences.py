@@ -51,6 +51,7 @@ from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models.reference_cache import ReferenceCache
 from lightning_rlhf.preference_models.base import UsesPreferenceModel
 from lightning_rlhf.prompts import AbstractPromptSource
+from lightning_rlhf.prompts.formats import format_of
 from lightning_rlhf.prompts.table import PromptTable
 from lightning_rlhf.protocols import SilverModule, module_of
 from lightning_rlhf.renamed import accepts_old_names
@@ -196,6 +197,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
             ValueError: if there is nothing to evaluate in the held-out rows, among others.
         """
         super().setup(stage)
+        self._check_recorded()
         if self._heldout and not self.answers_heldout and all(prompt.pair is None for prompt in self._heldout):
             raise ValueError(
                 f"{self._named_source(self.heldout_source, 'held-out rows')} have no recorded pairs, and with "
@@ -307,6 +309,31 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
             batch, num_global=step.num_global, micro_batches=step.micro_batches, num_padding=step.num_padding
         )
 
+    def _check_recorded(self) -> None:
+        """Check that rows have pairs where they are not sampled, before any model is loaded.
+
+        Raises:
+            ValueError: naming the config or the setting that reads such rows.
+        """
+        # of a table on the disk the first row alone, since each one would be read
+        rows = self._prompts[:1] if isinstance(self._prompts, PromptTable) else self._prompts
+        if not isinstance(self.sampler, OfflineSampler) or not rows or any(row.pair is not None for row in rows):
+            return
+        columns = {*self._unread(self.prompt_source, self._prompts), "prompt"}
+        pairs = format_of(columns, pairs=True)
+        if {"completion", "label"} <= columns:
+            remedy = "rows with 'completion' and 'label' are for --config kto"
+        elif "completion" in columns:
+            remedy = "rows with 'completion' alone are for --config sft"
+        elif pairs is not None:
+            remedy = f"they look like {pairs.name}, whose pairs --data.prompts.kind=preference reads"
+        else:
+            remedy = "give rows with 'chosen' and 'rejected', or name these columns by chosen_column, rejected_column"
+        raise ValueError(
+            f"{self._named_source()} have no recorded pairs, which data.sampler=OfflineSampler needs: {remedy}; or set "
+            f"a sampler that decodes, such as --data.sampler=VanillaSampler"
+        )
+
     def rewards(self) -> list[AbstractReward]:
         """Rewards of the run, which may read columns of the rows."""
         labels = [self.labeler.reward] if isinstance(self.labeler, RewardLabeler | ThumbsLabeler) else []
@@ -317,7 +344,7 @@ class PreferenceDataModule(AbstractRoundDataModule[Preference]):
     def check_rewards(self) -> None:
         """Let the rewards check the rows that they score."""
         if isinstance(self.labeler, RewardLabeler | ThumbsLabeler):
-            check_rows(self.labeler.reward, self._prompts)
+            check_rows(self.labeler.reward, self._prompts, self._named_source())
         super().check_rewards()
 
     def forget_rounds(self) -> None:

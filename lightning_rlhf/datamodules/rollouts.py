@@ -159,7 +159,7 @@ class RolloutDataModule(AbstractRoundDataModule[RolloutGroup]):
 
     def check_rewards(self) -> None:
         """Let the rewards check the rows that they score."""
-        check_rows(self.reward, self._prompts)
+        check_rows(self.reward, self._prompts, self._named_source())
         super().check_rewards()
 
     def forget_rounds(self) -> None:

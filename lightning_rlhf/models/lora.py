@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -92,10 +92,16 @@ class LoRA:
         """The settings as `LoRA`, from a configuration object of PEFT or from `LoRA` itself.
 
         Raises:
+            TypeError: if it is neither.
             ValueError: if the object holds anything but plain data.
         """
         if isinstance(settings, LoRA):
             return settings
+        given: object = settings
+        if not is_dataclass(given) or isinstance(given, type):
+            raise TypeError(
+                f"lora must be LoRA(r=16), or a configuration of PEFT such as LoraConfig(); got {settings!r:.80}"
+            )
         kept: dict[str, PeftValue] = {}
         for entry in fields(settings):
             value = getattr(settings, entry.name)

@@ -255,9 +255,22 @@ def open_config(source: Path | str, name: str, trust_remote_code: bool) -> PreTr
         ValueError: if transformers cannot read it.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except OSError:
+        return required_config(source, name, trust_remote_code)
+    except FileNotFoundError:
         return None
+
+
+def required_config(source: Path | str, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Configuration of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if transformers finds no such checkpoint.
+        ValueError: if transformers cannot read it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise _not_found(name, source, error) from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"transformers cannot open the config.json of {name!r}: {error}") from error
     return cast(PreTrainedConfig, config)
@@ -289,5 +302,5 @@ def _not_found(name: str, source: Path | str, error: OSError) -> OSError:
         return FileNotFoundError(f"policy folder {name!r} is incomplete: {error}")
     return FileNotFoundError(
         f"policy {name!r} is no local folder, and the Hub gave no such model (offline, private, misspelt, or without "
-        f"safetensors?): {error}"
+        f"safetensors? Relative paths count from {Path.cwd()}): {error}"
     )

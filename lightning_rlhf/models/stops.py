@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import cast
 
 from peft import PeftModel
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.checks import default_of
-from lightning_rlhf.models.pretrained import embedding_rows
+from lightning_rlhf.models.pretrained import embedding_rows, required_config
 from lightning_rlhf.prompts.template import turn_format
 
 
@@ -89,7 +89,7 @@ def saved_generation_config(checkpoint: Path | str, trust_remote_code: bool = Fa
     try:
         return GenerationConfig.from_pretrained(checkpoint)
     except OSError:  # none saved: transformers derives it from the model's config
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        config = required_config(checkpoint, str(checkpoint), trust_remote_code)
         return GenerationConfig.from_model_config(config)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.load import context_window, load_tokenizer, resolve_checkpoint
 from lightning_rlhf.models.options import ModelOptions
+from lightning_rlhf.models.pretrained import required_config
 from lightning_rlhf.models.stops import configured_ids, saved_generation_config
 from lightning_rlhf.prompts.tokenize import CHAT_TEMPLATES
 
@@ -44,7 +45,4 @@ class CheckpointModule:
     @cached_property
     def _checkpoint_config(self) -> PreTrainedConfig:
         checkpoint = resolve_checkpoint(self.checkpoint)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            checkpoint, trust_remote_code=self.options.trust_remote_code
-        )
-        return config
+        return required_config(checkpoint, self.checkpoint, self.options.trust_remote_code)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_rlhf.advantages import AbstractAdvantage, Episodes, LearnedBaseline
 from lightning_rlhf.batching.batches import ResponseBatch, RolloutGroup
@@ -37,6 +37,7 @@ from lightning_rlhf.losses.policy_gradient import (
 from lightning_rlhf.models.dropout import without_dropout
 from lightning_rlhf.models.load import AdapterSettings, load_scorer, resolve_checkpoint, score_head
 from lightning_rlhf.models.options import DEFAULT_OPTIONS, ModelOptions
+from lightning_rlhf.models.pretrained import required_config
 from lightning_rlhf.models.sharding import shard_scorer
 from lightning_rlhf.modules.base import ItemLosses
 from lightning_rlhf.modules.optimizer import ParameterGroups
@@ -426,7 +427,7 @@ class PolicyGradientModule(AbstractAlignedPolicyModule[ResponseBatch]):
 
 def is_scorer(checkpoint: str, trust_remote_code: bool = False) -> bool:
     """Whether a checkpoint has a head that makes one number, which is worth keeping."""
-    config = AutoConfig.from_pretrained(resolve_checkpoint(checkpoint), trust_remote_code=trust_remote_code)
+    config = required_config(resolve_checkpoint(checkpoint), checkpoint, trust_remote_code)
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 

@@ -26,6 +26,7 @@ JSON_SUFFIXES = (".json", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
 CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 SUFFIXES = JSONL_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES + CSV_SUFFIXES
+OTHER_SUFFIXES = (".txt", ".arrow", ".zip", ".zst", ".xlsx", ".yaml", ".yml", ".pkl", ".sqlite")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -178,7 +179,8 @@ def _rows_at(path: str, split: str) -> Iterator[tuple[str, Row]]:
 
 def _is_hub_id(path: str) -> bool:
     # `file.jsonl` looks like an id as well, but a missing file is the more likely mistake
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not path.lower().endswith(SUFFIXES)
+    is_file = path.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES))
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not is_file
 
 
 def _file_rows(local: Path, path: str) -> Iterator[tuple[str, Row]]:

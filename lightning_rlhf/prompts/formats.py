@@ -101,7 +101,7 @@ def resemblance(columns: Collection[str]) -> str:
     name = max(KNOWN_COLUMNS, key=lambda name: len(KNOWN_COLUMNS[name] & have) / len(KNOWN_COLUMNS[name]))
     shared = KNOWN_COLUMNS[name] & have
     if not shared:
-        return f"its columns look like no known format ({', '.join(KNOWN_COLUMNS)})"
+        return "its columns look like no known format"
     lacking = ", ".join(sorted(KNOWN_COLUMNS[name] - have))
     return f"its columns look most like {name}, without {lacking}"
 

@@ -159,10 +159,25 @@ def columns_read(reward: AbstractReward, names: Sequence[str]) -> set[str]:
     return reward.columns_read(names) if hasattr(reward, "columns_read") else set(names)
 
 
-def check_rows(reward: AbstractReward, prompts: Sequence[Prompt]) -> None:
-    """Let a reward check the rows that it will score; an object without `AbstractReward.check_prompts` checks none."""
-    if prompts and hasattr(reward, "check_prompts"):
+def check_rows(reward: AbstractReward, prompts: Sequence[Prompt], rows: str = "") -> None:
+    """Let a reward check the rows that it will score; an object without `AbstractReward.check_prompts` checks none.
+
+    Args:
+        reward: the reward.
+        prompts: the rows.
+        rows: their name in errors.
+
+    Raises:
+        ValueError: if they lack a column that it reads.
+    """
+    if not prompts or not hasattr(reward, "check_prompts"):
+        return
+    try:
         reward.check_prompts(prompts)
+    except ValueError as error:
+        if not rows:
+            raise
+        raise ValueError(f"{rows}: {error}") from error
 
 
 def prompt_name(text: str | None, messages: tuple[Message, ...] | None) -> str:

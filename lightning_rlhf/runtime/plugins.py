@@ -39,7 +39,12 @@ def check_plugin(seat: str, value: object, kind: type) -> None:
         return
     if isinstance(value, type):
         remedy = f"give an object of the class: {value.__name__}(...)"
-    elif isinstance(value, dict | Namespace | str):
+    elif isinstance(value, str):
+        remedy = (
+            f"give an object, not its name; an argument of a class of your own needs a type, "
+            f"{seat.rpartition('.')[2]}: {kind.__name__}, for the command line to build it"
+        )
+    elif isinstance(value, dict | Namespace):
         remedy = (
             f"it was not built, because the argument that it came through has no type: write "
             f"{seat.rpartition('.')[2]}: {kind.__name__} in the constructor"
@@ -50,8 +55,10 @@ def check_plugin(seat: str, value: object, kind: type) -> None:
 
 
 def _of(value: object, name: str) -> object:
-    # Python looks __call__ up in the class
-    return getattr(value if not name.startswith("__") else type(value), name, None)
+    if not name.startswith("__"):
+        return getattr(value, name, None)
+    # Python looks __call__ up in the class; getattr would find that of the metaclass, which makes every object callable
+    return next((vars(base)[name] for base in type(value).__mro__ if name in vars(base)), None)
 
 
 def _shown(value: object) -> str:
