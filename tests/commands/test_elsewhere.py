@@ -116,7 +116,7 @@ def test_a_whole_command_line_of_trl_is_translated_at_once(capsys: pytest.Captur
         "  no setting --dataset_name; here it is --data.prompts.path",
         "  no setting --learning_rate; here it is --model.optimizer.lr",
         "  no setting --bf16; here it is --trainer.precision=bf16-mixed",
-        "  no setting --vllm_mode: the only setting of vLLM is --model.options.use_vllm",
+        "  no setting --vllm_mode: the only setting of vLLM is --model.options.generation=vllm",
         "  no setting --zz",
     ]
 
