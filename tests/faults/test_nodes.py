@@ -128,7 +128,8 @@ def test_a_node_that_is_killed_and_replaced_leaves_the_weights_and_labels_of_a_r
     assert "continuing from run/checkpoints/last.ckpt" in said
 
     (expected, bought), (weights, bought_again) = trained(straight.folder), trained(killed.folder)
-    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    # DDP orders its buckets anew after the first step of a start, and with them the sums over three ranks
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-8)
     assert bought_again == bought and sum(bought.values()) == 24
 
 
