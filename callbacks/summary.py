@@ -101,8 +101,8 @@ class Summary(HeldOutCallback):
             **result_of(self._before, self._after, beta_of(pl_module)),
             **pair_result_of(self._pairs_before, self._pairs_after),
             "steps": trainer.global_step,
-            # of the last step; nothing is held out in many offline runs
-            "train_loss": logged(trainer, "train/loss"),
+            # of the last step: nothing is held out in many offline runs
+            **({} if self._after or self._pairs_after else {"train_loss": logged(trainer, "train/loss")}),
             "labels": source.num_labels,
             **({"ties": ties} if ties else {}),
             **({"silver_pairs": silver} if silver else {}),

@@ -303,7 +303,8 @@ def test_settings_of_trl_on_the_page_for_its_users_are_complete() -> None:
         assert own - first == set(), title
         known = {field.name for config in classes for field in fields(config)}
         assert first - known - {"vllm_*", *(config.__name__ for config in classes)} == set(), title
-    arguments = {field.name for config in (trl.DPOConfig, trl.ModelConfig) for field in fields(config)}
+    general = (trl.DPOConfig, trl.ModelConfig, trl.ScriptArguments)
+    arguments = {field.name for config in general for field in fields(config)}
     for title in ("Every trainer: training arguments", "Adapters and quantization"):
         first = {span for row in table_rows(sections[title]) for span in row[0] if re.fullmatch(r"[a-z]\w+", span)}
         assert first - arguments - {"accelerate"} == set(), title

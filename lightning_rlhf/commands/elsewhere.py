@@ -34,7 +34,7 @@ _TEMPLATE = "--model.options.chat_template"
 _WORKERS = ": rows are tokenized in batches, before any model is loaded"
 
 SETTINGS: dict[str, str] = {
-    # transformers' TrainingArguments, and what TRL adds for every trainer
+    # transformers' TrainingArguments, which TRL's configs extend
     "model_name_or_path": "--model.policy (a reward model: --model.backbone)",
     "model": "--model.policy (a reward model: --model.backbone)",
     "output_dir": "--run_dir",
@@ -161,7 +161,7 @@ SETTINGS: dict[str, str] = {
     "eval_packing": _PACKED,
     "completion_only_loss": ": prompts never carry loss",
     "assistant_only_loss": _TURNS,
-    "dataset_text_field": "--data.prompts.text_column, with --config sft",
+    "dataset_text_field": ": rows with a text alone are not read: give 'prompt' and 'completion', or 'messages'",
     "shuffle_dataset": ": rows are always shuffled, by --data.seed",
     # TRL's GRPOConfig, RLOOConfig and OnlineDPOConfig
     "num_generations": "--data.responses_per_prompt",

@@ -301,6 +301,6 @@ def _not_found(name: str, source: Path | str, error: OSError) -> OSError:
     if isinstance(source, Path):
         return FileNotFoundError(f"policy folder {name!r} is incomplete: {error}")
     return FileNotFoundError(
-        f"policy {name!r} is no local folder (relative paths count from {Path.cwd()}), and the Hub gave no such model "
-        f"(offline, private, misspelt, or without safetensors?): {error}"
+        f"policy {name!r} is no local folder, and the Hub gave no such model (offline, private, misspelt, or without "
+        f"safetensors? Relative paths count from {Path.cwd()}): {error}"
     )

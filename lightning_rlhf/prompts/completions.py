@@ -115,9 +115,14 @@ class DatasetCompletions(AbstractPromptSource):
             return rows
         form = format_of(columns, pairs=False)
         if form is None or form.has_pairs:
+            remedy = "set completion_column or messages_column to the name in the data"
+            if "text" in columns:
+                remedy = "a text alone is not read; split it into 'prompt' and 'completion', or give 'messages'"
+            elif {"chosen", "rejected"} <= set(columns):
+                remedy = "of preference pairs, completion_column=chosen reads the chosen response"
             raise ValueError(
                 f"{self.path}: no column {self.completion_column!r} or {self.messages_column!r}; its columns are "
-                f"{columns}; {resemblance(columns)}: set completion_column or messages_column to the name in the data"
+                f"{columns}; {resemblance(columns)}: {remedy}"
             )
         self.format_name = form.name
         names = {"completion": self.completion_column, "messages": self.messages_column, "prompt": self.prompt_column}

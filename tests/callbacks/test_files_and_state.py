@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, HFExport, LabelBudget, RewardAgreement, Summary
 from lightning_rlhf.callbacks.completions import cell, markdown
+from lightning_rlhf.callbacks.summary import closing_line
 from lightning_rlhf.commands.fit import RLHFTrainer
 from lightning_rlhf.evaluation import read_frontier
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
@@ -262,6 +263,16 @@ def test_the_summary_leaves_out_what_it_cannot_know(
     trainer.fit(model, datamodule=data)
     assert capsys.readouterr().out.splitlines()[-1].startswith(start)
     json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_the_last_line_of_a_run_without_held_out_rows_has_the_training_loss() -> None:
+    unknown = dict.fromkeys(["step_before", "step_after", "reward_before", "reward_after", "kl_after", "j_before"])
+    result = {**unknown, "steps": 13, "train_loss": 0.25, "labels": 199, "cost": 0.0, "passes_per_pair": 0.0}
+    line = closing_line({**result, "seconds": 3.2})
+    assert line == "training loss 0.250 in step 13, no held-out rows, 199 labels, 3 s"
+    # sampled pairs have passes, and their labels a price
+    sampled = {**result, "train_loss": None, "passes_per_pair": 3.0, "cost": 0.0, "seconds": 3.2}
+    assert closing_line(sampled) == "199 labels, cost 0, 3.0 passes per pair, 3 s"
 
 
 @pytest.mark.slow
