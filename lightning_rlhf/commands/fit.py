@@ -295,7 +295,7 @@ class RLHFCLI(LightningCLI):
             rank_zero_info(
                 f"trainer.callbacks replaces the callbacks of the configs, and leaves out {', '.join(missing)}"
                 + (": no model/ folder is written at the end" if "HFExport" in missing else "")
-                + "; --trainer.callbacks+=NAME adds to them instead"
+                + "; --trainer.callbacks+=NAME, or callbacks+: in a config, adds to them instead"
             )
 
     def before_fit(self) -> None:

@@ -97,7 +97,8 @@ class LoRA:
         """
         if isinstance(settings, LoRA):
             return settings
-        if not is_dataclass(settings) or isinstance(settings, type):
+        given: object = settings
+        if not is_dataclass(given) or isinstance(given, type):
             raise TypeError(
                 f"lora must be LoRA(r=16), or a configuration of PEFT such as LoraConfig(); got {settings!r:.80}"
             )

@@ -59,38 +59,19 @@ def test_the_answers_are_those_of_the_page() -> None:
 
 
 def test_every_setting_of_an_answer_exists() -> None:
+    rows = [*OFFLINE, "--data.prompts.path=x"]
+    held_out = ["--data.heldout=DatasetPrompts", "--data.heldout.path=x"]
     commands = [
-        (
-            *("fit", "--config=dpo_offline", "--model.policy=x", "--data.prompts.path={path: x}", "--model.lora.r=8"),
-            *("--data.heldout=DatasetPrompts", "--data.heldout.path=x", "--trainer.logger=WandbLogger"),
-            *("--trainer.callbacks=ModelCheckpoint", "--data.reward=WeightedReward", "--data.reward.rewards={}"),
-        ),
-        (
-            *OFFLINE,
-            "--data.prompts.path=x",
-            "--model.loss=CDPOLoss",
-            "--data.prompts=MixedPrompts",
-            "--data.prompts.sources={}",
-        ),
-        (
-            *OFFLINE,
-            "--data.prompts.path=x",
-            "--model.loss=DiscoPOPLoss",
-            "--data.reward=FunctionReward",
-            "--data.reward.function=f",
-        ),
-        (
-            *OFFLINE,
-            "--data.prompts.path=x",
-            "--model.loss=NLLTermLoss",
-            "--data.reward=RewardModelReward",
-            "--data.reward.path=x",
-        ),
-        (*OFFLINE, "--data.prompts.path=x", "--model.loss=SimPOLoss"),
-        ("fit", "--config=sft", "--model.policy=x", "--data.prompts.path=x"),
-        ("fit", "--config=kto", "--model.policy=x", "--data.prompts.path=x"),
-        ("fit", "--config=reward_model", "--model.backbone=x", "--data.prompts.path=x"),
-        ("fit", "--config=rlhf", "--model.policy=x", "--data.reward=LexiconReward", "--model.advantage=GRPO"),
+        [*OFFLINE, "--data.prompts.path={path: x}", *held_out, "--model.lora.r=8", "--model.loss=CDPOLoss"],
+        [*rows, "--trainer.logger=WandbLogger", "--trainer.callbacks=ModelCheckpoint", "--model.loss=SimPOLoss"],
+        [*rows, "--data.reward=WeightedReward", "--data.reward.rewards={}", "--model.loss=DiscoPOPLoss"],
+        [*rows, "--data.reward=FunctionReward", "--data.reward.function=f", "--model.loss=NLLTermLoss"],
+        [*rows, "--data.reward=RewardModelReward", "--data.reward.path=x"],
+        [*OFFLINE, "--data.prompts=MixedPrompts", "--data.prompts.sources={}"],
+        ["fit", "--config=sft", "--model.policy=x", "--data.prompts.path=x"],
+        ["fit", "--config=kto", "--model.policy=x", "--data.prompts.path=x"],
+        ["fit", "--config=reward_model", "--model.backbone=x", "--data.prompts.path=x"],
+        ["fit", "--config=rlhf", "--model.policy=x", "--data.reward=LexiconReward", "--model.advantage=GRPO"],
     ]
     known: set[str] = set()
     for command in commands:
@@ -173,7 +154,7 @@ def test_a_whole_command_line_of_trl_is_translated_at_once(capsys: pytest.Captur
         (["fit", "--config=dpo_offline", "--model=x"], "--model: no class 'x'; a checkpoint is --model.policy=x"),
         (["fit", "dpo_offline"], "no setting dpo_offline; did you mean --config dpo_offline?"),
         (["fit"], "no class is chosen; begin with a config, as in --config dpo_offline"),
-        (["fit", "--model.policy=x"], "no class is chosen; begin with a config, as in --config dpo_offline"),
+        (["fit", "--model.policy=x"], "--model: no class is chosen; begin with a config, as in --config dpo_offline"),
         (["dpo", "--beta=1"], "no command 'dpo'; here it is lightning-rlhf fit --config dpo_offline"),
         (["evaluate", "--model=x"], "no setting --model; did you mean --a, the policy that is evaluated?"),
     ],
