@@ -3,6 +3,7 @@
 from lightning_rlhf.preference_models.base import AbstractPreferenceModel, ModelStart, Posterior, win_probability
 from lightning_rlhf.preference_models.epistemic import EpistemicHead, EpistemicPreferenceModel, EpistemicSize
 from lightning_rlhf.preference_models.kernel import KernelPreferenceModel, KernelScales
+from lightning_rlhf.preference_models.known import RewardPreferenceModel
 from lightning_rlhf.preference_models.reward_model import RewardModelPosterior
 from lightning_rlhf.preference_models.training import AbstractTrainedModel, FitSteps
 
@@ -19,5 +20,6 @@ __all__ = [
     "ModelStart",
     "Posterior",
     "RewardModelPosterior",
+    "RewardPreferenceModel",
     "win_probability",
 ]

@@ -24,7 +24,13 @@ from lightning_rlhf.estimators import gap_factor
 from lightning_rlhf.generation.base import Decoding
 from lightning_rlhf.labelers import RewardLabeler
 from lightning_rlhf.ledger.store import PreferenceStore
-from lightning_rlhf.preference_models import AbstractPreferenceModel, ModelStart, Posterior, win_probability
+from lightning_rlhf.preference_models import (
+    AbstractPreferenceModel,
+    ModelStart,
+    Posterior,
+    RewardPreferenceModel,
+    win_probability,
+)
 from lightning_rlhf.prompts import BuiltinPrompts
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
 from lightning_rlhf.samplers import VanillaSampler
@@ -215,6 +221,24 @@ def test_kappa_follows_the_latest_labels(tmp_path: Path, tiny_policy: Path) -> N
     for preference in silver(items.epochs[-1]):
         gap, variance = (torch.tensor(preference.label.meta[name]) for name in ("mean", "variance"))
         assert preference.probability == pytest.approx(float(win_probability(gap, variance, 2.0 * factor)))
+
+
+def test_labels_by_a_reward_are_scaled_to_the_latest_real_ones(tmp_path: Path, tiny_policy: Path) -> None:
+    """P = sigma(kappa s gap), where s predicts the latest labels best; a reward knows them no better than before."""
+    _, _, items = fit(tmp_path, tiny_policy, RewardPreferenceModel(Bytes()), kappa_labels=6)
+    with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
+        latest = list(store.preferences())[-6:]
+
+    def gaps(preferences: Sequence[Preference]) -> Tensor:
+        firsts, seconds = ([getattr(p.comparison, side) for p in preferences] for side in "ab")
+        return Bytes().score([], firsts).mean - Bytes().score([], seconds).mean
+
+    label = torch.tensor([preference.probability for preference in latest], dtype=torch.float64)
+    scale = 2.0 * gap_factor(gaps(latest), label)
+    pairs = silver(items.epochs[-1])
+    expected = torch.sigmoid(scale * gaps(pairs).double()).tolist()
+    assert [preference.probability for preference in pairs] == pytest.approx(expected)
+    assert {preference.label.meta["variance"] for preference in pairs} == {0.0}
 
 
 def test_forecasts_are_made_before_the_labels_are_learned(whole: tuple[Path, DPOModule, Items, Ridge]) -> None:
