@@ -169,6 +169,7 @@ def instructions_of_a_round(store: PreferenceStore, index: int) -> int:
     with store.reading() as db:
         db.set_progress_handler(tick, 10)
     collector = RoundCollector(store, OfflineSampler(), RecordedLabeler(), Key((0,)))
+    before = store.last_attempt()
     for _ in range(2):
         collected = collector.collect(index, prompts(16), None, 8)
         assert len(collected.preferences) == 16
@@ -176,7 +177,8 @@ def instructions_of_a_round(store: PreferenceStore, index: int) -> int:
         assert store.cost(index + 1) >= 0
         assert store.mean_passes() >= 0
         assert store.count_ties(index + 1) == RolloutTable(store).count_scores() == 0
-        store.overlap(store.last_attempt())
+        # as `LedgerMemory` asks: labels that are new in the round
+        store.overlap(store.last_attempt(), before)
     with store.reading() as db:
         db.set_progress_handler(None, 0)
     return count
