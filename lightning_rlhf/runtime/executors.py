@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
@@ -113,12 +114,23 @@ class RayExecutor(Executor):
         """Give the task to the cluster."""
         if not self._ray.is_initialized():
             # only now: a run that is refused, or has nothing left to do, starts no cluster
-            self._ray.init(address=self.address, log_to_driver=False)
+            variables = {"PYTHONPATH": os.pathsep.join(own_paths())}
+            self._ray.init(address=self.address, log_to_driver=False, runtime_env={"env_vars": variables})
         # no retries by Ray: the caller counts them, for all executors alike
         task = self._ray.remote(_called).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)
         # the function is an argument: Ray takes no builtin one as a task
         future: Future[T] = task.remote(fn, *args, **kwargs).future()
         return future
+
+
+def own_paths() -> list[str]:
+    """Folders from which this process imports modules, without those of the Python installation.
+
+    Workers elsewhere import plug-ins of the user from the same ones.
+    """
+    installed = (sys.prefix, sys.base_prefix)
+    paths = [os.path.abspath(path) for path in sys.path]
+    return list(dict.fromkeys(path for path in paths if not path.startswith(installed)))
 
 
 def _called(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
