@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import Clock, Job, parser, read_ids, report, run, timed, work
+from benchmarks.harness import Clock, Job, padded_left, parser, read_ids, report, run, timed, work
 
 
 PROMPT = 32
@@ -117,12 +117,7 @@ def transformers(job: Job) -> dict[str, Any]:
     model.generation_config.eos_token_id = None
 
     def generate(prompts: list[tuple[int, ...]]) -> None:
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long, device=job.device)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=job.device)
-            mask[row, width - len(prompt) :] = 1
+        ids, mask = padded_left(prompts, job.device)
         model.generate(
             ids,
             attention_mask=mask,

@@ -15,7 +15,7 @@ import statistics
 import sys
 from typing import Any
 
-from benchmarks.harness import Clock, Job, parser, read_ids, report, run, timed, work
+from benchmarks.harness import Clock, Job, padded_left, parser, read_ids, report, run, timed, work
 
 
 def ours(job: Job) -> dict[str, Any]:
@@ -67,12 +67,7 @@ def transformers(job: Job) -> dict[str, Any]:
     clock = Clock(job.device)
     clock.start()
     for step in read_ids(job):
-        width = max(len(row["prompt_ids"]) for row in step)
-        ids = torch.zeros(len(step), width, dtype=torch.long, device=job.device)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(step):
-            ids[i, width - len(row["prompt_ids"]) :] = torch.tensor(row["prompt_ids"], device=job.device)
-            mask[i, width - len(row["prompt_ids"]) :] = 1
+        ids, mask = padded_left([row["prompt_ids"] for row in step], job.device)
         model.generate(
             ids,
             attention_mask=mask,

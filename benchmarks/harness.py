@@ -480,6 +480,19 @@ def read_ids(job: Job) -> list[list[dict[str, list[int]]]]:
     return [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
 
 
+def padded_left(prompts: Sequence[Sequence[int]], device: str) -> Any:
+    """Token ids and attention mask of prompts, padded on the left as `generate` wants them; int64, [prompts, width]."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
 def pair_tokens(job: Job) -> float:
     """Median over the timed steps of the tokens of all rows, prompts counted once per response as peers do."""
     counts = [

@@ -18,7 +18,7 @@ Pair = tuple[int, int]
 
 
 class LedgerMemory:
-    """What the rounds of a ledger have brought, kept from one round to the next.
+    """Labels and votes of the rounds of a ledger, kept from one round to the next.
 
     A round reads the labels that were new in it, so that its time does not grow with the length of the run.
     """

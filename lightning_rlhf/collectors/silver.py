@@ -13,7 +13,6 @@ from itertools import chain
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from lightning_rlhf.batching.steps import epoch_order
 from lightning_rlhf.collectors.reference_logps import with_reference_logps
@@ -222,23 +221,22 @@ class SilverCollector:
                 if not options.model.REFITS:
                     options.model.fit(last)
         if last is not None and options.model.REFITS:
-            if options.kappa_labels is not None:
-                self.kappa = options.kappa * self._calibration(last, options.kappa_labels)
-            options.model.fit(last)
+            # half of the labels at most, so that there is a model
+            latest = min(options.kappa_labels or 0, len(last) // 2)
+            if latest:
+                self.kappa = options.kappa * self._calibration(last, latest)
+            else:
+                options.model.fit(last)
 
     def _calibration(self, preferences: Sequence[Preference], latest: int) -> float:
-        """Factor of reward gaps at which the model predicts the latest labels without knowing them."""
-        # half of the labels at most, so that there is a model
-        latest = min(latest, len(preferences) // 2)
-        if latest == 0:
-            return 1.0
+        """Fit the model; the factor of reward gaps at which it predicts the latest labels without knowing them."""
         gap = self.options.model.held_out_gaps(preferences, latest)
         label = torch.tensor([preference.probability for preference in preferences[-latest:]], dtype=torch.float64)
         return gap_factor(gap, label)
 
     def _predict(self, preferences: Sequence[Preference], index: int) -> Forecast:
         """Predict the labels of a round that the model has not seen (prequential validation)."""
-        mean, variance = self._gaps([preference.comparison for preference in preferences])
+        mean, variance = self.options.model.pair_gaps([preference.comparison for preference in preferences])
         predicted = win_probability(mean, variance)
         label = torch.tensor([preference.probability for preference in preferences], dtype=torch.float64)
         # -(p log q + (1 - p) log(1 - q))
@@ -246,12 +244,6 @@ class SilverCollector:
         # a mean of 0 is a guess
         right = torch.where(mean == 0, 0.5, ((mean > 0) == (label > 0.5)).double()).mean().item()
         return Forecast(index, self.labels_fitted, nll, right, len(preferences), self.kappa)
-
-    def _gaps(self, pairs: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and variance of the reward gap of each pair; [pairs] each."""
-        posterior = self.options.model.posterior(*pair_rows(pairs))
-        first = torch.arange(0, 2 * len(pairs), 2)
-        return posterior.gap(first, first + 1)
 
     def items(
         self,
@@ -335,7 +327,7 @@ class SilverCollector:
 
     def _label(self, pairs: Sequence[Comparison], epoch: int, store: PreferenceStore | None) -> list[SilverPair]:
         """Label pairs by the posterior and write them into the ledger; on rank zero."""
-        mean, variance = self._gaps(pairs)
+        mean, variance = self.options.model.pair_gaps(pairs)
         damping = variance if self.options.damping else torch.zeros_like(variance)
         probabilities = win_probability(mean, damping, self.kappa).tolist()
         labeled: list[SilverPair] = []

@@ -218,7 +218,7 @@ _lightning_rlhf() {
   esac
   if [[ $PREFIX == --*=* ]]; then
     option=${PREFIX%%=*}
-    # what stands before the value is no part of the matches
+    # the text before the value is no part of the matches
     IPREFIX+="$option=" PREFIX=${PREFIX#*=}
   elif [[ $PREFIX != -* ]]; then
     previous=${words[CURRENT - 1]}

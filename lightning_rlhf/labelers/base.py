@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the closed rounds of a run have brought, read from the ledger when it is asked for.
+    """Labels and votes of the closed rounds of a run, read from the ledger when it is asked for.
 
     Args:
         overlap: pairs that two labelers judged: the answer with status `ROUTED`, and the label.

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.runtime.fingerprint import KeepsArguments
-from lightning_rlhf.types import Preference, Prompt, Response, State, pair_rows
+from lightning_rlhf.types import Comparison, Preference, Prompt, Response, State, pair_rows
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,26 @@ class AbstractPreferenceModel(KeepsArguments, ABC):
             RuntimeError: if the model was not fitted.
         """
 
-    def held_out_gaps(self, preferences: Sequence[Preference], latest: int) -> Tensor:
-        """Mean reward gaps of the latest pairs by a posterior that does not know their own labels; nats, [latest].
+    def pair_gaps(self, pairs: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
+        """Posterior mean (nats) and variance (nats^2) of the reward gap r(a) - r(b) of each pair; [pairs] each."""
+        posterior = self.posterior(*pair_rows(pairs))
+        first = torch.arange(0, 2 * len(pairs), 2)
+        return posterior.gap(first, first + 1)
 
-        This fits the model to the preferences before them. A model that knows the posterior without one label, as
-        `KernelPreferenceModel` does, overrides it. Either changes the fit: call `fit` afterwards.
+    def held_out_gaps(self, preferences: Sequence[Preference], latest: int) -> Tensor:
+        """Fit to all preferences, and predict the latest pairs without their own labels: mean gaps, nats, [latest].
+
+        The predictions here are those of a fit to the preferences before them. A model that knows the posterior without
+        one label, as `KernelPreferenceModel` does, overrides this.
 
         Args:
             preferences: all preferences, in the order of the ledger.
             latest: how many of them are predicted, >= 1 and fewer than all.
         """
         self.fit(preferences[:-latest])
-        posterior = self.posterior(*pair_rows([preference.comparison for preference in preferences[-latest:]]))
-        first = torch.arange(0, 2 * latest, 2)
-        return posterior.gap(first, first + 1)[0]
+        mean, _ = self.pair_gaps([preference.comparison for preference in preferences[-latest:]])
+        self.fit(preferences)
+        return mean
 
     def state_dict(self) -> State:
         """State for the checkpoint; empty where the preferences alone decide the posterior."""

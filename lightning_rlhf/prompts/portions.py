@@ -95,7 +95,7 @@ class Tokenization:
 
 @dataclass(frozen=True)
 class Portion:
-    """Rows of a table, and what is counted of them.
+    """Rows of a table, and counts over them.
 
     Args:
         batch: columns, see `schema`.
@@ -166,7 +166,7 @@ def portion_of(rows: Sequence[PromptRow], how: Tokenization, first: int) -> Port
     """Tokenize rows, of which the first one has the number ``first`` in its data set.
 
     Raises:
-        NotStorableError: if a row holds what JSON does not give back.
+        NotStorableError: if a row holds an object that JSON does not give back.
     """
     import pyarrow
 
@@ -207,7 +207,7 @@ def has_equal_responses(prompt: Prompt) -> bool:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 _inherited: list[Tokenization] = []
-"""What the children of this process work with, by its place; they are forked when it is there."""
+"""Settings for child processes, by place; children are forked after the settings are appended."""
 
 
 def _in_processes(

@@ -240,7 +240,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def write_table(parts: Iterable[Portion], folder: Path) -> Facts:
-    """Write portions to a folder, and count what runs ask of their rows.
+    """Write portions to a folder, and count their rows for the checks of runs.
 
     Raises:
         ValueError: if no row is left.

@@ -1,4 +1,4 @@
-"""Plug-ins whose workers die: a grid of cells, and a labeler; and what a run leaves. Workers import this file."""
+"""Plug-ins whose workers die: a grid of cells, and a labeler; readers of run folders. Workers import this file."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def check_law(engine: ServerEngine, tools: Any) -> None:
 
 
 def said(address: str, journal: Path) -> str:
-    """What the base model of the server says as a judge."""
+    """Verdicts of the base model of the server as a judge."""
 
     async def chain(session: Session) -> str:
         text, _ = await session.write(
