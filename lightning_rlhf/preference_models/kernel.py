@@ -1,4 +1,4 @@
-"""A Gaussian process over rewards, with a kernel on frozen features of the policy."""
+"""A Gaussian process over rewards, with a kernel on features of a frozen language model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.estimators.preference_gp import Laplace, choose_variances, laplace, leave_one_out, predict
+from lightning_rlhf.models.tokenizers import load_tokenizer
 from lightning_rlhf.preference_models.base import AbstractPreferenceModel, ModelStart, Posterior
 from lightning_rlhf.preference_models.trunk import FrozenTrunk, content
 from lightning_rlhf.preference_models.whitening import Whitening, fit_whitening
@@ -191,7 +192,7 @@ class _Statistics:
 
 
 class KernelPreferenceModel(AbstractPreferenceModel):
-    """A Gaussian process over rewards with a Bradley-Terry likelihood, on features of the frozen start policy.
+    """A Gaussian process over rewards with a Bradley-Terry likelihood, on features of a frozen language model.
 
     The prior covariance of two rewards is a sum of kernels::
 
@@ -212,6 +213,8 @@ class KernelPreferenceModel(AbstractPreferenceModel):
             results with and without it: they may be terms of a simulated oracle.
         evidence_labels: labels from which on multipliers of the scales are chosen by the log evidence, >= 1; default:
             never. With fewer than 500 labels or so the choice is unstable.
+        trunk: checkpoint of the features, as for ``model.policy``. It may be another causal LM than the policy, with
+            another tokenizer, and may be larger. Default: the policy before training.
         most_labels: labels that the posterior uses, >= 1: the latest.
     """
 
@@ -222,6 +225,7 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         whitening: float = 1.0,
         surface: bool = False,
         evidence_labels: int | None = None,
+        trunk: str | None = None,
         most_labels: int = 4096,
     ) -> None:
         if not 0 <= whitening <= 1:
@@ -235,6 +239,7 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         # log pi_ref is a surface feature
         self.surface = self.needs_reference_logps = surface
         self.evidence_labels = evidence_labels
+        self.trunk = trunk
         self.most_labels = most_labels
         self._trunk: FrozenTrunk | None = None
         self._statistics: _Statistics | None = None
@@ -251,6 +256,7 @@ class KernelPreferenceModel(AbstractPreferenceModel):
         """Load the frozen trunk, and whiten by the samples.
 
         Raises:
+            FileNotFoundError: if there is no checkpoint ``trunk``.
             ValueError: if there are fewer than two samples, or surface features lack log-probabilities.
         """
         if len(start.samples) < 2:
@@ -259,7 +265,11 @@ class KernelPreferenceModel(AbstractPreferenceModel):
                 f"{len(start.samples)}"
             )
         prompts, responses = zip(*start.samples, strict=True)
-        self._trunk = FrozenTrunk(start.checkpoint, start.options, start.device)
+        if self.trunk is None:
+            self._trunk = FrozenTrunk(start.checkpoint, start.options, start.device)
+        else:
+            tokenizer = load_tokenizer(self.trunk, trust_remote_code=start.options.trust_remote_code, ends_texts=False)
+            self._trunk = FrozenTrunk(self.trunk, start.options, start.device, tokenizer=tokenizer)
         found = self._trunk.features(prompts, responses)
         ones = torch.ones_like(found.lengths)
         self._statistics = _Statistics(

@@ -1,4 +1,4 @@
-"""Features of responses: sums of hidden states under the policy as it was before training.
+"""Features of responses: sums of hidden states under a frozen model, by default the policy as it was before training.
 
 The trunk never learns, so that features are a function of prompt and response alone. Rows are computed in chunks of 64
 in the order that they are given in, and cached by chunk: the features of a list of rows are then the same bits whether
@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.logprobs.compute import embedding
 from lightning_rlhf.logprobs.eval_mode import evaluating
@@ -63,15 +63,26 @@ class FrozenTrunk:
         checkpoint: the checkpoint, as ``model.policy`` names it.
         options: how it is loaded; `ModelOptions.scoring_batch_tokens` limits the tokens of a forward pass.
         device: where it runs.
+        tokenizer: the tokenizer of a checkpoint with another vocabulary than the policy's: it encodes prompts and
+            responses from their texts. Default: their token ids are used.
         cached_rows: rows whose features are kept, >= 0; the chunks that were used last.
     """
 
-    def __init__(self, checkpoint: str, options: ModelOptions, device: torch.device, cached_rows: int = 16384) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        options: ModelOptions,
+        device: torch.device,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cached_rows: int = 16384,
+    ) -> None:
         model = cast(PreTrainedModel, load_policy(checkpoint, **options.load_arguments()))
         self._model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
         # the decoder below the head, which computes no logits
         self._trunk = cast(PreTrainedModel, self._model.base_model)
         self._modules = list(self._model.modules())
+        self._tokenizer = tokenizer
         self._most_tokens = options.scoring_batch_tokens
         self._most_chunks = cached_rows // CHUNK
         self._cache: OrderedDict[tuple[Row, ...], TrunkFeatures] = OrderedDict()
@@ -88,9 +99,16 @@ class FrozenTrunk:
             prompts: the prompt of each response.
             responses: the responses; EOS is left out.
         """
-        rows = [(prompt.ids, content(response)) for prompt, response in zip(prompts, responses, strict=True)]
+        rows = [self._row(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         chunks = [self._chunk(tuple(rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)]
         return self._joined(chunks)
+
+    def _row(self, prompt: Prompt, response: Response) -> Row:
+        if self._tokenizer is None:
+            return prompt.ids, content(response)
+        encode = self._tokenizer
+        # special tokens of the beginning belong to the prompt alone
+        return tuple(encode(prompt.text).input_ids), tuple(encode(response.text, add_special_tokens=False).input_ids)
 
     def _chunk(self, rows: tuple[Row, ...]) -> TrunkFeatures:
         found = self._cache.pop(rows, None)

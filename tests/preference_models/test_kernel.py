@@ -220,3 +220,23 @@ def test_it_has_a_short_name_in_configs() -> None:
     model = parser.instantiate(found).model
     assert isinstance(model, KernelPreferenceModel)
     assert model.scales == KernelScales(pair=2.0)
+
+
+def test_features_of_another_checkpoint_than_the_policy(start: ModelStart, tiny_judge: Path) -> None:
+    """The policy is never opened, and texts in place of ids tell responses apart."""
+    named = [(prompt, replace(response, text=f"answer {oracle(response)}")) for prompt, response in start.samples]
+    model = KernelPreferenceModel(trunk=str(tiny_judge))
+    model.setup(replace(start, checkpoint="no such policy", samples=named))
+    labels = [
+        replace(p, comparison=replace(p.comparison, a=named[i][1], b=named[i + 1][1]))
+        for i, p in enumerate(preferences(40))
+    ]
+    model.fit(labels)
+    same, other = Response((LIKED, 0), "answer 3.0", "eos"), Response((DISLIKED, 0), "answer 3.0", "eos")
+    mean = model.posterior([named[0][0]] * 2, [same, other]).mean
+    assert mean[0] == mean[1]
+
+
+def test_a_trunk_that_does_not_exist_is_named(start: ModelStart) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere/trunk"):
+        KernelPreferenceModel(trunk="nowhere/trunk").setup(start)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf.models.options import ModelOptions
 from lightning_rlhf.preference_models.trunk import CHUNK, FrozenTrunk
@@ -103,3 +103,23 @@ def test_the_limit_of_tokens_splits_batches_and_nothing_else(tiny_policy: Path, 
     )
     assert len(sizes) > 3
     assert max(sizes) <= 20
+
+
+def test_a_trunk_with_its_own_tokenizer_reads_texts(tiny_policy: Path, trunk: FrozenTrunk) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    texts = [("Name a color.", " Red, and blue."), ("Why?", " Because."), ("A very long question", "")]
+    # ids of another vocabulary, which this trunk does not read
+    prompts = [Prompt(number, (500,), prompt) for number, (prompt, _) in enumerate(texts)]
+    responses = [Response((501, 2), response, "eos") for _, response in texts]
+    found = FrozenTrunk(str(tiny_policy), ModelOptions(), CPU, tokenizer=tokenizer).features(prompts, responses)
+
+    def encoded(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+    expected = trunk.features(
+        [Prompt(0, tuple(tokenizer(prompt).input_ids), "") for prompt, _ in texts],
+        [Response(encoded(response), "", "length") for _, response in texts],
+    )
+    for name in ("prompt", "tokens", "middle", "hidden", "lengths"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert found.lengths[0] > 0
