@@ -308,8 +308,9 @@ def _not_found(name: str, source: Path | str, error: OSError) -> OSError:
     fault = hub_fault()
     if fault is not None:
         return FileNotFoundError(
-            f"policy {name!r} is no local folder (relative paths count from {Path.cwd()}), is not in the cache of the Hub, "
-            f"or not whole, and {fault}: correct the name, name a local folder, or download it where the Hub can be reached"
+            f"policy {name!r} is no local folder (relative paths count from {Path.cwd()}), is not in the cache of the "
+            f"Hub, or not whole, and {fault}: correct the name, name a local folder, or download it where the Hub can "
+            f"be reached"
         )
     return FileNotFoundError(
         f"policy {name!r} is no local folder, and the Hub gave no such model (private, misspelt, or without "

@@ -162,7 +162,7 @@ def test_an_unknown_hub_id_says_so_offline() -> None:
     for load in (load_policy, load_tokenizer):
         with pytest.raises(
             FileNotFoundError,
-            match="'nobody/no-such-model' is no local folder .*HF_HUB_OFFLINE.* is set: correct the name",
+            match=r"'nobody/no-such-model' is no local folder .*HF_HUB_OFFLINE.* is set: correct",
         ):
             load("nobody/no-such-model")
 
