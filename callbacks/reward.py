@@ -48,13 +48,16 @@ class RewardMonitor(HeldOutCallback):
         sums = self._sums.take(trainer)
         pairs = sums.pop("pairs")
         values = {f"train/{name}": value / pairs for name, value in sums.items()}
-        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=int(pairs))
+        for name, value in values.items():
+            on_bar = name == "train/rewards/accuracies"
+            pl_module.log(name, value, prog_bar=on_bar, on_step=True, on_epoch=False, batch_size=int(pairs))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean reward of the round."""
         round_ = preference_source(trainer).round
         if round_ is not None:
-            log_known(pl_module, {"train/reward": round_reward(round_), **part_rewards(round_)})
+            rewards = {"train/reward": round_reward(round_), **part_rewards(round_)}
+            log_known(pl_module, rewards, on_bar=["train/reward"])
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Log the held-out metrics."""

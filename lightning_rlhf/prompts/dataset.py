@@ -270,7 +270,7 @@ class DatasetPrompts(AbstractPromptSource):
             likely = likely_prompt(row, self.ignored_fields)
             if likely is not None:
                 # two answers often begin with the same word, which is no prompt
-                remedy = f"{prompt_remedy(row)}, or ignored_fields=[{likely}] if it is the common beginning of the texts"
+                remedy = f"{prompt_remedy(row)}, or ignored_fields=[{likely}] if the common beginning is"
                 raise field_error(source, self.prompt_column, "is missing", remedy)
             shared = common_words(*texts) if len(texts) == 2 else ""
             if shared:
