@@ -36,8 +36,8 @@ def forget_finished_epoch(checkpoint: dict[str, object]) -> None:
     batches of a next round that is longer. From then on it counts fewer epochs started than processed, and so would
     later checkpoints. Here such a checkpoint becomes one of the epoch's end.
 
-    An epoch that ``max_steps`` or ``EarlyStopping`` cut short counts as processed, too, so that a run continued with more
-    steps would leave out the rest of it. Here it becomes an epoch that is under way.
+    An epoch that ``max_steps`` or ``EarlyStopping`` cut short counts as processed, too, so that a run continued with
+    more steps would leave out the rest of it. Here it becomes an epoch that is under way.
     """
     if "loops" not in checkpoint:  # saved with weights only
         return
