@@ -25,7 +25,10 @@ _noted: set[str] = set()
 
 
 def hub_fault() -> str | None:
-    """Why nothing can be read from the Hub, with its address; None if it can be reached. Asks once per process."""
+    """Why nothing can be read from the Hub, with its address; None if it can be reached.
+
+    A Hub that answered is not asked again in this process, one that did not after `ASK_AGAIN`.
+    """
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
@@ -50,7 +53,8 @@ def hub_or_cache(source: Path | str) -> Iterator[None]:
     Args:
         source: a Hub id; a folder needs no Hub.
     """
-    fault = None if isinstance(source, Path) else hub_fault()
+    # the base of an adapter may be a folder that is named by a text
+    fault = None if Path(source).is_dir() else hub_fault()
     if fault is None:
         yield
         return
@@ -64,9 +68,7 @@ def hub_or_cache(source: Path | str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
     if not before and str(source) not in _noted:
         _noted.add(str(source))
-        rank_zero_info(
-            f"{fault}: {source} is read from the cache, which may be older. HF_HUB_OFFLINE=1 says so at once"
-        )
+        rank_zero_info(f"{fault}: {source} is read from the cache. HF_HUB_OFFLINE=1 skips the test of the connection")
 
 
 def _connect(address: str) -> str | None:
