@@ -367,7 +367,7 @@ def told_by_constructors(config: Namespace) -> Iterator[None]:
     check_built(config)
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         # None: an error of ours, with its whole traceback
         message = constructor_error(error, config)
         if message is None:
