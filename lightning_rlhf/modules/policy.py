@@ -35,7 +35,7 @@ from lightning_rlhf.modules.base import AbstractStepModule, Batch
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.protocols import RoundData, TrainedModule, datamodule_of
 from lightning_rlhf.randomness import Key, Stream
-from lightning_rlhf.rewards.base import checked_score
+from lightning_rlhf.rewards.base import checked_output
 from lightning_rlhf.types import Prompt
 
 
@@ -293,10 +293,12 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         requests = [Request(prompt, key.fold(prompt.index)) for prompt in batch]
         responses = self.engine(datamodule.decoding).generate(requests, reference_logps=True)
         reward = datamodule.heldout_reward
+        scored = None if reward is None else checked_output(reward, batch, responses)
         return {
             "prompts": batch,
             "responses": responses,
-            "rewards": checked_score(reward, batch, responses) if reward is not None else None,
+            "rewards": None if scored is None else scored.mean,
+            "reward_parts": {} if scored is None else dict(scored.parts),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -101,6 +101,20 @@ def test_tokens_so_far_outlive_a_restart(toy: ModuleType, tmp_path: Path) -> Non
     assert trainer.callback_metrics["throughput/num_tokens"] == 120
 
 
+def test_parts_of_the_held_out_reward_have_curves(toy: ModuleType, tmp_path: Path) -> None:
+    class Parts(toy.ToyModule):  # type: ignore[misc, name-defined]
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().validation_step(batch, batch_idx)
+            # rewards 4 to 7 after four steps; the first part applies to those above 5 alone
+            high = torch.where(output["rewards"] > 5, output["rewards"], torch.nan)
+            return {**output, "reward_parts": {"high": high, "half": output["rewards"] / 2}}
+
+    logged = fit(toy, tmp_path, Parts()).callback_metrics
+    assert logged["val/rewards/high/mean"] == 6.5
+    assert logged["val/rewards/half/mean"] == 2.75
+    assert logged["val/reward"] == 5.5
+
+
 def test_a_line_for_each_logged_step_and_validation(
     toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
