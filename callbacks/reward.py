@@ -26,7 +26,8 @@ class RewardMonitor(HeldOutCallback):
     ``train/logps/rejected`` (nats per response). At the end of each epoch: ``train/reward``, the mean reward of the
     policy's responses of the round, if the labeler keeps rewards, and ``train/reward/<part>`` for each part of the
     reward. On each validation: ``val/reward`` and ``val/reward_stderr``, ``val/rewards/<part>/mean``,
-    ``val/objective/j`` (mean reward - beta * KL, the objective of RLHF), ``val/response_length`` (tokens) and ``val/eos_rate`` (share of responses that ended with EOS).
+    ``val/objective/j`` (mean reward - beta * KL, the objective of RLHF), ``val/response_length`` (tokens)
+    and ``val/eos_rate`` (share of responses that ended with EOS).
 
     It logs to all loggers of the Trainer, and takes no arguments.
     """
