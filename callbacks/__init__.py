@@ -16,7 +16,7 @@ from lightning_rlhf.callbacks.frontier import FrontierPlot
 from lightning_rlhf.callbacks.kl import KLMonitor
 from lightning_rlhf.callbacks.nonfinite import NonFiniteGuard
 from lightning_rlhf.callbacks.page import RunPage
-from lightning_rlhf.callbacks.progress import ProgressBar
+from lightning_rlhf.callbacks.progress import ProgressBar, StepLines
 from lightning_rlhf.callbacks.reward import RewardMonitor
 from lightning_rlhf.callbacks.rollouts import RolloutMonitor
 from lightning_rlhf.callbacks.summary import LossSummary, PairSummary, Summary
@@ -40,6 +40,7 @@ __all__ = [
     "RolloutMonitor",
     "RunPage",
     "SilverMonitor",
+    "StepLines",
     "Summary",
     "Throughput",
     "WeightAverage",

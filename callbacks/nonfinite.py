@@ -1,4 +1,4 @@
-"""Keep NaN and infinite losses and gradients from the weights."""
+"""Keep NaN and infinite losses and gradients from the weights, and log the norm of the gradient."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_rlhf.batching.batches import StepBatch
 from lightning_rlhf.protocols import TrainedModule, module_of
 from lightning_rlhf.runtime import distributed
+from lightning_rlhf.runtime.metric_sums import logs_now
 from lightning_rlhf.types import State
 
 
@@ -26,6 +28,8 @@ class NonFiniteGuard(Callback):
     GPU the check waits for the backward pass, once per step. Under ``trainer.precision=16-mixed`` a gradient overflows
     now and then because the loss is scaled up: as long as the loss itself is finite, such a step is dropped and the
     scale lowered, whatever ``action`` says, up to ``most_in_a_row`` times.
+
+    On logged steps ``train/grad_norm`` is the Euclidean norm of the gradient of all trained weights, before clipping.
 
     Args:
         action: ``stop`` ends the run with an error, ``skip`` drops the step, warns and goes on.
@@ -59,6 +63,9 @@ class NonFiniteGuard(Callback):
         # one rank alone must not drop the step: its weights would part from those of the others
         if not distributed.any_rank(not finite):
             self._in_a_row = 0
+            if logs_now(trainer):
+                norm = gradient_norm(gradients)
+                pl_module.log("train/grad_norm", norm, on_step=True, on_epoch=False, batch_size=1)
             return
         # on every rank alike: without gradients the optimizer changes neither weights nor its own state
         optimizer.zero_grad(set_to_none=True)
@@ -113,6 +120,15 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
         return torch.tensor(True)
     device = norms[0].device
     return torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all()
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all numbers of some tensors, a scalar; of sharded ones with the parts of all ranks."""
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms = [get_total_norm(part).float() for part in (sharded, whole) if part]
+    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(full).norm() if full else torch.tensor(0.0)
 
 
 def offenders(names: list[str], metrics: Mapping[str, Tensor]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
@@ -65,11 +65,21 @@ def show_table(trainer: Trainer, key: str, columns: list[str], rows: list[Row], 
             logger.log_table(key, columns, rows, step=trainer.global_step)
 
 
-def log_known(pl_module: LightningModule, values: Mapping[str, float | None]) -> None:
-    """Log the metrics that are known, once per epoch, from a hook that runs on every rank with equal values."""
-    known = {name: value for name, value in values.items() if value is not None}
+def log_known(pl_module: LightningModule, values: Mapping[str, float | None], on_bar: Collection[str] = ()) -> None:
+    """Log the metrics that are known, once per epoch, from a hook that runs on every rank with equal values.
+
+    Args:
+        pl_module: the module that logs.
+        values: metrics by name.
+        on_bar: names of those that stand beside the progress bar, too.
+    """
     # the mean over ranks of equal values changes nothing, but Lightning warns without it
-    pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=pl_module.trainer.world_size > 1, batch_size=1)
+    sync = pl_module.trainer.world_size > 1
+    for name, value in values.items():
+        if value is not None:
+            pl_module.log(
+                name, value, on_step=False, on_epoch=True, sync_dist=sync, batch_size=1, prog_bar=name in on_bar
+            )
 
 
 def last_validation(trainer: Trainer) -> dict[str, float] | None:

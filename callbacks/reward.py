@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_rlhf.callbacks.base import HeldOutCallback
 from lightning_rlhf.callbacks.reporting import log_known, preference_source
 from lightning_rlhf.collectors.recorded import sampled
-from lightning_rlhf.evaluation.heldout import HeldOutRow, summarize
+from lightning_rlhf.evaluation.heldout import HeldOutRow, part_means, summarize
 from lightning_rlhf.losses import reward_accuracy
 from lightning_rlhf.protocols import Round, beta_of
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
@@ -25,9 +25,9 @@ class RewardMonitor(HeldOutCallback):
     ``train/rewards/accuracies`` (agreement with the label; a tie of either counts 0.5), ``train/logps/chosen`` and
     ``train/logps/rejected`` (nats per response). At the end of each epoch: ``train/reward``, the mean reward of the
     policy's responses of the round, if the labeler keeps rewards, and ``train/reward/<part>`` for each part of the
-    reward. On each validation: ``val/reward`` and
-    ``val/reward_stderr``, ``val/objective/j`` (mean reward - beta * KL, the objective of RLHF),
-    ``val/response_length`` (tokens) and ``val/eos_rate`` (share of responses that ended with EOS).
+    reward. On each validation: ``val/reward`` and ``val/reward_stderr``, ``val/rewards/<part>/mean``,
+    ``val/objective/j`` (mean reward - beta * KL, the objective of RLHF), ``val/response_length`` (tokens)
+    and ``val/eos_rate`` (share of responses that ended with EOS).
 
     It logs to all loggers of the Trainer, and takes no arguments.
     """
@@ -48,13 +48,16 @@ class RewardMonitor(HeldOutCallback):
         sums = self._sums.take(trainer)
         pairs = sums.pop("pairs")
         values = {f"train/{name}": value / pairs for name, value in sums.items()}
-        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=int(pairs))
+        for name, value in values.items():
+            on_bar = name == "train/rewards/accuracies"
+            pl_module.log(name, value, prog_bar=on_bar, on_step=True, on_epoch=False, batch_size=int(pairs))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean reward of the round."""
         round_ = preference_source(trainer).round
         if round_ is not None:
-            log_known(pl_module, {"train/reward": round_reward(round_), **part_rewards(round_)})
+            rewards = {"train/reward": round_reward(round_), **part_rewards(round_)}
+            log_known(pl_module, rewards, on_bar=["train/reward"])
 
     def on_held_out(self, trainer: Trainer, pl_module: LightningModule, rows: list[HeldOutRow]) -> None:
         """Log the held-out metrics."""
@@ -65,6 +68,7 @@ class RewardMonitor(HeldOutCallback):
             "val/objective/j": means.j(beta_of(pl_module)),
             "val/response_length": means.response_length,
             "val/eos_rate": means.eos_rate,
+            **{f"val/rewards/{name}/mean": mean for name, mean in part_means(rows).items()},
         }
         log_known(pl_module, values)
 

@@ -56,7 +56,8 @@ class RolloutMonitor(Callback):
         round_ = rollout_round(trainer)
         metrics = round_metrics(round_.groups, round_.rewards)
         # a metric that a round does not have is NaN, and is left out
-        log_known(pl_module, {f"rollout/{k}": None if math.isnan(v) else v for k, v in metrics.items()})
+        known = {f"rollout/{k}": None if math.isnan(v) else v for k, v in metrics.items()}
+        log_known(pl_module, known, on_bar=["rollout/reward"])
         # names as in TRL: rewards/<function>/mean
         for name, part in round_.parts.items():
             if part["count"]:

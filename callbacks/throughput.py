@@ -14,6 +14,7 @@ from lightning_rlhf.callbacks.reporting import log_known, preference_source
 from lightning_rlhf.protocols import Round
 from lightning_rlhf.runtime import distributed
 from lightning_rlhf.runtime.metric_sums import RunningSums, logs_now
+from lightning_rlhf.types import State
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Throughput(Callback):
 
     On logged training steps: ``throughput/pairs_per_second`` (``prompts_per_second`` for rollouts, ``rows_per_second``
     for completions) and ``throughput/tokens_per_second`` of all ranks together, over at least the steps since the last
-    log. Time between steps is left out, as for sampling, labeling and validation. At the end of each epoch, for the
+    log, and ``throughput/num_tokens``, the token positions computed since the run began. Time between steps is left
+    out, as for sampling, labeling and validation. At the end of each epoch, for the
     round it trained on: ``round/labels`` (labels bought since the last start), ``round/failed`` (comparisons without a
     verdict), ``round/ties`` (pairs of equal responses, which cost no label), ``round/sampling_seconds`` and
     ``round/labeling_seconds``.
@@ -53,6 +55,8 @@ class Throughput(Callback):
         self._since_log = 0
         self._started = 0.0
         self._speeds = RunningSums()
+        self._new_tokens = 0
+        self._num_tokens = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -72,13 +76,26 @@ class Throughput(Callback):
         seconds = time.perf_counter() - self._started
         self._steps.append(StepCost(outputs["num_items"], outputs["num_tokens"], seconds))
         self._since_log += 1
+        self._new_tokens += outputs["num_tokens"]
         if log:
             self._steps = self._steps[-max(self._window, self._since_log) :]
             self._since_log = 0
             # ranks step together, so their speeds add up
-            self._speeds.add(rates(self._steps, preference_source(trainer).UNIT))
-            speeds = {f"throughput/{name}": value for name, value in self._speeds.take(trainer).items()}
+            rate = rates(self._steps, preference_source(trainer).UNIT)
+            self._speeds.add({**rate, "num_tokens": float(self._new_tokens)})
+            sums = self._speeds.take(trainer)
+            self._new_tokens = 0
+            self._num_tokens += sums["num_tokens"]
+            speeds = {f"throughput/{name}": value for name, value in {**sums, "num_tokens": self._num_tokens}.items()}
             pl_module.log_dict(speeds, on_step=True, on_epoch=False, batch_size=1)
+
+    def state_dict(self) -> State:
+        """Tokens so far, as of the last logged step."""
+        return {"num_tokens": self._num_tokens}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore the state of `state_dict`."""
+        self._num_tokens = state_dict["num_tokens"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the cost of the round."""

@@ -29,7 +29,7 @@ def main() -> None:
 
     try:
         run()
-    except (ValueError, TypeError, OSError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MisconfigurationException) as error:
         # Lightning's own word for a setting that is wrong: the text says which
         told = isinstance(error, MisconfigurationException) and not os.environ.get("LIGHTNING_RLHF_TRACEBACK")
         if not (told or told_by_us(error)):

@@ -18,6 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lightning_rlhf import __version__
+from lightning_rlhf.commands.overview import answered
+from lightning_rlhf.runtime.run_record import versions
+
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -70,6 +74,15 @@ def test_constraints_pin_every_dependency_and_name_no_machine() -> None:
         requirement = Requirement(line)
         if requirement.name != project["name"]:
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line
+
+
+def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+    """The metadata of an editable installation are those of the day on which it was made."""
+    assert "version" not in PYPROJECT["project"]
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lightning_rlhf.__version__"}
+    assert answered(["--version"])
+    assert capsys.readouterr().out == f"lightning-rlhf {__version__}\n"
+    assert versions()["lightning-rlhf"] == __version__
 
 
 def test_malicious_uploads_are_excluded_by_name() -> None:

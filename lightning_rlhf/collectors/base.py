@@ -82,8 +82,7 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
         if not missing:
             return
         engine = self._engine(source)
-        doing = "reading recorded rows" if engine is None else "sampling"
-        with self.progress(f"round {index}: {doing}", len(missing)) as bar:
+        with self.progress(f"round {index}: {self._doing(engine)}", len(missing)) as bar:
             if engine is not None:
                 engine.on_tokens = count_tokens(bar)
             for repeat, positions in chunks_without_repeats(prompts, missing, chunk):
@@ -93,6 +92,10 @@ class AbstractRoundCollector(ABC, Generic[Source, Item, Result]):
                 everyone = distributed.interleave(partial(self._sample_chunk, mine, source, key))
                 distributed.from_rank_zero(partial(self._keep, index, everyone, positions))
                 bar.update(len(positions))
+
+    def _doing(self, engine: PolicyEngine | None) -> str:
+        """The work on the items of a round, for its progress bar."""
+        return "reading recorded rows" if engine is None else "sampling"
 
     def _note_columns(self, prompts: Sequence[Prompt]) -> None:
         self._columns = {prompt.index: prompt.columns for prompt in prompts if prompt.columns}

@@ -113,6 +113,12 @@ class RoundCollector(AbstractRoundCollector[PolicyEngine | None, Comparison, Rou
             )
         return source
 
+    def _doing(self, engine: PolicyEngine | None) -> str:
+        # the policy decodes nothing, its reference scores the recorded responses
+        if engine is None or self.sampler.needs_engine:
+            return super()._doing(engine)
+        return f"{'scoring' if self.score_reference else 'reading'} recorded rows"
+
     def _sample_chunk(self, prompts: Sequence[Prompt], source: PolicyEngine | None, key: Key) -> list[Comparison]:
         # between chunks: all earlier chunks are in the ledger and nothing is lost
         preemption.check()

@@ -34,7 +34,7 @@ import lightning_rlhf.prompts
 import lightning_rlhf.rewards
 import lightning_rlhf.samplers
 import lightning_rlhf.worlds  # noqa: F401  imported so that short class names are found
-from lightning_rlhf.callbacks import LabelBudget, ProgressBar
+from lightning_rlhf.callbacks import LabelBudget, ProgressBar, StepLines
 from lightning_rlhf.commands.config_files import (
     NamedConfig,
     classes_in_configs,
@@ -239,6 +239,8 @@ class RLHFCLI(LightningCLI):
         shows_progress = self._get(self.config_init, "trainer.enable_progress_bar") is not False
         if shows_progress and not any(isinstance(callback, AbstractProgressBar) for callback in callbacks):
             callbacks = [*callbacks, ProgressBar()]
+        if not shows_progress and not any(isinstance(callback, StepLines) for callback in callbacks):
+            callbacks = [*callbacks, StepLines()]
         # Lightning would switch off the parts that a run needs, without a word
         if self._get(self.config_init, "trainer.barebones"):
             raise ValueError(
@@ -365,7 +367,7 @@ def told_by_constructors(config: Namespace) -> Iterator[None]:
     check_built(config)
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         # None: an error of ours, with its whole traceback
         message = constructor_error(error, config)
         if message is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Collection, Sequence
-from importlib import metadata
 
+from lightning_rlhf import __version__
 from lightning_rlhf.commands.elsewhere import COMMANDS as ELSEWHERE
 
 
@@ -46,7 +46,7 @@ def answered(args: Sequence[str]) -> bool:
     """
     first = args[0] if args else ""
     if first in ("--version", "-V"):
-        print(f"lightning-rlhf {metadata.version('lightning-rlhf')}")
+        print(f"lightning-rlhf {__version__}")
         return True
     if first in ("--help", "-h", "help"):
         print(overview())

@@ -214,11 +214,10 @@ def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
     # no file is read for these
     if model in SHAPES:
         return SHAPES[model]
-    from transformers import AutoConfig
-
     from lightning_rlhf.models.load import resolve_checkpoint
+    from lightning_rlhf.models.pretrained import required_config
 
-    loaded = AutoConfig.from_pretrained(resolve_checkpoint(model), trust_remote_code=trust_remote_code)
+    loaded = required_config(resolve_checkpoint(model), model, trust_remote_code)
     config = loaded.get_text_config()
     try:
         heads = config.num_attention_heads

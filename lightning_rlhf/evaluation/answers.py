@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_rlhf.generation.base import Decoding, Request
 from lightning_rlhf.generation.engine import DecodeEngine
@@ -24,6 +24,7 @@ from lightning_rlhf.models.load import (
     load_tokenizer,
     resolve_checkpoint,
 )
+from lightning_rlhf.models.pretrained import required_config
 from lightning_rlhf.models.reference import FrozenCopyReference
 from lightning_rlhf.prompts.files import SUFFIXES, read_rows
 from lightning_rlhf.prompts.messages import parse_completion, parse_prompt, turn_text
@@ -175,7 +176,7 @@ class ResponseGenerator:
         tokenizer = load_tokenizer(checkpoint, self.chat_template, self.options.trust_remote_code)
         # rows are checked before the model is loaded
         source = resolve_checkpoint(checkpoint, trust_remote_code=self.options.trust_remote_code)
-        window = context_window(AutoConfig.from_pretrained(source, trust_remote_code=self.options.trust_remote_code))
+        window = context_window(required_config(source, checkpoint, self.options.trust_remote_code))
         prompts, _ = tokenize_rows(
             # recorded answers need no tokens: the policy answers anew
             [replace(row, pair=None, answers=(), finish_reasons=()) for row in rows],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class HeldOutRow:
         reward: its reward; None when the run has no reward.
         k1: log pi_theta - log pi_ref of the answer, nats; None without log-probabilities.
         k3: the never negative estimate of the same KL, summed over tokens, nats; None without log-probabilities.
+        parts: parts of its reward by name; those that do not apply are left out.
     """
 
     key: tuple[int, int, int]
@@ -38,6 +40,7 @@ class HeldOutRow:
     reward: float | None
     k1: float | None
     k3: float | None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
     """Read the rows off one output of ``validation_step``: ``{"prompts", "responses", "rewards"}``.
 
     Args:
-        output: the output.
+        output: the output; ``"reward_parts"`` may be there, too: the parts of the rewards by name, NaN where one does
+            not apply.
         seen: how often each (loader, prompt) came before on this rank; counted up here.
         loader: number of the validation loader.
     """
@@ -86,8 +90,10 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
     responses: Sequence[Response] = output["responses"]
     rewards: Tensor | None = output["rewards"]
     values = [None] * len(responses) if rewards is None else rewards.tolist()
+    # [answers] by name of a part
+    columns: dict[str, list[float]] = {name: part.tolist() for name, part in output.get("reward_parts", {}).items()}
     rows = []
-    for prompt, response, reward in zip(prompts, responses, values, strict=True):
+    for place, (prompt, response, reward) in enumerate(zip(prompts, responses, values, strict=True)):
         # rows of all ranks are merged by key: a prompt that comes again must not replace its first row
         occurrence = seen[loader, prompt.index]
         seen[loader, prompt.index] += 1
@@ -108,6 +114,7 @@ def held_out_rows(output: dict[str, Any], seen: Counter[tuple[int, int]], loader
                 reward=reward,
                 k1=kl1,
                 k3=kl3,
+                parts={name: column[place] for name, column in columns.items() if not math.isnan(column[place])},
             )
         )
     return rows
@@ -134,6 +141,13 @@ def summarize(rows: Sequence[HeldOutRow]) -> HeldOutMeans:
         eos_rate=sum(row.eos for row in rows) / len(rows),
         size=len(rows),
     )
+
+
+def part_means(rows: Sequence[HeldOutRow]) -> dict[str, float]:
+    """Mean of each part of the reward over the rows to which it applies."""
+    names = sorted({name for row in rows for name in row.parts})
+    values = {name: [row.parts[name] for row in rows if name in row.parts] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def optional_mean(values: Sequence[float]) -> tuple[float | None, float | None]:

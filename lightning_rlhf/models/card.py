@@ -70,11 +70,11 @@ def model_card(facts: RunFacts, name: str, adapter: bool = False) -> str:
     kind = class_name(model)
     method, paper = METHODS.get(kind, (kind, None))
     cited = f"[{method}]({paper})" if paper else method
-    what = "An adapter for" if adapter else "Trained from"
+    what = f"An adapter for `{facts.base}`, trained" if adapter else f"Trained from `{facts.base}`"
     parts = [
         _front_matter(facts, kind, adapter),
         f"# {name}",
-        f"{what} `{facts.base}`, trained by {cited} with `lightning_rlhf`.",
+        f"{what}{f' by {cited}' if cited else ''} with `lightning_rlhf`.",
         "## Method\n\n" + _table("setting", _method(facts)),
         "## Data\n\n" + _table("", _data(facts)),
     ]

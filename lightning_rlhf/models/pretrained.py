@@ -37,6 +37,7 @@ from lightning_rlhf.models.checks import (
 )
 from lightning_rlhf.models.heads import in_score_head, probe_rows
 from lightning_rlhf.models.quantization import QuantizationValue, compute_alike, quantization_config
+from lightning_rlhf.runtime.hub_access import hub_fault, hub_or_cache
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,17 +125,18 @@ def _loaded(
     kind = AutoModelForSequenceClassification if is_scorer else AutoModelForCausalLM
     from_pretrained = cast(Callable[..., tuple[PreTrainedModel, LoadingReport]], kind.from_pretrained)
     try:
-        model, report = from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            # pickled weights can run code when they are opened
-            use_safetensors=True,
-            output_loading_info=True,
-            # reported, and refused by `check_keys`
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with hub_or_cache(source):
+            model, report = from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                # pickled weights can run code when they are opened
+                use_safetensors=True,
+                output_loading_info=True,
+                # reported, and refused by `check_keys`
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except OSError as error:
         raise _not_found(name, source, error) from error
     except (KeyError, ValueError, SafetensorError) as error:
@@ -223,7 +225,8 @@ def _check_named_class(named: str, model: PreTrainedModel, source: Path | str, n
     # opening a model may use random numbers, which must not change those of the run
     with torch.random.fork_rng(devices=[]):
         try:
-            other = kind.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            with hub_or_cache(source):
+                other = kind.from_pretrained(source, dtype=dtype, use_safetensors=True)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{name!r} is a {named} (architectures in its config.json) and does not open as one ({error}); {remedy}"
@@ -268,7 +271,8 @@ def required_config(source: Path | str, name: str, trust_remote_code: bool = Fal
         ValueError: if transformers cannot read it.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with hub_or_cache(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise _not_found(name, source, error) from error
     except (KeyError, ValueError) as error:
@@ -286,7 +290,8 @@ def open_tokenizer(source: Path | str, name: str, trust_remote_code: bool) -> Pr
     if isinstance(source, Path):
         check_files(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with hub_or_cache(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise _not_found(name, source, error) from error
     except (KeyError, TypeError, ValueError) as error:
@@ -300,7 +305,14 @@ def open_tokenizer(source: Path | str, name: str, trust_remote_code: bool) -> Pr
 def _not_found(name: str, source: Path | str, error: OSError) -> OSError:
     if isinstance(source, Path):
         return FileNotFoundError(f"policy folder {name!r} is incomplete: {error}")
+    fault = hub_fault()
+    if fault is not None:
+        return FileNotFoundError(
+            f"policy {name!r} is no local folder (relative paths count from {Path.cwd()}), is not in the cache of the "
+            f"Hub, or not whole, and {fault}: correct the name, name a local folder, or download it where the Hub can "
+            f"be reached"
+        )
     return FileNotFoundError(
-        f"policy {name!r} is no local folder, and the Hub gave no such model (offline, private, misspelt, or without "
+        f"policy {name!r} is no local folder, and the Hub gave no such model (private, misspelt, or without "
         f"safetensors? Relative paths count from {Path.cwd()}): {error}"
     )

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from lightning_rlhf.models.checks import default_of
 from lightning_rlhf.models.pretrained import embedding_rows, required_config
 from lightning_rlhf.prompts.template import turn_format
+from lightning_rlhf.runtime.hub_access import hub_or_cache
 
 
 def end_of_sequence_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -87,7 +88,8 @@ def saved_generation_config(checkpoint: Path | str, trust_remote_code: bool = Fa
         trust_remote_code: run code that comes with the checkpoint.
     """
     try:
-        return GenerationConfig.from_pretrained(checkpoint)
+        with hub_or_cache(checkpoint):
+            return GenerationConfig.from_pretrained(checkpoint)
     except OSError:  # none saved: transformers derives it from the model's config
         config = required_config(checkpoint, str(checkpoint), trust_remote_code)
         return GenerationConfig.from_model_config(config)

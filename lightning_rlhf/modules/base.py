@@ -178,7 +178,8 @@ class AbstractStepModule(KeepsArguments, FittedModule, Generic[Batch], ABC):
         mean = torch.tensor(sums.pop("loss") / steps)
         self.log("train/loss", mean, prog_bar=True, batch_size=num_items)
         for name, value in sums.items():
-            self.log(f"train/{name}", torch.tensor(value / items), batch_size=num_items)
+            on_bar = name == "rewards/accuracies"
+            self.log(f"train/{name}", torch.tensor(value / items), prog_bar=on_bar, batch_size=num_items)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

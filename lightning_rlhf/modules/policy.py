@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,7 +35,7 @@ from lightning_rlhf.modules.base import AbstractStepModule, Batch
 from lightning_rlhf.modules.rounds import AbstractRoundModule
 from lightning_rlhf.protocols import RoundData, TrainedModule, datamodule_of
 from lightning_rlhf.randomness import Key, Stream
-from lightning_rlhf.rewards.base import checked_score
+from lightning_rlhf.rewards.base import checked_output
 from lightning_rlhf.types import Prompt
 
 
@@ -58,6 +60,9 @@ class ReferenceUpdate:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"model.reference.ema_decay must lie in [0, 1); got {self.ema_decay}")
 
+
+SMALL_FOR_ADAPTERS = 5e-6
+"""Learning rates below it are those of whole models: 5e-7 for DPO, 1e-6 for policy gradients."""
 
 FIXED_REFERENCE = ReferenceUpdate()
 
@@ -108,6 +113,19 @@ class AbstractPolicyModule(AbstractStepModule[Batch], ABC):
             self.checkpoint, lora=self.lora, meta=meta, quantization=self.options.quantization, **arguments
         )
         return without_dropout(policy) if self.disable_dropout else policy
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule, and say so where adapters get the learning rate of whole models."""
+        built = cast(OptimizerLRSchedulerConfig, super().configure_optimizers())
+        group = built["optimizer"].param_groups[0]
+        rate = float(group.get("initial_lr", group["lr"]))
+        # of a continued adapter a low rate may be meant
+        if self.lora is not None and self.lora.adapter is None and rate < SMALL_FOR_ADAPTERS:
+            rank_zero_info(
+                f"model.lora: at model.optimizer.lr={rate:g}, a rate for whole models, adapters hardly learn; about "
+                f"100 times as much is usual: model.optimizer.lr={100 * rate:g}"
+            )
+        return built
 
     @property
     def trained_whole(self) -> bool:
@@ -275,10 +293,12 @@ class AbstractAlignedPolicyModule(AbstractPolicyModule[Batch], AbstractRoundModu
         requests = [Request(prompt, key.fold(prompt.index)) for prompt in batch]
         responses = self.engine(datamodule.decoding).generate(requests, reference_logps=True)
         reward = datamodule.heldout_reward
+        scored = None if reward is None else checked_output(reward, batch, responses)
         return {
             "prompts": batch,
             "responses": responses,
-            "rewards": checked_score(reward, batch, responses) if reward is not None else None,
+            "rewards": None if scored is None else scored.mean,
+            "reward_parts": {} if scored is None else dict(scored.parts),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from lightning_rlhf.prompts.messages import (
     parse_messages,
     parse_prompt,
     parse_template_options,
+    prompt_remedy,
     turn_text,
 )
 from lightning_rlhf.types import FinishReason, Message, PromptRow
@@ -133,7 +134,7 @@ class DatasetCompletions(AbstractPromptSource):
         if completion is None:
             return self._conversation(row, source)
         if row.get(self.prompt_column) is None:
-            raise field_error(source, self.prompt_column, "is missing", "add it, or set prompt_column")
+            raise field_error(source, self.prompt_column, "is missing", prompt_remedy(row))
         # the unpaired format of KTO: a bad completion must not be imitated
         if isinstance(row.get("label"), bool):
             problem = f"says whether the completion is a good one, got {describe(row['label'])}"

@@ -28,12 +28,14 @@ from lightning_rlhf.prompts.formats import RowFormat, SourcedRow, convert_rows, 
 from lightning_rlhf.prompts.messages import (
     field_error,
     holds_text_alone,
+    likely_prompt,
     other_columns,
     parse_answer,
     parse_finish_reasons,
     parse_messages,
     parse_prompt,
     parse_template_options,
+    prompt_remedy,
     turn_text,
     without_final_answer,
 )
@@ -217,9 +219,9 @@ class DatasetPrompts(AbstractPromptSource):
             if isinstance(prompt, str) and (isinstance(chosen, list) or isinstance(rejected, list)):
                 prompt = ({"role": "user", "content": prompt},)
         elif chosen is None and rejected is None:
-            raise field_error(source, self.prompt_column, "is missing", "add it")
+            raise field_error(source, self.prompt_column, "is missing", prompt_remedy(row))
         else:
-            prompt = self._implicit_prompt(chosen, rejected, source)
+            prompt = self._implicit_prompt(row, source)
             if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
                 chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
 
@@ -257,17 +259,24 @@ class DatasetPrompts(AbstractPromptSource):
             remedy = "set ignored_fields=[margin]; model.loss.margin of RewardModule is one for all pairs"
             raise field_error(source, "margin", problem, remedy)
 
-    def _implicit_prompt(self, chosen: object, rejected: object, source: str) -> str | tuple[Message, ...]:
+    def _implicit_prompt(self, row: Row, source: str) -> str | tuple[Message, ...]:
         """Find the words, or the messages, with which both completions begin."""
+        chosen, rejected = row.get(self.chosen_column), row.get(self.rejected_column)
         if isinstance(chosen, str) or isinstance(rejected, str):
             texts = [value for value in (chosen, rejected) if isinstance(value, str)]
-            shared = common_words(*texts) if len(texts) == 2 else ""
-            if shared and not any("\n\nHuman:" in text for text in texts):
-                return shared
-            remedy = f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
             if any("\n\nHuman:" in text for text in texts):
                 remedy = "read Human/Assistant transcripts with HHPrompts"
+                raise field_error(source, self.prompt_column, "is missing", remedy)
+            likely = likely_prompt(row, self.ignored_fields)
+            if likely is not None:
+                # two answers often begin with the same word, which is no prompt
+                remedy = f"{prompt_remedy(row)}, or ignored_fields=[{likely}] if the common beginning is"
+                raise field_error(source, self.prompt_column, "is missing", remedy)
+            shared = common_words(*texts) if len(texts) == 2 else ""
+            if shared:
+                return shared
             problem = "is missing, and the completions are no texts with a common beginning"
+            remedy = f"add a column {self.prompt_column!r}, or write both completions as lists of messages"
             raise field_error(source, self.prompt_column, problem, remedy)
         first = parse_messages(chosen, source, self.chosen_column, self.ignored_fields)
         second = parse_messages(rejected, source, self.rejected_column, self.ignored_fields)

@@ -17,6 +17,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from lightning_rlhf.runtime.hub_access import hub_fault, hub_or_cache
+
 
 Row: TypeAlias = dict[str, Any]
 """Columns of a data row, of any type."""
@@ -289,6 +291,7 @@ def _dataset_rows(local: Path, path: str | DatasetFiles, split: str) -> Iterator
     # takes a second to import, and single files do without it
     import datasets
 
+    given = path if isinstance(path, DatasetFiles) else DatasetFiles(path)
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():  # written by save_to_disk
             # load_dataset refuses folders of save_to_disk
@@ -299,21 +302,13 @@ def _dataset_rows(local: Path, path: str | DatasetFiles, split: str) -> Iterator
                     raise ValueError(f"no split {split!r} among {sorted(loaded)}")
                 loaded = loaded[split]
         else:
-            given = path if isinstance(path, DatasetFiles) else DatasetFiles(str(path))
-            loaded = datasets.load_dataset(
-                str(local) if local.is_dir() else given.path,
-                given.name,
-                data_dir=given.data_dir,
-                data_files=given.data_files,
-                revision=given.revision,
-                split=split,
-                streaming=given.streaming,
-            )
-            if given.shuffle_buffer is not None:
-                loaded = loaded.shuffle(seed=given.shuffle_seed, buffer_size=given.shuffle_buffer)
+            loaded = _from_library(local, given, split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = " / ".join(str(part) for part in (error, error.__cause__) if part is not None)
         kind = "folder" if local.is_dir() else "Hub data set"
+        fault = hub_fault() if isinstance(error, OSError) and _needs_hub(local, given) else None
+        if fault is not None:
+            cause = f"not in the cache of the Hub, and {fault}"
         remedy = (
             f"check that it has data files and a split {split!r}, or name one file of it"
             if local.is_dir()
@@ -325,6 +320,30 @@ def _dataset_rows(local: Path, path: str | DatasetFiles, split: str) -> Iterator
     place = " of the shuffled stream" if shuffled else ""
     for number, row in enumerate(loaded, start=1):
         yield f"{path}[{split}] row {number}{place}", {name: _without_nulls(cell) for name, cell in row.items()}
+
+
+def _from_library(local: Path, given: DatasetFiles, split: str) -> Iterable[Mapping[str, object]]:
+    import datasets
+
+    source = given.path if _needs_hub(local, given) else local
+    with hub_or_cache(source):
+        loaded = datasets.load_dataset(
+            str(local) if local.is_dir() else given.path,
+            given.name,
+            data_dir=given.data_dir,
+            data_files=given.data_files,
+            revision=given.revision,
+            split=split,
+            streaming=given.streaming,
+        )
+    if given.shuffle_buffer is not None:
+        loaded = loaded.shuffle(seed=given.shuffle_seed, buffer_size=given.shuffle_buffer)
+    return cast(Iterable[Mapping[str, object]], loaded)
+
+
+def _needs_hub(local: Path, given: DatasetFiles) -> bool:
+    # "csv" with local files is a format, and no id
+    return not local.is_dir() and ("/" in given.path or given.data_files is None)
 
 
 def _without_nulls(value: object) -> object:

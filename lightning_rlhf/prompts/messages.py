@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lightning_rlhf.prompts.files import Row, describe
 from lightning_rlhf.types import FinishReason, Message
@@ -31,6 +31,21 @@ RESERVED = ("conversation", "messages", "chat_template", "add_generation_prompt"
 def field_error(source: str, field: str, problem: str, remedy: str) -> ValueError:
     """Build the error for a malformed field: place, problem and remedy."""
     return ValueError(f"{source}: field {field!r} {problem}: {remedy}")
+
+
+PROMPT_NAMES = ("messages", "question", "query", "instruction", "input", "context", "conversation", "conversations")
+"""Names that columns with prompts have in other data sets."""
+
+
+def likely_prompt(row: Mapping[str, object], ignored: Collection[str] = ()) -> str | None:
+    """The column of a row that looks like its prompt, by its name."""
+    return next((name for name in PROMPT_NAMES if name not in ignored and isinstance(row.get(name), str | list)), None)
+
+
+def prompt_remedy(row: Mapping[str, object]) -> str:
+    """The remedy for a row without its prompt column."""
+    likely = likely_prompt(row)
+    return "add it, or set prompt_column" if likely is None else f"set prompt_column={likely} if that is the prompt"
 
 
 def parse_text(value: object, source: str, field: str) -> str:

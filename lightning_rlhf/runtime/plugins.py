@@ -235,7 +235,8 @@ def constructor_error(error: BaseException, config: object) -> str | None:
             # jsonargparse itself refused the value, and writes it out in full behind its message
             return str(root).partition("\nGiven value type:")[0]
         root = root.__cause__
-    if root is error:
+    # a package that is not installed, which the constructor names, is told as short as a wrong value
+    if root is error and not isinstance(error, ImportError):
         return None
     place = _raised_in(root)
     message = str(root)

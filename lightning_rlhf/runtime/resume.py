@@ -1,4 +1,4 @@
-"""Repair of checkpoints that Lightning saved at the end of an epoch."""
+"""Repair of checkpoints that Lightning saved at the end of an epoch, or of a run within one."""
 
 from __future__ import annotations
 
@@ -35,11 +35,19 @@ def forget_finished_epoch(checkpoint: dict[str, object]) -> None:
     epoch and counts it, and it compares the batches done with the length of the *next* epoch, so that it skips as many
     batches of a next round that is longer. From then on it counts fewer epochs started than processed, and so would
     later checkpoints. Here such a checkpoint becomes one of the epoch's end.
+
+    An epoch that ``max_steps`` or ``EarlyStopping`` cut short counts as processed, too, so that a run continued with
+    more steps would leave out the rest of it. Here it becomes an epoch that is under way.
     """
     if "loops" not in checkpoint:  # saved with weights only
         return
     fit_loop = cast(_Loops, checkpoint["loops"])["fit_loop"]
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    cut_short = batches["current"]["completed"] > 0 and not batches["is_last_batch"]
+    if epochs["total"]["processed"] == epochs["total"]["started"] and cut_short:
+        for count in (epochs["total"], epochs["current"]):
+            count["processed"] = count["completed"] = count["started"] - 1
+        return
     if epochs["total"]["processed"] != epochs["total"]["started"]:
         if not batches["is_last_batch"]:  # saved in the middle of the epoch
             return

@@ -19,12 +19,13 @@ from typing import cast
 
 import lightning as L
 
+from lightning_rlhf import __version__
 from lightning_rlhf.ledger.same_run import without_arguments
 from lightning_rlhf.runtime.fingerprint import Settings, comparable, differences, without_new_defaults
 from lightning_rlhf.types import State
 
 
-PACKAGES = ("lightning-rlhf", "torch", "lightning", "transformers", "peft", "tokenizers", "jsonargparse", "numpy")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers", "jsonargparse", "numpy")
 SAMPLE = 64 << 20
 """Bytes at either end of a file that are hashed where it is larger than `WHOLE`."""
 WHOLE = 1 << 30
@@ -144,7 +145,8 @@ def last_start(folder: Path) -> Settings | None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
-    found = {}
+    # metadata of an editable installation may be those of an earlier version
+    found = {"lightning-rlhf": __version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

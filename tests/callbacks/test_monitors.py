@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, KLMonitor, RewardMonitor, Throughput
+from lightning_rlhf.callbacks import CompletionsTable, FrontierPlot, KLMonitor, RewardMonitor, StepLines, Throughput
 from lightning_rlhf.callbacks.throughput import StepCost, rates
 
 
@@ -87,6 +87,45 @@ def test_round_costs_and_speeds(columns: dict[str, list[float]]) -> None:
 def test_speed_is_work_over_time_not_a_mean_of_speeds() -> None:
     steps = [StepCost(items=2, tokens=100, seconds=1.0), StepCost(items=4, tokens=50, seconds=3.0)]
     assert rates(steps) == {"pairs_per_second": 1.5, "tokens_per_second": 37.5}
+
+
+def test_tokens_so_far_outlive_a_restart(toy: ModuleType, tmp_path: Path) -> None:
+    trainer = toy.trainer(tmp_path, [first := Throughput()], max_epochs=2)
+    trainer.fit(toy.ToyModule(), datamodule=toy.ToyData())
+    # 4 steps of 2 pairs with 10 tokens each
+    assert trainer.callback_metrics["throughput/num_tokens"] == 80
+    again = Throughput()
+    again.load_state_dict(first.state_dict())
+    trainer = toy.trainer(tmp_path / "again", [again], max_epochs=1)
+    trainer.fit(toy.ToyModule(), datamodule=toy.ToyData())
+    assert trainer.callback_metrics["throughput/num_tokens"] == 120
+
+
+def test_parts_of_the_held_out_reward_have_curves(toy: ModuleType, tmp_path: Path) -> None:
+    class Parts(toy.ToyModule):  # type: ignore[misc, name-defined]
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().validation_step(batch, batch_idx)
+            # rewards 4 to 7 after four steps; the first part applies to those above 5 alone
+            high = torch.where(output["rewards"] > 5, output["rewards"], torch.nan)
+            return {**output, "reward_parts": {"high": high, "half": output["rewards"] / 2}}
+
+    logged = fit(toy, tmp_path, Parts()).callback_metrics
+    assert logged["val/rewards/high/mean"] == 6.5
+    assert logged["val/rewards/half/mean"] == 2.75
+    assert logged["val/reward"] == 5.5
+
+
+def test_a_line_for_each_logged_step_and_validation(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = toy.trainer(tmp_path, [*monitors(), StepLines()], max_epochs=2, log_every_n_steps=2)
+    trainer.fit(toy.ToyModule(), datamodule=toy.ToyData())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == [f"step {n}, epoch {n // 2 - 1}" for n in (2, 2, 4, 4)]
+    assert "val/reward 3.5, val/objective/kl 4, val/objective/j 3.1" in lines[0]
+    # pairs 0 to 3 with rewards i and 1: one of two right twice, a tie counts 1/2
+    assert "train/rewards/accuracies 0.625" in lines[1] and "train/reward " in lines[1]
+    assert lines[1].endswith("lr 0.1")
 
 
 def test_a_trainer_that_never_logs_keeps_no_steps(toy: ModuleType, tmp_path: Path) -> None:

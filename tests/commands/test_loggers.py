@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,13 @@ def test_no_logger_keeps_the_configuration(tmp_path: Path, tiny_policy: Path, mo
     assert not list(tmp_path.rglob("metrics.csv"))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["logger"] is False
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"] == 4
+
+
+@pytest.mark.skipif(find_spec("mlflow") is not None, reason="needs an environment without mlflow")
+def test_the_package_of_a_logger_is_named(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"pip install.*mlflow(.|\n)*constructor of .*MLFlowLogger at trainer\.logger"):
+        fit(tmp_path, tiny_policy, "--trainer.logger=MLFlowLogger", "--trainer.logger.experiment_name=mine")
 
 
 def test_where_other_loggers_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

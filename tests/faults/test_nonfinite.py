@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lightning_rlhf.callbacks import NonFiniteGuard
-from lightning_rlhf.callbacks.nonfinite import all_finite, offenders
+from lightning_rlhf.callbacks.nonfinite import all_finite, gradient_norm, offenders
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions
 from lightning_rlhf.datamodules.preferences import PreferenceDataModule
 from lightning_rlhf.generation.base import Decoding
@@ -156,3 +156,26 @@ def test_bad_settings_are_named() -> None:
         NonFiniteGuard("ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1"):
         NonFiniteGuard("skip", 0)
+
+
+def test_the_norm_of_the_gradient_is_logged_before_clipping(tmp_path: Path, tiny_policy: Path) -> None:
+    assert gradient_norm([torch.tensor([3.0]), torch.tensor([[4.0]], dtype=torch.bfloat16)]) == 5
+    assert gradient_norm([]) == 0
+    wanted: list[float] = []
+    logged: list[float] = []
+
+    class Norms(L.Callback):
+        def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+            trainer.gradient_clip_val, trainer.log_every_n_steps = 1e-3, 1  # type: ignore[attr-defined]
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            squares = [p.grad.double().square().sum() for p in pl_module.parameters() if p.grad is not None]
+            wanted.append(float(torch.stack(squares).sum().sqrt()))
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            logged.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+    guard = NonFiniteGuard()
+    fit(tmp_path, tiny_policy, None, guard, Norms())
+    assert logged == pytest.approx(wanted, rel=1e-5)
+    assert min(logged) > 1e-2

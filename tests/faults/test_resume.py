@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightning_rlhf.cli import main
 from lightning_rlhf.runtime.checkpoints import damage, history
 
 
@@ -280,3 +281,28 @@ def test_sharded_checkpoints_that_are_damaged_or_cannot_be_written(runs: Any) ->
     assert place.equal("dpo")
     assert [path.name for path in history(checkpoints)] == ["epoch=3-step=12.ckpt", names[0]]
     assert [damage(path) for path in history(checkpoints)] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["recorded", "sampled"])
+def test_a_run_that_max_steps_ended_goes_on_within_its_epoch(
+    name: str, tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning counts the epoch that was cut short as done, and would leave out its other steps."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Name {n}", "chosen": " yes", "rejected": f" no {n}"} for n in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recorded = ["--config=dpo_offline", *RECORDED]
+    sampled = ["--config=dpo_online", "--data.rounds.prompts_per_round=8", "--data.pairs_per_batch=4"]
+    sampled += ["--data.labeler.reward=LexiconReward", "--data.decoding.max_new_tokens=6"]
+    # 3 steps an epoch, or 2 a round
+    command = ["fit", *(recorded if name == "recorded" else sampled), f"--model.policy={tiny_policy}", *DROPOUT]
+    command += [option for option in COMMON if "plugins" not in option]
+    command += ["--trainer.max_epochs=3", "--trainer.callbacks=lightning_rlhf.callbacks.HFExport"]
+    # within the first epoch, again within it or at its end, within the second one
+    for folder, ends in (("whole", (5,)), ("parts", (1, 2, 5))):
+        for steps in ends:
+            main([*command, f"--run_dir={folder}", f"--trainer.max_steps={steps}"])
+    whole, parts = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["starts"][-1]["continued_from"]
+    assert torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 5

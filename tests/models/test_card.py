@@ -53,7 +53,7 @@ def test_a_card_has_the_fields_of_the_hub_and_the_facts_of_the_run() -> None:
     assert "On held-out rows, after 4 steps of training." in card
     # metrics of training are no results
     assert "train/loss" not in card
-    assert "# mine\n\nTrained from `owner/base`, trained by [DPO](https://arxiv.org/abs/2305.18290)" in card
+    assert "# mine\n\nTrained from `owner/base` by [DPO](https://arxiv.org/abs/2305.18290)" in card
 
 
 def test_a_card_leaves_out_what_is_not_known(tmp_path: Path) -> None:
@@ -65,6 +65,7 @@ def test_a_card_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     }
     assert "Not stated yet" in card
     assert "PeftModel.from_pretrained" in card
+    assert f"An adapter for `{tmp_path}`, trained with `lightning_rlhf`" in card
     assert "Results" not in card
     assert [is_hub_id(name) for name in ("a/b", "gpt2", "pypi:x", "world:menu", str(tmp_path))] == [
         *(True, True, False, False, False)

@@ -108,6 +108,16 @@ def dpo(policy: Path, lora: Any) -> DPOModule:
     return DPOModule(str(policy), beta=0.5, lora=lora, optimizer=partial(SGD, lr=0.5))
 
 
+def test_the_learning_rate_of_a_whole_model_is_noted(tiny_policy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    for lora, rate in ((LoRA(r=2), 1e-4), (None, 5e-7), (LoRA(r=2), 5e-7)):
+        assert "adapters hardly learn" not in caplog.text
+        module = DPOModule(str(tiny_policy), lora=lora, optimizer=partial(SGD, lr=rate))
+        module.configure_model()
+        module.configure_optimizers()
+    assert "at model.optimizer.lr=5e-07, a rate for whole models, adapters hardly learn" in caplog.text
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_two_steps_leave_the_reference_at_the_base_model_and_the_exports_at_the_policy(
     name: str, tmp_path: Path, tiny_policy: Path

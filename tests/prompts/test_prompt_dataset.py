@@ -139,6 +139,15 @@ def test_malformed_row_is_named(tmp_path: Path, change: dict[str, Any], message:
         load(tmp_path, good, {**good, **change}, good)
 
 
+def test_a_column_that_looks_like_the_prompt_is_named(tmp_path: Path) -> None:
+    """Both answers begin with "The", which is no prompt."""
+    row = {"question": "Why is it blue?", "chosen": "The air scatters it.", "rejected": "The sea is."}
+    with pytest.raises(ValueError, match=r"row 1: field 'prompt' is missing: set prompt_column=question if that is"):
+        load(tmp_path, row)
+    assert load(tmp_path, row, prompt_column="question")[0].text == "Why is it blue?"
+    assert load(tmp_path, row, ignored_fields=["question"])[0].text == "The"
+
+
 def test_implicit_plain_prompt_ends_between_words(tmp_path: Path) -> None:
     (row,) = load(tmp_path, {"chosen": "Is water wet? Yes, it is.", "rejected": "Is water wet? Yet it is not."})
     assert row.text == "Is water wet?"
