@@ -97,7 +97,7 @@ class _Text:
         if arguments or len(self._pieces) != 1 or isinstance(self._pieces[0], str):
             self._refuse()
         # the white space of a stripped text is gone already
-        place = cast(int, self._pieces[0])
+        place = self._pieces[0]
         return _Text((min(place, -1 - place),), None if self._filled else self._filled)
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
@@ -180,7 +180,10 @@ class ShapedTemplate:
         environment = original.overlay(finalize=self._marked)
         environment.filters = {name: original.filters[name] for name in _FILTERS}
         environment.filters["trim"] = _trim(original.filters["trim"])
-        environment.tests = {name: _test(name, original.tests[name]) for name in _TESTS.keys() | _OTHER_TESTS}
+        environment.tests = {
+            name: _test(name, cast(Callable[..., object], original.tests[name]))
+            for name in _TESTS.keys() | _OTHER_TESTS
+        }
         return environment.from_string(template)
 
     def _marked(self, value: object) -> object:
