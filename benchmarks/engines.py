@@ -203,7 +203,7 @@ def main() -> None:
     arms: dict[str, dict[str, Any]] = {"ours": {"rows": rows}, "transformers": {"rows": rows, "worker": "transformers"}}
     if find_spec("vllm") is not None:
         arms["vLLM"] = {"rows": rows, "worker": "vllm", "scored": False}
-        arms["vLLM, then scored"] = {"rows": rows, "worker": "vllm", "scored": True}
+        arms["vLLM and scoring"] = {"rows": rows, "worker": "vllm", "scored": True}
     else:
         print("vLLM is not installed (make test-vllm): its arms are left out", file=sys.stderr)
     if arguments.model == "smollm2" and find_spec("xllamacpp") is not None:
