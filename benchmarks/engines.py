@@ -1,6 +1,7 @@
 """Decoding by our engine, transformers, vLLM and llama.cpp: tokens per CPU second at 32 rows and at one.
 
     make test-vllm                                                        # once, for the environment
+    .venv-vllm/bin/python -m pip install xllamacpp                        # the arm of llama.cpp
     .venv-vllm/bin/python -m benchmarks.engines --model smollm2 --repeats 3 --steps 1 --skip 1
 
 Each engine decodes the same prompts in float32, one response each; nothing ends a response before its limit. Prompts
