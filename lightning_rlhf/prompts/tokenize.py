@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.prompts.dataset import EMPTY, IDENTICAL
 from lightning_rlhf.prompts.encode import TEXTS_AT_ONCE, Encoded, Ids, TextEncoder, encode_all
 from lightning_rlhf.prompts.messages import TOOLS, field_error, holds_text_alone
+from lightning_rlhf.prompts.shaped_template import shaped_template
 from lightning_rlhf.prompts.template import TurnFormat, shared_length, turn_format
 from lightning_rlhf.types import NO_RESPONSE, FinishReason, Message, Prompt, PromptRow, Response
 
@@ -441,6 +442,7 @@ class _Renderer:
         self._ends: dict[tuple[int, ...], frozenset[int]] = {}
         self._spelled: dict[int, str] = {}
         self._unwritten: str | None = None
+        self._shaped = shaped_template(tokenizer, template)
 
     @cached_property
     def format(self) -> TurnFormat:
@@ -481,9 +483,11 @@ class _Renderer:
                 f"{source}: the prompt is a conversation, and the tokenizer has no chat template: set chat_template to "
                 f"one (or to the name 'human_assistant'), use an instruction-tuned model, or use plain prompts"
             )
+        if all(message["content"] is not None for message in messages):
+            if options or self._shaped is None:
+                return self._applied(messages, options, source)
+            return self._shaped.render(messages, lambda same_shape: self._applied(same_shape, options, source))
         silent = [{**m, "content": ""} if m["content"] is None else m for m in messages]
-        if silent == list(messages):
-            return self._applied(messages, options, source)
         # some templates distinguish "no text" from an empty text, others write the word None
         as_empty = self._applied(silent, options, source)
         try:
