@@ -14,10 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import annotation_load, gallery, head, ledger, results
+from benchmarks import annotation_load, gallery, head, ledger, results, silver_labels
 from benchmarks.harness import check_same, ids_in_order, model_folder
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
+from lightning_rlhf.ledger.schema import silver_meta
+from lightning_rlhf.ledger.silver import UNLABELED, SilverTable
+from lightning_rlhf.ledger.store import PreferenceStore
+from lightning_rlhf.rewards import FunctionReward
+from lightning_rlhf.types import Comparison, Label, Prompt, Response
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +85,36 @@ def test_a_ledger_is_timed_at_each_size(tmp_path: Path) -> None:
     lines = ledger.table(columns).splitlines()
     assert lines[0] == "| labels in the ledger | 100 | 300 |"
     assert sum(line.startswith("| a round of 4 pairs, CPU ms |") for line in lines) == 1
+
+
+def test_silver_labels_are_compared_with_the_annotator_by_fit(tmp_path: Path) -> None:
+    def pair(place: int, a: float, b: float, mean: float, fitted: int) -> tuple[Comparison, Label]:
+        first, second = (Response((1,), str(reward), "eos") for reward in (a, b))
+        probability = torch.tensor(mean, dtype=torch.float64).sigmoid().item()
+        return Comparison(Prompt(place, (2,), "p"), first, second), Label(
+            probability, cost=0.0, meta=silver_meta(mean, 1.0, fitted)
+        )
+
+    def as_numbers(prompts: list[str], completions: list[str]) -> list[float]:
+        return list(map(float, completions))
+
+    with PreferenceStore(tmp_path / "ledger.sqlite") as store:
+        table = SilverTable(store)
+        table.add(UNLABELED, [(pair(9, 0.0, 1.0, 0.0, 0)[0], None)])
+        # epoch 0 has none: there was no fit yet
+        table.add(1, [pair(0, 2.0, 0.0, 1.0, 32), pair(1, 0.0, 1.0, 0.5, 32)])
+        table.add(2, [pair(2, 1.0, 1.0, 0.0, 32)])
+        table.add(3, [pair(3, 3.0, 0.0, -1.0, 48), pair(4, 0.0, 0.0, 1.0, 48)])
+        found = silver_labels.fits(silver_labels.silver_pairs(store), FunctionReward(as_numbers))
+    assert [(fit.labels, fit.pairs) for fit in found] == [(32, 3), (48, 2)]
+    gap, mean = torch.tensor([2.0, -1.0, 0.0]).double(), torch.tensor([1.0, 0.5, 0.0]).double()
+    assert found[0].correlation == pytest.approx(float(torch.corrcoef(torch.stack([gap, mean]))[0, 1]))
+    assert found[0].silver == pytest.approx(float(mean.sigmoid().mean()))
+    assert found[0].annotator == pytest.approx(float(gap.sigmoid().mean()))
+    # -(q log p + (1 - q) log(1 - p)), q = sigma(gap), p = sigma(mean)
+    expected = -(gap.sigmoid() * mean.sigmoid().log() + (-gap).sigmoid() * (-mean).sigmoid().log()).mean()
+    assert found[0].cross_entropy == pytest.approx(float(expected))
+    assert found[1].correlation == pytest.approx(-1.0)
 
 
 def test_both_arms_of_the_head_find_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
