@@ -48,10 +48,21 @@ def keep_in_run_folder(entries: object, run_dir: Path) -> None:
         arguments = entry.get("init_args")
         if arguments is None or not argument:
             continue
+        if argument == "save_dir" and "tracking_uri" in arguments:
+            _keep_mlflow(arguments, run_dir.absolute())
         # Comet takes it as one of its **kwargs, which are there only if they are given
         if argument in arguments and arguments[argument] in ELSEWHERE:
             # absolute: the service of W&B outlives a run, and keeps the working folder it was started in
             arguments[argument] = str((run_dir / folder).absolute())
+
+
+def _keep_mlflow(arguments: Namespace, run_dir: Path) -> None:
+    """Let MLflow write a database in the run folder: its later versions refuse to write files in ``save_dir``."""
+    if arguments["tracking_uri"] is None and arguments["save_dir"] in ELSEWHERE:
+        # MLflow makes the file, and no folder
+        run_dir.mkdir(parents=True, exist_ok=True)
+        arguments["tracking_uri"] = f"sqlite:///{run_dir / 'mlflow.db'}"
+        arguments["artifact_location"] = arguments.get("artifact_location") or str(run_dir / "mlruns")
 
 
 def loggers_of(given: object, run_dir: Path) -> list[Logger] | bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sqlite3
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,6 +75,21 @@ def test_the_package_of_a_logger_is_named(tmp_path: Path, tiny_policy: Path, mon
         fit(tmp_path, tiny_policy, "--trainer.logger=MLFlowLogger", "--trainer.logger.experiment_name=mine")
 
 
+def test_mlflow_writes_a_database_in_the_run_folder(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fit(tmp_path, tiny_policy, "--trainer.logger=MLFlowLogger")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "run"}
+    with closing(sqlite3.connect(tmp_path / "run" / "mlflow.db")) as database:
+        names = {name for (name,) in database.execute("SELECT key FROM metrics")}
+        assert {"train/loss", "val/loss"} <= names
+        assert database.execute("SELECT COUNT(*) FROM params").fetchone()[0] > 50
+        assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+
+
 def test_where_other_loggers_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("COMET_OFFLINE_DIRECTORY", "NEPTUNE_DATA_DIRECTORY"):
         monkeypatch.setenv(name, "")
@@ -81,12 +98,20 @@ def test_where_other_loggers_write(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def entry(name: str, **arguments: object) -> Namespace:
         return Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=Namespace(**arguments))
 
-    mlflow, told = entry("MLFlowLogger", save_dir="./mlruns"), entry("WandbLogger", save_dir="elsewhere")
-    keep_in_run_folder([mlflow, told, entry("NeptuneLogger")], tmp_path)
-    assert mlflow.init_args.save_dir == str(tmp_path / "mlruns")
+    told, server = entry("WandbLogger", save_dir="elsewhere"), {"tracking_uri": "http://localhost:5000"}
+    mlflow, served = (
+        entry("MLFlowLogger", **{"save_dir": "./mlruns", "tracking_uri": None, "artifact_location": None, **given})
+        for given in ({}, server)
+    )
+    keep_in_run_folder([mlflow, served, told, entry("NeptuneLogger")], tmp_path / "run")
+    assert mlflow.init_args.tracking_uri == f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}"
+    assert mlflow.init_args.artifact_location == str(tmp_path / "run" / "mlruns")
+    assert (tmp_path / "run").is_dir()
+    assert served.init_args.tracking_uri == server["tracking_uri"]
+    assert served.init_args.artifact_location is None
     assert told.init_args.save_dir == "elsewhere"
-    assert os.environ["COMET_OFFLINE_DIRECTORY"] == str(tmp_path / "comet")
-    assert os.environ["NEPTUNE_DATA_DIRECTORY"] == str(tmp_path / "neptune")
+    assert os.environ["COMET_OFFLINE_DIRECTORY"] == str(tmp_path / "run" / "comet")
+    assert os.environ["NEPTUNE_DATA_DIRECTORY"] == str(tmp_path / "run" / "neptune")
 
 
 def test_csv_comes_first_and_once(tmp_path: Path) -> None:
