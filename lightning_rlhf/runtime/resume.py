@@ -28,7 +28,7 @@ class _Loops(TypedDict):
     fit_loop: _FitLoop
 
 
-def forget_finished_epoch(checkpoint: dict[str, object]) -> None:
+def forget_finished_epoch(checkpoint: dict[str, object], max_steps: int = -1) -> None:
     """Repair a Lightning checkpoint that was saved when the batches of an epoch were done, before it is restored.
 
     Lightning 2.6 starts such an epoch once more: it asks for its loader again, with ``max_steps`` it runs an empty
@@ -37,14 +37,19 @@ def forget_finished_epoch(checkpoint: dict[str, object]) -> None:
     later checkpoints. Here such a checkpoint becomes one of the epoch's end.
 
     An epoch that ``max_steps`` or ``EarlyStopping`` cut short counts as processed, too, so that a run continued with
-    more steps would leave out the rest of it. Here it becomes an epoch that is under way.
+    more steps would leave out the rest of it. Here it becomes an epoch that is under way, if there are steps left.
+
+    Args:
+        checkpoint: the checkpoint; changed in place.
+        max_steps: optimizer steps after which the continued run ends; -1 for no limit.
     """
     if "loops" not in checkpoint:  # saved with weights only
         return
     fit_loop = cast(_Loops, checkpoint["loops"])["fit_loop"]
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     cut_short = batches["current"]["completed"] > 0 and not batches["is_last_batch"]
-    if epochs["total"]["processed"] == epochs["total"]["started"] and cut_short:
+    has_steps_left = max_steps < 0 or cast(int, checkpoint["global_step"]) < max_steps
+    if epochs["total"]["processed"] == epochs["total"]["started"] and cut_short and has_steps_left:
         for count in (epochs["total"], epochs["current"]):
             count["processed"] = count["completed"] = count["started"] - 1
         return

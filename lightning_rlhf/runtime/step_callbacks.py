@@ -30,5 +30,5 @@ class RepairFinishedEpoch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         """Repair the checkpoint in memory; see `forget_finished_epoch`."""
-        del trainer, pl_module
-        forget_finished_epoch(checkpoint)
+        del pl_module
+        forget_finished_epoch(checkpoint, trainer.max_steps)

@@ -99,7 +99,7 @@ def test_a_full_policy(tmp_path: Path, tiny_policy: Path, capsys: pytest.Capture
         export_checkpoint(saved.last_model_path, str(tmp_path / "model"))
     # there is no run.json: the card has the facts of the checkpoint
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"Trained from `{tiny_policy}`, trained by [DPO]" in card
+    assert f"Trained from `{tiny_policy}` by [DPO]" in card
     assert "| loss | IPOLoss |\n| beta | 0.3 |" in card and "| optimizer steps | 2 |" in card
     assert "labels" not in card and "Results" not in card
 

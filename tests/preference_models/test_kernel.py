@@ -227,14 +227,16 @@ def test_features_of_another_checkpoint_than_the_policy(start: ModelStart, tiny_
     named = [(prompt, replace(response, text=f"answer {oracle(response)}")) for prompt, response in start.samples]
     model = KernelPreferenceModel(trunk=str(tiny_judge))
     model.setup(replace(start, checkpoint="no such policy", samples=named))
-    labels = [
-        replace(p, comparison=replace(p.comparison, a=named[i][1], b=named[i + 1][1]))
-        for i, p in enumerate(preferences(40))
-    ]
+    labels = []
+    for number, preference in enumerate(preferences(40)):
+        pair = replace(preference.comparison, a=named[number][1], b=named[number + 1][1])
+        labels.append(replace(preference, comparison=pair))
     model.fit(labels)
-    same, other = Response((LIKED, 0), "answer 3.0", "eos"), Response((DISLIKED, 0), "answer 3.0", "eos")
-    mean = model.posterior([named[0][0]] * 2, [same, other]).mean
-    assert mean[0] == mean[1]
+    pool = [Response((LIKED, 0), "answer 3.0", "eos"), Response((DISLIKED, 0), "answer 3.0", "eos")]
+    same = model.posterior([named[0][0]] * 2, pool).mean
+    torch.testing.assert_close(same[0], same[1])
+    other = model.posterior([named[0][0]] * 2, [pool[0], replace(pool[1], text="a longer answer")]).mean
+    assert abs(float(other[0] - other[1])) > 1e-3
 
 
 def test_a_trunk_that_does_not_exist_is_named(start: ModelStart) -> None:

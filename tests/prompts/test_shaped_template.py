@@ -110,6 +110,9 @@ def outcome(write: Any, *arguments: Any) -> str:
     """The text, or the error of a template that refuses it."""
     try:
         return str(write(*arguments))
+    except RecursionError:
+        # the function that the stack ends in depends on the depth of the caller
+        return "RecursionError"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
