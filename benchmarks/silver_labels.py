@@ -18,7 +18,8 @@ from itertools import count, groupby
 import torch
 from torch.nn.functional import binary_cross_entropy
 
-from lightning_rlhf.ledger.silver import SilverPair, SilverTable
+from benchmarks.preference_models import gaps
+from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.rewards import AbstractReward, LexiconReward
 from lightning_rlhf.types import Comparison, Label
@@ -61,13 +62,14 @@ class Fit:
 def silver_pairs(store: PreferenceStore) -> list[tuple[Comparison, Label]]:
     """The silver pairs of a ledger, in the order of training."""
     table = SilverTable(store)
-    found: list[SilverPair] = []
+    total = table.count(before=EVERY)
+    found: list[tuple[Comparison, Label]] = []
     # epochs before the first fit have none
     for epoch in count():
-        if table.count(epoch) == table.count(EVERY):
+        if len(found) == total:
             break
-        found += table.pairs(epoch)
-    return [(comparison, label) for comparison, label in found if label is not None]
+        found += [(comparison, label) for comparison, label in table.pairs(epoch) if label is not None]
+    return found
 
 
 def fits(pairs: Sequence[tuple[Comparison, Label]], reward: AbstractReward) -> list[Fit]:
@@ -75,12 +77,7 @@ def fits(pairs: Sequence[tuple[Comparison, Label]], reward: AbstractReward) -> l
     results = []
     for labels, group in groupby(pairs, lambda pair: int(pair[1].meta["fitted"])):
         part = list(group)
-        prompts = [comparison.prompt for comparison, _ in part]
-        first, second = (
-            reward.score(prompts, responses).mean.double()
-            for responses in ([comparison.a for comparison, _ in part], [comparison.b for comparison, _ in part])
-        )
-        gap = first - second
+        gap = gaps([comparison for comparison, _ in part], reward).double()
         mean = torch.tensor([label.meta["mean"] for _, label in part], dtype=torch.float64)
         silver = torch.tensor([label.probability for _, label in part], dtype=torch.float64)
         results.append(

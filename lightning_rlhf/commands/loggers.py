@@ -44,11 +44,12 @@ def keep_in_run_folder(entries: object, run_dir: Path) -> None:
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, Namespace) or "class_path" not in entry:
             continue
-        argument, folder = FOLDERS.get(str(entry["class_path"]).rpartition(".")[2], ("", ""))
+        name = str(entry["class_path"]).rpartition(".")[2]
+        argument, folder = FOLDERS.get(name, ("", ""))
         arguments = entry.get("init_args")
         if arguments is None or not argument:
             continue
-        if argument == "save_dir" and "tracking_uri" in arguments:
+        if name == "MLFlowLogger":
             _keep_mlflow(arguments, run_dir.absolute())
         # Comet takes it as one of its **kwargs, which are there only if they are given
         if argument in arguments and arguments[argument] in ELSEWHERE:
@@ -58,7 +59,7 @@ def keep_in_run_folder(entries: object, run_dir: Path) -> None:
 
 def _keep_mlflow(arguments: Namespace, run_dir: Path) -> None:
     """Let MLflow write a database in the run folder: its later versions refuse to write files in ``save_dir``."""
-    if arguments["tracking_uri"] is None and arguments["save_dir"] in ELSEWHERE:
+    if arguments.get("tracking_uri") is None and arguments.get("save_dir") in ELSEWHERE:
         # MLflow makes the file, and no folder
         run_dir.mkdir(parents=True, exist_ok=True)
         arguments["tracking_uri"] = f"sqlite:///{run_dir / 'mlflow.db'}"

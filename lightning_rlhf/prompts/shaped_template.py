@@ -193,7 +193,7 @@ class ShapedTemplate:
         return "".join(piece if isinstance(piece, str) else f"{self._mark}{piece};" for piece in value._pieces)
 
     def _learned(self, shape: Shape, plain: Callable[[Sequence[Message]], str]) -> Pieces | None:
-        """Pieces of a shape; None if what the template writes depends on contents."""
+        """Pieces of a shape; None if the text around the contents depends on them."""
         try:
             pieces = self._pieces(shape)
             for first in range(len(PROBES)):
