@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
 # Before torch, transformers or trl are imported: they read these once.
@@ -40,6 +44,22 @@ def notes_are_said_again() -> None:
     from lightning_rlhf.commands.config_files import note_once
 
     note_once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], ModuleType]:
+    """Import a file as a module: test folders are no packages, so a test cannot import its neighbor."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # dataclasses look their module up
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 CHAT_TEMPLATE = (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,12 +21,8 @@ ARGUMENTS = [
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_behind_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("optuna_sweep", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "optuna_sweep", example)
-    spec.loader.exec_module(example)
+def test_a_trial_that_is_behind_is_pruned(tmp_path: Path, load_module: Callable[[Path], Any]) -> None:
+    example = load_module(EXAMPLE)
     folder = tmp_path / "sweep"
     folder.mkdir()
     storage = f"sqlite:///{folder / 'study.sqlite'}"

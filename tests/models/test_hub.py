@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -89,16 +87,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def toy(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The run of the callbacks' tests."""
-    path = Path(__file__).parents[1] / "callbacks" / "toy_run.py"
-    spec = importlib.util.spec_from_file_location("toy_run_of_hub", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # its dataclasses look their module up
-    monkeypatch.setitem(sys.modules, "toy_run_of_hub", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).parents[1] / "callbacks" / "toy_run.py")
 
 
 def folder(path: Path) -> Path:

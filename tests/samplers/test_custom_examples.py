@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +16,8 @@ from lightning_rlhf.types import Prompt, Response
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_example_sampler_pairs_the_least_similar(world: Any) -> None:
-    module = load("custom_sampler")
+def test_the_example_sampler_pairs_the_least_similar(world: Any, load_module: Callable[[Path], Any]) -> None:
+    module = load_module(EXAMPLES / "custom_sampler.py")
     prompts, engine, key = world.prompts(40), world.engine(), Key((1,))
     few, many = (module.MySampler(n=n).sample(prompts, engine, key) for n in (2, 6))
     overlaps = [[module.overlap(c.a, c.b) for c in comparisons] for comparisons in (few, many)]
@@ -45,8 +33,8 @@ def test_the_example_sampler_pairs_the_least_similar(world: Any) -> None:
         module.MySampler(n=1)
 
 
-def test_the_example_reward_likes_short_and_polite_answers() -> None:
-    reward = load("custom_reward").MyReward(price=0.1)
+def test_the_example_reward_likes_short_and_polite_answers(load_module: Callable[[Path], Any]) -> None:
+    reward = load_module(EXAMPLES / "custom_reward.py").MyReward(price=0.1)
     texts = ["Thanks, welcome!", "no", "no no no", ""]
     responses = [Response(ids=(4,), text=text, finish_reason="eos") for text in texts]
     scores = checked_score(reward, [Prompt(i, (0,), "") for i in range(4)], responses)
