@@ -5,12 +5,13 @@
 A row is a fit, with the silver pairs until the next one; with ``data.silver.pool`` above 2 the first response of a pair
 is the highest by the model. It has the correlation of the posterior mean with the reward gap of the annotator, the mean
 label by the model and by the annotator, and the mean cross-entropy of both in nats: above ln 2 = 0.693 the labels of
-the model are worse than 1/2 for every pair.
+the model are worse than 1/2 for every pair. The last column is the ``data.silver.kappa`` at which it is lowest.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -19,6 +20,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy
 
 from benchmarks.preference_models import gaps
+from lightning_rlhf.estimators import gap_factor
 from lightning_rlhf.ledger.silver import SilverTable
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.rewards import AbstractReward, LexiconReward
@@ -49,6 +51,7 @@ class Fit:
         silver: mean label by the model.
         annotator: mean label by the annotator, sigma(gap).
         cross_entropy: mean cross-entropy of the model's labels under the annotator's, nats.
+        kappa: factor of the posterior mean at which its labels have the lowest cross-entropy.
     """
 
     labels: int
@@ -57,6 +60,7 @@ class Fit:
     silver: float
     annotator: float
     cross_entropy: float
+    kappa: float
 
 
 def silver_pairs(store: PreferenceStore) -> list[tuple[Comparison, Label]]:
@@ -88,6 +92,7 @@ def fits(pairs: Sequence[tuple[Comparison, Label]], reward: AbstractReward) -> l
                 silver=float(silver.mean()),
                 annotator=float(gap.sigmoid().mean()),
                 cross_entropy=float(binary_cross_entropy(silver, gap.sigmoid())),
+                kappa=gap_factor(mean, gap.sigmoid(), prior_std=math.inf),
             )
         )
     return results
@@ -101,11 +106,11 @@ def main() -> None:
     options = parser.parse_args()
     with PreferenceStore(options.ledger, read_only=True) as store:
         results = fits(silver_pairs(store), ORACLES[options.oracle]())
-    print("labels  pairs  correlation  mean silver label  annotator's  cross-entropy")
+    print("labels  pairs  correlation  mean silver label  annotator's  cross-entropy  best kappa")
     for fit in results:
         print(
             f"{fit.labels:6} {fit.pairs:6} {fit.correlation:12.2f} {fit.silver:18.2f} {fit.annotator:12.2f} "
-            f"{fit.cross_entropy:14.3f}"
+            f"{fit.cross_entropy:14.3f} {fit.kappa:11.2f}"
         )
 
 

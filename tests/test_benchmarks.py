@@ -114,6 +114,9 @@ def test_silver_labels_are_compared_with_the_annotator_by_fit(tmp_path: Path) ->
     # -(q log p + (1 - q) log(1 - p)), q = sigma(gap), p = sigma(mean)
     expected = -(gap.sigmoid() * mean.sigmoid().log() + (-gap).sigmoid() * (-mean).sigmoid().log()).mean()
     assert found[0].cross_entropy == pytest.approx(float(expected))
+    # the slope of the cross-entropy in kappa is 0, up to the grid
+    slope = mean @ (gap.sigmoid() - (found[0].kappa * mean).sigmoid())
+    assert float(slope) == pytest.approx(0.0, abs=0.005)
     assert found[1].correlation == pytest.approx(-1.0)
 
 
