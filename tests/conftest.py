@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -48,8 +49,10 @@ def notes_are_said_again() -> None:
 
 @pytest.fixture(scope="session")
 def load_module() -> Callable[[Path], ModuleType]:
-    """Import a file as a module: test folders are no packages, so a test cannot import its neighbor."""
+    """Import a file as a module, once: test folders are no packages, so a test cannot import its neighbor."""
 
+    # a second module under the same name would have other classes
+    @functools.cache
     def load(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
