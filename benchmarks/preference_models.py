@@ -66,7 +66,7 @@ def stories() -> World:
     """The world "stories", whose policy is a pretrained language model, with sentiment as the oracle."""
     linear = KernelScales(linear=0.7, prompt=0.0, pair=0.0, hidden=0.0, middle=1.4)
     arms = {
-        "worlds/stories_silver": KernelPreferenceModel(scales=KernelScales(middle=0.7)),
+        "all parts, whitened": KernelPreferenceModel(scales=KernelScales(middle=0.7)),
         **{
             f"embeddings and middle layer, whitening {power:g}": KernelPreferenceModel(scales=linear, whitening=power)
             for power in (1.0, 0.5, 0.25, 0.0)
