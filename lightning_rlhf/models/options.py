@@ -13,6 +13,9 @@ from lightning_rlhf.models.quantization import QuantizationValue
 Generation: TypeAlias = Literal["local", "vllm", "server"]
 """Where responses of the policy are decoded."""
 
+ServedBy: TypeAlias = Literal["vllm", "sglang"]
+"""Kinds of servers."""
+
 
 class LoadArguments(TypedDict):
     """Keyword arguments of `load_policy`, `load_scorer` and `build_scorer`."""
@@ -25,14 +28,15 @@ class LoadArguments(TypedDict):
 
 @dataclass(frozen=True)
 class GenerationServer:
-    """A server that decodes for the policy: ``vllm serve`` with the flags of docs/scaling.md.
+    """A server that decodes for the policy: ``vllm serve`` or SGLang with the flags of docs/scaling.md.
 
     Trainer and server read and write one folder, under the same path.
 
     Args:
         base_url: address of the API, e.g. ``http://127.0.0.1:8000/v1``.
-        model: name under which the server has the policy's base model.
+        model: name under which the server has the policy's base model; SGLang, which has one, is not asked by it.
         folder: where the weights for the server are written.
+        engine: kind of the server, ``vllm`` or ``sglang``.
         api_key_env: environment variable with the API key; default: the server needs none.
         concurrency: requests at the same time, >= 1; one request is one response.
         timeout: seconds for one attempt at a response, > 0.
@@ -45,6 +49,7 @@ class GenerationServer:
     base_url: str
     model: str
     folder: str
+    engine: ServedBy = "vllm"
     api_key_env: str | None = None
     concurrency: int = 64
     timeout: float = 600.0
@@ -59,6 +64,8 @@ class GenerationServer:
             )
         if not self.model or not self.folder:
             raise ValueError(f"{name}.model and {name}.folder must not be empty; got {self.model!r}, {self.folder!r}")
+        if self.engine not in get_args(ServedBy):
+            raise ValueError(f"{name}.engine must be one of {', '.join(get_args(ServedBy))}; got {self.engine!r}")
         # `not x > 0` also refuses NaN
         if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A completions server on loopback with a real tiny model, and the routes by which ``vllm serve`` takes weights."""
+"""A server on loopback with a real tiny model, and the routes of ``vllm serve`` or of SGLang."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft import PeftModel
 from lightning_rlhf.generation import DecodeEngine, Decoding, Request
 from lightning_rlhf.models import load_policy, load_tokenizer
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.types import Prompt
+from lightning_rlhf.types import Prompt, Response
 
 
 class CompletionServer:
@@ -25,9 +25,11 @@ class CompletionServer:
     Args:
         folder: the model that it starts with.
         name: under which it serves it.
+        engine: whose routes it has, ``vllm`` or ``sglang``.
         dev_mode: whether weights can be reloaded.
         adapters: whether adapters can be loaded.
         token_ids: whether it returns token ids.
+        own_eos: ids that end a response beside those of the request, as SGLang has them from its checkpoint.
         fault: status with which a call fails, by its route and how often that was called before; None answers it.
     """
 
@@ -35,15 +37,15 @@ class CompletionServer:
         self,
         folder: Path,
         name: str = "base",
+        engine: str = "vllm",
         dev_mode: bool = True,
         adapters: bool = True,
         token_ids: bool = True,
+        own_eos: tuple[int, ...] = (),
         fault: Callable[[str, int], int | None] = lambda route, before: None,
     ) -> None:
-        self.name, self.dev_mode, self.takes_adapters, self.token_ids, self.fault = (
-            *(name, dev_mode, adapters),
-            *(token_ids, fault),
-        )
+        self.name, self.engine, self.own_eos = name, engine, own_eos
+        self.dev_mode, self.takes_adapters, self.token_ids, self.fault = dev_mode, adapters, token_ids, fault
         self.models: dict[str, Any] = {name: load_policy(str(folder))}
         self.tokenizer = load_tokenizer(str(folder))
         self.version = "default"
@@ -99,12 +101,36 @@ class CompletionServer:
     def _answer(self, route: str, body: dict[str, Any]) -> tuple[int, Any]:
         if route == "/v1/models":
             return 200, {"object": "list", "data": [{"id": name} for name in self.models]}
+        return self._answer_sglang(route, body) if self.engine == "sglang" else self._answer_vllm(route, body)
+
+    def _answer_sglang(self, route: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if route == "/generate":
+            return self._generate_sglang(body)
+        if route == "/load_lora_adapter":
+            if not self.takes_adapters:
+                return 400, {"success": False, "error_message": "LoRA is not enabled."}
+            self._load_adapter(body)
+            return 200, {"success": True, "error_message": None}
+        if route == "/unload_lora_adapter":
+            del self.models[body["lora_name"]]
+            return 200, {"success": True, "error_message": None}
+        if route == "/model_info":
+            return 200, {"model_path": self.name, **({"weight_version": self.version} if self.dev_mode else {})}
+        if route == "/update_weights_from_disk":
+            if not Path(body["model_path"]).is_dir():
+                return 400, {"success": False, "message": "Failed to get weights iterator"}
+            # new weights change the name of the model, as in SGLang
+            del self.models[self.name]
+            self.name, self.version = body["model_path"], body["weight_version"]
+            self.models[self.name] = load_policy(body["model_path"])
+            return 200, {"success": True, "message": "Succeeded to update model weights."}
+        return 404, {"detail": "Not Found"}
+
+    def _answer_vllm(self, route: str, body: dict[str, Any]) -> tuple[int, Any]:
         if route == "/v1/completions":
             return self._complete(body)
         if route == "/v1/load_lora_adapter" and self.takes_adapters:
-            # wraps the base model in place, as PEFT does: a copy, since the base must stay
-            base = load_policy(str(self._saved(self.models[self.name], Path(body["lora_path"]).parent)))
-            self.models[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"])
+            self._load_adapter(body)
             return 200, "Success: LoRA adapter added successfully."
         if route == "/v1/unload_lora_adapter" and self.takes_adapters:
             del self.models[body["lora_name"]]
@@ -120,6 +146,11 @@ class CompletionServer:
             return 200, {"results": [None]}
         return 404, {"detail": "Not Found"}
 
+    def _load_adapter(self, body: dict[str, Any]) -> None:
+        # wraps the base model in place, as PEFT does: a copy, since the base must stay
+        base = load_policy(str(self._saved(self.models[self.name], Path(body["lora_path"]).parent)))
+        self.models[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"])
+
     def _saved(self, model: Any, folder: Path) -> Path:
         path = folder / "base-of-the-test-server"
         model.save_pretrained(path)
@@ -131,19 +162,9 @@ class CompletionServer:
             return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
         if len(body["prompt"]) + body["max_tokens"] > 256:
             return 400, {"error": {"message": "This model's maximum context length is 256 tokens."}}
-        engine = DecodeEngine(
-            self.models[body["model"]],
-            None,
-            self.tokenizer,
-            beta=1.0,
-            decoding=Decoding(max_new_tokens=body["max_tokens"], top_p=body["top_p"]),
-            eos_ids=body["stop_token_ids"],
+        response = self._response(
+            self.models[body["model"]], body["prompt"], body, body["max_tokens"], body["seed"], body["stop_token_ids"]
         )
-        request = Request(
-            Prompt(0, tuple(body["prompt"]), ""), Key((body["seed"],)), temperature=body["temperature"] or 1e-6
-        )
-        with torch.no_grad():
-            (response,) = engine.generate([request])
         choice: dict[str, Any] = {"index": 0, "text": response.text}
         choice["finish_reason"] = "stop" if response.finish_reason == "eos" else "length"
         if self.token_ids and body["return_token_ids"]:
@@ -151,3 +172,43 @@ class CompletionServer:
         if "logprobs" in body:
             choice["logprobs"] = {"token_logprobs": response.policy_logps}
         return 200, {"choices": [choice]}
+
+    def _generate_sglang(self, body: dict[str, Any]) -> tuple[int, Any]:
+        settings = body["sampling_params"]
+        if len(body["input_ids"]) + settings["max_new_tokens"] > 256:
+            return 400, {"error": {"message": "The input is longer than the model's context length (256 tokens)."}}
+        # SGLang ignores all stop tokens with `ignore_eos`, and ends at those of its checkpoint without
+        stops = [] if settings["ignore_eos"] else [*settings["stop_token_ids"], *self.own_eos]
+        model = self.models[body.get("lora_path") or self.name]
+        response = self._response(
+            model, body["input_ids"], settings, settings["max_new_tokens"], settings["sampling_seed"], stops
+        )
+        ended = response.finish_reason == "eos"
+        finish = {"type": "stop", "matched": response.ids[-1]} if ended else {"type": "length"}
+        meta: dict[str, Any] = {"finish_reason": finish, "weight_version": self.version}
+        if self.token_ids and body["return_logprob"]:
+            pairs = zip(response.policy_logps or (), response.ids, strict=True)
+            meta["output_token_logprobs"] = [[logp, token, None] for logp, token in pairs]
+        # the text and the ids of a reply are without the token that ended it
+        return 200, {
+            "text": response.text,
+            "output_ids": list(response.ids[: -1 if ended else None]),
+            "meta_info": meta,
+        }
+
+    def _response(
+        self, model: Any, prompt: list[int], settings: dict[str, Any], length: int, seed: int, stops: list[int]
+    ) -> Response:
+        """Sample with the built-in engine."""
+        engine = DecodeEngine(
+            model,
+            None,
+            self.tokenizer,
+            beta=1.0,
+            decoding=Decoding(max_new_tokens=length, top_p=settings["top_p"]),
+            eos_ids=stops,
+        )
+        request = Request(Prompt(0, tuple(prompt), ""), Key((seed,)), temperature=settings["temperature"] or 1e-6)
+        with torch.no_grad():
+            (response,) = engine.generate([request])
+        return response

@@ -1,4 +1,4 @@
-"""Decoding by a server: a real HTTP server with a real tiny model on loopback; and each way in which it may fail.
+"""Decoding by vLLM or SGLang: a real HTTP server with a real tiny model on loopback; and each way in which it may fail.
 
 tests/samplers/test_vllm_server_real.py has ``vllm serve``.
 """
@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.generation import DecodeEngine, Decoding, Request, ServerEngine
-from lightning_rlhf.generation.server import GenerationServerError
+from lightning_rlhf.generation.server_client import GenerationServerError
 from lightning_rlhf.ledger.store import PreferenceStore
 from lightning_rlhf.models import LoRA, build_reference, load_policy, load_tokenizer
 from lightning_rlhf.models.options import GenerationServer, ModelOptions
@@ -52,8 +52,16 @@ def engines(
     tokenizer = load_tokenizer(str(policy))
     reference = build_reference(model, "fixed")
     options: dict[str, Any] = {"beta": 0.1, "decoding": Decoding(max_new_tokens=6), "eos_ids": [0]}
+    kind = getattr(server, "engine", "vllm")
     address = GenerationServer(
-        **{"base_url": server.base_url, "model": "base", "folder": str(folder), "retries": 0, **settings}
+        **{
+            "base_url": server.base_url,
+            "model": "base",
+            "folder": str(folder),
+            "engine": kind,
+            "retries": 0,
+            **settings,
+        }
     )
     return ServerEngine(model, reference, tokenizer, server=address, **options), DecodeEngine(
         model, reference, tokenizer, **options
@@ -68,14 +76,15 @@ def train(policy: Any) -> None:
                 parameter += 0.2 * torch.randn_like(parameter)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_ids_go_and_come_and_log_probabilities_are_of_the_local_policy(
-    serve: Any, tiny_policy: Path, tmp_path: Path
+    serve: Any, tiny_policy: Path, tmp_path: Path, engine: str
 ) -> None:
-    server = serve()
-    engine, ours = engines(tiny_policy, server, tmp_path)
+    server = serve(engine=engine)
+    served, ours = engines(tiny_policy, server, tmp_path)
     counted: list[int] = []
-    engine.on_tokens = counted.append
-    responses = engine.generate(REQUESTS, reference_logps=True)
+    served.on_tokens = counted.append
+    responses = served.generate(REQUESTS, reference_logps=True)
     # the server samples with Key((seed,)): the same engine gives the same responses in order
     seeded = [Request(r.prompt, Key((r.key.seed(),))) for r in REQUESTS]
     expected = ours.generate(seeded, reference_logps=True)
@@ -87,28 +96,36 @@ def test_ids_go_and_come_and_log_probabilities_are_of_the_local_policy(
         assert left.policy_logps == pytest.approx(right.policy_logps, abs=1e-5)
         assert left.reference_logps == pytest.approx(right.reference_logps, abs=1e-5)
     assert counted == [sum(len(r.ids) for r in responses)]
-    probe, *sent = server.bodies("/v1/completions")
-    assert (probe["logprobs"], probe["temperature"]) == (1, 1.0)
+    if engine == "vllm":
+        probe, *sent = server.bodies("/v1/completions")
+        assert (probe["logprobs"], probe["temperature"]) == (1, 1.0)
+        seeds = {body["seed"] for body in sent}
+    else:
+        probe, *sent = [body["sampling_params"] for body in server.bodies("/generate")]
+        assert (probe["top_p"], probe["temperature"]) == (1.0, 1.0)
+        seeds = {body["sampling_seed"] for body in sent}
     # in any order, since they are sent side by side
-    assert {body["seed"] for body in sent} == {request.key.seed() for request in REQUESTS}
+    assert seeds == {request.key.seed() for request in REQUESTS}
     # defaults of the server must not change the distribution
-    assert all(
-        (body["top_k"], body["repetition_penalty"], body["ignore_eos"], body["stop_token_ids"]) == (-1, 1.0, True, [0])
-        for body in sent
-    )
-    assert engine.generate([]) == []
+    assert all((body["top_k"], body["repetition_penalty"], body["stop_token_ids"]) == (-1, 1.0, [0]) for body in sent)
+    assert {body["ignore_eos"] for body in sent} == {engine == "vllm"}
+    assert served.generate([]) == []
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
 @pytest.mark.parametrize("lora", [None, LoRA(r=2), LoRA(r=2, peft={"rank_pattern": {"q_proj": 1}})])
-def test_the_server_follows_the_policy(serve: Any, tiny_policy: Path, tmp_path: Path, lora: LoRA | None) -> None:
-    server = serve()
+def test_the_server_follows_the_policy(
+    serve: Any, tiny_policy: Path, tmp_path: Path, lora: LoRA | None, kind: str
+) -> None:
+    server = serve(engine=kind)
     engine, ours = engines(tiny_policy, server, tmp_path, lora)
     # another process of the run: it finds the weights that the first one brought
     other, _ = engines(tiny_policy, server, tmp_path, lora)
     other.policy.load_state_dict(engine.policy.state_dict())
 
     def pushed() -> int:
-        return len(server.bodies("/collective_rpc")) + len(server.bodies("/v1/load_lora_adapter"))
+        routes = ("/collective_rpc", "/v1/load_lora_adapter", "/update_weights_from_disk", "/load_lora_adapter")
+        return sum(len(server.bodies(route)) for route in routes)
 
     before = [r.ids for r in engine.generate(GREEDY)]
     assert [r.ids for r in other.generate(GREEDY)] == before
@@ -160,10 +177,15 @@ def test_the_key_goes_in_the_header(
     [
         ({"dev_mode": False}, None, "HTTP 404.*VLLM_SERVER_DEV_MODE=1"),
         ({"adapters": False}, LoRA(r=2), "HTTP 404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
-        ({"token_ids": False}, None, "no token ids.*use vLLM or SGLang"),
+        ({"token_ids": False}, None, "no token ids.*use vLLM, or SGLang with"),
         ({"name": "other"}, None, "model.options.server.model is 'base', and .* has 'other'"),
+        ({"engine": "sglang", "dev_mode": False}, None, "/model_info has no weight_version"),
+        ({"engine": "sglang", "adapters": False}, LoRA(r=2), "HTTP 400.*LoRA is not enabled.*--enable-lora"),
+        ({"engine": "sglang", "token_ids": False}, None, "without output_token_logprobs"),
+        # every token of the tiny vocabulary but the policy's own EOS
+        ({"engine": "sglang", "own_eos": tuple(range(1, 260))}, None, "ended a response at .*eos_token_id"),
     ],
-    ids=["dev_mode", "adapters", "token_ids", "name"],
+    ids=["dev_mode", "adapters", "token_ids", "name", "sgl_version", "sgl_adapters", "sgl_token_ids", "sgl_eos"],
 )
 def test_servers_that_cannot_serve_a_policy_are_refused(
     serve: Any, tiny_policy: Path, tmp_path: Path, settings: Any, lora: LoRA | None, message: str
@@ -230,9 +252,10 @@ def test_options() -> None:
         ({"base_url": "http://user:secret@host/v1"}, "base_url must be like"),
         ({"folder": ""}, "folder must not be empty"),
         ({"timeout": float("nan")}, "timeout > 0"),
+        ({"engine": "tgi"}, "server.engine must be one of vllm, sglang; got 'tgi'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            GenerationServer(**{"base_url": server.base_url, "model": "base", "folder": "weights", **changed})  # type: ignore[arg-type]
+            GenerationServer(**{"base_url": server.base_url, "model": "base", "folder": "weights", **changed})  # type: ignore[arg-type, dict-item]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_rlhf.generation import AbstractExternalEngine, DecodeEngine, Decoding, Request
-from lightning_rlhf.generation.server import ServerCompletion
+from lightning_rlhf.generation.server_protocols import ServerCompletion
 from lightning_rlhf.models.reference import FrozenCopyReference
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.rewards.base import AbstractReward, RewardOutput
