@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from lightning_rlhf.generation.base import AbstractEngine
+from lightning_rlhf.generation.base import AbstractEngine, Request
 from lightning_rlhf.preference_models.base import AbstractPreferenceModel, Posterior
 from lightning_rlhf.randomness import Key
 from lightning_rlhf.samplers.base import AbstractPairSampler
@@ -16,27 +17,34 @@ from lightning_rlhf.types import Comparison, Prompt, Response
 
 
 class AbstractModelSampler(AbstractPairSampler):
-    """Samples n responses from the policy, and pairs two of them by the posterior of their rewards.
+    """Samples n responses, and pairs two of them by the posterior of their rewards.
+
+    All n are samples of the policy, or the last ``references`` of them samples of the reference. Two samples of the
+    policy differ little in the direction in which it has moved, so that labels between them do not tell how far that
+    direction pays; labels against the reference do.
 
     Implement `choose`. Equal responses of a pool count once, so that a pair has equal responses only where all n are
     equal. While there is no fitted model, the first two different responses are a pair.
 
     Args:
         n: responses per prompt, >= 2; each is decoded, and two are labeled.
+        references: how many of the n are samples of the reference, from 0 to n.
 
     Attributes:
         preference_model: the fitted model of the run, which the DataModule sets; None before its first fit.
 
     Raises:
-        ValueError: if n is smaller than 2.
+        ValueError: if n is smaller than 2, or ``references`` is not from 0 to n.
     """
 
     preference_model: AbstractPreferenceModel | None = None
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, references: int = 0) -> None:
         if n < 2:
             raise ValueError(f"n must be at least 2, since a pair needs two candidates; got {n}")
-        self.n = n
+        if not 0 <= references <= n:
+            raise ValueError(f"references must be from 0 to n={n}; got {references}")
+        self.n, self.references = n, references
         self.passes_per_pair = float(n)
 
     @abstractmethod
@@ -48,6 +56,15 @@ class AbstractModelSampler(AbstractPairSampler):
             key: source of random numbers of the prompt.
         """
 
+    def requests(self, prompts: Sequence[Prompt], key: Key) -> list[Request]:
+        """Requests for the pools, prompt by prompt, samples of the policy before those of the reference."""
+        own = self.n - self.references
+        return [
+            # mix = -1: (1 + mix) h_theta - mix h_ref = h_ref
+            request if i % self.n < own else replace(request, mix=-1.0, source="reference")
+            for i, request in enumerate(pool_requests(prompts, self.n, key))
+        ]
+
     def sample(self, prompts: Sequence[Prompt], engine: AbstractEngine, key: Key) -> list[Comparison]:
         """Sample a pool per prompt in one batch and keep one pair.
 
@@ -56,7 +73,7 @@ class AbstractModelSampler(AbstractPairSampler):
         """
         model, posterior = self.preference_model, None
         needs_logps = model is not None and model.needs_reference_logps
-        pool = engine.generate(pool_requests(prompts, self.n, key), reference_logps=needs_logps)
+        pool = engine.generate(self.requests(prompts, key), reference_logps=needs_logps)
         if model is not None:
             posterior = model.posterior(repeated(prompts, self.n), pool)
         comparisons = []

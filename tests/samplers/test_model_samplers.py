@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -62,15 +63,18 @@ def samplers() -> list[AbstractModelSampler]:
     return [InfomaxSampler(n=6), ThompsonSampler(n=6), ThompsonSampler(n=6, second="variance")]
 
 
-def test_infomax_pairs_what_sampling_finds_most_uncertain(toy_engine: Any) -> None:
-    sampler, key = fitted(InfomaxSampler(n=5)), Key((1,))
+@pytest.mark.parametrize("references", [0, 2])
+def test_infomax_pairs_what_sampling_finds_most_uncertain(toy_engine: Any, references: int) -> None:
+    sampler, key = fitted(InfomaxSampler(n=5, references=references)), Key((1,))
     z = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rewards = MEAN + z @ FACTOR.T
     variances = {
         (a, b): float(torch.sigmoid(rewards[:, a] - rewards[:, b]).var()) for a, b in combinations(range(4), 2)
     }
     for comparison in sampler.sample(prompts(40), toy_engine, key):
-        pool = toy_engine.generate(pool_requests([comparison.prompt], 5, key))
+        requests = pool_requests([comparison.prompt], 5, key)
+        requests[5 - references :] = [replace(request, mix=-1.0) for request in requests[5 - references :]]
+        pool = toy_engine.generate(requests)
         tokens = sorted({response.ids[0] for response in pool})
         chosen = tuple(sorted((comparison.a.ids[0], comparison.b.ids[0])))
         if len(tokens) > 1:
@@ -153,6 +157,16 @@ def test_a_response_meets_an_equal_one_only_where_all_are_equal(toy_engine: Any,
     assert equal > 0
 
 
+def test_references_are_samples_of_the_reference(world: Any, tools: Any) -> None:
+    comparisons = InfomaxSampler(n=3, references=1).sample(world.prompts(4000), world.engine(), Key((8,)))
+    # without a model the pair is the first two different responses: (policy, policy), or the reference where those are
+    # equal
+    assert {c.a.source for c in comparisons} == {"policy"}
+    assert {c.b.source for c in comparisons} == {"policy", "reference"}
+    only_two = InfomaxSampler(n=2, references=1).sample(world.prompts(4000), world.engine(), Key((8,)))
+    tools.assert_follows(tools.ids_of(only_two), tools.product_law(world.law(), world.law(-1.0)))
+
+
 def test_without_a_model_the_pair_is_the_start_of_the_pool(toy_engine: Any) -> None:
     key = Key((4,))
     for comparison in InfomaxSampler(n=2).sample(prompts(20), toy_engine, key):
@@ -169,5 +183,7 @@ def test_one_call_of_engine_and_model_per_chunk(toy_engine: Any) -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         InfomaxSampler(n=1)
+    with pytest.raises(ValueError, match="references must be from 0 to n=4; got 5"):
+        InfomaxSampler(n=4, references=5)
     with pytest.raises(ValueError, match="must be one of double, variance"):
         ThompsonSampler(second="best")  # type: ignore[arg-type]
