@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import annotation_load, gallery, head, ledger, results, silver_labels
+from benchmarks import annotation_load, decode_profile, gallery, head, ledger, results, silver_labels
 from benchmarks.harness import check_same, ids_in_order, model_folder
 from lightning_rlhf.datamodules.options import PreferenceRoundOptions, PromptOptions
 from lightning_rlhf.experiments.curves import Curve, CurvePoint, write_cell, write_curves
@@ -277,3 +277,18 @@ def test_costs_by_the_number_of_rows_are_printed(tmp_path: Path) -> None:
         assert all(run["cpu"] > 0 and run["rss_mb"] > 0 for run in line[arm].values())
     # two arms with two numbers of rows each, below two lines of header
     assert sum(row.startswith("| ") for row in done.stdout.splitlines()) == 6
+
+
+def test_the_profile_of_a_decoding_step(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {
+        "aten::addmm": 6.0,
+        "aten::mm": 1.0,
+        "aten::_scaled_dot_product_flash_attention_for_cpu": 1.0,
+        "aten::add": 2,
+    }
+    assert decode_profile.shares(times) == pytest.approx((0.7, 0.1))
+    (figures,) = decode_profile.run(["--rows=2", "--prompt-tokens=4", "--new-tokens=4", "--repeats=1"])
+    assert figures["cpu_ms"] > 0 and 0 < figures["products"] < 1 and 0 < figures["attention"] < 1
+    # more than an operation in each of the layers
+    assert figures["operations"] > 100
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 2 | ")
