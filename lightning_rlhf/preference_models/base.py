@@ -110,18 +110,19 @@ class AbstractPreferenceModel(KeepsArguments, ABC):
         first = torch.arange(0, 2 * len(pairs), 2)
         return posterior.gap(first, first + 1)
 
-    def held_out_gaps(self, preferences: Sequence[Preference], latest: int) -> Tensor:
-        """Fit to all preferences, and predict the latest pairs without their own labels: mean gaps, nats, [latest].
+    def held_out_gaps(self, preferences: Sequence[Preference], chosen: Sequence[int]) -> Tensor:
+        """Fit to all preferences, and predict some pairs without their own labels: mean gaps, nats, [chosen].
 
-        The predictions here are those of a fit to the preferences before them. A model that knows the posterior without
-        one label, as `KernelPreferenceModel` does, overrides this.
+        The predictions here are those of a fit to the other preferences. A model that knows the posterior without one
+        label, as `KernelPreferenceModel` does, overrides this.
 
         Args:
             preferences: all preferences, in the order of the ledger.
-            latest: how many of them are predicted, >= 1 and fewer than all.
+            chosen: positions of those that are predicted, ascending, fewer than all.
         """
-        self.fit(preferences[:-latest])
-        mean, _ = self.pair_gaps([preference.comparison for preference in preferences[-latest:]])
+        left_out = set(chosen)
+        self.fit([preference for i, preference in enumerate(preferences) if i not in left_out])
+        mean, _ = self.pair_gaps([preferences[i].comparison for i in chosen])
         self.fit(preferences)
         return mean
 

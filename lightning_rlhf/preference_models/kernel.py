@@ -294,11 +294,16 @@ class KernelPreferenceModel(AbstractPreferenceModel):
             self._variances = self._by_evidence(self._pairs[chosen], probabilities[chosen])
         self._laplace = laplace(prior_covariance(self._pairs, self._pairs, self._variances), probabilities)
 
-    def held_out_gaps(self, preferences: Sequence[Preference], latest: int) -> Tensor:
+    def held_out_gaps(self, preferences: Sequence[Preference], chosen: Sequence[int]) -> Tensor:
         """Gaps in the posterior of all labels but the own one; see `AbstractPreferenceModel.held_out_gaps`."""
         self.fit(preferences)
         assert self._laplace is not None  # by `fit`
-        return leave_one_out(self._laplace)[-latest:]
+        gaps = leave_one_out(self._laplace)
+        # the fit has the newest `most_labels` alone, and knows no label of an older pair
+        oldest = len(preferences) - len(gaps)
+        within = gaps[[i - oldest for i in chosen if i >= oldest]]
+        older = [preferences[i].comparison for i in chosen if i < oldest]
+        return torch.cat([self.pair_gaps(older)[0], within]) if older else within
 
     def posterior(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Posterior:
         """Posterior of the rewards of responses; see `AbstractPreferenceModel.posterior`."""
