@@ -33,7 +33,7 @@ from lightning_rlhf.preference_models import (
 )
 from lightning_rlhf.prompts import BuiltinPrompts
 from lightning_rlhf.rewards import AbstractReward, RewardOutput
-from lightning_rlhf.samplers import VanillaSampler
+from lightning_rlhf.samplers import AbstractPairSampler, HybridSampler, MixtureSampler, VanillaSampler
 from lightning_rlhf.types import Preference, Prompt, Response, State
 
 
@@ -117,6 +117,7 @@ def fit(
     *,
     labels: int = 12,
     resume: str | None = None,
+    sampler: AbstractPairSampler | None = None,
     **options: Any,
 ) -> tuple[DPOModule, PreferenceDataModule, Items]:
     """Rounds of four labels; silver labels from the second round on, three steps each on five silver pairs."""
@@ -125,7 +126,7 @@ def fit(
     module = DPOModule(str(policy), optimizer=lambda parameters: AdamW(parameters, lr=1e-3))
     data = PreferenceDataModule(
         prompts=BuiltinPrompts("train", limit=10),
-        sampler=VanillaSampler(),
+        sampler=sampler or VanillaSampler(),
         labeler=RewardLabeler(Bytes(), rule="bernoulli"),
         decoding=Decoding(max_new_tokens=6, rows=16),
         rounds=PreferenceRoundOptions(prompts_per_round=4),
@@ -202,21 +203,36 @@ def test_labels_are_those_of_the_posterior(whole: tuple[Path, DPOModule, Items, 
         assert preference.probability == pytest.approx(float(win_probability(mean, variance, 2.0)))
 
 
-def test_kappa_follows_the_latest_labels(tmp_path: Path, tiny_policy: Path) -> None:
-    """Kappa times the factor at which a fit to the labels before the latest four predicts those four."""
+@pytest.mark.parametrize(
+    ("sampler", "count"),
+    [
+        (VanillaSampler(), 4),
+        # of these, labels of pairs of the policy alone
+        (MixtureSampler([VanillaSampler(), HybridSampler()]), 3),
+        # there are none
+        (HybridSampler(), 4),
+    ],
+    ids=["vanilla", "mixture", "hybrid"],
+)
+def test_kappa_follows_the_latest_labels_of_the_policy(
+    tmp_path: Path, tiny_policy: Path, sampler: AbstractPairSampler, count: int
+) -> None:
+    """Kappa times the factor at which a fit to the other labels predicts the chosen ones."""
     model = Ridge()
-    _, _, items = fit(tmp_path, tiny_policy, model, kappa_labels=4)
-    # at 8 and at 12 labels: without the latest four, then with all
-    assert model.fits == [4, 8, 8, 12]
+    _, _, items = fit(tmp_path, tiny_policy, model, sampler=sampler, kappa_labels=count)
+    # at 8 and at 12 labels: without the chosen ones, then with all
+    assert model.fits == [8 - count, 8, 12 - count, 12]
     with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:
         preferences = list(store.preferences())
-    earlier = Ridge()
-    earlier.fit(preferences[:8])
-    pairs = [preference.comparison for preference in preferences[8:]]
-    first = torch.arange(0, 8, 2)
-    prompts, responses = zip(*[(pair.prompt, r) for pair in pairs for r in (pair.a, pair.b)], strict=True)
-    mean, _ = earlier.posterior(prompts, responses).gap(first, first + 1)
-    factor = gap_factor(mean, torch.tensor([p.probability for p in preferences[8:]], dtype=torch.float64))
+    chosen = [
+        p for p in preferences if "reference" not in (p.comparison.a.source, p.comparison.b.source)
+    ] or preferences
+    assert (len(chosen) < 12) == isinstance(sampler, MixtureSampler)
+    chosen = chosen[-count:]
+    others = Ridge()
+    others.fit([preference for preference in preferences if preference not in chosen])
+    mean, _ = others.pair_gaps([preference.comparison for preference in chosen])
+    factor = gap_factor(mean, torch.tensor([p.probability for p in chosen], dtype=torch.float64))
     assert factor != 1.0
     for preference in silver(items.epochs[-1]):
         gap, variance = (torch.tensor(preference.label.meta[name]) for name in ("mean", "variance"))

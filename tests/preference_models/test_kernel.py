@@ -163,6 +163,21 @@ def test_only_the_latest_labels_are_used_where_there_are_too_many(start: ModelSt
     torch.testing.assert_close(short.posterior(prompts, pool).mean, long.posterior(prompts, pool).mean)
 
 
+def test_gaps_without_the_own_label_are_found_by_position(start: ModelStart) -> None:
+    short, long = ready(start, KernelPreferenceModel(most_labels=20)), ready(start)
+    labeled = preferences(30)
+    every = long.held_out_gaps(labeled, range(30))
+    known, _ = long.pair_gaps([preference.comparison for preference in labeled])
+    # the own label pulls the prediction towards itself
+    label = torch.tensor([preference.probability for preference in labeled], dtype=torch.float64)
+    assert bool(((label - every.sigmoid()) * (known - every) > 0).all())
+    torch.testing.assert_close(long.held_out_gaps(labeled, [3, 17, 29]), every[[3, 17, 29]])
+    # of labels that the fit does not use, the posterior itself
+    found = short.held_out_gaps(labeled, [2, 12])
+    torch.testing.assert_close(found[:1], short.pair_gaps([labeled[2].comparison])[0])
+    torch.testing.assert_close(found[1:], short.held_out_gaps(labeled[10:], [2]))
+
+
 def test_evidence_changes_scales_from_its_number_of_labels_on(start: ModelStart) -> None:
     scales = KernelScales(prompt=0, pair=0, hidden=0)
     model = ready(start, KernelPreferenceModel(scales=scales, evidence_labels=60))
