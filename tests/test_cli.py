@@ -69,7 +69,7 @@ def test_shipped_configs_fit_two_steps(in_folder: Path, tiny_policy: Path, confi
     assert list((in_folder / "run").rglob("events.out.tfevents*"))
 
 
-MODEL_SAMPLERS = ["sampler/infomax", "sampler/thompson", "sampler/posterior_best_worst"]
+MODEL_SAMPLERS = ["sampler/infomax", "sampler/thompson"]
 OVERLAYS = [name for name in config_names() if name.startswith("sampler/") and name not in MODEL_SAMPLERS]
 OVERLAYS += ["trainer/cpu", "debug"]
 

@@ -13,7 +13,6 @@ from lightning_rlhf.samplers.nash_md import NashMDSampler
 from lightning_rlhf.samplers.offline import OfflineSampler
 from lightning_rlhf.samplers.pilaf import PILAFSampler
 from lightning_rlhf.samplers.policy_weighted import PolicyWeightedSampler
-from lightning_rlhf.samplers.posterior_best_worst import PosteriorBestWorstSampler
 from lightning_rlhf.samplers.rso import RSOSampler
 from lightning_rlhf.samplers.self_play import SelfPlaySampler
 from lightning_rlhf.samplers.single import SingleSampler
@@ -39,7 +38,6 @@ __all__ = [
     "OfflineSampler",
     "PILAFSampler",
     "PolicyWeightedSampler",
-    "PosteriorBestWorstSampler",
     "RSOSampler",
     "SIRPILAFSampler",
     "SelfPlaySampler",

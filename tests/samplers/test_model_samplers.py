@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_rlhf.preference_models import AbstractPreferenceModel, ModelStart, Posterior
 from lightning_rlhf.randomness import Key
-from lightning_rlhf.samplers import AbstractModelSampler, InfomaxSampler, PosteriorBestWorstSampler, ThompsonSampler
+from lightning_rlhf.samplers import AbstractModelSampler, InfomaxSampler, ThompsonSampler
 from lightning_rlhf.samplers.draws import pool_requests
 from lightning_rlhf.samplers.thompson import most_uncertain, second_best
 from lightning_rlhf.types import Preference, Prompt, Response
@@ -60,10 +60,7 @@ def independent(mean: Tensor, std: Tensor) -> Posterior:
 
 
 def samplers() -> list[AbstractModelSampler]:
-    return [
-        *(InfomaxSampler(n=6), ThompsonSampler(n=6), ThompsonSampler(n=6, second="variance")),
-        PosteriorBestWorstSampler(n=6),
-    ]
+    return [InfomaxSampler(n=6), ThompsonSampler(n=6), ThompsonSampler(n=6, second="variance")]
 
 
 @pytest.mark.parametrize("references", [0, 2])
@@ -85,17 +82,6 @@ def test_infomax_pairs_what_sampling_finds_most_uncertain(toy_engine: Any, refer
             gap = FACTOR[chosen[0]] - FACTOR[chosen[1]]
             assert comparison.meta["gap_std"] == pytest.approx(float(gap.norm()))
         assert (comparison.passes, sampler.passes_per_pair) == (5.0, 5.0)
-
-
-def test_best_and_worst_by_posterior_mean(toy_engine: Any) -> None:
-    sampler, key = fitted(PosteriorBestWorstSampler(n=5)), Key((1,))
-    for comparison in sampler.sample(prompts(40), toy_engine, key):
-        pool = toy_engine.generate(pool_requests([comparison.prompt], 5, key))
-        means = [float(MEAN[response.ids[0]]) for response in pool]
-        if len(set(means)) > 1:
-            assert [MEAN[r.ids[0]] for r in (comparison.a, comparison.b)] == [max(means), min(means)]
-    ties = Posterior(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    assert PosteriorBestWorstSampler().choose(ties, key) == (0, 2)
 
 
 def test_double_thompson_has_its_exact_law(tools: Any) -> None:
@@ -144,7 +130,7 @@ def test_baits_pairs_the_first_with_the_most_uncertain_gap() -> None:
         assert second == most_uncertain(posterior, first)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(3))
 def test_pairs_depend_neither_on_chunks_nor_on_the_order_of_prompts(toy_engine: Any, number: int, tools: Any) -> None:
     sampler, key = fitted(samplers()[number]), Key((5,))
     whole = sampler.sample(prompts(24), toy_engine, key)
@@ -154,7 +140,7 @@ def test_pairs_depend_neither_on_chunks_nor_on_the_order_of_prompts(toy_engine: 
     assert tools.ids_of(sampler.sample(prompts(24), toy_engine, Key((6,)))) != tools.ids_of(whole)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("knows", [True, False])
 def test_a_response_meets_an_equal_one_only_where_all_are_equal(toy_engine: Any, number: int, knows: bool) -> None:
     sampler, key = samplers()[number], Key((2,))
