@@ -11,7 +11,10 @@ from lightning_rlhf.types import State
 
 
 PATIENCE = 20
-"""Rounds in a row without a label after which a run with a budget ends."""
+"""Rounds in a row with hardly a label after which a run with a budget ends."""
+
+LEAST_LABELED = 0.05
+"""Share of the pairs of those rounds that must have cost a label, so that the run goes on."""
 
 
 class LabelBudget(Callback):
@@ -20,7 +23,8 @@ class LabelBudget(Callback):
     The DataModule cuts the last round to the remaining labels, so that no more than ``labels`` are bought. The run
     trains on that round as on the others, and stops before it would sample another one. Only labels with a verdict
     count. A run that is resumed with a spent budget stops at once; to continue, resume it with a larger budget. Pairs
-    of equal responses cost no label: after `PATIENCE` rounds of such pairs only, the run stops with a warning.
+    of equal responses cost no label: when 19 of 20 pairs in `PATIENCE` rounds are such pairs, the run stops with a
+    warning.
 
     With ``cost`` it counts the price of the labels, of all sources together and failed attempts included, in the unit
     of the labeler. No round is begun from that cost on; since the price of a round is known when it is over, the last
@@ -45,7 +49,8 @@ class LabelBudget(Callback):
         self.labels, self.cost = labels, cost
         self._round_done_at = 0
         self._cost_done_at = 0.0
-        self._idle_rounds = 0
+        # labels and free ties at the ends of the latest rounds, and before the first one
+        self._ends: list[tuple[int, int]] = [(0, 0)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the budget of the DataModule before it samples."""
@@ -79,29 +84,30 @@ class LabelBudget(Callback):
         # a round may be trained on for several epochs, and the last round is finished like the others
         if not source.ends_round(trainer.current_epoch):
             return
-        before, self._round_done_at = self._round_done_at, source.num_labels
+        self._round_done_at = source.num_labels
         if self.cost is not None:
             self._cost_done_at = datamodule_of(trainer, PricedSource, "LabelBudget.cost").cost()
-        self._idle_rounds = self._idle_rounds + 1 if self._round_done_at == before else 0
+        self._ends = [*self._ends[-PATIENCE:], (self._round_done_at, source.num_ties)]
+        labels, ties = (last - first for first, last in zip(self._ends[0], self._ends[-1], strict=True))
         if self._is_spent():
             trainer.should_stop = True
-        elif self._idle_rounds >= PATIENCE:
+        elif len(self._ends) > PATIENCE and labels <= LEAST_LABELED * (labels + ties):
             rank_zero_warn(
-                f"the last {PATIENCE} rounds brought no label: the two responses of every pair were equal, so that the "
-                f"policy has collapsed. The run stops at {self._round_done_at} labels, before its budget is spent; "
-                f"raise data.decoding.temperature, or start from another policy"
+                f"the last {PATIENCE} rounds brought {labels} labels: the two responses of the other pairs were equal, "
+                f"so that the policy has collapsed. The run stops at {self._round_done_at} labels, before its budget is "
+                f"spent; raise data.decoding.temperature, train less on each label, or start from another policy"
             )
             trainer.should_stop = True
 
     def state_dict(self) -> State:
-        """Labels and cost when the last round ended, and the rounds in a row without a label."""
-        state: State = {"round_done_at": self._round_done_at, "idle_rounds": self._idle_rounds}
+        """Labels and cost when the last round ended, and labels and free ties of the latest rounds."""
+        state: State = {"round_done_at": self._round_done_at, "ends": self._ends}
         return state if self.cost is None else {**state, "cost_done_at": self._cost_done_at}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of `state_dict`."""
         self._round_done_at = state_dict["round_done_at"]
-        # checkpoints of version 0.1 do not have it
-        self._idle_rounds = state_dict.get("idle_rounds", 0)
+        # earlier checkpoints do not have them
+        self._ends = [(labels, ties) for labels, ties in state_dict.get("ends", [])]
         # a budget of labels alone does not keep it
         self._cost_done_at = state_dict.get("cost_done_at", 0.0)

@@ -117,7 +117,7 @@ def test_a_collapsed_policy_trains_on_ties_and_ends_where_a_budget_would_never_b
     trainer = L.Trainer(
         default_root_dir=tmp_path, max_epochs=-1, enable_model_summary=False, callbacks=[LabelBudget(5)], **options
     )
-    with pytest.warns(UserWarning, match=f"last {PATIENCE} rounds brought no label.*the policy has collapsed"):
+    with pytest.warns(UserWarning, match=f"last {PATIENCE} rounds brought 0 labels.*the policy has collapsed"):
         trainer.fit(DPOModule(str(tiny_policy), optimizer=partial(AdamW, lr=1e-3, weight_decay=0.0)), datamodule=loaded)
     assert (labeler.asked, trainer.global_step) == ([], PATIENCE)
     with PreferenceStore(tmp_path / "ledger.sqlite", read_only=True) as store:

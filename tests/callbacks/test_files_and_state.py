@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -165,9 +166,33 @@ def test_rounds_without_a_label_are_counted_over_a_restart(
     trainer = toy.trainer(tmp_path, [LabelBudget(100), saver], max_epochs=3, enable_checkpointing=True)
     trainer.fit(toy.ToyModule(), datamodule=Collapsed())
     resumed = toy.trainer(tmp_path, [LabelBudget(100)], max_epochs=50)
-    with pytest.warns(UserWarning, match="last 3 rounds brought no label"):
+    with pytest.warns(UserWarning, match="last 3 rounds brought 0 labels"):
         resumed.fit(toy.ToyModule(), datamodule=Collapsed(), ckpt_path=tmp_path / "epoch=2.ckpt")
     assert resumed.current_epoch == 4
+
+
+@pytest.mark.parametrize(("ties", "ends"), [(20, True), (18, False)])
+def test_a_policy_that_hardly_ever_differs_has_collapsed(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ties: int, ends: bool
+) -> None:
+    """One label per round beside so many free ties: below and above a twentieth."""
+    monkeypatch.setattr("lightning_rlhf.callbacks.budget.PATIENCE", 3)
+
+    class Trickling(toy.ToyData):  # type: ignore[name-defined,misc]
+        """Each round of four pairs counts as one label and as some free ties."""
+
+        @property
+        def num_labels(self) -> int:
+            return int(self.bought // 4)
+
+        num_ties = property(lambda self: ties * (self.bought // 4), lambda self, value: None)
+
+    trainer = toy.trainer(tmp_path, [LabelBudget(100)], max_epochs=6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(toy.ToyModule(), datamodule=Trickling())
+    assert trainer.current_epoch == (3 if ends else 6)
+    assert any("last 3 rounds brought 3 labels" in str(warning.message) for warning in caught) == ends
 
 
 def test_two_budgets_are_one_too_many(toy: ModuleType, tmp_path: Path) -> None:
