@@ -42,8 +42,8 @@ def shares(operations: Mapping[str, float]) -> tuple[float, float]:
         operations: CPU time of each operation by its name, without that of the operations it calls; any unit.
     """
     total = sum(operations.values())
-    products = sum(time for name, time in operations.items() if name in PRODUCTS)
-    attention = sum(time for name, time in operations.items() if ATTENTION in name)
+    products = sum(spent for name, spent in operations.items() if name in PRODUCTS)
+    attention = sum(spent for name, spent in operations.items() if ATTENTION in name)
     return products / total, attention / total
 
 

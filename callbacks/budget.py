@@ -94,8 +94,8 @@ class LabelBudget(Callback):
         elif len(self._ends) > PATIENCE and labels <= LEAST_LABELED * (labels + ties):
             rank_zero_warn(
                 f"the last {PATIENCE} rounds brought {labels} labels: the two responses of the other pairs were equal, "
-                f"so that the policy has collapsed. The run stops at {self._round_done_at} labels, before its budget is "
-                f"spent; raise data.decoding.temperature, train less on each label, or start from another policy"
+                f"so that the policy has collapsed. The run stops at {self._round_done_at} labels, before its budget "
+                f"is spent; raise data.decoding.temperature, train less on each label, or start from another policy"
             )
             trainer.should_stop = True
 

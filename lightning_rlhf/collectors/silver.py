@@ -54,8 +54,8 @@ class SilverOptions:
         kappa_labels: latest labels by which ``kappa`` is calibrated, >= 1; default: none, kappa is fixed. At every fit
             the model predicts each of them without its label (`AbstractPreferenceModel.held_out_gaps`); ``kappa`` is
             multiplied by the factor at which it predicts them best. A policy whose responses become equally good has
-            smaller gaps than a model expects that learnt from earlier ones. Labels of pairs of two samples of the
-            policy count, as silver pairs are; where there are none, all labels.
+            smaller gaps than a model expects that learnt from earlier ones. Only labels of pairs of two samples
+            of the policy count, which silver pairs are; where there are fewer of these, all labels.
         damping: use the posterior variance: the less certain a gap is, the nearer its label is to 1/2.
         refit_every: new labels after which the model is fitted again, >= 1.
         min_labels: labels before the first fit, >= 1; until then the run trains on real pairs, one epoch per round.
@@ -233,11 +233,11 @@ class SilverCollector:
         """Fit the model; the factor of reward gaps at which it predicts the latest labels without knowing them.
 
         Along the policies pi_t ~ pi_ref exp(t f / beta) with the model's reward f, dJ/dt is proportional to
-        Cov(r, f) - t Var(f): J is highest where t, which is kappa, is the slope of the true gaps over the predicted
-        ones on the policy's own pairs.
+        Cov(r, f) - t Var(f): J is highest where t is the slope of the true gaps over the predicted ones on the
+        policy's own pairs. With ``SilverOptions.kappa`` 1 and no damping, silver labels aim at this t.
         """
         own = [i for i, preference in enumerate(preferences) if _is_of_policy(preference.comparison)]
-        chosen = (own or range(len(preferences)))[-latest:]
+        chosen = (own if len(own) >= latest else range(len(preferences)))[-latest:]
         gap = self.options.model.held_out_gaps(preferences, chosen)
         label = torch.tensor([preferences[i].probability for i in chosen], dtype=torch.float64)
         return gap_factor(gap, label)

@@ -153,7 +153,12 @@ class ServerEngine(AbstractExternalEngine):
         # another name and path for each version: servers cache adapters and prompts by both
         # without a tokenizer: vLLM would take one of an adapter for another tokenizer than that of its base
         adapted.save_pretrained(str(folder / name), save_embedding_layers=False)
-        self._protocol.load_adapter(name, folder / name)
+        try:
+            self._protocol.load_adapter(name, folder / name)
+        except GenerationServerError:
+            # the reply to an earlier attempt may be lost, and a server refuses to load a name twice
+            if name not in self._client.models():
+                raise
         if self._loaded is not None:
             self._protocol.unload_adapter(self._loaded)
             shutil.rmtree(folder / self._loaded, ignore_errors=True)
@@ -184,8 +189,8 @@ class ServerEngine(AbstractExternalEngine):
         assert scored.policy_logps is not None
         if len(completion.logps) != len(response.ids):
             raise GenerationServerError(
-                f"{self.server.base_url} (model.options.server.base_url) gives no log-probabilities (logprobs=1), by "
-                f"which its weights are compared with the policy: use vLLM or SGLang"
+                f"{self.server.base_url} (model.options.server.base_url) gives no log-probabilities, by which its "
+                f"weights are compared with the policy: use vLLM or SGLang"
             )
         pairs = zip(completion.logps, scored.policy_logps, strict=True)
         difference = sum(abs(there - here) for there, here in pairs) / len(response.ids)
@@ -193,7 +198,7 @@ class ServerEngine(AbstractExternalEngine):
         if not difference <= PROBE_TOLERANCE:
             raise GenerationServerError(
                 f"{adapter or self.server.model!r} on {self.server.base_url} is not the policy: log-probabilities "
-                f"differ by {difference:.2g} nats per token. Start the server with the checkpoint of model.policy, as "
-                f"model.options.server.model={self.server.model}, and let model.options.server.folder be the same "
-                f"folder for both"
+                f"differ by {difference:.2g} nats per token. Start the server with the checkpoint of model.policy, "
+                f"under the name of model.options.server.model ({self.server.model}), and let "
+                f"model.options.server.folder be the same folder for both"
             )

@@ -198,12 +198,13 @@ class SGLangProtocol(AbstractServerProtocol):
             "max_new_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "sampling_seed": request.seed,
-            # SGLang takes defaults of these from the checkpoint's generation config
+            # some versions keep seeds in 32 bits
+            "sampling_seed": request.seed & 0x7FFFFFFF,
+            # a server may have been started with other defaults (--preferred-sampling-params)
             **{"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
             # `ignore_eos` would switch off `stop_token_ids`, too
-            "ignore_eos": False,
+            **{"ignore_eos": False, "min_new_tokens": 0, "stop": None},
             "stop_token_ids": list(request.stop_ids),
         }
         fields: dict[str, object] = {
@@ -217,22 +218,33 @@ class SGLangProtocol(AbstractServerProtocol):
         body = self.client.post("generate", fields, remedy="check model.options.server and the server's log")
         meta = body.get("meta_info")
         meta = meta if isinstance(meta, dict) else {}
+        finish = meta.get("finish_reason")
+        finish = finish if isinstance(finish, dict) else {}
+        reason = finish.get("type")
+        if reason == "abort":
+            raise GenerationServerError(
+                f"{self.client.server.base_url}: SGLang gave up a request: {finish.get('message')}; see its log"
+            )
         pairs = meta.get("output_token_logprobs")
         if not isinstance(pairs, list) or not all(_is_scored_id(pair) for pair in pairs):
             raise GenerationServerError(
                 f"{self.client.server.base_url} (model.options.server.base_url) answers /generate without "
                 f"output_token_logprobs, as no SGLang does: set model.options.server.engine to the server's kind"
             )
-        finish = meta.get("finish_reason")
-        finish = finish if isinstance(finish, dict) else {}
         ids = tuple(pair[1] for pair in pairs)
-        reason = finish.get("type")
         if reason == "stop" and (not ids or ids[-1] not in request.stop_ids):
             raise GenerationServerError(
-                f"{self.client.server.base_url}: SGLang ended a response at {finish.get('matched')!r}, which ends none "
-                f"of the policy ({', '.join(map(str, request.stop_ids))}): give the folder that it was started with "
-                f"the EOS ids of the policy (eos_token_id in config.json and generation_config.json, eos_token of the "
-                f"tokenizer)"
+                f"{self.client.server.base_url}: SGLang ended a response at {finish.get('matched')!r}, which is no "
+                f"EOS id of the policy ({', '.join(map(str, request.stop_ids))}): give the folder that it was started "
+                f"with the EOS ids of the policy (eos_token_id in config.json and generation_config.json, eos_token of "
+                f"the tokenizer)"
+            )
+        if reason == "length" and len(ids) < request.max_tokens:
+            # SGLang lowers the limit of a request that does not fit
+            raise GenerationServerError(
+                f"{self.client.server.base_url}: SGLang cut a response after {len(ids)} of "
+                f"{request.max_tokens} tokens (data.decoding.max_new_tokens), after a prompt of {len(request.prompt)}: "
+                f"raise its --context-length or --mem-fraction-static, or lower data.prompts.max_prompt_tokens"
             )
         scores = tuple(float(pair[0]) for pair in pairs) if logps else ()
         return ServerCompletion(ids, None if reason is None else str(reason), scores)

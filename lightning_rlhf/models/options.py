@@ -34,7 +34,7 @@ class GenerationServer:
 
     Args:
         base_url: address of the API, e.g. ``http://127.0.0.1:8000/v1``.
-        model: name under which the server has the policy's base model; SGLang, which has one, is not asked by it.
+        model: name under which the server has the policy's base model; SGLang ignores it.
         folder: where the weights for the server are written.
         engine: kind of the server, ``vllm`` or ``sglang``.
         api_key_env: environment variable with the API key; default: the server needs none.

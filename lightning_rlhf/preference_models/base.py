@@ -113,11 +113,11 @@ class AbstractPreferenceModel(KeepsArguments, ABC):
     def held_out_gaps(self, preferences: Sequence[Preference], chosen: Sequence[int]) -> Tensor:
         """Fit to all preferences, and predict some pairs without their own labels: mean gaps, nats, [chosen].
 
-        The predictions here are those of a fit to the other preferences. A model that knows the posterior without one
-        label, as `KernelPreferenceModel` does, overrides this.
+        The predictions here are those of a fit without all of the chosen preferences. A model that knows the posterior
+        without one label, as `KernelPreferenceModel` does, overrides this and leaves out one at a time.
 
         Args:
-            preferences: all preferences, in the order of the ledger.
+            preferences: all preferences, in the order of the ledger, without free ties.
             chosen: positions of those that are predicted, ascending, fewer than all.
         """
         left_out = set(chosen)

@@ -19,9 +19,8 @@ from lightning_rlhf.types import Comparison, Prompt, Response
 class AbstractModelSampler(AbstractPairSampler):
     """Samples n responses, and pairs two of them by the posterior of their rewards.
 
-    All n are samples of the policy, or the last ``references`` of them samples of the reference. Two samples of the
-    policy differ little in the direction in which it has moved, so that labels between them do not tell how far that
-    direction pays; labels against the reference do.
+    All n are samples of the policy, or the last ``references`` of them samples of the reference. Samples of a policy
+    that has become good at what is asked hardly differ; those of the reference still do, and a model learns from them.
 
     Implement `choose`. Equal responses of a pool count once, so that a pair has equal responses only where all n are
     equal. While there is no fitted model, the first two different responses are a pair.

