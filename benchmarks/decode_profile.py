@@ -80,13 +80,14 @@ def run(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     folder = model_folder(options.model)
     policy: Any = load_policy(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     print(f"{options.model}, one thread, {machine()}\n")
     print("| rows | CPU ms per step | matrix products | attention | operations per step |\n|---|---|---|---|---|")
     found = []
     for rows in options.rows:
         decoding = Decoding(max_new_tokens=options.new_tokens, rows=rows)
         # no EOS, so that every response has the same length
-        engine = DecodeEngine(policy, None, load_tokenizer(str(folder)), beta=0.1, decoding=decoding, eos_ids=[])
+        engine = DecodeEngine(policy, None, tokenizer, beta=0.1, decoding=decoding, eos_ids=[])
         figures = measure(engine, rows, options.prompt_tokens, options.repeats)
         print(
             f"| {rows} | {figures['cpu_ms']:.1f} | {figures['products']:.0%} | {figures['attention']:.0%} "

@@ -119,7 +119,7 @@ class ServerEngine(AbstractExternalEngine):
         return completions
 
     def _sent(self, request: Request, adapter: str | None, version: str) -> ServerRequest:
-        """What the server is asked for: a sample of the policy itself, whatever defaults the server has."""
+        """The request for a sample of the policy itself, whatever sampling defaults the server has."""
         return ServerRequest(
             prompt=tuple(request.prompt.ids),
             max_tokens=self.decoding.max_new_tokens,

@@ -189,7 +189,7 @@ class SGLangProtocol(AbstractServerProtocol):
     )
 
     def check_model(self) -> None:
-        """See that the server answers: it has one base model, and new weights give it another name."""
+        """Check that the server answers; it has one base model, which new weights rename."""
         self.weight_version()
 
     def complete(self, request: ServerRequest, *, logps: bool = False) -> ServerCompletion:
@@ -223,7 +223,8 @@ class SGLangProtocol(AbstractServerProtocol):
         reason = finish.get("type")
         if reason == "abort":
             raise GenerationServerError(
-                f"{self.client.server.base_url}: SGLang gave up a request: {finish.get('message')}; see its log"
+                f"{self.client.server.base_url}: SGLang aborted a request: {finish.get('message')}; "
+                f"check model.options.server and the server's log"
             )
         pairs = meta.get("output_token_logprobs")
         if not isinstance(pairs, list) or not all(_is_scored_id(pair) for pair in pairs):

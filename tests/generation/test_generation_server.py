@@ -246,6 +246,14 @@ def test_prompts_that_are_too_long_are_named(
         engine.generate([Request(Prompt(0, (5,) * 254, ""), Key((1,)))])
 
 
+def test_a_request_that_sglang_aborts_is_named(serve: Any, tiny_policy: Path, tmp_path: Path) -> None:
+    server = serve(engine="sglang")
+    finish = {"type": "abort", "message": "The request queue is full."}
+    server._generate_sglang = lambda body: (200, {"text": "", "meta_info": {"finish_reason": finish}})
+    with pytest.raises(GenerationServerError, match="SGLang aborted a request: The request queue is full"):
+        engines(tiny_policy, server, tmp_path)[0].generate(REQUESTS)
+
+
 def test_an_adapter_whose_reply_was_lost_is_not_loaded_twice(serve: Any, tiny_policy: Path, tmp_path: Path) -> None:
     server = serve()
     load = server._load_adapter
